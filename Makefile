@@ -1,0 +1,28 @@
+# make demo [AUDIO=folder]   sound files → a trained codec → a page to listen to
+# make test                  all tests
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= demo
+AUDIO ?=
+NAME := $(RECIPE)$(if $(AUDIO),-$(notdir $(abspath $(AUDIO))))
+
+.PHONY: demo test lint install
+
+demo: install
+	$(VENV)/bin/spresso run $(RECIPE) name="$(NAME)" $(if $(AUDIO),data.audio="$(abspath $(AUDIO))")
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy models trainer launch
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,175 @@
+"""The command `spresso`. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+_OVERRIDES = "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
+_RECIPE = "a YAML file, or the name of one in configs/, such as demo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; a user's mistake is one clear line and exit status 2."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt:
+        print("spresso: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if "SPRESSO_DEBUG" in os.environ:
+            raise
+        print(textwrap.indent(_line(error), "spresso: "), file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="spresso", description="Train S-PRESSO-type audio codecs and use them.", allow_abbrev=False
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    synth = _command(commands, "synth", _synth, "make captioned sound effects, for those who have no sounds at hand")
+    synth.add_argument("folder", type=Path, help="where the sounds go")
+    synth.add_argument("--hours", type=float, default=0.5, help="hours of sound (%(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="another seed, other sounds (%(default)s)")
+    synth.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+
+    for name, command, help_ in (
+        ("run", _run, "all stages of a recipe in order; run again it goes on where it stopped"),
+        ("prepare", _stage("prepare"), "sound files → latents in shards"),
+        ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize or finetune"),
+        ("evaluate", _stage("evaluate"), "figures of the trained codec on held-out clips"),
+        ("page", _page, "the page to listen to"),
+        ("plan", _plan, "the resolved config and the batch arithmetic; starts nothing"),
+    ):
+        sub = _command(commands, name, command, help_)
+        sub.add_argument("recipe", help=_RECIPE)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+
+    encode = _command(commands, "encode", _encode, "a sound file → a stream")
+    encode.add_argument("input", type=Path, metavar="IN.wav")
+    encode.add_argument("output", type=Path, metavar="OUT.spr")
+    encode.add_argument("--books", type=int, help="use the first so many codebooks: fewer bits (default: all)")
+    _codec_options(encode)
+
+    decode = _command(commands, "decode", _decode, "a stream → a sound file")
+    decode.add_argument("input", type=Path, metavar="IN.spr")
+    decode.add_argument("output", type=Path, metavar="OUT.wav")
+    decode.add_argument("--seed", type=int, default=0, help="another seed, another sound with the same codes (%(default)s)")
+    decode.add_argument("--steps", type=int, help="steps of the sampler (default: the codec's)")
+    decode.add_argument(
+        "--samples", type=int, default=1, help="so many decodes of the same codes: OUT.0.wav, OUT.1.wav … (%(default)s)"
+    )
+    _codec_options(decode)
+    return top
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int | None],
+    help_: str,
+) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False)
+    sub.set_defaults(command=command)
+    return sub
+
+
+def _codec_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--codec", type=Path, help="an export folder (default: the newest under runs/; decode takes the one that fits the stream)"
+    )
+    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from launch.pipeline import synthesize
+
+    synthesize(options.folder, hours=options.hours, seed=options.seed, workers=options.workers)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from launch import pipeline
+    from trainer.config import load
+
+    return _outcome(pipeline.run(load(options.recipe, options.overrides)))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from launch import pipeline
+    from trainer.config import TRAINED_STAGES, load
+
+    named = [override.removeprefix("stage=") for override in options.overrides if override.startswith("stage=")]
+    if len(named) != 1 or named[0] not in TRAINED_STAGES:
+        raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
+    overrides = [override for override in options.overrides if not override.startswith("stage=")]
+    return _outcome(pipeline.train(load(options.recipe, overrides), named[0]))
+
+
+def _outcome(outcome: str) -> int:
+    from launch.preemption import STOPPED
+
+    if outcome == "stopped":
+        print("spresso: stopped and saved; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace], None]:
+    def command(options: argparse.Namespace) -> None:
+        from launch import pipeline
+        from trainer.config import load
+
+        pipeline.run_stage(load(options.recipe, options.overrides), name)
+
+    return command
+
+
+def _page(options: argparse.Namespace) -> None:
+    _stage("page")(options)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from launch.plan import plan
+    from trainer.config import load
+
+    print(plan(load(options.recipe, options.overrides)))
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from launch import files
+
+    files.encode(options.input, options.output, codec=options.codec, device=options.device, books=options.books)
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from launch import files
+
+    files.decode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        seed=options.seed,
+        steps=options.steps,
+        samples=options.samples,
+    )
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}: free some, or take another run_dir=…, and run the same command again"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

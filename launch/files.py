@@ -1,0 +1,78 @@
+"""Files in, files out: `spresso encode` and `spresso decode`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from models import bitstream
+from models.codec import Sampling, SPresso
+from trainer.data.audio import read_audio, write_audio
+from trainer.data.files import write_whole
+from trainer.progress import Progress
+
+
+def encode(source: Path, target: Path, *, codec: Path | None, device: str, books: int | None) -> None:
+    """A sound file → a stream; says what it costs."""
+    spresso = _load(codec or newest_codec(), device)
+    audio = torch.from_numpy(read_audio(source, sample_rate=spresso.autoencoder.sample_rate, channels=1))
+    stream = spresso.encode(audio, books=books)
+    content = bitstream.write(stream)
+    write_whole(target, content)
+    seconds = audio.shape[-1] / spresso.autoencoder.sample_rate
+    print(
+        f"{target}: {len(content)} bytes for {seconds:.2f} s, {spresso.kbps(stream.books):.3f} kbps "
+        f"({len(content) * 8 / seconds / 1000:.3f} with its header)",
+        file=sys.stderr,
+    )
+
+
+def decode(
+    source: Path, target: Path, *, codec: Path | None, device: str, seed: int, steps: int | None, samples: int
+) -> None:
+    """A stream → a sound file, or several that the same codes allow."""
+    if samples < 1 or (steps is not None and steps < 1):
+        raise ValueError("--samples and --steps are at least 1")
+    content = source.read_bytes()
+    spresso = _load(codec or fitting_codec(bitstream.model_of(content), source), device)
+    stream = bitstream.read(content, frames_of=spresso.z_frames)
+    default = spresso.config.sampling
+    sampling = Sampling(default.sampler, steps or default.steps, default.guidance)
+    for number in range(samples):
+        path = target if samples == 1 else target.with_suffix(f".{number}{target.suffix}")
+        with Progress(f"decode {path.name}", total=1, unit="of all steps") as progress:
+            audio = spresso.decode(
+                stream, seed=seed + number, sampling=sampling, progress=lambda done, of, bar=progress: bar.to(done / of)
+            )
+        write_audio(path, audio.clamp(-1, 1).cpu().numpy(), spresso.autoencoder.sample_rate)
+
+
+def newest_codec() -> Path:
+    """The export that was finished last."""
+    exports = [path for path in _exports() if (path / "quantizer.safetensors").exists()]
+    if not exports:
+        raise ValueError("there is no codec under runs/: train one with `spresso run demo`, or give --codec FOLDER")
+    return max(exports, key=lambda path: (path / "codec.json").stat().st_mtime)
+
+
+def fitting_codec(model: str, source: Path) -> Path:
+    """The export whose model made a stream."""
+    for path in _exports():
+        if json.loads((path / "codec.json").read_text()).get("model", "").startswith(model):
+            return path
+    raise ValueError(f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER")
+
+
+def _exports() -> list[Path]:
+    return sorted(path.parent for path in Path("runs").glob("**/export/codec.json"))
+
+
+def _load(folder: Path, device: str) -> SPresso:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    spresso = SPresso.from_pretrained(folder, device=device)
+    print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
+    return spresso

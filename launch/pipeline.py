@@ -1,0 +1,121 @@
+"""The stages of a recipe, in order. Run again it goes on where it stopped, and does nothing twice."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+from trainer.config import TRAINED_STAGES, Config, to_yaml
+from trainer.data.prepare import prepare
+from trainer.data.synth import write_sounds
+from trainer.progress import Progress
+from trainer.run import RunDirectory, stage_folder, stage_inputs, write_atomically
+
+
+def run(config: Config) -> str:
+    """All stages; returns "done", or "stopped" where a signal asked a stage to leave."""
+    write_atomically(Path(config.run_dir) / "config.yaml", to_yaml(config))
+    for number, stage in enumerate(config.stages, start=1):
+        say(f"[{number}/{len(config.stages)}] {stage}")
+        if run_stage(config, stage) == "stopped":
+            return "stopped"
+    return "done"
+
+
+def run_stage(config: Config, stage: str) -> str:
+    """One stage to its end, or nothing where it has ended already."""
+    if stage in TRAINED_STAGES:
+        return train(config, stage)
+    {"synth": synth, "prepare": prepare_latents, "evaluate": evaluate, "page": page}[stage](config)
+    return "done"
+
+
+def audio_folder(config: Config) -> Path:
+    """The user's sounds, or those that `synth` makes."""
+    return Path(config.data.audio) if config.data.audio is not None else stage_folder(config, "audio")
+
+
+def synth(config: Config) -> None:
+    """Captioned sound effects for those who give none."""
+    synthesize(audio_folder(config), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers)
+
+
+def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
+    """Write synthesized sounds into a folder."""
+    with Progress("synth", total=hours * 60, unit="minutes") as progress:
+
+        def show(done: float, total: float) -> None:
+            progress.to(round(hours * 60 * done / total, 2))
+
+        write_sounds(folder, hours=hours, seed=seed, workers=workers, progress=show)
+
+
+def prepare_latents(config: Config) -> None:
+    """Sound files → latents in shards."""
+    from models.pretrained import load_autoencoder
+
+    factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
+    with Progress("prepare", total=1, unit="of all files") as progress:
+
+        def show(files: int, total: int, seconds: float) -> None:
+            progress.to(round(files / max(1, total), 3), files=files, minutes=f"{seconds / 60:.1f}")
+
+        report = prepare(
+            audio_folder(config),
+            Path(config.data.latents),
+            factory,
+            clip_seconds=config.data.clip_seconds,
+            holdout=config.data.holdout,
+            workers=config.data.workers,
+            shard_mb=config.data.shard_mb,
+            progress=show,
+        )
+    left_out = f", {len(report.problems)} left out (see {config.data.latents}/report.json)" if report.problems else ""
+    say(f"  {report.files} files, {report.clips['train']} clips to learn from, {report.clips['test']} held out{left_out}")
+
+
+def train(config: Config, stage: str) -> str:
+    """A trained stage; nothing where it has ended already with these settings."""
+    directory = RunDirectory(stage_folder(config, stage), stage)
+    directory.require_same(config, stage_inputs(config, stage))
+    if directory.done(config):
+        say(f"  done before: {directory.export}")
+        return "done"
+    from launch.local import train_here
+
+    return train_here(config, stage)
+
+
+def evaluate(config: Config) -> None:
+    """The figures, as a table on the terminal and JSON beside it."""
+    from trainer import evaluate as evaluation
+
+    report = evaluation.evaluate(config)
+    text = evaluation.table(report)
+    write_atomically(stage_folder(config, "evaluate") / "table.txt", text + "\n")
+    print(text)
+
+
+def page(config: Config) -> Path:
+    """The listening page; returns the path to open."""
+    from trainer import evaluate as evaluation
+    from trainer.page import write_page
+
+    folder = stage_folder(config, "evaluate")
+    report = evaluation.evaluate(config)
+    curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in TRAINED_STAGES}
+    index = write_page(
+        report | {"systems": [system for system in report["systems"] if system["page"] or True]},
+        stage_folder(config, "page"),
+        audio_root=folder,
+        curves={stage: path for stage, path in curves.items() if path.exists()},
+        config_text=to_yaml(config),
+    )
+    say(f"open {index.resolve()}")
+    return index
+
+
+def say(text: str) -> None:
+    """To the terminal, beside bars and tables."""
+    print(text, file=sys.stderr, flush=True)

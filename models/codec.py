@@ -1,0 +1,388 @@
+"""The codec in use: audio ↔ z ↔ codes, all parts together, without a trainer.
+
+`SPresso.from_pretrained(folder)` loads what a stage exports; `save_pretrained` writes it: the LoRA in PEFT's layout, every
+other part as safetensors with its config in the header, and `codec.json`, which names the base model by its hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.autoencoder import AudioAE
+from models.bitstream import Stream
+from models.diffusion import Diffusion, guided, make_diffusion, sample
+from models.dit import DiT, DiTConfig
+from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
+from models.loudness import level
+from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
+from models.quantizer import Quantizer, make_quantizer
+
+FORMAT = 1
+ADAPTER = "default"
+WINDOW_BATCH = 8  # windows of a long file that D decodes at once
+
+
+@dataclass
+class Sampling:
+    """How D decodes: the sampler's name, its steps, and the guidance of z (1: none)."""
+
+    sampler: str = "dpmpp"
+    steps: int = 16
+    guidance: float = 1.0
+
+
+@dataclass
+class CodecConfig:
+    """What an SPresso is made of, next to the weights."""
+
+    autoencoder: dict[str, Any]
+    """Of the AudioAE: `kind`, `folder` (or None)."""
+    latent_encoder: LatentEncoderConfig
+    dit: DiTConfig
+    diffusion: dict[str, Any]
+    """`name` and `options` of the formulation."""
+    lora: dict[str, Any]
+    """`rank` and `alpha`."""
+    window: int
+    """x0 frames that g and D see at a time, a multiple of the pooling: the crop of training."""
+    rates: list[int] = field(default_factory=list)
+    """Numbers of codebooks that D was finetuned for, the most first."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class SPresso(nn.Module):
+    """AudioAE, g, f, D with LoRA, and, once there is one, the quantizer."""
+
+    def __init__(self, config: CodecConfig, *, autoencoder: AudioAE, dit: DiT, quantizer: Quantizer | None = None) -> None:
+        """Take a pretrained D, add LoRA to it and fresh g and f beside it; D itself is frozen."""
+        super().__init__()
+        self.config = config
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.dit = dit.requires_grad_(False)
+        self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
+        inject_adapter_in_model(self._lora_config(), self.dit, adapter_name=ADAPTER)
+        self.g = LatentEncoder(config.latent_encoder)
+        self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
+        self.quantizer = quantizer
+        self.diffusion: Diffusion = make_diffusion(config.diffusion["name"], **config.diffusion["options"])
+        self.model_hash = ""
+
+    def _lora_config(self) -> LoraConfig:
+        lora = self.config.lora
+        return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(DiT.lora_targets))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.g.parameters()).device
+
+    @property
+    def z_rate(self) -> float:
+        """z vectors a second of one channel."""
+        return self.autoencoder.sample_rate / self._samples_per_z
+
+    @property
+    def _samples_per_z(self) -> int:
+        return self.autoencoder.hop * self.config.latent_encoder.pooling
+
+    @property
+    def compression(self) -> float:
+        """Numbers of audio to numbers of z, one channel each: 30, 68, 750 in the paper."""
+        return self._samples_per_z / self.config.latent_encoder.z_channels
+
+    def kbps(self, books: int) -> float:
+        """Payload bit rate of one channel: z rate · M · log2 K / 1000, exactly."""
+        return self.z_rate * self._fitted_quantizer().bits(books) / 1000
+
+    def z_frames(self, samples: int) -> int:
+        """z vectors that stand for so many audio samples."""
+        return math.ceil(samples / self._samples_per_z)
+
+    # --- audio ↔ bits ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor, *, books: int | None = None) -> Stream:
+        """Audio (channels, samples) at the AudioAE's rate, any length from 1 sample on → codes, channel by channel."""
+        quantizer = self._fitted_quantizer()
+        levelled, gain_db = level(audio)
+        z_CZN = self.audio_to_z(levelled[:, None])
+        codes_CNM = quantizer.encode(z_CZN.transpose(1, 2), books=books)
+        return Stream(
+            model=self.model_hash[:8],
+            samples=audio.shape[-1],
+            channels=len(audio),
+            books=codes_CNM.shape[-1],
+            size=quantizer.size,
+            gain_db=gain_db,
+            codes=codes_CNM.cpu().numpy(),
+        )
+
+    @torch.inference_mode()
+    def decode(
+        self, stream: Stream, *, seed: int = 0, sampling: Sampling | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Codes → audio (channels, samples). One seed gives one of the sounds that the codes allow, always the same."""
+        if stream.model != self.model_hash[:8]:
+            raise ValueError(
+                f"the stream was made by model {stream.model}, this is {self.model_hash[:8]}: decode it with the codec that encoded it"
+            )
+        codes_CNM = torch.from_numpy(stream.codes).to(self.device)
+        z_CZN = self._fitted_quantizer().decode(codes_CNM).transpose(1, 2)
+        noise = self.noise([seed], z_CZN.shape[-1]).expand(len(z_CZN), -1, -1)
+        audio = self.z_to_audio(z_CZN, noise, sampling=sampling, progress=progress)[:, 0, : stream.samples]
+        return audio * 10 ** (-stream.gain_db / 20)
+
+    def _fitted_quantizer(self) -> Quantizer:
+        if self.quantizer is None:
+            raise ValueError("this codec has no quantizer yet: run the stages quantize and finetune first")
+        return self.quantizer
+
+    # --- audio ↔ z ------------------------------------------------------------------------------------------------
+
+    def audio_to_z(self, audio_B1S: Tensor) -> Tensor:
+        """Levelled audio (B, 1, samples) → z (B, Z, ⌈samples / (hop · pooling)⌉)."""
+        x0_BCT = self.autoencoder.encode(audio_B1S.to(self.device))
+        return self.x0_to_z(x0_BCT, self.z_frames(audio_B1S.shape[-1]))
+
+    def x0_to_z(self, x0_BCT: Tensor, z_frames: int) -> Tensor:
+        """Latents of any length → z (B, Z, z_frames); long ones window by window, the last window ending with x0."""
+        frames, window = z_frames * self.config.latent_encoder.pooling, self.config.window
+        x0_BCT = _fit(x0_BCT, frames)
+        if frames <= window:
+            return self.g(x0_BCT)
+        starts = [*range(0, frames - window, window), frames - window]
+        parts = [self.g(x0_BCT[..., start : start + window]) for start in starts]
+        overlap = (starts[-2] + window - starts[-1]) // self.config.latent_encoder.pooling
+        return torch.cat([*parts[:-1], parts[-1][..., overlap:]], dim=-1)
+
+    def z_to_audio(
+        self,
+        z_BZN: Tensor | None,
+        noise_BCT: Tensor,
+        *,
+        sampling: Sampling | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """z (or None: an unconditional sample) and noise → levelled audio (B, 1, T · hop)."""
+        x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
+        # n frames, each centred on a hop boundary, span n - 1 hops: the last frame is held for the last hop
+        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + 1))
+
+    def z_to_x0(
+        self,
+        z_BZN: Tensor | None,
+        noise_BCT: Tensor,
+        *,
+        sampling: Sampling | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Decode with D; what is longer than one window and a half in overlapping windows, cross-faded."""
+        sampling = sampling or self.config.sampling
+        frames, window, pooling = noise_BCT.shape[-1], self.config.window, self.config.latent_encoder.pooling
+        if frames <= 1.5 * window:
+            return self._sample(z_BZN, noise_BCT, sampling, progress)
+        stride = max(pooling, int(0.75 * window) // pooling * pooling)
+        starts = [*range(0, frames - window, stride), frames - window]
+        weight_T = _triangle(window).to(noise_BCT.device)
+        total, weights = torch.zeros_like(noise_BCT), torch.zeros_like(noise_BCT[0, 0])
+        for done, start in enumerate(starts):
+            z_part = None if z_BZN is None else z_BZN[..., start // pooling : (start + window) // pooling]
+            part = self._sample(z_part, noise_BCT[..., start : start + window], sampling, None)
+            total[..., start : start + window] += part * weight_T
+            weights[start : start + window] += weight_T
+            if progress is not None:
+                progress(done + 1, len(starts))
+        return total / weights
+
+    def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
+        condition = None if z_BZN is None else self.f(z_BZN)
+        return generate(self.dit, self.diffusion, noise_BCT, condition=condition, sampling=sampling, progress=progress)
+
+    def noise(self, seeds: list[int], z_frames: int) -> Tensor:
+        """Standard gaussian noise (len(seeds), C, z_frames · pooling), a row a seed, the same on every device."""
+        shape = (self.autoencoder.latent_channels, z_frames * self.config.latent_encoder.pooling)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device)
+
+    # --- weights in and out ---------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+        """What is saved a file each: name → module and its config."""
+        shapes = dataclasses.asdict(self.config.latent_encoder)
+        parts: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+            "latent_encoder": (self.g, shapes),
+            "upsampler": (self.f, shapes),
+        }
+        if self.quantizer is not None:
+            parts["quantizer"] = (self.quantizer, self.quantizer.config())
+        return parts
+
+    def save_pretrained(self, folder: Path, *, base: Path, card: str) -> str:
+        """Write the codec; returns the model's hash.
+
+        Args:
+            folder: is made whole or not at all; an older export there is replaced.
+            base: D's pretrained weights: a file is linked or copied along, a folder (a public release) is named by path.
+            card: text of the model card.
+        """
+        making = folder.with_name(folder.name + ".making")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        for name, (module, config) in self.parts().items():
+            save_weights(making / f"{name}.safetensors", module.state_dict(), config)
+        self._lora_config().save_pretrained(str(making))
+        save_file(self._adapter_state(), str(making / "adapter_model.safetensors"), {"format": "pt"})
+        if base.is_file():
+            _link_or_copy(base, making / "dit.safetensors")
+        self.model_hash = self._hash()
+        description = {
+            "format": FORMAT,
+            "model": self.model_hash,
+            "base": {"path": None if base.is_file() else str(base.resolve()), "hash": self.base_hash},
+            "autoencoder_identity": self.autoencoder.identity(),
+            "config": dataclasses.asdict(self.config),
+        }
+        (making / "codec.json").write_text(json.dumps(description, indent=2))
+        (making / "README.md").write_text(card.replace("{model}", self.model_hash[:8]))
+        shutil.rmtree(folder, ignore_errors=True)
+        making.rename(folder)
+        return self.model_hash
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu", base: str | Path | None = None) -> SPresso:
+        """Load an export.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            device: where to.
+            base: D's pretrained weights, where they have moved since.
+
+        Raises:
+            ValueError: no export, a damaged one, or another base model than it was trained on.
+        """
+        folder = Path(folder)
+        description = _read_description(folder)
+        config = _codec_config(description["config"])
+        base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
+        codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=load_dit(base_path))
+        _require_same("the base model", base_path, codec.base_hash, description["base"]["hash"])
+        _require_same(
+            "the autoencoder", config.autoencoder, codec.autoencoder.identity(), description["autoencoder_identity"]
+        )
+        if (folder / "quantizer.safetensors").exists():
+            codec.quantizer = make_quantizer(load_weights(folder / "quantizer.safetensors")[0])
+        for name, (module, _) in codec.parts().items():
+            module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
+        codec._load_adapter(load_file(str(folder / "adapter_model.safetensors")))
+        codec.model_hash = description["model"]
+        return codec.to(device).eval().requires_grad_(False)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The LoRA's parameters under their names in D."""
+        return {name: value for name, value in self.dit.named_parameters() if f".{ADAPTER}." in name}
+
+    def _adapter_state(self) -> dict[str, Tensor]:
+        return {_peft_name(name): value.detach().cpu().contiguous() for name, value in self.adapter_parameters().items()}
+
+    def _load_adapter(self, state: Mapping[str, Tensor]) -> None:
+        own = self.adapter_parameters()
+        if set(state) != {_peft_name(name) for name in own}:
+            raise ValueError("adapter_model.safetensors does not fit this base model: other layers are adapted")
+        for name, parameter in own.items():
+            parameter.data.copy_(state[_peft_name(name)])
+
+    def _hash(self) -> str:
+        tensors = {f"adapter.{name}": value for name, value in self._adapter_state().items()}
+        for part, (module, _) in self.parts().items():
+            tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+        identity = dataclasses.asdict(self.config)
+        for local in ("sampling", "autoencoder"):  # where files lie and how they are decoded does not make another model
+            identity.pop(local)
+        return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
+
+
+def generate(
+    dit: DiT,
+    diffusion: Diffusion,
+    noise_BCT: Tensor,
+    *,
+    condition: Tensor | None,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """One pass of the sampler: noise (B, C, T) → x0 (B, C, T)."""
+
+    def conditional(x: Tensor, t: Tensor) -> Tensor:
+        return dit(x, t, condition=condition)
+
+    def unconditional(x: Tensor, t: Tensor) -> Tensor:
+        return dit(x, t)
+
+    network = guided(conditional, unconditional, sampling.guidance if condition is not None else 1.0)
+    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+
+
+def _fit(x_BCT: Tensor, frames: int) -> Tensor:
+    """Cut to so many frames, or hold the last one."""
+    missing = frames - x_BCT.shape[-1]
+    if missing <= 0:
+        return x_BCT[..., :frames]
+    return torch.cat([x_BCT, x_BCT[..., -1:].expand(*x_BCT.shape[:-1], missing)], dim=-1)
+
+
+def _triangle(length: int) -> Tensor:
+    """Weights that rise to the middle and fall again, nowhere zero."""
+    rising = torch.arange(1, length + 1, dtype=torch.float32)
+    return torch.minimum(rising, rising.flip(0))
+
+
+def _peft_name(name: str) -> str:
+    return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # the same bytes on the disk, yet each export is whole
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / "codec.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{folder / 'codec.json'} is damaged: export it again") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {FORMAT}")
+    return description
+
+
+def _codec_config(values: dict[str, Any]) -> CodecConfig:
+    return CodecConfig(
+        **values
+        | {
+            "latent_encoder": LatentEncoderConfig(**values["latent_encoder"]),
+            "dit": DiTConfig(**values["dit"]),
+            "sampling": Sampling(**values["sampling"]),
+        }
+    )
+
+
+def _require_same(what: str, where: object, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{what} at {where} is another one than the codec was trained on ({found[:8]}, not {expected[:8]})")

@@ -1,0 +1,421 @@
+"""The decoder D: a diffusion Transformer over latents, with an optional text stream.
+
+Multi-stream blocks give latents and text their own weights and let them meet in one attention (Esser et al., arXiv
+2403.03206); single-stream blocks, after them, share one set of weights. The layout is that of the public Woosh release
+(arXiv 2604.01929), so its weights load by renaming alone (`models.pretrained`).
+
+Shape suffixes: B batch, C latent channels, T frames, N latent tokens (T / patch_size), S all tokens of a sequence,
+D width, H heads, K head width, k half of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class YarnConfig:
+    """YaRN's stretch of RoPE over more tokens than were trained on (arXiv 2309.00071, section 3.2)."""
+
+    trained_tokens: int
+    """Tokens that RoPE spanned before the stretch."""
+    factor: float = 40.0
+    """By how much the slowest frequencies are slowed down."""
+    fast_turns: float = 32.0
+    """A frequency that turns more often than this over `trained_tokens` stays as it is."""
+    slow_turns: float = 1.0
+    """A frequency that turns less often than this over `trained_tokens` is slowed down by all of `factor`."""
+
+
+@dataclass
+class DiTConfig:
+    """Size and shape of a `DiT`."""
+
+    channels: int = 128
+    """Latent channels, in and out."""
+    width: int = 384
+    """Features of a token."""
+    depth: int = 8
+    """Blocks in all, multi-stream and single-stream."""
+    multistream_depth: int = 4
+    """How many of them, the first ones, are multi-stream; without text there are none."""
+    heads: int = 6
+    """Attention heads; each has width / heads features."""
+    hidden_width: int = 1536
+    """Features inside the MLPs; 4 × width by custom."""
+    text_width: int | None = None
+    """Features of a text token as the text encoder gives them; None builds no text stream."""
+    text_tokens: int = 77
+    """Text tokens a caption always has: shorter ones are masked, and learned pad tokens stand in."""
+    patch_size: int = 1
+    """Latent frames that make up one token."""
+    memory_tokens: int = 1
+    """Extra tokens in the latent stream, for what belongs to no frame; they share one learned vector."""
+    rotary_width: int | None = None
+    """Features of a head that RoPE turns; the others don't know of positions. None turns all."""
+    rotary_base: float = 10000.0
+    """RoPE's base: the slowest feature turns once in about 2π · base tokens."""
+    rotary_span: int = 501
+    """Tokens over which the memory tokens are spread; longer inputs work."""
+    yarn: YarnConfig | None = None
+    """Stretch of RoPE, for models that were trained with one."""
+    time_features: int = 256
+    """Fourier features of the noise level."""
+    predicts_logvar: bool = False
+    """Whether there is `DiT.logvar`: a learned log-variance of the loss at a noise level (arXiv 2312.02696, eq. 14)."""
+
+    @property
+    def head_width(self) -> int:
+        """Features of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def multistream_blocks(self) -> int:
+        """Multi-stream blocks that are built: none without text."""
+        return 0 if self.text_width is None else self.multistream_depth
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems(self):
+        sizes = ("channels", "width", "depth", "heads", "hidden_width", "text_tokens", "patch_size", "rotary_span")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}: give at least 1"
+                return
+        if self.width % (2 * self.heads):
+            yield f"width {self.width} is no multiple of 2 × heads: take a multiple of {2 * self.heads}"
+        elif self.rotary_width is not None and not 0 <= self.rotary_width <= self.head_width:
+            yield f"rotary_width {self.rotary_width} is outside 0…{self.head_width}, the width of a head"
+        elif self.rotary_width is not None and self.rotary_width % 2:
+            yield f"rotary_width {self.rotary_width} is odd: RoPE turns pairs, take an even one"
+        if not 0 <= self.multistream_depth <= self.depth:
+            yield f"multistream_depth {self.multistream_depth} is outside 0…{self.depth}, the depth"
+        if self.time_features < 2 or self.time_features % 2:
+            yield f"time_features {self.time_features} is not an even number from 2: cosines and sines come in pairs"
+        if not 0 <= self.memory_tokens <= self.rotary_span:
+            yield f"memory_tokens {self.memory_tokens} is outside 0…{self.rotary_span}, the rotary_span"
+
+
+class Rotary(NamedTuple):
+    """RoPE's angles for one sequence, the same for all of a batch, all heads and all blocks."""
+
+    cos_S1k: Tensor
+    sin_S1k: Tensor
+
+    @classmethod
+    def at(cls, positions_S: Tensor, config: DiTConfig) -> Rotary:
+        """The angles of tokens at these positions."""
+        angles_S1k = positions_S[:, None, None] * rotary_frequencies(config, device=positions_S.device)
+        return cls(angles_S1k.cos(), angles_S1k.sin())
+
+    def turn(self, x_BSHK: Tensor) -> Tensor:
+        """Turn each pair of neighbouring features by the angle of its token; in float32."""
+        even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = (even * self.cos_S1k - odd * self.sin_S1k, even * self.sin_S1k + odd * self.cos_S1k)
+        return torch.stack(turned, -1).flatten(-2)
+
+
+def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> tuple[Rotary, Rotary]:
+    """RoPE for the multi-stream and for the single-stream blocks, over memory, latent and text tokens.
+
+    Memory tokens are spread over the span. Text has no order in the multi-stream blocks; in the single-stream ones it
+    follows the latents as far as the span reaches. The public release has it so, and its weights depend on it.
+    """
+    spacing = config.rotary_span // max(config.memory_tokens, 1)
+    memory = spacing // 2 + spacing * torch.arange(config.memory_tokens, device=device)
+    latent = torch.arange(latent_tokens, device=device)
+    text = latent_tokens + torch.arange(0 if config.text_width is None else config.text_tokens, device=device)
+    multi = torch.cat((memory, latent, torch.zeros_like(text)))
+    single = torch.cat((memory, latent, text * (text < config.rotary_span)))
+    return Rotary.at(multi, config), Rotary.at(single, config)
+
+
+def rotary_frequencies(config: DiTConfig, *, device: torch.device) -> Tensor:
+    """Radians per token of each pair of a head's features `(head_width / 2,)`; 0 for those that don't turn."""
+    width = config.head_width
+    pair = torch.arange(width // 2, dtype=torch.float32, device=device)
+    frequencies = config.rotary_base ** (-2 * pair / width)
+    yarn = config.yarn
+    if yarn is not None and config.rotary_span > yarn.trained_tokens:
+        fastest_slowed = math.floor(_pair_of_turns(config, yarn.fast_turns, yarn.trained_tokens))
+        first_full = math.ceil(_pair_of_turns(config, yarn.slow_turns, yarn.trained_tokens))
+        low, high = max(fastest_slowed, 0), min(first_full, width - 1)
+        slowed = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequencies = frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
+    turning = width if config.rotary_width is None else config.rotary_width
+    return frequencies * (2 * pair < turning)
+
+
+def _pair_of_turns(config: DiTConfig, turns: float, tokens: int) -> float:
+    """The (fractional) pair of features that turns `turns` times over `tokens` tokens."""
+    return config.head_width * math.log(tokens / (2 * math.pi * turns)) / (2 * math.log(config.rotary_base))
+
+
+def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """AdaLN: normalise without learned weights, then shift and scale by what the noise level says."""
+    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
+
+
+def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, rotary: Rotary) -> Tensor:
+    """Attention of all tokens to all, with RoPE on queries and keys: `(B, S, H·K)`."""
+    q, k = rotary.turn(q_BSHK).type_as(v_BSHK), rotary.turn(k_BSHK).type_as(v_BSHK)
+    attended_BHSK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v_BSHK.transpose(1, 2))
+    return attended_BHSK.transpose(1, 2).flatten(2)
+
+
+class Stream(nn.Module):
+    """One stream's own weights in a multi-stream block: into and out of the common attention, and an MLP."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.attention_modulation = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.norm_k = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_modulation = nn.Linear(width, 3 * width)
+        self.mlp_in = nn.Linear(width, config.hidden_width)
+        self.mlp_out = nn.Linear(config.hidden_width, width)
+
+    def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Queries, keys and values `(B, S, H, K)`, and the gate for what attention gives back."""
+        shift, scale, gate = self.attention_modulation(time_B1D).chunk(3, -1)
+        qkv = self.qkv(modulated(x_BSD, shift, scale))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return (self.norm_q(q), self.norm_k(k), v), gate
+
+    def finish(self, x_BSD: Tensor, attended_BSD: Tensor, gate_B1D: Tensor, time_B1D: Tensor) -> Tensor:
+        """Add what attention gave, then the MLP."""
+        x_BSD = x_BSD + gate_B1D * self.attention_out(attended_BSD)
+        shift, scale, gate = self.mlp_modulation(time_B1D).chunk(3, -1)
+        hidden = F.gelu(self.mlp_in(modulated(x_BSD, shift, scale)), approximate="tanh")
+        return x_BSD + gate * self.mlp_out(hidden)
+
+
+class MultiStreamBlock(nn.Module):
+    """Latents and text, each with its own weights, in one attention."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.latent = Stream(config)
+        self.text = Stream(config)
+
+    def forward(self, x_BSD: Tensor, text_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Both streams, as they came in and after the block."""
+        x_qkv, x_gate = self.latent.attention_inputs(x_BSD, time_B1D)
+        text_qkv, text_gate = self.text.attention_inputs(text_BSD, time_B1D)
+        q, k, v = (torch.cat(pair, 1) for pair in zip(x_qkv, text_qkv, strict=True))
+        attended = attention(q, k, v, rotary)
+        x_attended, text_attended = attended.split((x_BSD.shape[1], text_BSD.shape[1]), 1)
+        x_BSD = self.latent.finish(x_BSD, x_attended, x_gate, time_B1D)
+        return x_BSD, self.text.finish(text_BSD, text_attended, text_gate, time_B1D)
+
+
+class SingleStreamBlock(nn.Module):
+    """All tokens with the same weights; attention and MLP side by side (arXiv 2302.05442)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width, hidden = config.width, config.hidden_width
+        self.heads = config.heads
+        self.parts = (3 * width, hidden)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.qkv_mlp = nn.Linear(width, 3 * width + hidden)
+        self.norm_q = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.norm_k = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.out = nn.Linear(width + hidden, width)
+
+    def forward(self, x_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> Tensor:
+        """The tokens after the block, in the same shape."""
+        shift, scale, gate = self.modulation(time_B1D).chunk(3, -1)
+        qkv, hidden = self.qkv_mlp(modulated(x_BSD, shift, scale)).split(self.parts, -1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        attended = attention(self.norm_q(q), self.norm_k(k), v, rotary)
+        both = torch.cat((attended, F.gelu(hidden, approximate="tanh")), -1)
+        return x_BSD + gate * self.out(both)
+
+
+class FourierFeatures(nn.Module):
+    """Cosines and sines of a number at learned frequencies: `(B,) → (B, features)`, always in float32."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features // 2, 1))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """`(B, features)`."""
+        angles = 2 * math.pi * t_B.float()[:, None] * self.weight.float()[:, 0]
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class DiT(nn.Module):
+    """The diffusion Transformer D.
+
+    It computes in the dtype of its weights (or autocast's) and answers in that of `x`. `blocks` is a plain list of
+    modules that know nothing of each other, to be checkpointed, compiled or sharded one by one. There are no buffers: a
+    model built on the meta device needs `to_empty` and `reset_parameters` (or a state dict) and no more.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out")
+    """Names of the linear layers that LoRA adapts: attention and MLPs, not what the noise level modulates."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width, hidden = config.width, config.hidden_width
+        self.input = nn.Linear(config.channels * config.patch_size, width)
+        self.time_features = FourierFeatures(config.time_features)
+        self.time_embed = _two_layers(config.time_features, hidden, width)
+        if config.text_width is not None:
+            self.text_embed = _two_layers(config.text_width, hidden, width)
+            self.text_pad = nn.Parameter(torch.empty(config.text_tokens, config.text_width))
+        if config.memory_tokens:
+            self.memory = nn.Parameter(torch.empty(1, 1, width))
+        multi = config.multistream_blocks
+        self.blocks = nn.ModuleList(
+            MultiStreamBlock(config) if index < multi else SingleStreamBlock(config) for index in range(config.depth)
+        )
+        self.output_modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, config.channels * config.patch_size)
+        if config.predicts_logvar:
+            self.logvar_features = FourierFeatures(config.time_features)
+            self.logvar_embed = _two_layers(config.time_features, 128, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights. Gates and output start at zero: each block is the identity (adaLN-Zero, arXiv 2212.09748)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                starts_at_zero = name == "output" or name.endswith("modulation")
+                nn.init.zeros_(module.weight) if starts_at_zero else nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, FourierFeatures):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+        for name in ("memory", "text_pad"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction `(B, C, T)` for noised latents.
+
+        Args:
+            x: noised latents `(B, C, T)`, T a multiple of `patch_size`.
+            t: noise level `(B,)`, as the diffusion's formulation defines it.
+            text: `(B, text_tokens, text_width)`; None is unconditional: the learned pad tokens throughout.
+            text_mask: `(B, text_tokens)`, 1 where `text` is real, elsewhere pad tokens stand in; None: all is real.
+            condition: `(B, width, T / patch_size)`, added to the projected latents.
+
+        Raises:
+            ValueError: a shape does not fit, or text is given to a model without a text stream.
+        """
+        self._check(x, t, text, text_mask, condition)
+        tokens_BND = self._embed_latents(x, condition)
+        time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(tokens_BND)))[:, None]
+        text_BSD = self._embed_text(text, text_mask, batch=len(x))
+        x_BSD = self._run_blocks(self._with_memory(tokens_BND), text_BSD, time_B1D)
+        shift, scale = self.output_modulation(time_B1D).chunk(2, -1)
+        predicted_BND = self.output(modulated(x_BSD[:, self.config.memory_tokens :], shift, scale))
+        return self._unpatched(predicted_BND).to(x.dtype)
+
+    def logvar(self, t: Tensor) -> Tensor:
+        """Learned log-variance `(B,)` of the loss at noise levels `t (B,)`; with `predicts_logvar` only."""
+        if not self.config.predicts_logvar:
+            raise ValueError("this DiT has no logvar: build it with predicts_logvar=True")
+        features = self.logvar_features(t)
+        return self.logvar_embed(features.to(self.logvar_embed[0].weight.dtype))[:, 0]
+
+    def _run_blocks(self, x_BSD: Tensor, text_BSD: Tensor | None, time_B1D: Tensor) -> Tensor:
+        multi, tokens = self.config.multistream_blocks, x_BSD.shape[1]
+        multi_rotary, single_rotary = rotaries(self.config, tokens - self.config.memory_tokens, device=x_BSD.device)
+        for block in islice(self.blocks, multi):
+            x_BSD, text_BSD = block(x_BSD, text_BSD, time_B1D, multi_rotary)
+        if text_BSD is not None:
+            x_BSD = torch.cat((x_BSD, text_BSD), 1)
+        for block in islice(self.blocks, multi, None):
+            x_BSD = block(x_BSD, time_B1D, single_rotary)
+        return x_BSD[:, :tokens]
+
+    def _embed_latents(self, x_BCT: Tensor, condition_BDN: Tensor | None) -> Tensor:
+        patches_BCNp = x_BCT.unflatten(2, (-1, self.config.patch_size))
+        patches = patches_BCNp.permute(0, 2, 3, 1).flatten(2)
+        tokens_BND = self.input(patches.to(self.input.weight.dtype))
+        if condition_BDN is None:
+            return tokens_BND
+        return tokens_BND + condition_BDN.transpose(1, 2).type_as(tokens_BND)
+
+    def _unpatched(self, patches_BNE: Tensor) -> Tensor:
+        patches_BNpC = patches_BNE.unflatten(2, (self.config.patch_size, self.config.channels))
+        return patches_BNpC.permute(0, 3, 1, 2).flatten(2)
+
+    def _with_memory(self, tokens_BND: Tensor) -> Tensor:
+        count = self.config.memory_tokens
+        if not count:
+            return tokens_BND
+        return torch.cat((self.memory.expand(len(tokens_BND), count, -1).type_as(tokens_BND), tokens_BND), 1)
+
+    def _embed_text(self, text: Tensor | None, text_mask: Tensor | None, *, batch: int) -> Tensor | None:
+        if self.config.text_width is None:
+            return None
+        if text is None:
+            return self.text_embed(self.text_pad[None]).expand(batch, -1, -1)
+        text = text.type_as(self.text_pad)
+        if text_mask is not None:
+            text = torch.where(text_mask[..., None].bool(), text, self.text_pad)
+        return self.text_embed(text)
+
+    def _check(
+        self, x: Tensor, t: Tensor, text: Tensor | None, text_mask: Tensor | None, condition: Tensor | None
+    ) -> None:
+        config = self.config
+        if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
+            raise ValueError(f"x is {_described(x)}: the DiT takes floats (batch, {config.channels}, frames)")
+        if x.shape[2] == 0 or x.shape[2] % config.patch_size:
+            raise ValueError(
+                f"{x.shape[2]} frames are no multiple of patch_size {config.patch_size}: "
+                "crop or pad the latents, or build the DiT with patch_size=1"
+            )
+        batch, tokens = len(x), x.shape[2] // config.patch_size
+        _expect("t", t, (batch,))
+        _expect("condition", condition, (batch, config.width, tokens))
+        if config.text_width is None and text is not None:
+            raise ValueError("this DiT has no text stream: set text_width in its config, or give text=None")
+        if text is None and text_mask is not None:
+            raise ValueError("text_mask without text: give both, or neither")
+        if text is not None:
+            _expect("text", text, (batch, config.text_tokens, config.text_width))
+            _expect("text_mask", text_mask, (batch, config.text_tokens))
+
+
+def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+def _expect(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> None:
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name} is {_described(value)}: it must be {shape}")
+
+
+def _described(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -1,0 +1,165 @@
+"""The latent encoder g and the upsampler f of S-PRESSO (arXiv 2602.15082, section 2, figure 1).
+
+g squeezes the latents x0 of the audio autoencoder into z, few vectors a second; f spreads z back over
+the frames and hands it to the decoder D as a condition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class LatentEncoderConfig:
+    """Shapes of g and f."""
+
+    latent_channels: int = 128
+    """Channels of x0; those of the AudioAE."""
+    z_channels: int = 64
+    """Channels of z: 64 at every rate in the paper."""
+    pooling: int = 9
+    """x0 frames to one z: at 100 Hz, 4 → 25 Hz (30×), 9 → 11.1 Hz (68×), 100 → 1 Hz (750×)."""
+    patch_size: int = 1
+    """x0 frames to one token of g and f; 1 as in the paper, more is cheaper. Divides `pooling`."""
+    width: int = 512
+    """Width of the Transformer blocks."""
+    encoder_depth: int = 4
+    """Transformer blocks of g."""
+    upsampler_depth: int = 2
+    """Transformer blocks of f."""
+    heads: int = 8
+    """Attention heads; `width / heads` is even."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these shapes, a line each, with the mend."""
+        found = []
+        if self.pooling % self.patch_size:
+            divisors = [n for n in range(1, self.pooling + 1) if self.pooling % n == 0]
+            found.append(
+                f"latent_encoder.patch_size={self.patch_size} does not divide latent_encoder.pooling={self.pooling}: "
+                f"take one of {divisors}"
+            )
+        if self.width % (2 * self.heads):
+            found.append(
+                f"latent_encoder.width={self.width} is not a multiple of 2·heads: take {2 * self.heads} times a number"
+            )
+        return found
+
+
+class RotarySelfAttention(nn.Module):
+    """Multi-head self-attention over (B, T, width) with rotary positions (arXiv 2104.09864)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        """Same shape in and out."""
+        q, k, v = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        angles = _rotary_angles(q.shape[-2], q.shape[-1], x_BTW.device)
+        mixed = F.scaled_dot_product_attention(_rotate(q, angles), _rotate(k, angles), v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def _rotary_angles(length: int, head_width: int, device: torch.device) -> Tensor:
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
+    return torch.arange(length, device=device)[:, None] * frequencies
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, both residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = RotarySelfAttention(width, heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        """Same shape in and out."""
+        x_BTW = x_BTW + self.attention(self.attention_norm(x_BTW))
+        return x_BTW + self.feed_forward(self.feed_forward_norm(x_BTW))
+
+
+class LatentEncoder(nn.Module):
+    """g: x0 (B, C, T) → z (B, Z, T / pooling): Transformer blocks, a linear layer, average pooling in time."""
+
+    def __init__(self, config: LatentEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.project_in = nn.Linear(config.latent_channels * config.patch_size, config.width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.width, config.heads) for _ in range(config.encoder_depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.project_out = nn.Linear(config.width, config.z_channels)
+
+    def forward(self, x0_BCT: Tensor) -> Tensor:
+        """Encode x0; raises ValueError where T is not a multiple of the pooling."""
+        if x0_BCT.shape[-1] % self.config.pooling:
+            raise ValueError(
+                f"{x0_BCT.shape[-1]} frames do not divide by the pooling of {self.config.pooling}: "
+                f"crop or pad them to a multiple of it"
+            )
+        h_BTW = self.project_in(_patches(x0_BCT, self.config.patch_size))
+        for block in self.blocks:
+            h_BTW = block(h_BTW)
+        z_BTZ = self.project_out(self.norm(h_BTW))
+        tokens_per_z = self.config.pooling // self.config.patch_size
+        return z_BTZ.unflatten(1, (-1, tokens_per_z)).mean(2).transpose(1, 2)
+
+
+class Upsampler(nn.Module):
+    """f: z (B, Z, N) → condition (B, dit width, tokens of the DiT).
+
+    z is repeated over the tokens that it stands for, refined by Transformer blocks, and projected by a layer that starts
+    at zero: at the start of step 1 a pretrained D is unchanged.
+    """
+
+    def __init__(self, config: LatentEncoderConfig, *, dit_width: int, dit_patch_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.dit_patch_size = dit_patch_size
+        self.project_in = nn.Linear(config.z_channels, config.width)
+        # where within its z a token lies: repetition alone would leave that to attention
+        self.place = nn.Parameter(torch.randn(config.pooling // config.patch_size, config.width) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.width, config.heads) for _ in range(config.upsampler_depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.project_out = nn.Linear(config.width, dit_width)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+
+    def forward(self, z_BZN: Tensor) -> Tensor:
+        """Spread z over N · pooling frames, one condition vector to a token of the DiT."""
+        h_BNW = self.project_in(z_BZN.transpose(1, 2))
+        h_BTW = (h_BNW[:, :, None] + self.place).flatten(1, 2)
+        for block in self.blocks:
+            h_BTW = block(h_BTW)
+        return self._to_dit_tokens(self.project_out(self.norm(h_BTW)).transpose(1, 2))
+
+    def _to_dit_tokens(self, condition_BWT: Tensor) -> Tensor:
+        """From tokens of `patch_size` frames to tokens of `dit_patch_size` frames."""
+        if self.dit_patch_size == self.config.patch_size:
+            return condition_BWT
+        frames = condition_BWT.repeat_interleave(self.config.patch_size, dim=-1)
+        return F.avg_pool1d(frames, self.dit_patch_size)
+
+
+def _patches(x_BCT: Tensor, patch_size: int) -> Tensor:
+    """(B, C, T) → (B, T / patch, patch · C)."""
+    return x_BCT.transpose(1, 2).unflatten(1, (-1, patch_size)).flatten(2)

@@ -1,0 +1,36 @@
+"""One level for all sounds: what the codec's models see is levelled, and the gain travels beside the codes."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+GAIN_STEP_DB = 0.5  # a gain fits in one signed byte of the bitstream
+LARGEST_GAIN_DB = 60.0
+SILENCE = 1e-4  # -80 dB re full scale
+
+
+def is_silent(audio_CS: Tensor) -> bool:
+    """Whether nothing is heard in (channels, samples): less than 80 dB below full scale, apart from a constant."""
+    return audio_CS.numel() == 0 or float((audio_CS - audio_CS.mean(-1, keepdim=True)).square().mean(-1).max()) < SILENCE**2
+
+
+def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99) -> tuple[Tensor, float]:
+    """Bring audio to a common level: the target's RMS, or as near to it as no sample over `peak` allows.
+
+    Args:
+        audio_CS: (channels, samples).
+        target_rms_db: re full scale 1, over all channels and samples.
+        peak: the largest absolute value allowed.
+
+    Returns:
+        The audio times 10^(gain/20), and the gain in dB: a multiple of 0.5 within ±60. Silence is left as it is, gain 0.
+    """
+    if is_silent(audio_CS):
+        return audio_CS, 0.0
+    rms_db = 10 * math.log10(float(audio_CS.double().square().mean()))
+    headroom = math.floor(20 * math.log10(peak / float(audio_CS.abs().max())) / GAIN_STEP_DB)
+    steps = min(round((target_rms_db - rms_db) / GAIN_STEP_DB), headroom)
+    gain_db = min(max(steps * GAIN_STEP_DB, -LARGEST_GAIN_DB), LARGEST_GAIN_DB)
+    return audio_CS * 10 ** (gain_db / 20), gain_db

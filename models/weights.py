@@ -1,0 +1,73 @@
+"""Weights as files: safetensors with the config as JSON in their header. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> None:
+    """Write tensors and their config (anything that JSON holds) to one file, which appears whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what was there before is untouched.
+    """
+    path = Path(path)
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, unfinished, metadata={"config": json.dumps(config, sort_keys=True)})
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a file by `save_weights`.
+
+    Raises:
+        ValueError: the file is truncated, foreign or without a config.
+        FileNotFoundError: there is none.
+    """
+    metadata, state = read_safetensors(path)
+    if "config" not in metadata:
+        raise ValueError(f"{path} has no config in its header: it was not written by this program")
+    try:
+        config = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the config in its header is no JSON ({error})") from error
+    return config, state
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file; `ValueError` with the file's name where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or export it again") from error
+
+
+def hash_state(config: Mapping[str, Any], state: State) -> str:
+    """SHA-256 in hex of a config and its tensors: names, types, shapes and bits, in whatever order they come."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

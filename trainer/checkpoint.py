@@ -1,0 +1,450 @@
+"""Checkpoints that any number of ranks saves and any other number loads.
+
+A checkpoint is a directory `step_{samples seen}` of safetensors, one file a rank, and a `manifest.json`. Every tensor
+is stored in float32 under its plain name as flat one-dimensional ranges: a rank writes the part of the flattened tensor
+that it owns and asks at a load for the part that it wants, whichever ranks wrote it. `torch.distributed.checkpoint`
+moves the ranges; nothing is pickled into a checkpoint and nothing is unpickled from one.
+
+A checkpoint is written under a temporary name and renamed when every rank has written and the manifest is there: what
+is called `step_…` was whole once, and the manifest's checksums tell whether it still is.
+
+"All ranks" marks the functions that all ranks must call together. Without a process group there is one rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"step_(\d{12,})")
+_TEMPORARY = "tmp_"
+_SHOWN_PROBLEMS = 5
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class FlatRange:
+    """Elements [start, stop) of a flattened tensor: what one rank owns of it, or wants of it."""
+
+    data: Tensor
+    """float32, one-dimensional and contiguous: the elements themselves, which a load fills in place."""
+    shape: tuple[int, ...]
+    """The whole tensor's own shape."""
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.data.dim() == 1, f"a range has one dimension, not {self.data.dim()}"
+        assert self.data.is_contiguous(), "a range must be contiguous, or a load could not fill it in place"
+        assert self.data.dtype == torch.float32, f"a checkpoint holds float32, not {self.data.dtype}"
+        assert 0 <= self.start <= self.stop <= self.numel, f"[{self.start}, {self.stop}) is not in {self.shape}"
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + len(self.data)
+
+    @property
+    def numel(self) -> int:
+        """Elements in the whole tensor."""
+        return math.prod(self.shape)
+
+
+def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
+    """All of every tensor: what one process saves, and what every rank of DDP loads."""
+    return equal_ranges(tensors, rank=0, world_size=1)
+
+
+def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
+    """What this rank writes of tensors that every rank holds, as in DDP.
+
+    The tensors laid end to end are cut into `world_size` equal parts. Each range is a view; some are empty.
+    """
+    total = sum(tensor.numel() for tensor in tensors.values())
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    ranges, position = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
+        start, stop = (min(max(cut - position, 0), tensor.numel()) for cut in (first, last))
+        ranges[name] = FlatRange(tensor.detach().view(-1)[start:stop], tuple(tensor.shape), start)
+        position += tensor.numel()
+    return ranges
+
+
+def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> Path:
+    """Writes `directory/step_{samples}`, in place of one of that name. All ranks.
+
+    Args:
+        directory: the run's checkpoints; made if it is not there.
+        samples: samples seen.
+        tensors: this rank's range of every tensor, empty where it owns none. The same names on every rank.
+        meta: what else to know of the run, as JSON has it (hashes, code version, …). Rank 0's is kept, with `samples`
+            and `world_size` added.
+
+    Returns:
+        The checkpoint's path, once it is whole.
+
+    Raises:
+        OSError: on every rank, if any rank could not write. Older checkpoints are then untouched.
+        ValueError: on every rank, if the ranks' ranges do not make up every tensor exactly once.
+    """
+    _check_cover(tensors)
+    snapshot = {name: _on_host(owned) for name, owned in tensors.items() if len(owned.data)}
+    final = directory / f"step_{samples:012d}"
+    temporary = directory / _on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}")
+    try:
+        _on_rank_0(lambda: _begin(temporary))
+        written = _together(lambda: _write(temporary, snapshot))
+        manifest = {
+            "format": FORMAT,
+            "meta": {**meta, "samples": samples, "world_size": _world_size()},
+            "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
+            "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
+        }
+        _on_rank_0(lambda: _commit(temporary, final, manifest))
+    except OSError as error:
+        if _rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"could not save {final}: {error}. Older checkpoints are untouched") from error
+    return final
+
+
+def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
+    """Fills this rank's ranges from a checkpoint and returns its `meta`. All ranks.
+
+    Looks at the files' sizes but not at their checksums, which `latest` and `verify` do.
+
+    Args:
+        path: a checkpoint's directory.
+        tensors: the range that this rank wants of every tensor, empty where it wants none.
+
+    Raises:
+        ValueError: on every rank, before anything is filled, if the checkpoint is not whole, or its tensors are not
+            exactly these, names and shapes. The message names them.
+        OSError: on every rank, if any rank could not read.
+    """
+    problems = _problems(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors)
+    everyones = list(dict.fromkeys(problem for rank_problems in _gather(problems) for problem in rank_problems))
+    if everyones:
+        raise ValueError(f"{path} cannot be loaded: {_shortened(everyones)}")
+    _together(lambda: _read(path, {name: wanted for name, wanted in tensors.items() if len(wanted.data)}))
+    return read_manifest(path)["meta"]
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint; empty if it is whole. Reads all of it."""
+    return _problems(path, checksums=True)
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest whole checkpoint; None if there is none. A damaged one is passed over, with a warning. All ranks."""
+
+    def newest_whole() -> Path | None:
+        for path in reversed(checkpoints(directory)):
+            problems = verify(path)
+            if not problems:
+                return path
+            log.warning("DAMAGED CHECKPOINT %s is passed over: %s", path, _shortened(problems))
+        return None
+
+    return _on_rank_0(newest_whole)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, damaged ones too, by samples seen."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=samples_of)
+
+
+def samples_of(path: Path) -> int:
+    """The samples seen that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step_"))
+
+
+def prune(directory: Path, *, last: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:
+    """Deletes checkpoints and returns those deleted. Rank 0 does it, after a save; on other ranks it does nothing.
+
+    Args:
+        directory: the run's checkpoints.
+        last: how many of the newest stay, at least 1.
+        every: the first checkpoint at or after each multiple of so many samples stays too.
+        best: the samples seen of others that stay.
+    """
+    if last < 1:
+        raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
+    if _rank() != 0:
+        return []
+    paths = checkpoints(directory)
+    kept = {*paths[-last:], *(path for path in paths if samples_of(path) in best)}
+    if every:
+        newest_first = {samples_of(path) // every: path for path in reversed(paths)}
+        kept |= {path for multiple, path in newest_first.items() if multiple > 0}
+    deleted = [path for path in paths if path not in kept]
+    for path in deleted:
+        _delete(path)
+    return deleted
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256).
+
+    Raises:
+        ValueError: if there is none, or it is damaged, or of another format.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError(f"{MANIFEST} is damaged: its checksum is wrong")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, and this version of the program reads {FORMAT}")
+    return manifest
+
+
+def _on_host(owned: FlatRange) -> FlatRange:
+    """A copy in host memory: the training may go on changing the original."""
+    return FlatRange(owned.data.to("cpu", copy=True), owned.shape, owned.start)
+
+
+def _begin(temporary: Path) -> None:
+    """Makes the temporary directory, after clearing what dead attempts left."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Takes flat ranges where the default one knows tensors only."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        self.plan = dcp.SavePlan([_write_item(name, owned) for name, owned in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].data
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Takes flat ranges where the default one knows tensors only."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata = state_dict, metadata
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        stored = cast("dict[str, TensorStorageMetadata]", cast(Metadata, self.metadata).state_dict_metadata)
+        reads = (
+            create_read_items_for_chunk_list(name, stored[name], [_chunk(wanted)])
+            for name, wanted in self.state_dict.items()
+        )
+        return dcp.LoadPlan([item for items in reads for item in items])
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].data
+
+
+def _chunk(part: FlatRange) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size([part.start]), sizes=part.data.size())
+
+
+def _write_item(name: str, owned: FlatRange) -> WriteItem:
+    chunk, properties = _chunk(owned), TensorProperties(dtype=owned.data.dtype)
+    tensor_data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size([owned.numel]))
+    return WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=tensor_data)
+
+
+def _write(temporary: Path, snapshot: dict[str, FlatRange]) -> dict[str, dict[str, Any]]:
+    """Writes this rank's ranges; returns its files, as the manifest has them. All ranks."""
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    with _without_group_warning():
+        dcp.save(snapshot, storage_writer=writer, planner=_SavePlanner())
+    mine = temporary.glob(f"shard-{_rank() + 1:05d}-*.safetensors")
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _file_digest(file)} for file in mine}
+
+
+def _read(path: Path, wanted: dict[str, FlatRange]) -> None:
+    """Fills this rank's ranges. All ranks."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    with _without_group_warning():
+        dcp.load(wanted, storage_reader=reader, planner=_LoadPlanner())
+
+
+@contextmanager
+def _without_group_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Makes the whole checkpoint appear under its name."""
+    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(temporary)
+    if final.exists():
+        _delete(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint by way of a temporary name: a kill half-way leaves nothing that looks like one."""
+    shutil.rmtree(path.rename(path.with_name(f"{_TEMPORARY}deleted_{path.name}_{secrets.token_hex(4)}")))
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_cover(tensors: Mapping[str, FlatRange]) -> None:
+    """Sees that the ranks' ranges make up every tensor. A range that several ranks hold counts once. All ranks."""
+    everyones = _gather({name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()})
+    for name in dict.fromkeys(name for spans in everyones for name in spans):
+        if not all(name in spans for spans in everyones):
+            raise ValueError(f"{name} is not on every rank: one that owns nothing of it must give an empty range")
+        if len({spans[name][0] for spans in everyones}) > 1:
+            raise ValueError(f"{name} has not the same shape on every rank")
+        numel, position = math.prod(everyones[0][name][0]), 0
+        cuts = sorted({spans[name][1:] for spans in everyones if spans[name][1] < spans[name][2]})
+        for start, stop in [*cuts, (numel, numel)]:
+            if start != position:
+                raise ValueError(f"the ranks' ranges of {name} have a gap or an overlap at {min(start, position)}")
+            position = stop
+
+
+def _problems(path: Path, *, checksums: bool) -> list[str]:
+    try:
+        files = read_manifest(path)["files"]
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    unknown = [f"{file.name} is not in the manifest" for file in path.glob("*.safetensors") if file.name not in files]
+    known = [_file_problem(path / name, expected, checksums=checksums) for name, expected in files.items()]
+    return unknown + [problem for problem in known if problem]
+
+
+def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{file.name} has {size} bytes, not {expected['bytes']}"
+        if checksums and _file_digest(file) != expected["sha256"]:
+            return f"{file.name} has a wrong checksum"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error}"
+    return None
+
+
+def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -> list[str]:
+    """How the tensors of a checkpoint differ from those wanted."""
+    missing = [f"it has no {name}" for name in wanted if name not in stored]
+    unexpected = [f"it has {name}, which is not wanted" for name in stored if name not in wanted]
+    misshaped = [
+        f"{name} has shape {tuple(stored[name])} in it, not {part.shape}"
+        for name, part in wanted.items()
+        if name in stored and tuple(stored[name]) != part.shape
+    ]
+    return missing + unexpected + misshaped
+
+
+def _shortened(problems: list[str]) -> str:
+    more = len(problems) - _SHOWN_PROBLEMS
+    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(value: Result) -> list[Result]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_rank_0(action: Callable[[], Result]) -> Result:
+    """What `action` gives on rank 0, on every rank. Raises as `_together` does."""
+    return cast(Result, _together(lambda: action() if _rank() == 0 else None)[0])
+
+
+def _together(action: Callable[[], Result]) -> list[Result]:
+    """Does `action` on every rank and gives everyone's results.
+
+    Raises:
+        OSError: on every rank, if it failed on any, whatever the cause: nobody may wait for a rank that gave up.
+    """
+    result, reasons = None, []
+    try:
+        result = action()
+    except CheckpointException as error:
+        reasons = [f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items()]
+    except Exception as error:
+        reasons = [f"rank {_rank()}: {error!r}"]
+    outcomes = _gather((result, reasons))
+    failures = list(dict.fromkeys(reason for _, rank_reasons in outcomes for reason in rank_reasons))
+    if failures:
+        raise OSError(_shortened(failures))
+    return [cast(Result, result) for result, _ in outcomes]

@@ -1,0 +1,435 @@
+"""The schema of a recipe: dataclasses that OmegaConf fills from YAML and `key=value` overrides.
+
+`load` merges and refuses unknown keys; `Config.problems` finds everything that is wrong at once and says for each
+what would mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from models.diffusion import make_diffusion
+from models.dit import DiTConfig
+from models.latent_encoder import LatentEncoderConfig
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs"
+TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "finetune")
+STAGES = ("synth", "prepare", *TRAINED_STAGES, "evaluate", "page")
+
+
+@dataclass
+class DataConfig:
+    """From sound files to latents."""
+
+    audio: str | None = None
+    """Folder of sound files (wav, flac, ogg, mp3). None: `synth` makes some under the run directory."""
+    synth_hours: float = 0.5
+    """Hours of sound that `synth` makes where `audio` is None."""
+    latents: str = "${run_dir}/latents"
+    """Folder of the shards: `train/` and `test/`; several runs may share it."""
+    clip_seconds: float = 5.0
+    """Length of a clip in seconds: 5 in the paper."""
+    holdout: float = 0.1
+    """Fraction of the files that no stage sees, by a hash of their names; `evaluate` scores these."""
+    workers: int = 2
+    """Processes that `synth` and `prepare` use; the outcome does not depend on it."""
+    shard_mb: float = 64.0
+    """Size in MiB at which a new shard begins."""
+
+
+@dataclass
+class AutoencoderConfig:
+    """The AudioAE: audio ↔ x0."""
+
+    kind: str = "spectral"
+    """`spectral` (no weights) or `woosh` (the public release's Vocos autoencoder, from `folder`)."""
+    folder: str | None = None
+    """Folder of a public release: its `config.yaml` and weights. Only for `woosh`."""
+
+
+@dataclass
+class PretrainedConfig:
+    """A pretrained decoder D in place of the `pretrain` stage."""
+
+    folder: str | None = None
+    """Folder of a public Woosh-Flow release, or an `export/` of a `pretrain` stage. None: D is pretrained here."""
+
+
+@dataclass
+class DiffusionConfig:
+    """Formulation and noise levels."""
+
+    name: str = "flow_matching"
+    """`flow_matching` (rectified flow, as Woosh) or `edm` (Karras et al. 2022, as the S-PRESSO paper)."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Fields of that formulation in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on D (arXiv 2106.09685)."""
+
+    rank: int = 32
+    """Rank r of the adapters."""
+    alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+
+
+@dataclass
+class QuantizerConfig:
+    """z → codes, M codebooks of K vectors each."""
+
+    kind: str = "residual"
+    """`residual`: codebooks fitted by faiss with beam search."""
+    books: int = 15
+    """M. The bit rate is z rate · M · log2 K."""
+    size: int = 256
+    """K, a power of two."""
+    rates: list[int] = field(default_factory=list)
+    """Numbers of codebooks at which the codec is finetuned and evaluated; empty: [books]. Any prefix of the codes decodes."""
+    vectors: int = 100_000
+    """Upper bound of the number of z vectors that the codebooks are fitted on."""
+    fit_beam: int = 8
+    """Beam width while fitting: wider is better and slower."""
+    beam: int = 32
+    """Beam width of the search for codes, in training and in use."""
+
+
+@dataclass
+class TrainConfig:
+    """How one stage is optimized."""
+
+    samples: int = 100_000
+    """Clips that the stage sees: its length, and the unit in which all else below is counted."""
+    global_batch: int = 32
+    """Clips to one step of the optimizer, over all ranks and accumulation steps."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 1_000
+    """Samples over which the learning rate rises from zero."""
+    decay: float = 0.3
+    """Last fraction of the samples over which it falls to zero (linearly); 0: constant."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices alone."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """AdamW's."""
+    clip_norm: float = 1.0
+    """Upper bound of the global gradient norm."""
+    ema_halflife: float = 2_000.0
+    """Half-life in samples of the moving average of the trained weights; the export holds the average."""
+    condition_dropout: float = 0.1
+    """Fraction of the clips whose z is dropped, so that classifier-free guidance and unconditional samples work."""
+    crop_frames: int = 495
+    """x0 frames to a training crop: a multiple of `latent_encoder.pooling`."""
+
+
+@dataclass
+class ParallelConfig:
+    """Where the work is done. None of it changes what is learned."""
+
+    processes: int = 1
+    """Ranks on this machine, with DDP when there are several. Started by torchrun or SLURM: theirs count."""
+    micro_batch: int | None = None
+    """Clips to one forward pass of one rank; None: global batch / ranks. The rest is gradient accumulation."""
+    precision: str = "fp32"
+    """`fp32` or `bf16` (autocast; the trained weights stay float32)."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
+    threads: int | None = None
+    """CPU threads to a rank; None: cores / ranks."""
+
+
+@dataclass
+class LogConfig:
+    """What is written down while training, in samples seen."""
+
+    every: int = 1_000
+    """Samples between two lines of the log."""
+    samples_every: int = 20_000
+    """Samples between two listening samples (audio and spectrograms in TensorBoard); 0: only at the end."""
+    clips: int = 3
+    """Held-out clips that are decoded for them, always the same."""
+    bins: int = 8
+    """Noise levels, equally populated, by which the loss is told apart."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints: whole or not there at all; a killed run goes on from the last."""
+
+    every: int = 20_000
+    """Samples between two checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep those at multiples of so many samples."""
+
+
+@dataclass
+class SamplingConfig:
+    """How D decodes."""
+
+    sampler: str = "dpmpp"
+    """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
+    steps: int = 16
+    """Steps of the sampler; `heun` calls D twice a step."""
+    guidance: float = 1.0
+    """Classifier-free guidance of z; 1: none."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Figures and page, on held-out clips."""
+
+    clips: int = 24
+    """Held-out clips to score, spread evenly over the set; 0: all."""
+    page_clips: int = 10
+    """How many of them the page plays."""
+    decodes: int = 5
+    """Decodes of the same codes on the page, to hear the variability; 5 on the paper's page."""
+    seconds: float | None = None
+    """Only the first so many seconds of each clip; None: whole clips."""
+
+
+@dataclass
+class Config:
+    """A recipe."""
+
+    name: str = "unnamed"
+    """Names the run directory and the page."""
+    run_dir: str = "runs/${name}"
+    """Holds all there is to know of a run, a folder a stage."""
+    seed: int = 0
+    """Of initial weights, data order, crops and noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    latent_encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    pretrain: TrainConfig = field(default_factory=TrainConfig)
+    autoencode: TrainConfig = field(default_factory=TrainConfig)
+    quantize: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0))
+    finetune: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def stage(self, name: str) -> TrainConfig:
+        """The TrainConfig of a trained stage."""
+        return getattr(self, name)
+
+    @property
+    def rates(self) -> list[int]:
+        """Numbers of codebooks to finetune and evaluate at, the most first."""
+        return sorted(set(self.quantizer.rates or [self.quantizer.books]), reverse=True)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that this recipe needs, in order."""
+        unneeded = set()
+        if self.data.audio is not None:
+            unneeded.add("synth")
+        if self.pretrained.folder is not None:
+            unneeded.add("pretrain")
+        return [stage for stage in STAGES if stage not in unneeded]
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong, a line each, with the mend."""
+        return [
+            *_choices(self),
+            *_ranges(self),
+            *self.latent_encoder.problems(),
+            *_crops(self),
+            *_codebooks(self),
+            *_formulation(self),
+            *_folders(self),
+        ]
+
+
+def load(recipe: str, overrides: list[str]) -> Config:
+    """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate.
+
+    Raises:
+        ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
+            the message holds every problem, a line each.
+    """
+    schema = OmegaConf.structured(Config)
+    try:
+        merged = OmegaConf.merge(schema, _read_recipe(find_recipe(recipe)), _parse(overrides))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, schema)) from None
+    assert isinstance(config, Config)
+    if problems := config.problems():
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def find_recipe(recipe: str) -> Path:
+    """Path of a recipe given by path or by name."""
+    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ValueError(f"no recipe {recipe!r}: give a YAML file, or one of {', '.join(known)}")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config; a run can be started from it alone."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), prefix + item.name
+        flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return flat
+
+
+def fingerprint(values: dict[str, Any]) -> str:
+    """Short hash of plain values, the same in every process."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_recipe(path: Path) -> DictConfig:
+    try:
+        recipe = OmegaConf.load(path)
+    except Exception as error:  # the YAML library's own errors share no useful base class
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, DictConfig):
+        raise ValueError(f"{path} holds no keys: a recipe is a mapping such as `name: demo`")
+    return recipe
+
+
+def _parse(overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is no override: write key=value, such as autoencode.lr=1e-4")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
+    key = error.full_key or ""
+    text = str(error.msg or error).splitlines()[0]
+    if "not in" not in text:
+        return f"{key}: {text}"
+    known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown key {key}: the nearest known one is {near[0]}"
+
+
+_CHOICES = {
+    "autoencoder.kind": ("spectral", "woosh"),
+    "quantizer.kind": ("residual",),
+    "parallel.precision": ("fp32", "bf16"),
+    "parallel.device": ("auto", "cpu", "cuda"),
+    "sampling.sampler": ("euler", "heun", "dpmpp"),
+}
+
+_POSITIVE = (
+    "data.clip_seconds data.workers data.shard_mb lora.rank quantizer.books parallel.processes log.every log.bins "
+    "checkpoint.every checkpoint.keep_last sampling.steps evaluate.decodes"
+).split()
+
+
+def _choices(config: Config) -> list[str]:
+    flat = flatten(config)
+    return [
+        f"{key}={flat[key]} is none of {', '.join(known)}" for key, known in _CHOICES.items() if flat[key] not in known
+    ]
+
+
+def _ranges(config: Config) -> list[str]:
+    flat = flatten(config)
+    found = [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
+    if not 0 < config.data.holdout < 1:
+        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
+    for name in TRAINED_STAGES:
+        stage = config.stage(name)
+        if stage.samples < 0 or stage.global_batch <= 0:
+            found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
+        if not 0 <= stage.condition_dropout < 1:
+            found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
+        found += _cut(config, name)
+    return found
+
+
+def _cut(config: Config, name: str) -> list[str]:
+    batch = config.stage(name).global_batch
+    ranks, micro = config.parallel.processes, config.parallel.micro_batch
+    if batch % ranks or (micro and batch % (ranks * micro)):
+        unit = ranks * (micro or 1)
+        return [
+            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of {micro or 'any size'}: "
+            f"take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
+        ]
+    return []
+
+
+def _crops(config: Config) -> list[str]:
+    found = []
+    for name in TRAINED_STAGES:
+        frames = config.stage(name).crop_frames
+        unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
+        key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
+        if frames % unit:
+            near = max(unit, frames // unit * unit)
+            found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
+    if config.latent_encoder.pooling % config.dit.patch_size:
+        found.append(
+            f"dit.patch_size={config.dit.patch_size} does not divide latent_encoder.pooling={config.latent_encoder.pooling}: "
+            f"take a divisor of it"
+        )
+    return found
+
+
+def _codebooks(config: Config) -> list[str]:
+    quantizer, found = config.quantizer, []
+    if quantizer.size < 2 or quantizer.size & (quantizer.size - 1):
+        near = 2 ** max(1, quantizer.size.bit_length() - 1)
+        found.append(f"quantizer.size={quantizer.size} is no power of two: take {near} or {2 * near}")
+    for rate in quantizer.rates:
+        if not 1 <= rate <= quantizer.books:
+            found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")
+    return found
+
+
+def _formulation(config: Config) -> list[str]:
+    try:
+        make_diffusion(config.diffusion.name, **config.diffusion.options)
+    except ValueError as error:
+        return [f"diffusion: {error}"]
+    return []
+
+
+def _folders(config: Config) -> list[str]:
+    found = []
+    if config.autoencoder.kind == "woosh" and config.autoencoder.folder is None:
+        found.append("autoencoder.kind=woosh needs autoencoder.folder: the released folder with config.yaml and weights")
+    if config.data.audio is None and config.data.synth_hours <= 0:
+        found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
+    if config.data.audio is not None and not Path(config.data.audio).is_dir():
+        found.append(f"data.audio={config.data.audio} is no folder")
+    for key, folder in (
+        ("autoencoder.folder", config.autoencoder.folder),
+        ("pretrained.folder", config.pretrained.folder),
+    ):
+        if folder is not None and not Path(folder).is_dir():
+            found.append(f"{key}={folder} is no folder")
+    return found

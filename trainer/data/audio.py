@@ -1,0 +1,159 @@
+"""Sound files in and out, and their level."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from trainer.data.files import replacing
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
+_FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
+_WRITE_BLOCK = 1 << 16  # libsndfile overruns its stack when it is given minutes of audio for Vorbis at once
+_SILENCE = 1e-4  # 80 dB below full scale
+_GAIN_STEP_DB, _LARGEST_GAIN_DB = 0.5, 60.0
+_LARGEST_PAGE = 65307  # bytes, of an Ogg stream
+_UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe give a length from here up
+
+
+def find_audio(folder: Path) -> list[Path]:
+    """All sound files below a folder, by suffix, sorted by their path in it; hidden files and folders are passed over.
+
+    Raises:
+        ValueError: there is no such folder, it can't be listed, or there is no sound in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that holds sound files")
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    if not found:
+        raise ValueError(f"{folder} holds no sound: give a folder with files of {', '.join(SUFFIXES)}")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
+
+
+def duration(path: Path) -> float:
+    """Seconds of sound in a file, as its header has it; 0 where that can't be read."""
+    try:
+        return soundfile.info(path).duration
+    except (soundfile.LibsndfileError, ZeroDivisionError):
+        return 0.0
+
+
+def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np.float32]:
+    """Read a sound file of any rate, depth and number of channels.
+
+    Returns:
+        float32 (channels, samples) at `sample_rate`. Where the file has another number of channels, each is the mean of
+        the file's.
+
+    Raises:
+        ValueError: the file can't be read, is cut off, has no samples, or values that are not finite.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, length = file.samplerate, file.frames
+            audio = file.read(dtype="float32", always_2d=True)
+            container, log = file.format, file.extra_info
+    except (soundfile.LibsndfileError, OSError) as error:
+        reason = "the file is empty" if path.is_file() and not path.stat().st_size else _reason(error)
+        raise ValueError(f"{path} can't be read as sound: {reason}") from error
+    if len(audio) < length or _chunk_is_cut(log) or (container == "OGG" and _last_page_is_missing(path)):
+        raise ValueError(f"{path} is cut off: its end is missing")
+    if not len(audio):
+        raise ValueError(f"{path} has no samples")
+    if not np.isfinite(audio).all():
+        raise ValueError(f"{path} has values that are not finite")
+    if audio.shape[1] != channels:
+        audio = np.repeat(audio.mean(axis=1, keepdims=True), channels, axis=1)
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate)
+    return np.ascontiguousarray(audio.T)
+
+
+def _reason(error: Exception) -> str:
+    return error.error_string.rstrip(".") if isinstance(error, soundfile.LibsndfileError) else str(error)
+
+
+def _chunk_is_cut(log: str) -> bool:
+    """Whether a WAV or AIFF promises more data than there is; libsndfile reads what there is and only logs it."""
+    promise = re.search(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    return promise is not None and int(promise[2]) < int(promise[1]) < _UNKNOWN_LENGTH
+
+
+def _last_page_is_missing(path: Path) -> bool:
+    """Whether an Ogg file's last page is incomplete or not flagged as the last (RFC 3533, section 6)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 * _LARGEST_PAGE))
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return True
+    return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> None:
+    """Write (channels, samples) as the suffix says: .wav or .flac of 24 bits, or .ogg (Vorbis). The file appears whole.
+
+    Values are clipped to [-1, 1].
+
+    Raises:
+        ValueError: another suffix, or values that are not finite.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
+
+
+def encode_audio(audio: NDArray[np.float32], sample_rate: int, *, suffix: str) -> bytes:
+    """The bytes of the file that `write_audio` would write."""
+    if not np.isfinite(audio).all():
+        raise ValueError("audio with values that are not finite can't be written")
+    container, subtype = _FORMATS[suffix]
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", sample_rate, len(audio), subtype, format=container) as file:
+        for start in range(0, audio.shape[1], _WRITE_BLOCK):
+            file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
+    return content.getvalue()
+
+
+def is_silent(audio: NDArray[np.float32]) -> bool:
+    """Whether nothing is heard in (channels, samples): less than 80 dB below full scale, apart from a constant."""
+    return float(audio.std(axis=1, dtype=np.float64).max(initial=0)) < _SILENCE
+
+
+def level(
+    audio: NDArray[np.float32], *, target_rms_db: float = -23.0, peak: float = 0.99
+) -> tuple[NDArray[np.float32], float]:
+    """Bring audio to a common level: the target's RMS, or as near to it as no sample over `peak` allows.
+
+    Args:
+        audio: (channels, samples).
+        target_rms_db: re full scale 1, over all channels and samples.
+        peak: the largest absolute value allowed.
+
+    Returns:
+        The audio times 10^(gain/20), and the gain in dB: a multiple of 0.5 within ±60, so that it can be stored exactly
+        in a signed byte. Silence is left as it is, gain 0.
+    """
+    if is_silent(audio):
+        return audio, 0.0
+    rms_db = 10 * np.log10(np.square(audio, dtype=np.float64).mean())
+    highest = np.floor(20 * np.log10(peak / np.abs(audio).max()) / _GAIN_STEP_DB)
+    steps = min(np.round((target_rms_db - rms_db) / _GAIN_STEP_DB), highest)
+    gain_db = float(np.clip(steps * _GAIN_STEP_DB, -_LARGEST_GAIN_DB, _LARGEST_GAIN_DB))
+    return audio * np.float32(10 ** (gain_db / 20)), gain_db

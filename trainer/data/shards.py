@@ -1,0 +1,326 @@
+"""Shards: plain tar files of samples, with an index beside them.
+
+A sample is `KEY.x0.npy` (float16, (C, T)), `KEY.json` (its metadata) and, in a held-out set, `KEY.flac` (its audio).
+Tars are USTAR with fixed times and owners, so equal samples make equal bytes; `tar` and WebDataset read them.
+
+A set is a folder of shards with two more files. `index.npy` is a structured array, one row a sample, mapped and not
+read: where its parts lie in which shard. `set.json` holds what is true of the whole set. Both are made from the tars
+alone (`scan_shard`, `write_index`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from trainer.data.files import replacing, write_whole
+
+# Bytes from the start of the shard. x0 is the array's values alone, past the .npy header.
+INDEX_ROW = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("frames", "<u4"),
+        ("x0_offset", "<u8"),
+        ("x0_length", "<u4"),
+        ("x0_crc32", "<u4"),
+        ("json_offset", "<u8"),
+        ("json_length", "<u4"),
+    ]
+)
+INDEX_ROW_WITH_AUDIO = np.dtype(
+    [*INDEX_ROW.descr, ("flac_offset", "<u8"), ("flac_length", "<u4"), ("flac_crc32", "<u4")]
+)
+_X0, _JSON, _FLAC = "x0.npy", "json", "flac"
+_BLOCK = tarfile.BLOCKSIZE
+_VERSION = 1
+_MAKE_AGAIN = "remove the set and run `spresso prepare` again"
+
+
+class DamagedSample(ValueError):
+    """What lies in a shard is not what the index says."""
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """What is true of every sample of a set."""
+
+    ae_identity: str
+    """`AudioAE.identity()` of the autoencoder that made the latents."""
+    sample_rate: int
+    """Hz."""
+    hop: int
+    """Audio samples a frame of latents."""
+    latent_channels: int
+    clip_seconds: float
+    ae_options: dict[str, Any] = field(default_factory=dict)
+    """The config that makes that autoencoder again."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What the set was made from and how, so that making it again can tell whether it is there."""
+
+
+class ShardWriter:
+    """Writes samples one after another into the tars `PREFIX00000.tar`, `PREFIX00001.tar`, … of a folder.
+
+    A tar is complete, and appears, before it would grow over `max_bytes` and at the end of the `with` block; an
+    exception in the block leaves nothing of the one under way.
+    """
+
+    def __init__(self, folder: Path, *, prefix: str = "", max_bytes: int = 64 << 20):
+        self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
+        self.names: list[str] = []
+        """The shards begun so far."""
+        self._tar: tarfile.TarFile | None = None
+        self._under_way = ExitStack()
+
+    def write(self, key: str, x0_CT: NDArray[np.float16], metadata: Mapping[str, Any], *, flac: bytes = b"") -> None:
+        """Add a sample.
+
+        Raises:
+            ValueError: the key is not 1 to 80 ASCII letters, digits, - and _; or x0 is not a float16 matrix.
+        """
+        if not (key.isascii() and key.replace("-", "a").replace("_", "a").isalnum() and len(key) <= 80):
+            raise ValueError(f"the sample key {key!r} is not 1 to 80 ASCII letters, digits, - and _")
+        if x0_CT.dtype != np.float16 or x0_CT.ndim != 2:
+            raise ValueError(f"{key}: x0 is stored as float16 (C, T), not {x0_CT.dtype} {x0_CT.shape}")
+        npy = io.BytesIO()
+        np.save(npy, np.ascontiguousarray(x0_CT), allow_pickle=False)
+        text = json.dumps(metadata, ensure_ascii=False).encode()
+        members = {_X0: npy.getvalue(), _JSON: text} | ({_FLAC: flac} if flac else {})
+        tar = self._tar_with_room_for(sum(_BLOCK - (-len(content) // _BLOCK) * _BLOCK for content in members.values()))
+        for kind, content in members.items():
+            member = tarfile.TarInfo(f"{key}.{kind}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+    def _tar_with_room_for(self, size: int) -> tarfile.TarFile:
+        if self._tar is None or self._tar.offset + size + tarfile.RECORDSIZE > self.max_bytes:
+            self._under_way.close()
+            self.names.append(f"{self.prefix}{len(self.names):05d}.tar")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self._under_way.enter_context(replacing(self.folder / self.names[-1]))
+            tar = tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (the stack closes it)
+            self._tar = self._under_way.enter_context(tar)
+        return self._tar
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._under_way.__exit__(kind, error, traceback)
+        self._tar = None
+
+
+def scan_shard(path: Path) -> NDArray[np.void]:
+    """Find every sample of a tar: its index rows, with shard 0, in the order of the samples' first members.
+
+    As WebDataset has it, a member's name is a key and, from the first dot on, what the member is.
+
+    Raises:
+        ValueError: the tar is broken, a sample is incomplete, or its x0 is not a float16 matrix in C order.
+    """
+    samples = _find_members(path)
+    kinds = [_X0, _JSON, *([_FLAC] if any(_FLAC in members for members in samples.values()) else [])]
+    rows = np.zeros(len(samples), INDEX_ROW_WITH_AUDIO if _FLAC in kinds else INDEX_ROW)
+    with path.open("rb") as file:
+        for row, (key, members) in zip(rows, samples.items(), strict=True):
+            if missing := [kind for kind in kinds if kind not in members]:
+                raise ValueError(f"{path} has no {key}.{missing[0]}")
+            name = f"{path}: {key}.{_X0}"
+            row["frames"], row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
+            row["x0_crc32"] = zlib.crc32(_read(file, row["x0_offset"], row["x0_length"]))
+            row["json_offset"], row["json_length"] = members[_JSON]
+            if _FLAC in kinds:
+                row["flac_offset"], row["flac_length"] = members[_FLAC]
+                row["flac_crc32"] = zlib.crc32(_read(file, *members[_FLAC]))
+    return rows
+
+
+def _find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key → kind → (offset, length) of a tar's files."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                members = samples.setdefault(f"{folder}{slash}{stem}", {})
+                if kind.lower() in members:
+                    raise ValueError(f"{path} holds {member.name} twice")
+                members[kind.lower()] = member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole tar file: {error}") from error
+    return samples
+
+
+def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[int, int, int]:
+    """Frames, offset and length of the values of a .npy that lies at `offset`."""
+    header = io.BytesIO(_read(file, offset, min(length, 512)))
+    try:
+        if np.lib.format.read_magic(header) != (1, 0):
+            raise ValueError("not version 1.0 of the format")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a .npy array: {error}") from error
+    values = length - header.tell()
+    if dtype != np.float16 or fortran_order or len(shape) != 2 or values != 2 * shape[0] * shape[1]:
+        raise ValueError(f"{name} is not a whole float16 matrix in C order: {dtype} {shape}, {values} bytes")
+    return shape[1], offset + header.tell(), values
+
+
+def _read(file: BinaryIO, offset: int, length: int) -> bytes:
+    return os.pread(file.fileno(), int(length), int(offset))
+
+
+def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.void]]) -> None:
+    """Make a folder of shards a set: write its `index.npy`, then its `set.json`.
+
+    Args:
+        folder: holds the shards.
+        info: what is true of every sample.
+        shards: shard name → its rows by `scan_shard`, in the set's order.
+
+    Raises:
+        ValueError: there is no sample, or only some of them have audio.
+    """
+    if not any(len(rows) for rows in shards.values()):
+        raise ValueError(f"there is no sample to index in {folder}")
+    if len({rows.dtype for rows in shards.values()}) > 1:
+        raise ValueError(f"some shards of {folder} have audio and some have none: it is all or none in a set")
+    index = np.concatenate(list(shards.values()))
+    index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
+    fingerprint = blake2b(info.ae_identity.encode(), digest_size=16)
+    for column in ("frames", "x0_crc32"):
+        fingerprint.update(index[column].tobytes())
+    description = {
+        "version": _VERSION,
+        **asdict(info),
+        "fingerprint": fingerprint.hexdigest(),
+        "samples": len(index),
+        "total_frames": int(index["frames"].sum(dtype=np.int64)),
+        "shortest_frames": int(index["frames"].min()),
+        "shards": [
+            {"name": name, "bytes": (folder / name).stat().st_size, "samples": len(rows)}
+            for name, rows in shards.items()
+        ],
+    }
+    with replacing(folder / "index.npy") as partial, partial.open("wb") as file:
+        np.save(file, index, allow_pickle=False)
+    write_whole(folder / "set.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+class ShardSet:
+    """A set to read from: samples by their place in the index, checked as they are read.
+
+    Attributes: `folder`; `info` (`SetInfo`); `fingerprint`, a hash of all latents in their order; `index`, the rows;
+    `total_frames`; `shortest_frames`, of the shortest clip; `has_audio`.
+
+    Raises:
+        ValueError: the folder is not a set, or its files are not those that its index was made from.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+            self.index = np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error.filename} is missing: make the set with `spresso prepare`") from error
+        except ValueError as error:
+            raise ValueError(f"the index of {folder} is damaged ({error}): {_MAKE_AGAIN}") from error
+        if description.pop("version", None) != _VERSION:
+            raise ValueError(f"{folder}/set.json is of another version of this program: {_MAKE_AGAIN}")
+        self._shards = [(folder / shard["name"], shard["bytes"]) for shard in description.pop("shards")]
+        self.fingerprint: str = description.pop("fingerprint")
+        samples: int = description.pop("samples")
+        self.total_frames: int = description.pop("total_frames")
+        self.shortest_frames: int = description.pop("shortest_frames")
+        self.info = SetInfo(**description)
+        if self.index.dtype not in (INDEX_ROW, INDEX_ROW_WITH_AUDIO) or self.index.shape != (samples,):
+            raise ValueError(f"{folder}/index.npy is not the one that set.json was written with: {_MAKE_AGAIN}")
+        self.has_audio = self.index.dtype == INDEX_ROW_WITH_AUDIO
+        for path, size in self._shards:
+            if not path.exists():
+                raise ValueError(f"{path} is missing: {_MAKE_AGAIN}")
+            if (found := path.stat().st_size) != size:
+                raise ValueError(f"{path} has {found} bytes, its index says {size}: {_MAKE_AGAIN}")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def latents(self, ids: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.float16]]:
+        """x0 of each sample, float16 (C, T), read-only.
+
+        Raises:
+            DamagedSample: a checksum is wrong, or the shard ends too early.
+        """
+        rows = self.index[np.asarray(ids, np.int64)]
+        channels = self.info.latent_channels
+        latents: list[NDArray[np.float16]] = [None] * len(rows)  # type: ignore[list-item]
+        for shard, places in _by_shard(rows):
+            path, _ = self._shards[shard]
+            with path.open("rb", buffering=0) as file:
+                for place in places:
+                    row = rows[place]
+                    content = _read_checked(path, file, row["x0_offset"], row["x0_length"], row["x0_crc32"])
+                    latents[place] = np.frombuffer(content, "<f2").reshape(channels, row["frames"])
+        return latents
+
+    def metadata(self, id_: int) -> dict[str, Any]:
+        """What `KEY.json` of a sample says."""
+        row = self.index[id_]
+        path, _ = self._shards[row["shard"]]
+        with path.open("rb", buffering=0) as file:
+            content = _read(file, row["json_offset"], row["json_length"])
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise _damaged(path, row["json_offset"], f"no JSON: {error}") from error
+
+    def audio(self, id_: int) -> NDArray[np.float32]:
+        """The clip itself, (channels, samples), in sets that hold it."""
+        if not self.has_audio:
+            raise ValueError(f"{self.folder} holds latents without their audio: take the held-out set")
+        row = self.index[id_]
+        path, _ = self._shards[row["shard"]]
+        with path.open("rb", buffering=0) as file:
+            content = _read_checked(path, file, row["flac_offset"], row["flac_length"], row["flac_crc32"])
+        audio, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        return np.ascontiguousarray(audio.T)
+
+
+def _by_shard(rows: NDArray[np.void]) -> list[tuple[int, NDArray[np.int64]]]:
+    """The places of rows, shard by shard, by offset in each: the disk is read in one direction."""
+    places = np.lexsort((rows["x0_offset"], rows["shard"]))
+    shards, starts = np.unique(rows["shard"][places], return_index=True)
+    return list(zip(shards.tolist(), np.split(places, starts[1:]), strict=True))
+
+
+def _read_checked(path: Path, file: BinaryIO, offset: int, length: int, crc32: int) -> bytes:
+    content = _read(file, offset, length)
+    if len(content) != length:
+        raise _damaged(path, offset, f"{len(content)} bytes where the index says {length}")
+    if zlib.crc32(content) != crc32:
+        raise _damaged(path, offset, "the checksum is wrong")
+    return content
+
+
+def _damaged(path: Path, offset: int, reason: str) -> DamagedSample:
+    return DamagedSample(f"{path} is damaged at byte {offset}: {reason}; {_MAKE_AGAIN}")

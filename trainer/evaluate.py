@@ -1,0 +1,296 @@
+"""Figures of a trained codec on held-out clips, between a ceiling and two floors.
+
+The ceiling is the AudioAE alone; the floors are a decode from another clip's z, which tells "follows the source" from
+"plausible", and an unconditional sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import bitstream
+from models.codec import Sampling, SPresso
+from trainer.config import Config, fingerprint, flatten
+from trainer.data.audio import write_audio
+from trainer.data.shards import ShardSet
+from trainer.figures import FIGURES, clip_figures, mel_statistics, set_figures
+from trainer.progress import Progress
+from trainer.run import read_json, stage_folder, write_atomically
+
+CLIPS_AT_ONCE = 8
+TIMED_CLIPS = 3
+_OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
+
+
+@dataclasses.dataclass
+class System:
+    """A column of the table and the page."""
+
+    key: str
+    title: str
+    role: str
+    """`original`, `ceiling`, `system` or `floor`."""
+    detail: str = ""
+    note: str = ""
+    payload_kbps: float | None = None
+    file_kbps: float | None = None
+    page: bool = True
+    """Whether the page plays it, or only the table has it."""
+
+
+@dataclasses.dataclass
+class Clips:
+    """Held-out clips, levelled: audio (B, 1, samples), and what their JSON says."""
+
+    audio_B1S: Tensor
+    metadata: list[dict[str, Any]]
+    keys: list[str]
+
+    def seeds(self, take: int = 0) -> list[int]:
+        """A seed a clip, another one for each take."""
+        return [index + take * _OTHER_SEED for index in range(len(self.keys))]
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Score the run's codec; writes `evaluate/evaluation.json` and the audio that the page plays; returns the report.
+
+    Raises:
+        ValueError: a stage has not ended yet.
+    """
+    folder = stage_folder(config, "evaluate")
+    identity = evaluation_identity(config)
+    report = read_json(folder / "evaluation.json")
+    if report.get("identity") == identity:
+        return report
+    device = "cuda" if torch.cuda.is_available() and config.parallel.device != "cpu" else "cpu"
+    with torch.inference_mode():
+        report = _Evaluation(config, folder, torch.device(device)).run()
+    write_atomically(folder / "evaluation.json", json.dumps(report | {"identity": identity}, indent=1))
+    return report
+
+
+def evaluation_identity(config: Config) -> str:
+    """Changes with all that the figures depend on: the model, how it decodes, and which clips."""
+    model = read_json(stage_folder(config, "finetune") / "status.json").get("export")
+    if model is None:
+        raise ValueError("evaluate builds on the stage finetune, which has not ended yet: run that first")
+    chosen = {key: value for key, value in flatten(config).items() if key.startswith(("evaluate.", "sampling.", "data."))}
+    return fingerprint(chosen | {"model": model})
+
+
+class _Evaluation:
+    """One pass over the systems; each decodes all clips, is scored, and leaves the page's audio."""
+
+    def __init__(self, config: Config, folder: Path, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.sampling = Sampling(**dataclasses.asdict(config.sampling))
+        self.clips = load_clips(config, device)
+        self.statistics = self._statistics(self.clips.audio_B1S)
+        self.systems: list[System] = []
+        self.results: dict[str, dict[str, dict[str, float | None]]] = {}
+        self.audio: dict[str, dict[str, list[str]]] = {key: {} for key in self.clips.keys}
+
+    def run(self) -> dict[str, Any]:
+        """All systems, then the speed."""
+        units = 5 + 2 * len(self.config.rates) + 1
+        with Progress("evaluate", total=units, unit="systems") as progress:
+            for done, system in enumerate(self._passes(), start=1):
+                progress.to(done, last=system)
+            speed = self._speed()
+            progress.to(units)
+        return self._report(speed)
+
+    def _passes(self) -> Iterator[str]:
+        yield self._add(System("original", "Original", "original"), [self.clips.audio_B1S])
+        autoencoded = self._codec("autoencode")
+        yield self._add(
+            System("autoencoder", "AudioAE alone", "ceiling", note="No codec is better than the autoencoder it stands on."),
+            [self._in_batches(lambda audio, _: autoencoded.autoencoder.decode(autoencoded.autoencoder.encode(audio)))],
+        )
+        z = self._in_batches(lambda audio, _: autoencoded.audio_to_z(audio))
+        width = autoencoded.config.latent_encoder.z_channels
+        detail = f"{autoencoded.z_rate:.1f} Hz × {width}, {autoencoded.compression:.0f}×"
+        yield self._add(System("z", "Continuous z", "system", detail), self._takes(autoencoded, z))
+        for stage in ("finetune", "quantize"):
+            for books in self.config.rates:
+                yield self._add(*self._quantized(self._codec(stage), stage, books))
+        others = z.roll(1, 0)
+        note = "Decoded from the z of the next clip: what is gained by following the source."
+        yield self._add(System("z_other", "Another clip's z", "floor", note=note), [self._decode(autoencoded, others)])
+        note = "Decoded from no z at all: what the decoder makes up by itself."
+        nothing = self._decode(autoencoded, None, z_frames=z.shape[-1])
+        yield self._add(System("unconditional", "Unconditional", "floor", note=note), [nothing])
+
+    def _quantized(self, codec: SPresso, stage: str, books: int) -> tuple[System, list[Tensor]]:
+        """z_q at one rate, through real files, by the decoder after or before finetuning."""
+        codes, sizes = [], []
+        for index, audio_1S in enumerate(self.clips.audio_B1S):
+            stream = codec.encode(audio_1S, books=books)
+            content = bitstream.write(stream)
+            path = self.folder / "streams" / f"{self.clips.keys[index]}.{books}.spr"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            sizes.append(len(content))
+            codes.append(torch.from_numpy(bitstream.read(content, frames_of=codec.z_frames).codes)[0])
+        assert codec.quantizer is not None
+        z_q = codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2)
+        seconds = self.clips.audio_B1S.shape[-1] / codec.autoencoder.sample_rate
+        finetuned = stage == "finetune"
+        system = System(
+            key=f"zq{books}" + ("" if finetuned else "_before"),
+            title=f"{codec.kbps(books):.2f} kbps" + ("" if finetuned else ", before finetuning"),
+            role="system",
+            detail=f"{books} × {codec.quantizer.bits(1)} bits at {codec.z_rate:.1f} Hz",
+            payload_kbps=codec.kbps(books),
+            file_kbps=sum(sizes) * 8 / (len(sizes) * seconds) / 1000,
+            page=finetuned,
+        )
+        return system, self._takes(codec, z_q) if finetuned else [self._decode(codec, z_q)]
+
+    def _takes(self, codec: SPresso, z_BZN: Tensor) -> list[Tensor]:
+        """A decode of all clips, then further ones of the page's clips alone."""
+        further = range(1, self.config.evaluate.decodes)
+        chosen = z_BZN[: self.config.evaluate.page_clips]
+        return [self._decode(codec, z_BZN), *(self._decode(codec, chosen, take=take) for take in further)]
+
+    def _decode(self, codec: SPresso, z_BZN: Tensor | None, *, take: int = 0, z_frames: int = 0) -> Tensor:
+        z_frames = z_frames if z_BZN is None else z_BZN.shape[-1]
+
+        def decode(audio: Tensor, rows: slice) -> Tensor:
+            noise = codec.noise(self.clips.seeds(take)[rows], z_frames)
+            z_part = None if z_BZN is None else z_BZN[rows]
+            return codec.z_to_audio(z_part, noise, sampling=self.sampling)[..., : audio.shape[-1]]
+
+        return self._in_batches(decode, clips=len(self.clips.keys) if z_BZN is None else len(z_BZN))
+
+    def _in_batches(self, compute: Callable[[Tensor, slice], Tensor], clips: int | None = None) -> Tensor:
+        clips = clips or len(self.clips.keys)
+        rows = [slice(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
+        return torch.cat([compute(self.clips.audio_B1S[part], part) for part in rows])
+
+    def _add(self, system: System, takes: list[Tensor]) -> str:
+        """Score a system by its first take, and keep the page's audio of all takes."""
+        length = self.clips.audio_B1S.shape[-1]
+        self.systems.append(system)
+        if system.role != "original":
+            self.results[system.key] = self._score(takes[0][..., :length])
+        if system.page:
+            for index, key in enumerate(self.clips.keys[: self.config.evaluate.page_clips]):
+                names = [self._write(system, key, take, audio[index, 0, :length]) for take, audio in enumerate(takes)]
+                self.audio[key][system.key] = names
+        return system.title
+
+    def _write(self, system: System, key: str, take: int, audio_S: Tensor) -> str:
+        name = f"audio/{key}.{system.key}.{take}.flac"
+        write_audio(self.folder / name, audio_S[None].cpu().numpy(), self.config_rate)
+        return name
+
+    @property
+    def config_rate(self) -> int:
+        """Sample rate of all audio here, Hz."""
+        return self.clips.metadata[0]["sample_rate"]
+
+    def _score(self, audio_B1S: Tensor) -> dict[str, dict[str, float | None]]:
+        rows = [
+            clip_figures(original[0], decoded[0], self.config_rate)
+            for original, decoded in zip(self.clips.audio_B1S, audio_B1S, strict=True)
+        ]
+        scores: dict[str, dict[str, float | None]] = {}
+        for key in rows[0]:
+            values = torch.stack([row[key].float() for row in rows])
+            scores[key] = {"mean": float(values.mean()), "std": float(values.std())}
+        for key, value in set_figures(self.statistics, self._statistics(audio_B1S)).items():
+            scores[key] = {"mean": value, "std": None}
+        return scores
+
+    def _statistics(self, audio_B1S: Tensor) -> Tensor:
+        return torch.cat([mel_statistics(audio_1S[0], self.config_rate) for audio_1S in audio_B1S])
+
+    def _codec(self, stage: str) -> SPresso:
+        return SPresso.from_pretrained(stage_folder(self.config, stage) / "export", device=self.device)
+
+    def _speed(self) -> dict[str, Any]:
+        """Real-time factors of the codec as it is used: a clip at a time, from audio to a stream and back."""
+        codec = self._codec("finetune")
+        clips = self.clips.audio_B1S[:TIMED_CLIPS]
+        encoding, streams = _timed(lambda: [codec.encode(audio_1S) for audio_1S in clips], self.device)
+        decoding, _ = _timed(lambda: [codec.decode(stream, sampling=self.sampling) for stream in streams], self.device)
+        seconds = clips.shape[0] * clips.shape[-1] / self.config_rate
+        where = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        return {
+            "encode_realtime_factor": round(seconds / encoding, 2),
+            "decode_realtime_factor": round(seconds / decoding, 2),
+            "steps": self.sampling.steps,
+            "device": where,
+        }
+
+    def _report(self, speed: dict[str, Any]) -> dict[str, Any]:
+        page_clips = self.clips.keys[: self.config.evaluate.page_clips]
+        seconds = self.clips.audio_B1S.shape[-1] / self.config_rate
+        return {
+            "recipe": self.config.name,
+            "model_hash": self._codec("finetune").model_hash,
+            "created": datetime.now(UTC).date().isoformat(),
+            "sample_rate": self.config_rate,
+            "subtitle": f"{len(self.clips.keys)} held-out clips of {seconds:.1f} s, which no stage saw",
+            "systems": [dataclasses.asdict(system) for system in self.systems],
+            "figures": [dataclasses.asdict(figure) for figure in FIGURES.values()],
+            "results": self.results,
+            "clips": [
+                {"key": key, "caption": metadata.get("caption", ""), "seconds": seconds, "audio": self.audio[key]}
+                for key, metadata in zip(page_clips, self.clips.metadata, strict=False)
+            ],
+            "speed": speed,
+        }
+
+
+def load_clips(config: Config, device: torch.device) -> Clips:
+    """Held-out clips, spread evenly over the set."""
+    shards = ShardSet(Path(config.data.latents) / "test")
+    count = min(config.evaluate.clips or len(shards), len(shards))
+    if count < 2:
+        raise ValueError(f"{shards.folder} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds")
+    ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
+    metadata = [shards.metadata(id_) for id_ in ids]
+    length = round((config.evaluate.seconds or config.data.clip_seconds) * metadata[0]["sample_rate"])
+    audio = torch.stack([torch.from_numpy(shards.audio(id_))[:, :length] for id_ in ids])
+    return Clips(audio.to(device), metadata, [f"clip_{id_:05d}" for id_ in ids])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's figures as lines of text, a system a line."""
+    keys = [figure["key"] for figure in report["figures"]]
+    units = {figure["key"]: figure["unit"] for figure in report["figures"]}
+    head = ["system", "kbps", *(f"{key} {units[key]}".strip() for key in keys)]
+    rows = [head]
+    for system in report["systems"]:
+        scores = report["results"].get(system["key"])
+        if scores is not None:
+            rate = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
+            rows.append([system["title"], rate, *(f"{scores[key]['mean']:.2f}" for key in keys)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    speed = report["speed"]
+    lines.append(
+        f"encode {speed['encode_realtime_factor']}× and decode {speed['decode_realtime_factor']}× as fast as it sounds "
+        f"({speed['steps']} steps, {speed['device']})"
+    )
+    return "\n".join(lines)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    work()  # once to warm up
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

@@ -1,0 +1,313 @@
+"""The listening page: one static folder in which to hear, see and compare what a codec does.
+
+It opens from disk by a double click: nothing in it needs a server or a network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import soundfile
+import torch
+
+from trainer import page_template as template
+from trainer.page_template import Html, Take, element, section
+from trainer.spectrogram import log_mel_image, save_png
+
+_ASSETS = Path(__file__).with_name("page_assets")
+_IMAGE_SIZE = {"width": 440, "height": 112}  # twice what the page shows, for sharp displays
+_REQUIRED = ("recipe", "sample_rate", "systems", "figures", "results", "clips")
+_PAPER = "https://arxiv.org/abs/2602.15082"
+_CHART_WIDTH, _CHART_HEIGHT = 360, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # of the plot within the chart
+_MOST_POINTS = 300
+_LOG_FROM_RATIO = 8.0  # losses further apart than this stand on a logarithmic axis
+
+
+def write_page(
+    report: Mapping[str, Any],
+    folder: Path,
+    *,
+    audio_root: Path,
+    curves: Mapping[str, Path],
+    config_text: str,
+) -> Path:
+    """Write index.html, audio/ and images/ into `folder` and return the path of index.html.
+
+    `report` is what an evaluation writes, its audio paths relative to `audio_root`; the files are copied. `curves`
+    names each stage's metrics.jsonl. Raises ValueError where the report is incomplete or audio missing or unreadable.
+    """
+    _require_complete(report)
+    takes = _gather_takes(report, folder, audio_root)
+    body = [
+        template.header(report),
+        _figures_section(report),
+        _listening_section(report, takes),
+        _training_section(curves),
+        _config_section(config_text),
+        _footer(),
+    ]
+    style = (_ASSETS / "page.css").read_text(encoding="utf-8") + template.clip_grid_style(report)
+    script = (_ASSETS / "page.js").read_text(encoding="utf-8")
+    index = folder / "index.html"
+    text = template.document(f"{report['recipe']} · S-PRESSO", body, style=style, script=script)
+    index.write_text(text, encoding="utf-8")
+    return index
+
+
+# ---- sections
+
+
+def _figures_section(report: Mapping[str, Any]) -> Html:
+    lead = "Mean ± standard deviation over the clips. The best system is marked; ceilings and floors do not compete."
+    return section("Figures", lead, template.figure_table(report))
+
+
+def _listening_section(report: Mapping[str, Any], takes: Mapping[tuple[str, str], Sequence[Take]]) -> Html:
+    lead = (
+        "A row is a clip, a column what became of it. Press a spectrogram to hear it from there. The numbers are "
+        "decodes of the very same bits with other seeds: what they share is what the bits say, the rest is invented."
+    )
+    return section("Listen", lead, template.clip_grid(report, takes), class_="wide")
+
+
+def _training_section(curves: Mapping[str, Path]) -> Html | None:
+    charts = [chart for stage, path in curves.items() if (chart := loss_chart(stage, read_curve(path)))]
+    if not charts:
+        return None
+    lead = "Loss against samples seen, one chart a stage; the faint lines are the loss at each level of noise."
+    return section("Training", lead, element("div", *charts, class_="charts measure"))
+
+
+def _config_section(config_text: str) -> Html:
+    config = element("pre", config_text, tabindex="0")
+    return element("section", element("details", element("summary", "Config"), config, class_="measure"))
+
+
+def _footer() -> Html:
+    paper = element("a", "arXiv 2602.15082", href=_PAPER)
+    return element("footer", "A codec after S-PRESSO, ", paper, ".", class_="measure")
+
+
+# ---- files
+
+
+def _require_complete(report: Mapping[str, Any]) -> None:
+    missing = [key for key in _REQUIRED if key not in report]
+    if missing:
+        raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
+    for system in report["systems"]:
+        if system["role"] not in template.ROLES:
+            known = ", ".join(template.ROLES)
+            raise ValueError(f"system {system['key']!r} has the unknown role {system['role']!r}: known are {known}")
+
+
+def _gather_takes(report: Mapping[str, Any], folder: Path, audio_root: Path) -> dict[tuple[str, str], list[Take]]:
+    """Copy every recording into the folder and draw it; by the keys of clip and system."""
+    for name in ("audio", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    takes: dict[tuple[str, str], list[Take]] = {}
+    for clip, system, source, name in _recordings(report):
+        takes.setdefault((clip, system), []).append(_add_take(audio_root / source, folder, name))
+    return takes
+
+
+def _recordings(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Clip, system, source and a name for each recording. Names are unique, and plain whatever the keys hold."""
+    for row, clip in enumerate(report["clips"], start=1):
+        for column, system in enumerate(report["systems"], start=1):
+            for number, source in enumerate(clip["audio"].get(system["key"]) or [], start=1):
+                name = f"{row:03}-{column:02}-{number}-{_plain(clip['key'])}-{_plain(system['key'])}"
+                yield clip["key"], system["key"], source, name
+
+
+def _add_take(source: Path, folder: Path, name: str) -> Take:
+    try:
+        samples, sample_rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"{source}: no readable audio ({error}): run `spresso evaluate` again") from error
+    audio, image = f"audio/{name}{_plain(source.suffix)}", f"images/{name}.png"
+    shutil.copyfile(source, folder / audio)
+    save_png(log_mel_image(torch.from_numpy(samples.T), sample_rate, **_IMAGE_SIZE), folder / image)
+    return Take(audio=audio, image=image, seconds=len(samples) / sample_rate)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:40]
+
+
+# ---- loss curves
+
+
+@dataclass(frozen=True)
+class Point:
+    """The loss when so many samples had been seen; None where it was not logged."""
+
+    samples: int
+    loss: float | None
+    smooth: float | None
+    by_noise: tuple[float | None, ...]
+    """At each level of noise, from little to much."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Data to places in the picture, by way of a logarithm or not, and the ticks to write at it."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies in the picture."""
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (at - low) / (high - low)
+
+    def ticks(self) -> list[float]:
+        """Round values within the axis, about five."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if self.high / self.low < 200 else (1,)
+            return [v for v in (step * 10.0**d for d in decades for step in steps) if self.low <= v <= self.high]
+        step = _round_step((self.high - self.low) / 4)
+        return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def read_curve(path: Path) -> list[Point]:
+    """The training lines of a metrics.jsonl, thinned to what a chart can show.
+
+    Other kinds of lines and torn ones are passed over. After a restart from an earlier checkpoint its lines take the
+    place of those that they repeat. Without a file there are no points.
+    """
+    if not path.exists():
+        return []
+    points: list[Point] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        point = _parse(line)
+        if point is None:
+            continue
+        while points and points[-1].samples >= point.samples:
+            points.pop()
+        points.append(point)
+    return _thin(points)
+
+
+def loss_chart(stage: str, points: Sequence[Point]) -> Html | None:
+    """A figure of the loss against samples seen; None where there are fewer than two points to draw."""
+    main = [(p.samples, value) for p in points if (value := p.loss if p.smooth is None else p.smooth) is not None]
+    if len(main) < 2:
+        return None
+    raw = [(p.samples, p.loss) for p in points if p.loss is not None]
+    levels = max(len(p.by_noise) for p in points)
+    by_noise = [[(p.samples, v) for p in points if (v := _at(p.by_noise, n)) is not None] for n in range(levels)]
+    x_axis, y_axis = _axes([main, raw, *by_noise])
+    lines = [
+        _line(line, x_axis, y_axis, "noise", f"--level: {level / max(1, levels - 1):.2f}")
+        for level, line in enumerate(by_noise)
+    ]
+    lines += [_line(raw, x_axis, y_axis, "raw"), _line(main, x_axis, y_axis, "main")]
+    last_samples, last_loss = main[-1]
+    what = f"Loss of stage {stage}: {last_loss:.3g} after {_short(last_samples)} samples"
+    view = f"0 0 {_CHART_WIDTH} {_CHART_HEIGHT}"
+    svg = element("svg", *_grid(x_axis, y_axis), *lines, viewBox=view, role="img", aria_label=what)
+    numbers = element("span", f"{last_loss:.3g} after {_short(last_samples)} samples")
+    return element("figure", element("figcaption", element("b", stage), numbers), svg, _legend(any(by_noise)))
+
+
+# ---- drawing
+
+
+def _axes(lines: Sequence[Sequence[tuple[int, float]]]) -> tuple[Axis, Axis]:
+    losses = [loss for line in lines for _, loss in line]
+    samples = [seen for line in lines for seen, _ in line]
+    low, high = min(losses), max(losses)
+    log = low > 0 and high / low >= _LOG_FROM_RATIO
+    margin = 0.04 * (high - low) or 0.5
+    bounds = (low / 1.1, high * 1.1) if log else (low - margin, high + margin)
+    return Axis(0, max(samples), _LEFT, _RIGHT), Axis(*bounds, _BOTTOM, _TOP, log=log)
+
+
+def _line(points: Sequence[tuple[int, float]], x_axis: Axis, y_axis: Axis, kind: str, style: str | None = None) -> Html:
+    places = " ".join(f"{x_axis.place(samples):.1f},{y_axis.place(loss):.1f}" for samples, loss in points)
+    return element("polyline", points=places, class_=kind, style=style)
+
+
+def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
+    parts = []
+    for tick in y_axis.ticks():
+        y = f"{y_axis.place(tick):.1f}"
+        parts.append(element("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", f"{tick:g}", x=_LEFT - 8, y=y, class_="y"))
+    for tick in x_axis.ticks():
+        parts.append(element("text", _short(tick), x=f"{x_axis.place(tick):.1f}", y=_BOTTOM + 17, class_="x"))
+    parts.append(element("text", "samples seen", x=(_LEFT + _RIGHT) / 2, y=_CHART_HEIGHT - 4, class_="x"))
+    return parts
+
+
+def _legend(with_noise: bool) -> Html:
+    entries = [element("span", "smoothed", class_="main"), element("span", "raw", class_="raw")]
+    if with_noise:
+        entries.append(element("span", "little to much noise", class_="noise"))
+    return element("p", *entries, class_="legend")
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2, 5, 10, 20 … from here."""
+    decade = 10.0 ** math.floor(math.log10(step))
+    return next(factor * decade for factor in (1, 2, 5, 10) if factor * decade >= step * 0.999)
+
+
+def _short(samples: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if samples >= size:
+            return f"{samples / size:.3g}{unit}"
+    return f"{samples:g}"
+
+
+# ---- reading
+
+
+def _parse(line: str) -> Point | None:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(entry, dict) or entry.get("kind") != "train" or not isinstance(entry.get("samples"), int):
+        return None
+    by_noise = tuple(_finite(loss) for loss in entry.get("loss_bins") or ())
+    return Point(entry["samples"], _finite(entry.get("loss")), _finite(entry.get("loss_ema")), by_noise)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    """Means of as many neighbours as leave at most `_MOST_POINTS`."""
+    size = math.ceil(len(points) / _MOST_POINTS)
+    return [_mean_point(points[i : i + size]) for i in range(0, len(points), size)] if size > 1 else list(points)
+
+
+def _mean_point(points: Sequence[Point]) -> Point:
+    levels = max(len(p.by_noise) for p in points)
+    by_noise = tuple(_mean([_at(p.by_noise, level) for p in points]) for level in range(levels))
+    return Point(points[-1].samples, _mean([p.loss for p in points]), _mean([p.smooth for p in points]), by_noise)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _at(values: Sequence[float | None], index: int) -> float | None:
+    return values[index] if index < len(values) else None

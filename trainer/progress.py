@@ -1,0 +1,46 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Progress:
+    """`with Progress("prepare", total=12, unit="file") as progress: progress.to(3, errors=0)`."""
+
+    def __init__(self, title: str, *, total: float, unit: str, shown: bool = True) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.start, self.line = time.monotonic(), 0.0
+        self.done = 0.0
+        self.shown = shown
+        terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) if terminal else None
+
+    def to(self, done: float, **facts: object) -> None:
+        """Say how far it is, with facts to stand beside it."""
+        if self.bar is not None:
+            self.bar.set_postfix({key: str(value) for key, value in facts.items()}, refresh=False)
+            self.bar.update(done - self.done)
+        elif self.shown and (time.monotonic() - self.line > LINE_EVERY or done >= self.total > self.done):
+            self.line = time.monotonic()
+            beside = "".join(f", {key} {value}" for key, value in facts.items())
+            seconds = self.line - self.start
+            print(
+                f"{self.title}: {done:g} of {self.total:g} {self.unit}, {seconds:.0f} s{beside}", file=sys.stderr, flush=True
+            )
+        self.done = done
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()

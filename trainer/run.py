@@ -1,0 +1,196 @@
+"""The run directory of a stage: all there is to know of it, and the guard against mixing two runs in one place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.config import Config, fingerprint, flatten, to_yaml
+from trainer.data.shards import ShardSet
+
+logger = logging.getLogger("spresso")
+
+_DATA = ("seed", "data.audio", "data.synth_hours", "data.clip_seconds", "data.holdout", "data.latents", "autoencoder")
+_LEARNED = {
+    "pretrain": (*_DATA, "dit", "diffusion", "pretrain"),
+    "autoencode": (*_DATA, "dit", "diffusion", "pretrained", "latent_encoder", "lora", "autoencode"),
+    "quantize": (*_DATA, "latent_encoder", "quantizer", "quantize"),
+    "finetune": (*_DATA, "diffusion", "quantizer", "finetune"),
+}
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """The run directory of a stage."""
+    return Path(config.run_dir) / stage
+
+
+def base_model(config: Config) -> Path:
+    """Where D's pretrained weights are: the release's folder, or what `pretrain` exported."""
+    if config.pretrained.folder is not None:
+        return Path(config.pretrained.folder)
+    return stage_folder(config, "pretrain") / "export" / "dit.safetensors"
+
+
+def stage_inputs(config: Config, stage: str) -> dict[str, str]:
+    """Hashes of what a trained stage builds on: the shards, and the export of the stage before.
+
+    Raises:
+        ValueError: something of it is not there yet; names the command that makes it.
+    """
+    inputs = {"latents": ShardSet(Path(config.data.latents) / "train").fingerprint}
+    before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
+    if before == "pretrain" and config.pretrained.folder is not None:
+        inputs["pretrained"] = fingerprint({path.name: path.stat().st_size for path in base_model(config).iterdir()})
+    elif before is not None:
+        export = RunDirectory(stage_folder(config, before), before).status.get("export")
+        if export is None:
+            raise ValueError(f"the stage {stage} builds on {before}, which has not ended yet: run that first")
+        inputs[before] = export
+    return inputs
+
+
+class RunDirectory:
+    """`config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders for the rest."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.samples = path / "samples"
+        self.export = path / "export"
+
+    def claim(self, config: Config, inputs: dict[str, str]) -> None:
+        """Take the directory for this config, or raise where it holds a run of another one.
+
+        Args:
+            config: the whole recipe; only what this stage learns from has to agree.
+            inputs: what the stage builds on: hashes of shards and of earlier stages.
+
+        Raises:
+            ValueError: names what differs, and the mend.
+        """
+        self.require_same(config, inputs)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=2))
+        write_atomically(self.path / "config.yaml", to_yaml(config))
+        _append(self.path / "command.txt", " ".join(sys.argv))
+        write_atomically(self.path / "environment.txt", environment())
+
+    def _relevant(self, config: Config | dict[str, Any]) -> dict[str, Any]:
+        flat = flatten(config) if isinstance(config, Config) else config
+        names = _LEARNED[self.stage]
+        # a longer run is the same run
+        return {
+            key: value
+            for key, value in flat.items()
+            if key.startswith(tuple(f"{name}." for name in names)) or key in names
+            if key != f"{self.stage}.samples"
+        }
+
+    def require_same(self, config: Config, inputs: dict[str, str]) -> None:
+        """Raise ValueError where the directory holds a run of another config or other inputs."""
+        if not (self.path / "config.yaml").exists():
+            return
+        relevant = self._relevant(config) | {f"input {name}": value for name, value in inputs.items()}
+        stored = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        assert isinstance(stored, dict)
+        before = self._relevant(_flatten_dict(stored))
+        before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
+        differing = [
+            f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
+            for key in sorted(before.keys() | relevant.keys())
+            if before.get(key) != relevant.get(key)
+        ]
+        if differing:
+            shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {shown}. Take another run_dir=…, or remove {self.path}"
+            )
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `write_status` wrote last; empty before."""
+        return read_json(self.path / "status.json")
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """`state` is running, stopped or done."""
+        status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        write_atomically(self.path / "status.json", json.dumps(status, indent=2))
+
+    def done(self, config: Config) -> bool:
+        """Whether this stage ran to the end that the config asks for."""
+        status = self.status
+        return status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file, or an empty dict where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old text or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    making.write_text(text)
+    making.replace(path)
+
+
+def environment() -> str:
+    """Python, packages, git commit and uncommitted changes."""
+    packages = sorted({f"{item.metadata['Name']}=={item.version}" for item in distributions()}, key=str.lower)
+    root = Path(__file__).resolve().parents[1]
+    commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
+    return "\n".join([f"python {sys.version}", f"commit {commit or 'unknown'}", *packages, "", diff])
+
+
+def code_version() -> str:
+    """The git commit of this code, or `unknown` where it was installed without one."""
+    return _git(Path(__file__).resolve().parents[1], "rev-parse", "HEAD") or "unknown"
+
+
+def log_to(path: Path, rank: int) -> None:
+    """Send the log to `logs/rank_K.log`, and rank 0's to the terminal too."""
+    path.mkdir(parents=True, exist_ok=True)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    to_file = logging.FileHandler(path / f"rank_{rank}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(to_file)
+    if rank == 0:
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    if not (root / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(line + "\n")
+
+
+def _flatten_dict(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        # `diffusion.options` and the like are one value, as in the schema's own flattening
+        nested = isinstance(value, dict) and not key.endswith("options")
+        flat |= _flatten_dict(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,53 @@
+"""A clip as a picture, for TensorBoard and for the listening page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.figures import mel_energies
+
+FLOOR_DB = 70.0
+"""What lies more than this below the clip's maximum is drawn as silence."""
+
+_LEVELS = 64  # about 1 dB each, which the eye takes as continuous; few colours make small files
+# Near-black to cream by way of violet and orange, in even steps of lightness (OKLab): the eye reads it as loudness.
+_ANCHORS = ("0c0b1c", "2b144f", "541b79", "94167f", "ca3267", "ee5e53", "ff9047", "ffc76f", "fff6c8")
+
+
+def _colour_table() -> NDArray[np.uint8]:
+    anchors = np.array([list(bytes.fromhex(anchor)) for anchor in _ANCHORS])
+    positions = np.linspace(0, len(anchors) - 1, _LEVELS)
+    channels = [np.interp(positions, np.arange(len(anchors)), channel) for channel in anchors.T]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+COLOURS = _colour_table()
+"""Quiet to loud, `(levels, 3)`."""
+
+
+def log_mel_image(audio: Tensor, sample_rate: int, *, height: int, width: int | None = None) -> NDArray[np.uint8]:
+    """Log-mel spectrogram in colour, low frequencies at the bottom: `(..., samples)` → `(height, width, 3)`.
+
+    Channels are averaged. Without a width there is a column for each 10 ms.
+    """
+    audio = audio.detach().float().cpu().nan_to_num()  # a model that diverged must not stop the run that shows it
+    mono = audio.reshape(-1, audio.shape[-1]).mean(0)
+    energies = mel_energies(mono, sample_rate, n_fft=2048, hop=max(1, sample_rate // 200), bands=128)
+    loudest = energies.max().clamp(min=1e-8)  # so that silence stays dark, and rounding noise with it
+    decibels = 10 * (energies / loudest).clamp(min=10 ** (-FLOOR_DB / 10)).log10()
+    size = (height, width or max(1, round(100 * mono.shape[-1] / sample_rate)))
+    picture = F.interpolate(decibels[None, None], size=size, mode="bilinear", antialias=True)[0, 0].flip(0)
+    levels = ((picture / FLOOR_DB + 1) * (_LEVELS - 1)).round().clamp(0, _LEVELS - 1).to(torch.int64)
+    return COLOURS[levels.numpy()]
+
+
+def save_png(image: NDArray[np.uint8], path: Path) -> None:
+    """Write a picture of `log_mel_image` with its few colours as a palette, so that a page of many stays light."""
+    Image.fromarray(image).quantize(_LEVELS).save(path, format="PNG", optimize=True)

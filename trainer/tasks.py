@@ -1,0 +1,297 @@
+"""What each stage optimizes. The loop is one; a stage is a Task.
+
+A Task says which module is trained and which of its tensors are learned, gives a loss for each sample, listens to itself for
+the log, and exports what others load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.autoencoder import AudioAE
+from models.codec import CodecConfig, Sampling, SPresso, generate
+from models.diffusion import make_diffusion
+from models.dit import DiT
+from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
+from models.quantizer import make_quantizer
+from trainer.config import Config
+from trainer.data.stream import Batch
+from trainer.randomness import integers, keys, normal, uniform
+from trainer.run import base_model, stage_folder
+
+
+@dataclasses.dataclass
+class Losses:
+    """Per-sample losses (b,) and where in the noise levels' distribution each sample lay, in (0, 1), (b,)."""
+
+    losses: Tensor
+    quantiles: Tensor
+
+
+class Task(ABC):
+    """One stage: its module, what of it is learned, its loss, its samples, its export."""
+
+    autoencoder: AudioAE
+    module: nn.Module
+    """Called as module(x0 (b, C, T), positions (b,)) → Losses. Frozen parts lie in it with requires_grad=False."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        self.config, self.stage = config, stage
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under their plain names."""
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Tensors that are kept with the learned ones but have no gradient."""
+        return {}
+
+    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+        """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
+
+    @abstractmethod
+    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
+        """Audio (B, 1, samples) that the model makes of held-out latents."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> str:
+        """Write what others load; returns its hash."""
+
+    def sampling(self) -> Sampling:
+        """The recipe's."""
+        return Sampling(**dataclasses.asdict(self.config.sampling))
+
+
+class _Denoiser(nn.Module):
+    """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; all that is random comes from a sample's position."""
+
+    def __init__(self, config: Config, stage: str, dit: DiT) -> None:
+        super().__init__()
+        self.dit = dit
+        self.diffusion = make_diffusion(config.diffusion.name, **config.diffusion.options)
+        self.purpose, self.seed = stage, config.seed
+        self.condition_dropout = config.stage(stage).condition_dropout
+
+    def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Losses:
+        u_B = uniform(self.keys("level", positions_B))
+        noise_BCT = normal(self.keys("noise", positions_B), *x0_BCT.shape[1:])
+        condition = self.condition(x0_BCT, positions_B)
+        t_B = self.diffusion.noise_level(u_B)
+        losses_B = self.diffusion.loss(lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B)
+        return Losses(losses_B, u_B)
+
+    def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor | None:
+        """Nothing, unless a stage says otherwise."""
+        return None
+
+    def keys(self, purpose: str, positions_B: Tensor) -> Tensor:
+        """Keys of one purpose, apart from the other stages' keys."""
+        return keys(self.seed, f"{self.purpose}/{purpose}", positions_B)
+
+
+class _LatentDenoiser(_Denoiser):
+    """D on f(z), with z = g(x0), or z_q at a number of codebooks drawn for each sample."""
+
+    def __init__(self, config: Config, stage: str, codec: SPresso, rates: list[int]) -> None:
+        super().__init__(config, stage, codec.dit)
+        self.g, self.f, self.quantizer = codec.g, codec.f, codec.quantizer
+        self.rates = rates
+
+    def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
+        z_BZN = self.g(x0_BCT)
+        if self.rates:
+            z_BZN = self.quantized(z_BZN, positions_B)
+        kept_B = uniform(self.keys("drop", positions_B)) >= self.condition_dropout
+        return self.f(z_BZN) * kept_B[:, None, None]
+
+    def quantized(self, z_BZN: Tensor, positions_B: Tensor) -> Tensor:
+        """z_q, each sample at the rate that its key draws."""
+        assert self.quantizer is not None
+        with torch.no_grad():
+            drawn_B = integers(self.keys("rate", positions_B), len(self.rates))
+            z_q = torch.empty_like(z_BZN)
+            for rate, books in enumerate(self.rates):
+                chosen = drawn_B == rate
+                codes_BNM = self.quantizer.encode(z_BZN[chosen].transpose(1, 2), books=books)
+                z_q[chosen] = self.quantizer.decode(codes_BNM).transpose(1, 2).to(z_q.dtype)
+        return z_q
+
+
+class _Quantization(nn.Module):
+    """The quantizer's own loss on z."""
+
+    def __init__(self, codec: SPresso) -> None:
+        super().__init__()
+        self.g, self.quantizer = codec.g, codec.quantizer
+
+    def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Losses:
+        assert self.quantizer is not None
+        z_BNZ = self.g(x0_BCT).transpose(1, 2)
+        losses_B = self.quantizer.loss(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2]).mean(1)
+        return Losses(losses_B, torch.full_like(losses_B, 0.5))
+
+
+class Pretrain(Task):
+    """The DiT from scratch, unconditional, for those with no pretrained one."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        super().__init__(config, stage)
+        self.autoencoder = load_autoencoder(**dataclasses.asdict(config.autoencoder))
+        self.dit = DiT(config.dit)
+        self.module = _Denoiser(config, stage, self.dit)
+
+    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
+        """Unconditional samples of the same length."""
+        noise = [torch.randn(x0_BCT.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise_BCT = torch.stack(noise).to(x0_BCT.device)
+        diffusion = make_diffusion(self.config.diffusion.name, **self.config.diffusion.options)
+        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=self.sampling())
+        return self.autoencoder.decode(x0_BCT)
+
+    def export(self, folder: Path) -> str:
+        """`dit.safetensors`, its config in the header."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state, shapes = self.dit.state_dict(), dataclasses.asdict(self.dit.config)
+        save_weights(folder / "dit.safetensors", state, shapes)
+        return hash_state(shapes, state)
+
+
+class _CodecTask(Task):
+    """A stage that trains parts of an SPresso."""
+
+    codec: SPresso
+
+    def _take(self, codec: SPresso, learned: list[nn.Module | list[nn.Parameter]]) -> None:
+        self.codec, self.autoencoder = codec, codec.autoencoder
+        codec.requires_grad_(False)
+        for part in learned:
+            for parameter in part.parameters() if isinstance(part, nn.Module) else part:
+                parameter.requires_grad_(True)
+
+    @property
+    def _base(self) -> Path:
+        return base_model(self.config)
+
+    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
+        """Decoded from z, or from z_q at the highest rate once D is trained on it."""
+        z_frames = x0_BCT.shape[-1] // self.codec.config.latent_encoder.pooling
+        z_BZN = self.codec.x0_to_z(x0_BCT, z_frames)
+        if self.codec.quantizer is not None:
+            z_BZN = self.codec.quantizer.decode(self.codec.quantizer.encode(z_BZN.transpose(1, 2))).transpose(1, 2)
+        return self.codec.z_to_audio(z_BZN, self.codec.noise(seeds, z_frames), sampling=self.sampling())
+
+    def export(self, folder: Path) -> str:
+        """The whole codec as it is after this stage."""
+        self.codec.config.sampling = self.sampling()
+        return self.codec.save_pretrained(folder, base=self._base, card=self._card())
+
+    def _card(self) -> str:
+        latent, codec = self.codec.config.latent_encoder, self.codec
+        lines = [
+            f"# {self.config.name}: an S-PRESSO codec, model {{model}}\n",
+            f"Stage `{self.stage}` of the recipe `{self.config.name}`. z: {latent.z_channels} channels at {codec.z_rate:.2f} Hz"
+            f" ({codec.compression:.0f}× fewer numbers than the audio), AudioAE `{self.config.autoencoder.kind}`.\n",
+            *(f"* {books} codebooks of {codec.quantizer.size}: {codec.kbps(books):.3f} kbps" for books in self._rates()),
+            '\n    from models.codec import SPresso\n    codec = SPresso.from_pretrained("THIS FOLDER")\n',
+        ]
+        return "\n".join(lines)
+
+    def _rates(self) -> list[int]:
+        return self.codec.config.rates if self.codec.quantizer is not None else []
+
+
+class Autoencode(_CodecTask):
+    """Step 1: g, f and LoRA on D together; D's own weights stay frozen."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        super().__init__(config, stage)
+        codec = fresh_codec(config)
+        self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
+        self.module = _LatentDenoiser(config, stage, codec, rates=[])
+
+
+class Quantize(_CodecTask):
+    """Step 2: the quantizer, fitted on z of the whole set; its refinement by gradient is `quantize.samples` long."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        super().__init__(config, stage)
+        codec = SPresso.from_pretrained(stage_folder(config, "autoencode") / "export")
+        settings = config.quantizer
+        codec.quantizer = make_quantizer(
+            {
+                "kind": settings.kind,
+                "width": config.latent_encoder.z_channels,
+                "books": settings.books,
+                "size": settings.size,
+                "beam": settings.beam,
+            }
+        )
+        codec.config.rates = config.rates
+        self._take(codec, [codec.quantizer])
+        self.module = _Quantization(codec)
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The quantizer's mean and scale of z."""
+        assert self.codec.quantizer is not None
+        return {f"quantizer.{name}": value for name, value in self.codec.quantizer.named_buffers()}
+
+    @torch.no_grad()
+    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+        """Fit the codebooks on z of random crops: every frame offset gives other vectors."""
+        vectors: list[Tensor] = []
+        while sum(map(len, vectors)) < self.config.quantizer.vectors:
+            x0_BCT = next(batches).x0.to(self.codec.device)
+            vectors.append(gather(self.codec.g(x0_BCT).transpose(1, 2).flatten(0, 1)))
+        if main:
+            assert self.codec.quantizer is not None
+            every = torch.cat(vectors)[: self.config.quantizer.vectors]
+            self.codec.quantizer.fit(every, seed=self.config.seed, beam=self.config.quantizer.fit_beam)
+
+
+class Finetune(_CodecTask):
+    """Step 3: f and D's LoRA on z_q, to make good what the quantizer lost; the codes stay as they are."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        super().__init__(config, stage)
+        codec = SPresso.from_pretrained(stage_folder(config, "quantize") / "export")
+        self._take(codec, [codec.f, list(codec.adapter_parameters().values())])
+        self.module = _LatentDenoiser(config, stage, codec, rates=config.rates)
+
+
+TASKS: dict[str, type[Task]] = {
+    "pretrain": Pretrain,
+    "autoencode": Autoencode,
+    "quantize": Quantize,
+    "finetune": Finetune,
+}
+
+
+def make_task(config: Config, stage: str) -> Any:
+    """The Task of a trained stage."""
+    return TASKS[stage](config, stage)
+
+
+def fresh_codec(config: Config) -> SPresso:
+    """Step 1's start: a pretrained D with fresh LoRA, g and f."""
+    dit = load_dit(base_model(config))
+    shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels)
+    codec_config = CodecConfig(
+        autoencoder=dataclasses.asdict(config.autoencoder),
+        latent_encoder=shapes,
+        dit=dit.config,
+        diffusion=dataclasses.asdict(config.diffusion),
+        lora=dataclasses.asdict(config.lora),
+        window=config.autoencode.crop_frames,
+        sampling=Sampling(**dataclasses.asdict(config.sampling)),
+    )
+    return SPresso(codec_config, autoencoder=load_autoencoder(**codec_config.autoencoder), dit=dit)
