@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.config import TRAINED_STAGES, Config, to_yaml
@@ -67,6 +68,8 @@ def prepare_latents(config: Config) -> None:
             factory,
             clip_seconds=config.data.clip_seconds,
             holdout=config.data.holdout,
+            seed=config.seed,
+            ae_options=asdict(config.autoencoder),
             workers=config.data.workers,
             shard_mb=config.data.shard_mb,
             progress=show,
@@ -106,7 +109,7 @@ def page(config: Config) -> Path:
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in TRAINED_STAGES}
     index = write_page(
-        report | {"systems": [system for system in report["systems"] if system["page"] or True]},
+        report,
         stage_folder(config, "page"),
         audio_root=folder,
         curves={stage: path for stage, path in curves.items() if path.exists()},

@@ -41,14 +41,14 @@ class AudioAE(nn.Module):
         return math.ceil(samples / self.hop) + 1
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio `(B, channels, samples)` in [-1, 1] → latents `(B, latent_channels, frames(samples))` in float32.
+        """Audio `(B, channels, samples)` in [-1, 1] → latents `(B, latent_channels, frames(samples))`, in float32.
 
         The end is padded with zeros to a whole hop. Raises ValueError where the shape does not fit.
         """
         if audio.ndim != 3 or audio.shape[1] != self.channels or audio.shape[2] == 0:
             raise ValueError(
-                f"audio of shape {tuple(audio.shape)}: {self.name} takes (batch, {self.channels}, samples), at least one "
-                f"sample; mix other channel counts to {self.channels} first"
+                f"audio of shape {tuple(audio.shape)}: {self.name} takes (batch, {self.channels}, samples), at least "
+                f"one sample; mix other channel counts to {self.channels} first"
             )
         padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
         with torch.autocast(audio.device.type, enabled=False):
@@ -94,12 +94,12 @@ class SpectralAE(AudioAE):
     silence = 1e-8
     # No audio in [-1, 1] has a louder bin; a wild prediction must not overflow.
     loudest = 1e3
-    # Chosen by three figures: with noise of 0.1 on the latents the log-mel error is 4.9 dB at p = 1 and 1.4 at 0.5
-    # and at 0.4; SI-SDR is 12.9 dB at 0.4 and 11.1 at 0.25; the tails' kurtosis is 60 at 1, 4 at 0.5 and 1.5 at 0.4.
+    # Chosen by three figures: with noise of 0.1 on the latents the log-mel error is 4.9 dB at p = 1, 1.4 at 0.5 and
+    # at 0.4; SI-SDR is 12.9 dB at 0.4 and 11.1 at 0.25; the tails' kurtosis is 60 at 1, 4 at 0.5 and 1.5 at 0.4.
     companding = 0.4
-    # Fitted to 569 five-second clips of recorded effects and speech, levelled to -23 dBFS RMS. The spread of coefficient
-    # k is a·(k + b)^-c, true to 5 % throughout. Band energies fall along a line and spread alike. The line is fitted
-    # below 16 kHz: most recordings were made at 44.1 kHz and are empty above 22, yet those that are not must fit too.
+    # Fitted to 569 five-second clips of recorded effects and speech, levelled to -23 dBFS RMS. The spread of
+    # coefficient k is a·(k + b)^-c, true to 5 % throughout. Band energies fall along a line and spread alike. The line
+    # is fitted below 20 kHz: most recordings were made at 44.1 kHz and are empty above 22, yet others must fit, too.
     coefficient_spread = (0.644, 1.9, 0.28)
     band_mean = (-11.8, -0.142)
     band_spread = 4.4

@@ -3,11 +3,11 @@
     magic      3 bytes   "SPR"
     version    1 byte
     model      4 bytes   the beginning of the codec's hash
-    samples    1–5 bytes length of a channel, 7 bits a byte, least significant first, the top bit set on all but the last
+    samples    1–5 bytes length of a channel, 7 bits a byte, lowest first, the top bit set on all but the last
     books      1 byte    codes for each vector
     layout     1 byte    channels - 1 in the upper 3 bits, log2 of the codebook's size in the lower 5
     gain       1 byte    signed, in steps of 0.5 dB
-    payload              channels · frames · books codes in that order, most significant bit first; zeros fill the last byte
+    payload              codes (channels, frames, books), most significant bit first; zeros fill the last byte
     checksum   4 bytes   CRC-32 of everything before it, big-endian
 
 For 5 s at 48 kHz all but the payload is 18 bytes. How many frames there are follows from ``samples`` and the model.
@@ -108,6 +108,15 @@ def read(data: bytes, *, frames_of: Callable[[int], int]) -> Stream:
     codes = unpack(payload, channels * frames, books, 2**code_bits).reshape(channels, frames, books)
     gain_db = GAIN_STEP_DB * (gain - 256 if gain > 127 else gain)
     return Stream(model, samples, channels, books, 2**code_bits, gain_db, codes)
+
+
+def model_of(data: bytes) -> str:
+    """The first 8 hex digits of the hash of the codec that made a file; ValueError where it is none."""
+    fields = _Reader(data)
+    if fields.take(len(MAGIC)) != MAGIC:
+        raise ValueError("not an .spr file: it does not begin as one")
+    fields.byte()
+    return fields.take(_MODEL_BYTES).hex()
 
 
 def pack(codes: Codes, size: int) -> bytes:

@@ -5,33 +5,22 @@ Multi-stream blocks give latents and text their own weights and let them meet in
 (arXiv 2604.01929), so its weights load by renaming alone (`models.pretrained`).
 
 Shape suffixes: B batch, C latent channels, T frames, N latent tokens (T / patch_size), S all tokens of a sequence,
-D width, H heads, K head width, k half of it.
+D width, H heads, K features of a head, E features of a patch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass
-class YarnConfig:
-    """YaRN's stretch of RoPE over more tokens than were trained on (arXiv 2309.00071, section 3.2)."""
-
-    trained_tokens: int
-    """Tokens that RoPE spanned before the stretch."""
-    factor: float = 40.0
-    """By how much the slowest frequencies are slowed down."""
-    fast_turns: float = 32.0
-    """A frequency that turns more often than this over `trained_tokens` stays as it is."""
-    slow_turns: float = 1.0
-    """A frequency that turns less often than this over `trained_tokens` is slowed down by all of `factor`."""
+from models.rotary import Rotary, rope_frequencies, yarn
 
 
 @dataclass
@@ -64,8 +53,10 @@ class DiTConfig:
     """RoPE's base: the slowest feature turns once in about 2π · base tokens."""
     rotary_span: int = 501
     """Tokens over which the memory tokens are spread; longer inputs work."""
-    yarn: YarnConfig | None = None
-    """Stretch of RoPE, for models that were trained with one."""
+    yarn_trained_tokens: int | None = None
+    """Tokens that RoPE spanned before YaRN stretched it to `rotary_span` (arXiv 2309.00071); None: not stretched."""
+    yarn_factor: float = 40.0
+    """By how much YaRN slows down RoPE's slowest frequencies."""
     time_features: int = 256
     """Fourier features of the noise level."""
     predicts_logvar: bool = False
@@ -82,47 +73,25 @@ class DiTConfig:
         return 0 if self.text_width is None else self.multistream_depth
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
+        if problems := list(self._problems()):
             raise ValueError("; ".join(problems))
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         sizes = ("channels", "width", "depth", "heads", "hidden_width", "text_tokens", "patch_size", "rotary_span")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}: give at least 1"
-                return
+        too_small = [f"{name} is {getattr(self, name)}: give at least 1" for name in sizes if getattr(self, name) < 1]
+        if too_small:
+            yield from too_small
+            return
         if self.width % (2 * self.heads):
-            yield f"width {self.width} is no multiple of 2 × heads: take a multiple of {2 * self.heads}"
-        elif self.rotary_width is not None and not 0 <= self.rotary_width <= self.head_width:
-            yield f"rotary_width {self.rotary_width} is outside 0…{self.head_width}, the width of a head"
-        elif self.rotary_width is not None and self.rotary_width % 2:
-            yield f"rotary_width {self.rotary_width} is odd: RoPE turns pairs, take an even one"
-        if not 0 <= self.multistream_depth <= self.depth:
-            yield f"multistream_depth {self.multistream_depth} is outside 0…{self.depth}, the depth"
+            yield f"width {self.width} does not split into {self.heads} heads: take a multiple of {2 * self.heads}"
+        elif self.rotary_width not in (None, *range(0, self.head_width + 1, 2)):
+            yield f"rotary_width is {self.rotary_width}: take an even number up to {self.head_width}, the head width"
+        if self.text_width is not None and not 0 <= self.multistream_depth <= self.depth:
+            yield f"multistream_depth is {self.multistream_depth}: give 0 to {self.depth}, the depth"
         if self.time_features < 2 or self.time_features % 2:
-            yield f"time_features {self.time_features} is not an even number from 2: cosines and sines come in pairs"
+            yield f"time_features is {self.time_features}: give an even number, as they are cosines and sines"
         if not 0 <= self.memory_tokens <= self.rotary_span:
-            yield f"memory_tokens {self.memory_tokens} is outside 0…{self.rotary_span}, the rotary_span"
-
-
-class Rotary(NamedTuple):
-    """RoPE's angles for one sequence, the same for all of a batch, all heads and all blocks."""
-
-    cos_S1k: Tensor
-    sin_S1k: Tensor
-
-    @classmethod
-    def at(cls, positions_S: Tensor, config: DiTConfig) -> Rotary:
-        """The angles of tokens at these positions."""
-        angles_S1k = positions_S[:, None, None] * rotary_frequencies(config, device=positions_S.device)
-        return cls(angles_S1k.cos(), angles_S1k.sin())
-
-    def turn(self, x_BSHK: Tensor) -> Tensor:
-        """Turn each pair of neighbouring features by the angle of its token; in float32."""
-        even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = (even * self.cos_S1k - odd * self.sin_S1k, even * self.sin_S1k + odd * self.cos_S1k)
-        return torch.stack(turned, -1).flatten(-2)
+            yield f"memory_tokens is {self.memory_tokens}: give 0 to {self.rotary_span}, the rotary_span"
 
 
 def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> tuple[Rotary, Rotary]:
@@ -137,28 +106,17 @@ def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> 
     text = latent_tokens + torch.arange(0 if config.text_width is None else config.text_tokens, device=device)
     multi = torch.cat((memory, latent, torch.zeros_like(text)))
     single = torch.cat((memory, latent, text * (text < config.rotary_span)))
-    return Rotary.at(multi, config), Rotary.at(single, config)
+    frequencies = _frequencies(config, device)
+    return Rotary.at(multi, frequencies), Rotary.at(single, frequencies)
 
 
-def rotary_frequencies(config: DiTConfig, *, device: torch.device) -> Tensor:
-    """Radians per token of each pair of a head's features `(head_width / 2,)`; 0 for those that don't turn."""
-    width = config.head_width
-    pair = torch.arange(width // 2, dtype=torch.float32, device=device)
-    frequencies = config.rotary_base ** (-2 * pair / width)
-    yarn = config.yarn
-    if yarn is not None and config.rotary_span > yarn.trained_tokens:
-        fastest_slowed = math.floor(_pair_of_turns(config, yarn.fast_turns, yarn.trained_tokens))
-        first_full = math.ceil(_pair_of_turns(config, yarn.slow_turns, yarn.trained_tokens))
-        low, high = max(fastest_slowed, 0), min(first_full, width - 1)
-        slowed = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-        frequencies = frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
-    turning = width if config.rotary_width is None else config.rotary_width
-    return frequencies * (2 * pair < turning)
-
-
-def _pair_of_turns(config: DiTConfig, turns: float, tokens: int) -> float:
-    """The (fractional) pair of features that turns `turns` times over `tokens` tokens."""
-    return config.head_width * math.log(tokens / (2 * math.pi * turns)) / (2 * math.log(config.rotary_base))
+def _frequencies(config: DiTConfig, device: torch.device) -> Tensor:
+    base, trained_tokens = config.rotary_base, config.yarn_trained_tokens
+    turning = config.head_width if config.rotary_width is None else config.rotary_width
+    frequencies = rope_frequencies(config.head_width, base=base, turning=turning, device=device)
+    if trained_tokens is None or trained_tokens >= config.rotary_span:
+        return frequencies
+    return yarn(frequencies, base=base, trained_tokens=trained_tokens, factor=config.yarn_factor)
 
 
 def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -173,6 +131,14 @@ def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, rotary: Rotary) ->
     return attended_BHSK.transpose(1, 2).flatten(2)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys, in the dtype of its weight also where autocast has made the input narrower."""
+
+    def forward(self, x_BSHK: Tensor) -> Tensor:
+        """The same shape."""
+        return super().forward(x_BSHK.type_as(self.weight))
+
+
 class Stream(nn.Module):
     """One stream's own weights in a multi-stream block: into and out of the common attention, and an MLP."""
 
@@ -182,8 +148,8 @@ class Stream(nn.Module):
         self.heads = config.heads
         self.attention_modulation = nn.Linear(width, 3 * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(config.head_width, eps=1e-6)
-        self.norm_k = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.norm_q = HeadNorm(config.head_width, eps=1e-6)
+        self.norm_k = HeadNorm(config.head_width, eps=1e-6)
         self.attention_out = nn.Linear(width, width)
         self.mlp_modulation = nn.Linear(width, 3 * width)
         self.mlp_in = nn.Linear(width, config.hidden_width)
@@ -233,8 +199,8 @@ class SingleStreamBlock(nn.Module):
         self.parts = (3 * width, hidden)
         self.modulation = nn.Linear(width, 3 * width)
         self.qkv_mlp = nn.Linear(width, 3 * width + hidden)
-        self.norm_q = nn.RMSNorm(config.head_width, eps=1e-6)
-        self.norm_k = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.norm_q = HeadNorm(config.head_width, eps=1e-6)
+        self.norm_k = HeadNorm(config.head_width, eps=1e-6)
         self.out = nn.Linear(width + hidden, width)
 
     def forward(self, x_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> Tensor:
@@ -263,9 +229,11 @@ class FourierFeatures(nn.Module):
 class DiT(nn.Module):
     """The diffusion Transformer D.
 
-    It computes in the dtype of its weights (or autocast's) and answers in that of `x`. `blocks` is a plain list of
-    modules that know nothing of each other, to be checkpointed, compiled or sharded one by one. There are no buffers: a
-    model built on the meta device needs `to_empty` and `reset_parameters` (or a state dict) and no more.
+    It computes in the dtype of its weights (or autocast's), casts its inputs itself and answers in the dtype of `x`.
+    Give `x` and `t` in float32 whatever the weights are, or `t` loses its digits (FSDP: `cast_forward_inputs=False`).
+
+    `blocks` is a plain list of modules that know nothing of each other, to be checkpointed, compiled or sharded one by
+    one. There are no buffers: a model built on the meta device needs `to_empty` and `reset_parameters`, no more.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out")
@@ -305,9 +273,8 @@ class DiT(nn.Module):
                 nn.init.normal_(module.weight)
             elif isinstance(module, nn.RMSNorm):
                 module.reset_parameters()
-        for name in ("memory", "text_pad"):
-            if hasattr(self, name):
-                nn.init.normal_(getattr(self, name), std=0.02)
+        for learned_tokens in self.parameters(recurse=False):
+            nn.init.normal_(learned_tokens, std=0.02)
 
     def forward(
         self,
@@ -331,10 +298,10 @@ class DiT(nn.Module):
             ValueError: a shape does not fit, or text is given to a model without a text stream.
         """
         self._check(x, t, text, text_mask, condition)
-        tokens_BND = self._embed_latents(x, condition)
-        time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(tokens_BND)))[:, None]
+        x_BSD = self._embed_latents(x, condition)
         text_BSD = self._embed_text(text, text_mask, batch=len(x))
-        x_BSD = self._run_blocks(self._with_memory(tokens_BND), text_BSD, time_B1D)
+        time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(x_BSD)))[:, None]
+        x_BSD = self._run_blocks(x_BSD, text_BSD, time_B1D)
         shift, scale = self.output_modulation(time_B1D).chunk(2, -1)
         predicted_BND = self.output(modulated(x_BSD[:, self.config.memory_tokens :], shift, scale))
         return self._unpatched(predicted_BND).to(x.dtype)
@@ -343,8 +310,7 @@ class DiT(nn.Module):
         """Learned log-variance `(B,)` of the loss at noise levels `t (B,)`; with `predicts_logvar` only."""
         if not self.config.predicts_logvar:
             raise ValueError("this DiT has no logvar: build it with predicts_logvar=True")
-        features = self.logvar_features(t)
-        return self.logvar_embed(features.to(self.logvar_embed[0].weight.dtype))[:, 0]
+        return self.logvar_embed(self.logvar_features(t).type_as(self.logvar_embed[0].weight))[:, 0]
 
     def _run_blocks(self, x_BSD: Tensor, text_BSD: Tensor | None, time_B1D: Tensor) -> Tensor:
         multi, tokens = self.config.multistream_blocks, x_BSD.shape[1]
@@ -358,22 +324,18 @@ class DiT(nn.Module):
         return x_BSD[:, :tokens]
 
     def _embed_latents(self, x_BCT: Tensor, condition_BDN: Tensor | None) -> Tensor:
-        patches_BCNp = x_BCT.unflatten(2, (-1, self.config.patch_size))
-        patches = patches_BCNp.permute(0, 2, 3, 1).flatten(2)
-        tokens_BND = self.input(patches.to(self.input.weight.dtype))
-        if condition_BDN is None:
+        patches_BNE = x_BCT.unflatten(2, (-1, self.config.patch_size)).permute(0, 2, 3, 1).flatten(2)
+        tokens_BND = self.input(patches_BNE.to(self.input.weight.dtype))
+        if condition_BDN is not None:
+            tokens_BND = tokens_BND + condition_BDN.transpose(1, 2).type_as(tokens_BND)
+        if not self.config.memory_tokens:
             return tokens_BND
-        return tokens_BND + condition_BDN.transpose(1, 2).type_as(tokens_BND)
+        memory = self.memory.expand(len(tokens_BND), self.config.memory_tokens, -1)
+        return torch.cat((memory.type_as(tokens_BND), tokens_BND), 1)
 
     def _unpatched(self, patches_BNE: Tensor) -> Tensor:
         patches_BNpC = patches_BNE.unflatten(2, (self.config.patch_size, self.config.channels))
         return patches_BNpC.permute(0, 3, 1, 2).flatten(2)
-
-    def _with_memory(self, tokens_BND: Tensor) -> Tensor:
-        count = self.config.memory_tokens
-        if not count:
-            return tokens_BND
-        return torch.cat((self.memory.expand(len(tokens_BND), count, -1).type_as(tokens_BND), tokens_BND), 1)
 
     def _embed_text(self, text: Tensor | None, text_mask: Tensor | None, *, batch: int) -> Tensor | None:
         if self.config.text_width is None:

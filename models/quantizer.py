@@ -123,11 +123,11 @@ class ResidualQuantizer(Quantizer):
                 codeword of a book, which is all that faiss's k-means looks at.
 
         Raises:
-            ValueError: vectors of another shape, not finite, or fewer than ``size``.
+            ValueError: vectors of another shape, not finite, or fewer than ``size`` (after the limit).
         """
-        self._check_vectors(vectors)
-        self._set_statistics(vectors)
         limit = _POINTS_PER_CENTROID * self.size if limit is None else limit
+        self._check_vectors(vectors, limit)
+        self._set_statistics(vectors)
         if len(vectors) > limit:
             chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:limit]
             vectors = vectors[chosen.to(vectors.device)]
@@ -159,19 +159,17 @@ class ResidualQuantizer(Quantizer):
         books = self._checked_books(codes.shape[-1])
         return self.codebooks[torch.arange(books, device=codes.device), codes]
 
-    def _check_vectors(self, vectors: Tensor) -> None:
+    def _check_vectors(self, vectors: Tensor, limit: int) -> None:
         if vectors.dim() != 2 or vectors.shape[1] != self.width:
             raise ValueError(f"the quantizer is fitted on vectors (N, {self.width}), not {tuple(vectors.shape)}")
-        if len(vectors) < self.size:
-            raise ValueError(f"{len(vectors)} vectors cannot fill codebooks of {self.size}: lower the size or add data")
+        count, wanted = min(len(vectors), limit), VECTORS_PER_CODEWORD * self.size
+        if count < self.size:
+            raise ValueError(f"{count} vectors cannot fill codebooks of {self.size}: add vectors or lower the size")
         if not torch.isfinite(vectors).all():
-            raise ValueError("the vectors to fit a quantizer on are not all finite: look at the latent encoder's run")
-        if len(vectors) < VECTORS_PER_CODEWORD * self.size:
-            wanted = VECTORS_PER_CODEWORD * self.size
-            warnings.warn(
-                f"{len(vectors)} vectors are few for codebooks of {self.size} (better {wanted}): they will overfit",
-                stacklevel=3,
-            )
+            raise ValueError("the vectors to fit a quantizer on are not all finite: look at the run that made them")
+        if count < wanted:
+            message = f"{count} vectors are few for codebooks of {self.size}, which will overfit: better {wanted}"
+            warnings.warn(message, stacklevel=3)
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {ResidualQuantizer.kind: ResidualQuantizer}

@@ -1,20 +1,21 @@
-"""Weights as files: safetensors with the config as JSON in their header. Nothing is ever unpickled."""
+"""Weights in files and into models: safetensors with the config as JSON in their header. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> None:
@@ -71,3 +72,33 @@ def hash_state(config: Mapping[str, Any], state: State) -> str:
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def filled(build: Callable[[], Model], state: State, where: str, name_of: Callable[[str], str] = str) -> Model:
+    """What `build` makes, with its weights from `state`, where its tensor `name` is called `name_of(name)`.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; begins with `where` and names it.
+    """
+    with torch.device("meta"):
+        model = build()
+    shapes = {name_of(name): value.shape for name, value in model.state_dict().items()}
+    problems = {
+        "missing": sorted(shapes.keys() - state.keys()),
+        "unknown": sorted(state.keys() - shapes.keys()),
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)}, not {tuple(shapes[name])}"
+            for name in sorted(shapes.keys() & state.keys())
+            if state[name].shape != shapes[name]
+        ],
+    }
+    found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{where} do not fit the config; {'; '.join(found)}")
+    model.to_empty(device="cpu").load_state_dict({name: state[name_of(name)] for name in model.state_dict()})
+    return model
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many there are where that is not all."""
+    return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")

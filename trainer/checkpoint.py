@@ -2,8 +2,12 @@
 
 A checkpoint is a directory `step_{samples seen}` of safetensors, one file a rank, and a `manifest.json`. Every tensor
 is stored in float32 under its plain name as flat one-dimensional ranges: a rank writes the part of the flattened tensor
-that it owns and asks at a load for the part that it wants, whichever ranks wrote it. `torch.distributed.checkpoint`
-moves the ranges; nothing is pickled into a checkpoint and nothing is unpickled from one.
+that it owns and asks at a load for the part that it wants, whichever ranks wrote it. Nothing is pickled into a
+checkpoint and nothing is unpickled from one.
+
+The files are laid out as by `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)`, and torch's
+reader for those reads these. They are written here because that writer takes twice the memory and several times as long
+and drops, unseen, all but one of a rank's ranges of a tensor; and the overlap of flat ranges is a `max` and a `min`.
 
 A checkpoint is written under a temporary name and renamed when every rank has written and the manifest is there: what
 is called `step_…` was whole once, and the manifest's checksums tell whether it still is.
@@ -21,27 +25,16 @@ import os
 import re
 import secrets
 import shutil
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -68,17 +61,13 @@ class FlatRange:
         assert self.data.dim() == 1, f"a range has one dimension, not {self.data.dim()}"
         assert self.data.is_contiguous(), "a range must be contiguous, or a load could not fill it in place"
         assert self.data.dtype == torch.float32, f"a checkpoint holds float32, not {self.data.dtype}"
-        assert 0 <= self.start <= self.stop <= self.numel, f"[{self.start}, {self.stop}) is not in {self.shape}"
+        fits = 0 <= self.start <= self.stop <= math.prod(self.shape)
+        assert fits, f"[{self.start}, {self.stop}) is not within a tensor of shape {self.shape}"
 
     @property
     def stop(self) -> int:
         """One past the last element."""
         return self.start + len(self.data)
-
-    @property
-    def numel(self) -> int:
-        """Elements in the whole tensor."""
-        return math.prod(self.shape)
 
 
 def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
@@ -128,7 +117,7 @@ def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: 
         written = _together(lambda: _write(temporary, snapshot))
         manifest = {
             "format": FORMAT,
-            "meta": {**meta, "samples": samples, "world_size": _world_size()},
+            "meta": {**meta, "samples": samples, "world_size": len(written)},
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
         }
@@ -158,8 +147,9 @@ def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
     everyones = list(dict.fromkeys(problem for rank_problems in _gather(problems) for problem in rank_problems))
     if everyones:
         raise ValueError(f"{path} cannot be loaded: {_shortened(everyones)}")
-    _together(lambda: _read(path, {name: wanted for name, wanted in tensors.items() if len(wanted.data)}))
-    return read_manifest(path)["meta"]
+    manifest = read_manifest(path)
+    _together(lambda: _read(path, manifest["files"], tensors))
+    return manifest["meta"]
 
 
 def verify(path: Path) -> list[str]:
@@ -213,12 +203,12 @@ def prune(directory: Path, *, last: int, every: int | None = None, best: Collect
         kept |= {path for multiple, path in newest_first.items() if multiple > 0}
     deleted = [path for path in paths if path not in kept]
     for path in deleted:
-        _delete(path)
+        shutil.rmtree(_set_aside(path))
     return deleted
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256).
+    """A checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256, ranges).
 
     Raises:
         ValueError: if there is none, or it is damaged, or of another format.
@@ -228,11 +218,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
     except ValueError as error:
-        raise ValueError(f"{MANIFEST} is damaged: {error}") from None
+        raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        raise ValueError(f"{MANIFEST} is damaged: its checksum is wrong")
+        raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"it has format {manifest['format']}, and this version of the program reads {FORMAT}")
+        raise ValueError(f"{path} has format {manifest['format']}, and this version of the program reads {FORMAT}")
     return manifest
 
 
@@ -245,96 +235,61 @@ def _begin(temporary: Path) -> None:
     """Makes the temporary directory, after clearing what dead attempts left."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
 
 
-class _SavePlanner(dcp.DefaultSavePlanner):
-    """Takes flat ranges where the default one knows tensors only."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> dcp.SavePlan:
-        self.plan = dcp.SavePlan([_write_item(name, owned) for name, owned in self.state_dict.items()])
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Takes flat ranges where the default one knows tensors only."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata = state_dict, metadata
-
-    def create_local_plan(self) -> dcp.LoadPlan:
-        stored = cast("dict[str, TensorStorageMetadata]", cast(Metadata, self.metadata).state_dict_metadata)
-        reads = (
-            create_read_items_for_chunk_list(name, stored[name], [_chunk(wanted)])
-            for name, wanted in self.state_dict.items()
-        )
-        return dcp.LoadPlan([item for items in reads for item in items])
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+def _write(temporary: Path, snapshot: Mapping[str, FlatRange]) -> dict[str, dict[str, Any]]:
+    """Writes this rank's ranges; returns the file's entry in the manifest."""
+    if not snapshot:
+        return {}
+    path = temporary / f"rank_{_rank():05d}.safetensors"
+    offsets = {name: {"saved_offsets": [owned.start]} for name, owned in snapshot.items()}
+    header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    save_file({name: owned.data for name, owned in snapshot.items()}, path, metadata=header)
+    path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes its files unreadable for the group
+    _sync(path)
+    ranges = {name: [owned.start, owned.stop] for name, owned in snapshot.items()}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path), "ranges": ranges}}
 
 
-def _chunk(part: FlatRange) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size([part.start]), sizes=part.data.size())
-
-
-def _write_item(name: str, owned: FlatRange) -> WriteItem:
-    chunk, properties = _chunk(owned), TensorProperties(dtype=owned.data.dtype)
-    tensor_data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size([owned.numel]))
-    return WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=tensor_data)
-
-
-def _write(temporary: Path, snapshot: dict[str, FlatRange]) -> dict[str, dict[str, Any]]:
-    """Writes this rank's ranges; returns its files, as the manifest has them. All ranks."""
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    with _without_group_warning():
-        dcp.save(snapshot, storage_writer=writer, planner=_SavePlanner())
-    mine = temporary.glob(f"shard-{_rank() + 1:05d}-*.safetensors")
-    return {file.name: {"bytes": file.stat().st_size, "sha256": _file_digest(file)} for file in mine}
-
-
-def _read(path: Path, wanted: dict[str, FlatRange]) -> None:
-    """Fills this rank's ranges. All ranks."""
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    with _without_group_warning():
-        dcp.load(wanted, storage_reader=reader, planner=_LoadPlanner())
-
-
-@contextmanager
-def _without_group_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, FlatRange]) -> None:
+    """Fills this rank's ranges from the files that hold a part of them."""
+    for file_name, entry in files.items():
+        shared = {
+            name: (offset, max(offset, wanted[name].start), min(end, wanted[name].stop))
+            for name, (offset, end) in entry["ranges"].items()
+        }
+        shared = {name: (offset, start, stop) for name, (offset, start, stop) in shared.items() if start < stop}
+        if not shared:
+            continue
+        with safe_open(path / file_name, framework="pt") as file:
+            for name, (offset, start, stop) in shared.items():
+                part = wanted[name]
+                stored = file.get_slice(name)[start - offset : stop - offset]
+                part.data[start - part.start : stop - part.start].copy_(stored)
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Makes the whole checkpoint appear under its name."""
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(temporary)
-    if final.exists():
-        _delete(final)
+    manifest = json.loads(json.dumps(manifest))  # as a reader will see it, when it comes to the checksum
+    (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    replaced = _set_aside(final) if final.exists() else None
     temporary.rename(final)
-    _sync_directory(final.parent)
+    _sync(final.parent)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
-def _delete(path: Path) -> None:
-    """Deletes a checkpoint by way of a temporary name: a kill half-way leaves nothing that looks like one."""
-    shutil.rmtree(path.rename(path.with_name(f"{_TEMPORARY}deleted_{path.name}_{secrets.token_hex(4)}")))
+def _set_aside(path: Path) -> Path:
+    """Renames a checkpoint that is to be deleted, so that a kill half-way leaves nothing that looks like one."""
+    return path.rename(path.with_name(f"{_TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Has a file or a directory on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -343,7 +298,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _check_cover(tensors: Mapping[str, FlatRange]) -> None:
-    """Sees that the ranks' ranges make up every tensor. A range that several ranks hold counts once. All ranks."""
+    """Sees that the ranks' ranges make up every tensor. All ranks."""
     everyones = _gather({name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()})
     for name in dict.fromkeys(name for spans in everyones for name in spans):
         if not all(name in spans for spans in everyones):
@@ -351,7 +306,7 @@ def _check_cover(tensors: Mapping[str, FlatRange]) -> None:
         if len({spans[name][0] for spans in everyones}) > 1:
             raise ValueError(f"{name} has not the same shape on every rank")
         numel, position = math.prod(everyones[0][name][0]), 0
-        cuts = sorted({spans[name][1:] for spans in everyones if spans[name][1] < spans[name][2]})
+        cuts = sorted(spans[name][1:] for spans in everyones if spans[name][1] < spans[name][2])
         for start, stop in [*cuts, (numel, numel)]:
             if start != position:
                 raise ValueError(f"the ranks' ranges of {name} have a gap or an overlap at {min(start, position)}")
@@ -389,7 +344,7 @@ def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -
     misshaped = [
         f"{name} has shape {tuple(stored[name])} in it, not {part.shape}"
         for name, part in wanted.items()
-        if name in stored and tuple(stored[name]) != part.shape
+        if name in stored and stored[name] != list(part.shape)
     ]
     return missing + unexpected + misshaped
 
@@ -412,10 +367,6 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _gather(value: Result) -> list[Result]:
     """Every rank's value, on every rank."""
     if not dist.is_initialized():
@@ -436,15 +387,13 @@ def _together(action: Callable[[], Result]) -> list[Result]:
     Raises:
         OSError: on every rank, if it failed on any, whatever the cause: nobody may wait for a rank that gave up.
     """
-    result, reasons = None, []
+    result, reason = None, None
     try:
         result = action()
-    except CheckpointException as error:
-        reasons = [f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items()]
     except Exception as error:
-        reasons = [f"rank {_rank()}: {error!r}"]
-    outcomes = _gather((result, reasons))
-    failures = list(dict.fromkeys(reason for _, rank_reasons in outcomes for reason in rank_reasons))
+        reason = f"rank {_rank()}: {error!r}"
+    outcomes = _gather((result, reason))
+    failures = [reason for _, reason in outcomes if reason]
     if failures:
         raise OSError(_shortened(failures))
     return [cast(Result, result) for result, _ in outcomes]

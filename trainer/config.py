@@ -96,10 +96,8 @@ class QuantizerConfig:
     """K, a power of two."""
     rates: list[int] = field(default_factory=list)
     """Numbers of codebooks at which the codec is finetuned and evaluated; empty: [books]. Any prefix of the codes decodes."""
-    vectors: int = 100_000
+    vectors: int = 65_536
     """Upper bound of the number of z vectors that the codebooks are fitted on."""
-    fit_beam: int = 8
-    """Beam width while fitting: wider is better and slower."""
     beam: int = 32
     """Beam width of the search for codes, in training and in use."""
 

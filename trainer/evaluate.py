@@ -92,6 +92,8 @@ class _Evaluation:
 
     def __init__(self, config: Config, folder: Path, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
+        for kind in ("audio", "streams"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
         self.sampling = Sampling(**dataclasses.asdict(config.sampling))
         self.clips = load_clips(config, device)
         self.statistics = self._statistics(self.clips.audio_B1S)
@@ -136,9 +138,7 @@ class _Evaluation:
         for index, audio_1S in enumerate(self.clips.audio_B1S):
             stream = codec.encode(audio_1S, books=books)
             content = bitstream.write(stream)
-            path = self.folder / "streams" / f"{self.clips.keys[index]}.{books}.spr"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            (self.folder / "streams" / f"{self.clips.keys[index]}.{books}.spr").write_bytes(content)
             sizes.append(len(content))
             codes.append(torch.from_numpy(bitstream.read(content, frames_of=codec.z_frames).codes)[0])
         assert codec.quantizer is not None

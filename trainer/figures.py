@@ -21,7 +21,7 @@ SI_SDR_LIMIT_DB = 60.0
 EMBEDDING = "mel-stat"
 """The embedding under `frechet_distance` and `kernel_distance`, to be named wherever they are shown."""
 
-_SILENCE = 1e-12  # -120 dB of full scale: keeps the logarithm finite where the reference itself is silent
+_SILENCE = 1e-14  # -140 dB of full scale: keeps the logarithm finite where the reference itself is silent
 _MEL_RESOLUTIONS = (512, 1024, 2048)
 _STFT_RESOLUTIONS = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))  # n_fft, hop, window
 

@@ -105,9 +105,9 @@ def _require_complete(report: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
     for system in report["systems"]:
-        if system["role"] not in template.ROLES:
+        if system.get("role") not in template.ROLES:
             known = ", ".join(template.ROLES)
-            raise ValueError(f"system {system['key']!r} has the unknown role {system['role']!r}: known are {known}")
+            raise ValueError(f"system {system['key']!r} has no known role: give it one of {known}")
 
 
 def _gather_takes(report: Mapping[str, Any], folder: Path, audio_root: Path) -> dict[tuple[str, str], list[Take]]:
@@ -192,13 +192,11 @@ def read_curve(path: Path) -> list[Point]:
     if not path.exists():
         return []
     points: list[Point] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        point = _parse(line)
-        if point is None:
-            continue
-        while points and points[-1].samples >= point.samples:
-            points.pop()
-        points.append(point)
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for point in filter(None, map(_parse, lines)):
+            while points and points[-1].samples >= point.samples:
+                points.pop()
+            points.append(point)
     return _thin(points)
 
 

@@ -10,12 +10,13 @@ import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 Report = Mapping[str, Any]
 System = Mapping[str, Any]
 FigureInfo = Mapping[str, Any]
 
+_PHONE_WIDTH = 700  # up to here a clip is a card, as page.css has it too
 _VOID = {"img", "input", "meta"}
 ROLES = {
     "original": "Original",
@@ -201,7 +202,7 @@ def _figure_cell(report: Report, system: System, figure: FigureInfo) -> Html:
         return _empty_cell()
     mean, digits = means[system["key"]], _digits(means.values())
     deviation = report["results"][system["key"]][figure["key"]].get("std")
-    spread = element("small", f"± {_signed(deviation, digits)}") if deviation is not None else None
+    spread = element("small", f"± {_signed(deviation, digits)}") if _is_number(deviation) else None
     rivals = [means[s["key"]] for s in report["systems"] if s["role"] == "system" and s["key"] in means]
     is_best = system["role"] == "system" and len(rivals) > 1 and mean == _choose(figure)(rivals)
     value = element("strong", _signed(mean, digits), title="Best of the systems") if is_best else _signed(mean, digits)
@@ -214,8 +215,8 @@ def _heading(title: str, unit: str, note: str) -> Html:
 
 def _means(report: Report, figure: FigureInfo) -> dict[str, float]:
     """The means of a figure by system, without those that are missing or not finite."""
-    means = {key: results.get(figure["key"], {}).get("mean") for key, results in report["results"].items()}
-    return {key: mean for key, mean in means.items() if mean is not None and math.isfinite(mean)}
+    means = {key: (results.get(figure["key"]) or {}).get("mean") for key, results in report["results"].items()}
+    return {key: mean for key, mean in means.items() if _is_number(mean)}
 
 
 def _choose(figure: FigureInfo) -> Callable[..., Any]:
@@ -255,7 +256,7 @@ def clip_grid(report: Report, takes: Mapping[tuple[str, str], Sequence[Take]]) -
 
 def clip_grid_style(report: Report) -> str:
     """Where the window has room for every column nothing scrolls sideways, and the head of the grid stays in sight."""
-    needed = 240 + 160 * (len(report["systems"]) - 1) + 64
+    needed = max(_PHONE_WIDTH + 1, 240 + 160 * (len(report["systems"]) - 1) + 64)
     return (
         f"@media (min-width: {needed}px) {{ .clips-scroll {{ overflow: visible; }} "
         ".clips thead th { position: sticky; top: 0; z-index: 3; } .clips .name { display: none; } }"
@@ -270,7 +271,7 @@ def _recording(system: System, clip: Mapping[str, Any], takes: Sequence[Take]) -
 def _player(system: System, clip: Mapping[str, Any], takes: Sequence[Take]) -> Html:
     first, what = takes[0], f"{system['title']}, {clip.get('caption') or clip['key']}"
     seek = element(
-        "input", type="range", min="0", max=f"{first.seconds:.3f}", step="0.01", value="0",
+        "input", type="range", min="0", max=f"{first.seconds:.3f}", step="0.05", value="0",
         autocomplete="off", aria_label=f"Position in {what}",
     )  # fmt: skip
     picture = element("img", src=first.image, alt="", loading="lazy", width="440", height="112")
@@ -313,8 +314,12 @@ def _empty_cell() -> Html:
     return element("td", _NOTHING, class_="nothing")
 
 
-def _signed(value: float | None, digits: int) -> str:
-    return _NOTHING if value is None else f"{value:.{digits}f}".replace("-", "−")
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _count(number: int, noun: str) -> str:

@@ -98,8 +98,8 @@ class RunDirectory:
 
     def require_same(self, config: Config, inputs: dict[str, str]) -> None:
         """Raise ValueError where the directory holds a run of another config or other inputs."""
-        if not (self.path / "config.yaml").exists():
-            return
+        if not (self.path / "config.yaml").exists() or not any(self.checkpoints.glob("step_*")):
+            return  # nothing learned yet that could be mixed up
         relevant = self._relevant(config) | {f"input {name}": value for name, value in inputs.items()}
         stored = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         assert isinstance(stored, dict)

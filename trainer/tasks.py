@@ -255,7 +255,7 @@ class Quantize(_CodecTask):
         if main:
             assert self.codec.quantizer is not None
             every = torch.cat(vectors)[: self.config.quantizer.vectors]
-            self.codec.quantizer.fit(every, seed=self.config.seed, beam=self.config.quantizer.fit_beam)
+            self.codec.quantizer.fit(every, seed=self.config.seed)
 
 
 class Finetune(_CodecTask):

@@ -1,4 +1,4 @@
-"""Sound files in and out, and their level."""
+"""Sound files in and out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from trainer.data.files import replacing
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 _WRITE_BLOCK = 1 << 16  # libsndfile overruns its stack when it is given minutes of audio for Vorbis at once
-_SILENCE = 1e-4  # 80 dB below full scale
-_GAIN_STEP_DB, _LARGEST_GAIN_DB = 0.5, 60.0
 _LARGEST_PAGE = 65307  # bytes, of an Ogg stream
 _UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe give a length from here up
 
@@ -129,31 +127,3 @@ def encode_audio(audio: NDArray[np.float32], sample_rate: int, *, suffix: str) -
         for start in range(0, audio.shape[1], _WRITE_BLOCK):
             file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
     return content.getvalue()
-
-
-def is_silent(audio: NDArray[np.float32]) -> bool:
-    """Whether nothing is heard in (channels, samples): less than 80 dB below full scale, apart from a constant."""
-    return float(audio.std(axis=1, dtype=np.float64).max(initial=0)) < _SILENCE
-
-
-def level(
-    audio: NDArray[np.float32], *, target_rms_db: float = -23.0, peak: float = 0.99
-) -> tuple[NDArray[np.float32], float]:
-    """Bring audio to a common level: the target's RMS, or as near to it as no sample over `peak` allows.
-
-    Args:
-        audio: (channels, samples).
-        target_rms_db: re full scale 1, over all channels and samples.
-        peak: the largest absolute value allowed.
-
-    Returns:
-        The audio times 10^(gain/20), and the gain in dB: a multiple of 0.5 within ±60, so that it can be stored exactly
-        in a signed byte. Silence is left as it is, gain 0.
-    """
-    if is_silent(audio):
-        return audio, 0.0
-    rms_db = 10 * np.log10(np.square(audio, dtype=np.float64).mean())
-    highest = np.floor(20 * np.log10(peak / np.abs(audio).max()) / _GAIN_STEP_DB)
-    steps = min(np.round((target_rms_db - rms_db) / _GAIN_STEP_DB), highest)
-    gain_db = float(np.clip(steps * _GAIN_STEP_DB, -_LARGEST_GAIN_DB, _LARGEST_GAIN_DB))
-    return audio * np.float32(10 ** (gain_db / 20)), gain_db

@@ -8,55 +8,29 @@ and however often it was killed. `OUT/.prepare` remembers the units that are don
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from trainer.data.audio import duration, encode_audio, is_silent, level, read_audio
+from trainer.data.audio import duration
+from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encoder, clip_starts, encode_in_order
 from trainer.data.files import replacing, write_whole
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sources import Source, held_out, list_sources
 
 _SPLITS = ("train", "test")
-_SHORTEST_SECONDS = 0.01
-_CLIPS_AT_ONCE = 8
-_AHEAD = 2  # files under way for each worker
+_WORK, _REPORT = ".prepare", "report.json"
 _SAMPLE_OVERHEAD = 4096  # bytes, more than a sample's JSON and tar headers take
 
-
-class Encoder(Protocol):
-    """What is needed of an `AudioAE`."""
-
-    sample_rate: int
-    channels: int
-    latent_channels: int
-    hop: int
-
-    def encode(self, audio: Tensor) -> Tensor:
-        """(B, channels, samples) → (B, C, T)."""
-
-    def frames(self, samples: int) -> int:
-        """T for so many samples."""
-
-    def identity(self) -> str:
-        """A hash of all that the latents depend on."""
+Progress = Callable[[int, int, float], None]
+"""Is called with files done, files in all, and seconds of sound read."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +44,9 @@ class PrepareReport:
     clips: dict[str, int]
     """Clips in each set."""
     seconds: float
-    """Of sound that was read, silence included."""
+    """Of sound in the files that could be used."""
     problems: list[dict[str, str]]
-    """{"file", "reason"} of each file that could not be used, and of each clip of a file."""
+    """{"file", "reason"} of each file, or clip of a file, that was left out."""
 
 
 def prepare(
@@ -86,7 +60,7 @@ def prepare(
     ae_options: Mapping[str, Any] | None = None,
     workers: int = 1,
     shard_mb: float = 64,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> PrepareReport:
     """Make the sets, or what is missing of them; where they are complete, return at once.
 
@@ -102,10 +76,10 @@ def prepare(
         holdout: fraction of the files (by a hash of their base names) for the test set, 0 up to but not 1. The test
             set holds the clips' audio as well.
         seed: of that choice.
-        ae_options: the config that makes the autoencoder again, to be kept in the sets' `set.json`.
+        ae_options: how to get the autoencoder again, to be kept in the sets' `set.json`.
         workers: processes; with 1, this one.
         shard_mb: a shard's size, at most, in MiB (more only if a single clip is larger).
-        progress: is called after each file with files done, files in all, and seconds of sound read.
+        progress: is called after each file.
 
     Raises:
         ValueError: there is no usable sound, a set would be empty, `out` holds other sets, or a worker died.
@@ -114,10 +88,10 @@ def prepare(
         raise ValueError(f"holdout is a fraction from 0 up to but not 1, not {holdout}")
     ae = make_ae()
     clip_samples = round(clip_seconds * ae.sample_rate)
-    if clip_samples < _SHORTEST_SECONDS * ae.sample_rate or workers < 1:
-        raise ValueError(f"clip_seconds is at least {_SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
+    if clip_samples < SHORTEST_SECONDS * ae.sample_rate or workers < 1:
+        raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
     sources = list_sources(audio)
-    settings = {
+    settings: dict[str, Any] = {
         "ae": ae.identity(),
         "clip_seconds": clip_seconds,
         "holdout": holdout,
@@ -128,19 +102,37 @@ def prepare(
     if report := _finished(out, settings):
         return report
     _begin(out, settings)
-    units = _plan(sources, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=int(shard_mb * 2**20))
-    encode = _ClipEncoder(ae, clip_samples)
-    _make_units(units, out, encode, make_ae, workers=workers, shard_bytes=int(shard_mb * 2**20), progress=progress)
+    shard_bytes = int(shard_mb * 2**20)
+    units = _plan(sources, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
+    tally = _Tally(len(sources), progress)
+    missing = [unit for unit in units if not _count_done(out, unit, tally)]
+    tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
+    with closing(encode_in_order(tasks, ClipEncoder(ae, clip_samples), make_ae, workers=workers)) as files:
+        for unit in missing:
+            _write_unit(out, unit, islice(files, len(unit.sources)), tally, shard_bytes=shard_bytes)
     info = SetInfo(
-        ae_identity=ae.identity(),
+        ae_options=dict(ae_options or {}),
+        ae_identity=settings["ae"],
         sample_rate=ae.sample_rate,
         hop=ae.hop,
         latent_channels=ae.latent_channels,
         clip_seconds=clip_seconds,
-        ae_options=dict(ae_options or {}),
         prepared=settings,
     )
     return _finish(out, units, info)
+
+
+class _Tally:
+    """Counts what is done and tells `progress`."""
+
+    def __init__(self, files: int, progress: Progress | None):
+        self.files, self.progress = files, progress
+        self.done, self.seconds = 0, 0.0
+
+    def add(self, files: int, seconds: float) -> None:
+        self.done, self.seconds = self.done + files, self.seconds + seconds
+        if self.progress:
+            self.progress(self.done, self.files, self.seconds)
 
 
 def _fingerprint(sources: Iterable[Source]) -> str:
@@ -156,25 +148,25 @@ def _fingerprint(sources: Iterable[Source]) -> str:
 
 def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     """The report of a complete outcome."""
-    if not (out / "report.json").is_file():
+    if not (out / _REPORT).is_file():
         return None
-    report = PrepareReport(**json.loads((out / "report.json").read_text(encoding="utf-8")))
+    report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
     if report.settings != settings:
         other = ", ".join(sorted(key for key in settings if report.settings.get(key) != settings[key]))
         raise ValueError(f"{out} was prepared with other settings ({other}): remove it, or give another folder")
-    if not all((out / split / "set.json").is_file() for split in report.clips):
+    if not all((out / split / "set.json").is_file() for split, clips in report.clips.items() if clips):
         return None
-    shutil.rmtree(out / ".prepare", ignore_errors=True)
+    shutil.rmtree(out / _WORK, ignore_errors=True)
     return report
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> None:
     """Make `OUT/.prepare` ready, with what an earlier attempt with the same settings left in it."""
-    work = out / ".prepare"
+    work = out / _WORK
     mark = work / "settings.json"
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
         return
-    if not work.exists() and any((out / split).exists() for split in _SPLITS) and not (out / "report.json").exists():
+    if not work.exists() and any((out / split).exists() for split in _SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `prepare` did not make: give another folder")
     for folder in (*(out / split for split in _SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
@@ -193,10 +185,6 @@ class _Unit:
     number: int
     sources: list[Source]
 
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05d}"
-
 
 def _plan(
     sources: list[Source], ae: Encoder, clip_samples: int, *, holdout: float, seed: int, shard_bytes: int
@@ -204,199 +192,84 @@ def _plan(
     """Share out the files by what their headers say; those that can't be read count nothing and are found out later."""
     seconds = {source: duration(source.path) for source in sources}
     tested = held_out((source.base_name for source in sources if seconds[source]), fraction=holdout, seed=seed)
-    clip_bytes = _SAMPLE_OVERHEAD + 2 * ae.latent_channels * ae.frames(clip_samples)
-    audio_bytes = {"train": 0, "test": 3 * ae.channels * clip_samples}
     units = []
     for split in _SPLITS:
+        clip_bytes = _SAMPLE_OVERHEAD + 2 * ae.latent_channels * ae.frames(clip_samples)
+        if split == "test":
+            clip_bytes += 3 * ae.channels * clip_samples
         number, room = -1, 0
         for source in sources:
             if (source.base_name in tested) != (split == "test"):
                 continue
-            clips = len(_clip_starts(round(seconds[source] * ae.sample_rate), clip_samples))
-            room -= clips * (clip_bytes + audio_bytes[split])
-            if room < 0 or number < 0:
-                number += 1
+            size = clip_bytes * len(clip_starts(round(seconds[source] * ae.sample_rate), clip_samples))
+            if number < 0 or size > room:
+                number, room = number + 1, shard_bytes
                 units.append(_Unit(split, number, []))
-                room = shard_bytes - clips * (clip_bytes + audio_bytes[split])
             units[-1].sources.append(source)
+            room -= size
     return units
 
 
-def _clip_starts(samples: int, clip_samples: int) -> list[int]:
-    """Where the clips of a file begin."""
-    if samples <= clip_samples:
-        return [0]
-    starts = list(range(0, samples - clip_samples + 1, clip_samples))
-    if samples - starts[-1] - clip_samples >= clip_samples / 2:
-        starts.append(samples - clip_samples)
-    return starts
+# ---- Units and sets -------------------------------------------------------------------------------------------------
 
 
-# ---- One file -------------------------------------------------------------------------------------------------------
+def _write_unit(out: Path, unit: _Unit, files: Iterator[EncodedFile], tally: _Tally, *, shard_bytes: int) -> None:
+    """Write a unit's shards, then what is to be known of them, and last the record that it is done."""
+    record: dict[str, Any] = {"seconds": 0.0, "problems": []}
+    with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
+        for file in files:
+            for clip in file.clips:
+                writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac)
+            record["seconds"] += file.seconds
+            record["problems"] += file.problems
+            tally.add(1, file.seconds)
+    for name in writer.names:
+        with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
+            np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
+    write_whole(_record_path(out, unit), json.dumps(record | {"shards": writer.names}))
 
 
-@dataclass(frozen=True)
-class _Clip:
-    key: str
-    x0: NDArray[np.float16]
-    metadata: dict[str, Any]
-    flac: bytes
+def _count_done(out: Path, unit: _Unit, tally: _Tally) -> bool:
+    """Whether a unit is done; if so, it counts."""
+    if not _record_path(out, unit).is_file():
+        return False
+    record = _record(out, unit)
+    if not all((out / unit.split / name).is_file() for name in record["shards"]):
+        return False
+    tally.add(len(unit.sources), record["seconds"])
+    return True
 
 
-@dataclass
-class _Encoded:
-    """A file's clips."""
-
-    seconds: float
-    clips: list[_Clip]
-    problems: list[dict[str, str]]
-
-
-class _ClipEncoder:
-    """Turns a file into clips."""
-
-    def __init__(self, ae: Encoder, clip_samples: int):
-        self.ae, self.clip_samples = ae, clip_samples
-
-    def __call__(self, source: Source, keep_audio: bool) -> _Encoded:
-        rate = self.ae.sample_rate
-        try:
-            audio = read_audio(source.path, sample_rate=rate, channels=self.ae.channels)
-            if audio.shape[1] < _SHORTEST_SECONDS * rate:
-                raise ValueError(f"is too short: {audio.shape[1] / rate:.5f} s")
-            if is_silent(audio):
-                raise ValueError("is silent")
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{source.path} ")
-            return _Encoded(0.0, [], [{"file": source.name, "reason": reason}])
-        encoded = _Encoded(audio.shape[1] / rate, [], [])
-        starts = list(enumerate(_clip_starts(audio.shape[1], self.clip_samples)))
-        for first in range(0, len(starts), _CLIPS_AT_ONCE):
-            self._encode_clips(encoded, source, audio, starts[first : first + _CLIPS_AT_ONCE], keep_audio)
-        return encoded
-
-    def _encode_clips(
-        self,
-        encoded: _Encoded,
-        source: Source,
-        audio: NDArray[np.float32],
-        starts: list[tuple[int, int]],
-        keep_audio: bool,
-    ) -> None:
-        """Add the clips that begin there."""
-        rate, samples = self.ae.sample_rate, audio.shape[1]
-        levelled, gains = zip(*(level(self._clip(audio, start)) for _, start in starts), strict=True)
-        with torch.inference_mode():
-            latents = self.ae.encode(torch.from_numpy(np.stack(levelled))).to(torch.float16).cpu().numpy()
-        for (number, start), clip, gain_db, x0_CT in zip(starts, levelled, gains, latents, strict=True):
-            if is_silent(clip):
-                encoded.problems.append({"file": source.name, "reason": f"is silent from {start / rate:.2f} s on"})
-            elif not np.isfinite(x0_CT).all():
-                reason = f"has latents beyond the range of float16 from {start / rate:.2f} s on"
-                encoded.problems.append({"file": source.name, "reason": reason})
-            else:
-                key = f"{source.key}-{number:04d}"
-                metadata = {
-                    "key": key,
-                    "caption": source.caption,
-                    "source": source.name,
-                    "start": start / rate,
-                    "seconds": min(samples, self.clip_samples) / rate,
-                    "sample_rate": rate,
-                    "gain_db": gain_db,
-                }
-                flac = encode_audio(clip, rate, suffix=".flac") if keep_audio else b""
-                encoded.clips.append(_Clip(key, x0_CT, metadata, flac))
-
-    def _clip(self, audio: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        return np.take(audio, range(start, start + self.clip_samples), axis=1, mode="wrap")
+def _finish(out: Path, units: list[_Unit], info: SetInfo) -> PrepareReport:
+    """Make sets of the shards, and write the report."""
+    records = [_record(out, unit) for unit in units]
+    problems = [problem for record in records for problem in record["problems"]]
+    files = sum(len(unit.sources) for unit in units)
+    shards: dict[str, dict[str, np.ndarray]] = {unit.split: {} for unit in units}
+    for unit, record in zip(units, records, strict=True):
+        shards[unit.split] |= {name: np.load(_rows_path(out, unit, name)) for name in record["shards"]}
+    if not any(shards.values()):
+        reasons = "; ".join(f"{problem['file']} {problem['reason']}" for problem in problems[:3])
+        raise ValueError(f"none of the {files} sound files can be used: {reasons}")
+    for split in shards:
+        if not shards[split]:
+            raise ValueError(f"no file of the {split} set can be used: take another holdout or seed, or add files")
+        write_index(out / split, info, shards[split])
+    clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in _SPLITS}
+    seconds = sum(record["seconds"] for record in records)
+    report = PrepareReport(info.prepared, files, clips, seconds, problems)
+    write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    shutil.rmtree(out / _WORK)
+    return report
 
 
-# ---- All files, by as many processes as there are ---------------------------------------------------------------------
+def _record_path(out: Path, unit: _Unit) -> Path:
+    return out / _WORK / f"{unit.split}-{unit.number:05d}.json"
 
 
-def _encode_in_order(
-    tasks: Iterator[tuple[Source, bool]], encode: _ClipEncoder, make_ae: Callable[[], Encoder], workers: int
-) -> Iterator[_Encoded]:
-    if workers == 1:
-        with _one_thread():
-            for task in tasks:
-                yield encode(*task)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, encode.clip_samples))
-    try:
-        under_way: deque[Future[_Encoded]] = deque()
-        while True:
-            for task in islice(tasks, _AHEAD * workers - len(under_way)):
-                under_way.append(pool.submit(_encode_in_worker, *task))
-            if not under_way:
-                return
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker died, perhaps for want of memory: run the same again with fewer workers, it goes on from here"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _rows_path(out: Path, unit: _Unit, shard: str) -> Path:
+    return out / _WORK / f"{unit.split}-{shard}.npy"
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As many threads as in a worker, or sums would be rounded otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-_worker_encode: _ClipEncoder
-
-
-def _start_worker(make_ae: Callable[[], Encoder], clip_samples: int) -> None:
-    global _worker_encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _worker_encode = _ClipEncoder(make_ae(), clip_samples)
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(source: Source, keep_audio: bool) -> _Encoded:
-    return _worker_encode(source, keep_audio)
-
-
-# ---- Units and sets ---------------------------------------------------------------------------------------------------
-
-
-def _make_units(
-    units: list[_Unit],
-    out: Path,
-    encode: _ClipEncoder,
-    make_ae: Callable[[], Encoder],
-    *,
-    workers: int,
-    shard_bytes: int,
-    progress: Callable[[int, int, float], None] | None,
-) -> None:
-    """Make the units that aren't done."""
-    total = sum(len(unit.sources) for unit in units)
-    missing = [unit for unit in units if not _is_done(out, unit)]
-    records = [_record(out, unit) for unit in units if unit not in missing]
-    done, seconds = total - sum(len(unit.sources) for unit in missing), sum(record["seconds"] for record in records)
-    tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-    with closing(_encode_in_order(tasks, encode, make_ae, workers)) as encoded_files:
-        for unit in missing:
-            record: dict[str, Any] = {"shards": {}, "seconds": 0.0, "problems": []}
-            with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
-                for encoded in islice(encoded_files, len(unit.sources)):
-                    for clip in encoded.clips:
-                        writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac)
+def _record(out: Path, unit: _Unit) -> dict[str, Any]:
+    return json.loads(_record_path(out, unit).read_text(encoding="utf-8"))

@@ -60,14 +60,14 @@ class SetInfo:
 
     ae_identity: str
     """`AudioAE.identity()` of the autoencoder that made the latents."""
+    ae_options: dict[str, Any]
+    """How to get it again: its kind and the like."""
     sample_rate: int
     """Hz."""
     hop: int
     """Audio samples a frame of latents."""
     latent_channels: int
     clip_seconds: float
-    ae_options: dict[str, Any] = field(default_factory=dict)
-    """The config that makes that autoencoder again."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What the set was made from and how, so that making it again can tell whether it is there."""
 

@@ -1,6 +1,7 @@
 """The recipes of the synthesizer: twenty kinds of sound effects, physical (modes, bubbles) or procedural (noise).
 
-A recipe takes a random generator and a number of samples, and gives a caption and that many samples, at any level. Captions fit because a recipe draws a word first, then a value out of the range that the word stands for.
+A recipe takes a random generator and a number of samples, and gives a caption and that many samples, at any level.
+Captions fit because a recipe draws a word first, then a value out of the range that the word stands for.
 Of the generator only `random()` and `uniform()` are used: their numbers are plain arithmetic on its bits, which won't
 change from one NumPy to the next as those of cleverer calls may.
 """
@@ -45,11 +46,11 @@ def pick_value(random: Random, ranges: dict[str, Range]) -> tuple[str, float]:
 
 def beat(random: Random, samples: int, interval: float, *, jitter: float = 0.1) -> np.ndarray:
     """Starts, in samples, of an event that is repeated every `interval` seconds, give or take jitter, until the end."""
-    count = int(samples / SAMPLE_RATE / interval) + 2
-    steps = interval * random.uniform(1 - jitter, 1 + jitter, count)
+    most = int(samples / SAMPLE_RATE / (interval * (1 - jitter))) + 1
+    steps = interval * random.uniform(1 - jitter, 1 + jitter, most)
     starts = random.uniform(0.01, 0.12) + np.concatenate(([0.0], np.cumsum(steps)))
     starts = (starts * SAMPLE_RATE).astype(int)
-    return starts[starts < samples - SAMPLE_RATE // 20]
+    return starts[starts < samples - SAMPLE_RATE // 8]  # what starts later would hardly be heard
 
 
 def wander(random: Random, samples: int, per_second: float, low: float, high: float) -> np.ndarray:
@@ -160,7 +161,9 @@ def grain(random: Random, low: float, high: float, decay: float, *, modes: int =
     """A tiny struck thing (a pebble, a twig, a drop on tin): a few modes between low and high Hz."""
     frequencies = low * (high / low) ** random.random(modes)
     decays = decay * random.uniform(0.5, 1.5, modes)
-    return ring(frequencies, decays, random.uniform(0.3, 1, modes), int(1.5 * decay * SAMPLE_RATE))
+    amplitudes = random.uniform(0.3, 1, modes) * SAMPLE_RATE / (2 * np.pi * frequencies)
+    # What is heard is how fast it moves, not how far: so small a thing can't push the air at low frequencies.
+    return np.diff(ring(frequencies, decays, amplitudes, int(1.5 * decay * SAMPLE_RATE)), append=0)
 
 
 def bubble(frequency: float, decay: float, rise: float) -> np.ndarray:
@@ -252,7 +255,7 @@ def _bell(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 def _glass(random: Random, samples: int) -> tuple[str, np.ndarray]:
     thing, size = pick_value(random, {
-        "wine glass": (1.3, 1.8),
+        "glass jar": (1.3, 1.8),
         "glass bottle": (0.8, 1.2),
         "window pane": (0.4, 0.7),
     })
@@ -287,7 +290,7 @@ def _footsteps(random: Random, samples: int) -> tuple[str, np.ndarray]:
         pebbles = press * sparks(random, samples, random.uniform(900, 2200))
         stones = press * sparks(random, samples, 200)
         sound = convolve(pebbles, grain(random, 1200, 7000, 0.008, modes=8))
-        sound = shape(sound + 0.5 * convolve(stones, grain(random, 400, 1800, 0.02)), lambda f: 1 - low_pass(f, 350))
+        sound += 0.5 * convolve(stones, grain(random, 400, 1800, 0.02))
     elif surface == "snow":
         crush = press**2 * sparks(random, samples, random.uniform(5000, 9000)) * wander(random, samples, 60, 0, 1)
         sound = shape(crush, partial(bump, centre=random.uniform(700, 1500), octaves=1.0))
@@ -304,7 +307,7 @@ def _footsteps(random: Random, samples: int) -> tuple[str, np.ndarray]:
 def _door(random: Random, samples: int) -> tuple[str, np.ndarray]:
     size, pitch = pick_value(random, {
         "a heavy wooden door": (130, 260),
-        "an old wooden gate": (280, 480),
+        "an old wooden chest": (280, 480),
         "a cupboard door": (500, 900),
     })
     manner, rate = pick_value(random, {"slowly": (25, 50), "": (60, 100), "shrilly": (140, 260)})
@@ -403,7 +406,7 @@ def _thunder(random: Random, samples: int) -> tuple[str, np.ndarray]:
         "thunder rolls": (0.25, 0.45),
         "a sharp clap of thunder, then a rumble": (0.9, 1.5),
     })
-    starts = np.concatenate(([random.uniform(0.02, 0.15) * SAMPLE_RATE], random.random(8) * samples)).astype(int)
+    starts = beat(random, samples, random.uniform(0.35, 0.7), jitter=0.7)
     rumble = claps(random, samples, starts, (1.5, 4)) * wander(random, samples, 7, 0.3, 1)
     crack = claps(random, samples, starts[:1], (0.4, 1)) * nearness
 
@@ -420,8 +423,8 @@ def _explosion(random: Random, samples: int) -> tuple[str, np.ndarray]:
         "an explosion": (0.8, 1.2),
         "a huge, deep explosion": (1.8, 2.6),
     })
-    starts = beat(random, samples, 0.5 + 0.5 * size, jitter=0.3)
-    blast = claps(random, samples, starts, (0.8 * size, 1.5 * size))
+    starts = beat(random, samples, 0.5 + 0.4 * size, jitter=0.3)
+    blast = claps(random, samples, starts, (1.2 * size, 2.2 * size))
     thump = claps(random, samples, starts, (0.3 * size, 0.5 * size)) * sing(np.full(samples, 62 / size**0.6))
     debris = convolve(sparks(random, samples, 120, evenness=0.15) * blast, grain(random, 700, 5000, 0.02, modes=6))
 
@@ -590,27 +593,28 @@ def reverberate(random: Random, sound: np.ndarray, decay: float, *, wet: float) 
     return convolve(sound, echoes)
 
 
+# Where a sound is heard decides how far off or in which room it may be.
 INDOORS: dict[str, Recipe] = {
     "wood": partial(_impact, material=MATERIALS["wood"]),
     "metal": partial(_impact, material=MATERIALS["metal"]),
-    "stone": partial(_impact, material=MATERIALS["stone"]),
-    "bell": _bell,
     "glass": _glass,
-    "footsteps": _footsteps,
     "door": _door,
-    "drips": _drips,
     "whoosh": _whoosh,
-    "alarm": _alarm,
     "laser": _laser,
 }
 OUTDOORS: dict[str, Recipe] = {
+    "stone": partial(_impact, material=MATERIALS["stone"]),
+    "bell": _bell,
+    "footsteps": _footsteps,
+    "fire": _fire,
     "wind": _wind,
     "rain": _rain,
     "thunder": _thunder,
+    "explosion": _explosion,
+    "drips": _drips,
     "stream": _stream,
-    "fire": _fire,
-    "birds": _birds,
     "engine": _engine,
     "siren": _siren,
-    "explosion": _explosion,
+    "alarm": _alarm,
+    "birds": _birds,
 }

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // One audio element serves all players, so that starting one stops the other, and nothing loads before it is asked for.
+  // One audio element serves all players: starting one stops the other, and nothing loads before it is asked for.
   const audio = new Audio();
   audio.preload = "none";
   let current = null;
@@ -64,6 +64,7 @@
   }
 
   audio.addEventListener("play", () => {
+    if (!current) return;
     current.classList.add("playing");
     label(current, "Pause");
     follow();

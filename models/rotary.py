@@ -1,0 +1,49 @@
+"""RoPE: positions told to attention by turning pairs of features (arXiv 2104.09864), with YaRN's stretch.
+
+Shape suffixes: S tokens of a sequence, K features of a head, k pairs of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotary(NamedTuple):
+    """Angles of one sequence's tokens: the same for all of a batch, all heads and all blocks."""
+
+    cos_S1k: Tensor
+    sin_S1k: Tensor
+
+    @classmethod
+    def at(cls, positions_S: Tensor, frequencies_k: Tensor) -> Rotary:
+        """The angles of tokens at these positions."""
+        angles_S1k = positions_S[:, None, None] * frequencies_k
+        return cls(angles_S1k.cos(), angles_S1k.sin())
+
+    def turn(self, x_BSHK: Tensor) -> Tensor:
+        """Turn each pair of neighbouring features by the angle of its token; in float32."""
+        even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = (even * self.cos_S1k - odd * self.sin_S1k, even * self.sin_S1k + odd * self.cos_S1k)
+        return torch.stack(turned, -1).flatten(-2)
+
+
+def rope_frequencies(head_width: int, *, base: float, turning: int, device: torch.device) -> Tensor:
+    """Radians per token of each pair of a head's features; 0 for the pairs after the first `turning` features."""
+    feature = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
+    return base ** (-feature / head_width) * (feature < turning)
+
+
+def yarn(frequencies_k: Tensor, *, base: float, trained_tokens: int, factor: float) -> Tensor:
+    """Slow down by `factor` what turns less than once in `trained_tokens`, leave what turns 32 times, blend between.
+
+    Source: YaRN, arXiv 2309.00071, section 3.2.
+    """
+    pairs = len(frequencies_k)
+    turns_32, turns_1 = (pairs * math.log(trained_tokens / (2 * math.pi * turns), base) for turns in (32, 1))
+    low, high = max(math.floor(turns_32), 0), min(math.ceil(turns_1), 2 * pairs - 1)
+    slowed_k = (torch.arange(pairs, device=frequencies_k.device) - low) / max(high - low, 1e-3)
+    return torch.lerp(frequencies_k, frequencies_k / factor, slowed_k.clamp(0, 1))

@@ -1,0 +1,269 @@
+"""The public Woosh release (arXiv 2604.01929) as models of ours: its configs are read and its weights renamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
+
+from models.autoencoder import VocosAE, VocosConfig
+from models.dit import DiT, DiTConfig
+from models.weights import State, filled, listed, read_safetensors
+
+_DIT_PARTS = {
+    "attention_modulation": "mod_proj",
+    "attention_out": "out_proj",
+    "mlp_modulation": "mod_proj",
+    "mlp_in": "w1",
+    "mlp_out": "w2",
+    "modulation": "mod_proj",
+    "out": "out_proj",
+}
+_DIT_ENDS = {
+    "input": "preprocessing.project_in",
+    "memory": "preprocessing.memory_tokens_rope",
+    "text_pad": "preprocessing.description_pad",
+    "text_embed": "preprocessing.to_cond_embed",
+    "time_features": "preprocessing.timestep_features",
+    "time_embed": "preprocessing.to_timestep_embed",
+    "logvar_features": "preprocessing.timestep_logvar",
+    "logvar_embed": "preprocessing.to_logvar",
+    "output_modulation": "postprocessing.mod_proj",
+    "output": "postprocessing.linear",
+}
+_DIT_USED = (
+    *("io_channels", "dim", "n_layers", "n_multimodal_layers", "n_heads", "inter_dim", "cond_token_dim", "patch_size"),
+    *("max_description_length", "max_seq_len", "rope_len_multiplier", "original_seq_len", "rope_theta", "rope_factor"),
+    *("qk_rope_head_dim", "qk_nope_head_dim", "qkv_head_dim", "timestep_features_dim", "estimate_logvar"),
+)
+_DIT_FIXED: dict[str, Any] = {
+    "model_type": "mmmssflux",
+    "n_memory_tokens_rope": 1,
+    "n_memory_tokens_description": 0,
+    "fixed_timestep_features": False,
+    "adaln_last_layer": True,
+    "adaln_last_layer_nomod": False,
+    "no_description_mask": True,
+    "mask_out_before": -1,
+    "num_sinks": 0,
+    "mlp_act": "gelu",
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+_DIT_IGNORED = ("non_checkpoint_layers", "symmetric_attention_init")  # they act in training only
+
+_VOCOS_PARTS = {
+    "norm_in": "norm",
+    "norm_out": "final_layer_norm",
+    "mix": "dwconv",
+    "mlp_in": "pwconv1",
+    "mlp_out": "pwconv2",
+    "scale": "gamma",
+}
+_VOCOS_ENDS = {
+    "to_latents": "autoencoder.encoder.proj",
+    "to_spectrum": "autoencoder.decoder.head.out",
+    "mean": "z_mean",
+    "spread": "z_std",
+}
+_WINDOWS = {"autoencoder.encoder.spec_embed.window", "autoencoder.decoder.head.istft.window"}
+_VOCOS_USED = (
+    *("z_dim", "d_model", "intermediate_dim", "n_fft", "hop_length", "num_layers", "enc_num_layers", "sample_rate"),
+    "istft_head",
+)
+_VOCOS_FIXED: dict[str, Any] = {
+    "_target_": "woosh.module.model.VocosAutoEncoder",
+    "channels": 1,
+    "input_layer_norm": True,
+    "final_layer_norm": True,
+    "stft_normalized": False,
+    "spec_embed": "stft-complex",
+    "normalize": True,
+}
+_VOCOS_IGNORED = ("ztransform", "exclude_from_checkpoint", "trainable")  # the first acts in training only
+_HEAD_FIXED: dict[str, Any] = {
+    "_target_": "woosh.module.model.vocos.ISTFTCircleHead",
+    "padding": "center",
+    "conv_pad": "same",
+    "conv_kernel": 1,
+    "softclip": "softplus",
+}
+
+
+def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
+    """The model of a release's folder, which holds `config.yaml` and `weights.safetensors`: Woosh-Flow or Woosh-AE.
+
+    Raises:
+        ValueError: a file is missing, damaged or a pickle, which is never opened, or the model is another one.
+    """
+    folder = Path(folder)
+    config = _read_yaml(folder / "config.yaml")
+    is_dit = config.get("model_type") == "LatentDiffusionModel"
+    if not is_dit and config.get("_target_") != _VOCOS_FIXED["_target_"]:
+        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two can be used")
+    state = _read_weights(folder)
+    try:
+        return dit_from_woosh(config, _dit_state(state)) if is_dit else autoencoder_from_woosh(config, state)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _dit_state(state: State) -> dict[str, Tensor]:
+    """The DiT's part of a Woosh-Flow file; fine-tuned copies may hold the models around it, too."""
+    own = {name: value for name, value in state.items() if not name.startswith(("autoencoder.", "conditioners."))}
+    return {name.removeprefix("dit."): value for name, value in own.items()}
+
+
+def dit_from_woosh(config: Mapping[str, Any], state: State) -> DiT:
+    """A DiT with the weights of a Woosh-Flow model.
+
+    Args:
+        config: the release's; of it `dit` (sizes) and `pred_type`.
+        state: its tensors, named as in the release without the prefix `dit.`.
+
+    Raises:
+        ValueError: the config asks for what this DiT can't do, or a tensor is missing, unknown or of another shape.
+    """
+    if config.get("pred_type", "v_pred") != "v_pred":
+        raise ValueError(
+            f"Woosh config: pred_type is {config['pred_type']!r}, only 'v_pred' (the velocity) is supported"
+        )
+    given = config.get("dit", {})
+    _check_config("Woosh config: dit", given, used=_DIT_USED, fixed=_DIT_FIXED, ignored=_DIT_IGNORED)
+    head_width, patch_size = given["qk_rope_head_dim"] + given["qk_nope_head_dim"], given["patch_size"]
+    if not head_width * given["n_heads"] == given["qkv_head_dim"] * given["n_heads"] == given["dim"]:
+        raise ValueError("Woosh config: dit: head widths (rope + nope, and qkv) × n_heads must both equal dim")
+    if given["max_seq_len"] % patch_size:
+        raise ValueError(
+            "Woosh config: dit: max_seq_len is no multiple of patch_size, which would need learned padding"
+        )
+    span = int(math.ceil(given["max_seq_len"] / patch_size) * (given["rope_len_multiplier"] or 1))
+    dit_config = DiTConfig(
+        channels=given["io_channels"],
+        width=given["dim"],
+        depth=given["n_layers"],
+        multistream_depth=given["n_multimodal_layers"],
+        heads=given["n_heads"],
+        hidden_width=given["inter_dim"],
+        text_width=given["cond_token_dim"],
+        text_tokens=given["max_description_length"],
+        patch_size=patch_size,
+        rotary_width=given["qk_rope_head_dim"],
+        rotary_base=given["rope_theta"],
+        rotary_span=span,
+        yarn_trained_tokens=math.ceil(given["original_seq_len"] / patch_size),
+        yarn_factor=given["rope_factor"],
+        time_features=given["timestep_features_dim"],
+        predicts_logvar=given["estimate_logvar"],
+    )
+    # Empty, as there are no such tokens; some exports leave it out.
+    empty = "preprocessing.memory_tokens_description"
+    kept = {name: value for name, value in state.items() if name != empty or value.numel()}
+    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _dit_name)
+
+
+def autoencoder_from_woosh(config: Mapping[str, Any], state: State) -> VocosAE:
+    """A VocosAE with the weights of a Woosh-AE model, its latents normalised by the release's `z_mean` and `z_std`.
+
+    Raises:
+        ValueError: the config asks for what VocosAE can't do, or a tensor is missing, unknown or of another shape.
+    """
+    head = {"_target_": _HEAD_FIXED["_target_"]} | dict(config.get("istft_head") or {})
+    _check_config("Woosh config: istft_head", head, used=(), fixed=_HEAD_FIXED, ignored=("_partial_",))
+    given = {"_target_": _VOCOS_FIXED["_target_"], "normalize": True} | dict(config)
+    _check_config("Woosh config", given, used=_VOCOS_USED, fixed=_VOCOS_FIXED, ignored=_VOCOS_IGNORED)
+    vocos_config = VocosConfig(
+        latent_channels=given["z_dim"],
+        width=given["d_model"],
+        hidden_width=given["intermediate_dim"],
+        encoder_depth=given["enc_num_layers"] or given["num_layers"],
+        decoder_depth=given["num_layers"],
+        n_fft=given["n_fft"],
+        hop=given["hop_length"],
+        sample_rate=given["sample_rate"],
+    )
+    window = torch.hann_window(vocos_config.n_fft)
+    for name in _WINDOWS & state.keys():
+        if state[name].shape != window.shape or not torch.allclose(state[name].float(), window, atol=1e-6):
+            raise ValueError(f"Woosh-AE weights: {name} is no Hann window of {len(window)} samples: not supported")
+    if "z_std" in state and not (state["z_std"] > 0).all():
+        raise ValueError("Woosh-AE weights: z_std is not positive: the model was exported without latent statistics")
+    kept = {name: value for name, value in state.items() if name not in _WINDOWS}
+    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _vocos_name)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return {str(key): value for key, value in config.items()}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    weights = folder / "weights.safetensors"
+    if weights.is_file():
+        return read_safetensors(weights)[1]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".bin"))
+    if pickles:
+        convert = (
+            "import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'weights.safetensors')"
+        )
+        raise ValueError(
+            f"{folder / pickles[0]} is a pickle, which can run code and is not opened here: "
+            f'if you trust it, convert it in its folder with  python -c "{convert}"'
+        )
+    raise ValueError(f"{weights} does not exist: download the release's weights into this folder")
+
+
+def _check_config(
+    where: str, given: Mapping[str, Any], *, used: Collection[str], fixed: Mapping[str, Any], ignored: Collection[str]
+) -> None:
+    """All keys that are needed are there, no unknown ones, and the fixed ones have the one value that is supported."""
+    known = {*used, *fixed, *ignored}
+    problems = [f"{name} is missing" for name in sorted({*used, *fixed} - given.keys())]
+    problems += [f"{name} is unknown" for name in sorted(given.keys() - known)]
+    problems += [
+        f"{name} is {given[name]!r}, only {value!r} is supported"
+        for name, value in fixed.items()
+        if name in given and given[name] != value
+    ]
+    if problems:
+        raise ValueError(f"{where}: {listed(problems)}")
+
+
+def _dit_name(ours: str) -> str:
+    match ours.split("."):
+        case "blocks", index, ("latent" | "text") as stream, part, leaf:
+            theirs = {"latent": "x", "text": "description"}[stream]
+            if part.startswith("mlp"):
+                return f"layers.{index}.ffns.{theirs}.{_DIT_PARTS[part]}.{leaf}"
+            return f"layers.{index}.attn.modalities.{theirs}.{_DIT_PARTS.get(part, part)}.{leaf}"
+        case "blocks", index, part, leaf:
+            return f"layers.{index}.{_DIT_PARTS.get(part, part)}.{leaf}"
+        case part, *rest:
+            return ".".join((_DIT_ENDS[part], *rest))
+    raise AssertionError(ours)
+
+
+def _vocos_name(ours: str) -> str:
+    match ours.split("."):
+        case ("encoder" | "decoder") as half, "blocks", index, part, *leaf:
+            return ".".join(("autoencoder", half, "backbone.convnext", index, _VOCOS_PARTS.get(part, part), *leaf))
+        case ("encoder" | "decoder") as half, part, leaf:
+            return f"autoencoder.{half}.backbone.{_VOCOS_PARTS.get(part, part)}.{leaf}"
+        case part, *leaf:
+            return ".".join((_VOCOS_ENDS[part], *leaf))
+    raise AssertionError(ours)

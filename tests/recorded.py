@@ -1,0 +1,37 @@
+"""Real recorded sounds for the tests, from Debian packages: they are used where they are installed, none is kept here."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from trainer.data.audio import find_audio
+
+PACKAGES = "ufoai-sound sonic-pi-samples minetest-data sound-theme-freedesktop alsa-utils"
+_FOLDERS = (
+    Path("/usr/share/sonic-pi/samples"),
+    Path("/usr/share/games/minetest/games"),
+    Path("/usr/share/sounds/freedesktop"),
+    Path("/usr/share/sounds/alsa"),
+)
+_ARCHIVE = Path("/usr/share/games/ufoai/base/0snd.pk3")
+
+
+def recorded_sounds(cache: Path) -> list[Path]:
+    """Effects and some speech, 0.02 to 60 s long, 8 to 96 kHz, mono and stereo, wav, flac and ogg; always sorted.
+
+    Args:
+        cache: a folder for what lies in an archive; what an earlier call put there is used again.
+
+    Raises:
+        RuntimeError: none of the packages is installed.
+    """
+    unpacked = cache / "ufoai"
+    if _ARCHIVE.is_file() and not unpacked.is_dir():
+        with zipfile.ZipFile(_ARCHIVE) as archive:
+            archive.extractall(cache / "ufoai.partial")
+        (cache / "ufoai.partial").rename(unpacked)
+    sounds = [path for folder in (*_FOLDERS, unpacked) if folder.is_dir() for path in find_audio(folder)]
+    if not sounds:
+        raise RuntimeError(f"no recorded sounds: apt-get install --no-install-recommends {PACKAGES}")
+    return sounds

@@ -1,0 +1,208 @@
+"""One sound file after another, cut into clips of latents, by as many processes as there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.loudness import is_silent, level
+from trainer.data.audio import encode_audio, read_audio
+from trainer.data.sources import Source
+
+SHORTEST_SECONDS = 0.01
+_CLIPS_AT_ONCE = 8
+_AHEAD = 2  # files under way for each worker
+
+
+class Encoder(Protocol):
+    """What is needed of an `AudioAE`."""
+
+    sample_rate: int
+    channels: int
+    latent_channels: int
+    hop: int
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """(B, channels, samples) → (B, C, T)."""
+
+    def frames(self, samples: int) -> int:
+        """T for so many samples."""
+
+    def identity(self) -> str:
+        """A hash of all that the latents depend on."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sample of a set, as `ShardWriter.write` takes it."""
+
+    key: str
+    x0: NDArray[np.float16]
+    metadata: dict[str, Any]
+    flac: bytes
+
+
+@dataclass
+class EncodedFile:
+    """What came of a file."""
+
+    seconds: float = 0.0
+    """Of sound in it."""
+    clips: list[Clip] = field(default_factory=list)
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """{"file", "reason"}: why it, or a clip of it, was left out."""
+
+
+def clip_starts(samples: int, clip_samples: int) -> list[int]:
+    """Where the clips of a file begin: end to end; the rest, if it is half a clip or more, is one that ends with it."""
+    if samples <= clip_samples:
+        return [0]
+    starts = list(range(0, samples - clip_samples + 1, clip_samples))
+    if 2 * (samples - starts[-1] - clip_samples) >= clip_samples:
+        starts.append(samples - clip_samples)
+    return starts
+
+
+class ClipEncoder:
+    """Makes clips of `clip_samples` of a file; a file shorter than that is repeated."""
+
+    def __init__(self, ae: Encoder, clip_samples: int):
+        self.ae, self.clip_samples = ae, clip_samples
+
+    def __call__(self, source: Source, keep_audio: bool) -> EncodedFile:
+        """All clips of a file, with their (levelled) audio or without."""
+        try:
+            audio = self._read(source)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{source.path} ")
+            return EncodedFile(problems=[{"file": source.name, "reason": reason}])
+        encoded = EncodedFile(seconds=audio.shape[1] / self.ae.sample_rate)
+        starts = enumerate(clip_starts(audio.shape[1], self.clip_samples))
+        while some := list(islice(starts, _CLIPS_AT_ONCE)):
+            self._add_clips(encoded, source, audio, some, keep_audio)
+        return encoded
+
+    def _read(self, source: Source) -> Tensor:
+        rate = self.ae.sample_rate
+        audio = torch.from_numpy(read_audio(source.path, sample_rate=rate, channels=self.ae.channels))
+        if audio.shape[1] < SHORTEST_SECONDS * rate:
+            raise ValueError(f"is too short: {audio.shape[1] / rate:.5f} s")
+        if is_silent(audio):
+            raise ValueError("is silent")
+        return audio
+
+    def _add_clips(
+        self,
+        encoded: EncodedFile,
+        source: Source,
+        audio_CS: Tensor,
+        starts: list[tuple[int, int]],
+        keep_audio: bool,
+    ) -> None:
+        rate = self.ae.sample_rate
+        places = torch.arange(self.clip_samples)
+        cuts = (audio_CS[:, (start + places) % audio_CS.shape[1]] for _, start in starts)
+        levelled, gains = zip(*map(level, cuts), strict=True)
+        with torch.inference_mode():
+            latents = self.ae.encode(torch.stack(levelled)).to(torch.float16).cpu().numpy()
+        for (number, start), clip, gain_db, x0_CT in zip(starts, levelled, gains, latents, strict=True):
+            problem = (
+                "is silent" if is_silent(clip)
+                else "has latents beyond the range of float16" if not np.isfinite(x0_CT).all()
+                else ""
+            )  # fmt: skip
+            if problem:
+                encoded.problems.append({"file": source.name, "reason": f"{problem} from {start / rate:.2f} s on"})
+                continue
+            key = f"{source.key}-{number:04d}"
+            metadata = {
+                "key": key,
+                "caption": source.caption,
+                "source": source.name,
+                "start": start / rate,
+                "seconds": min(audio_CS.shape[1], self.clip_samples) / rate,
+                "sample_rate": rate,
+                "gain_db": gain_db,
+            }
+            flac = encode_audio(clip.numpy(), rate, suffix=".flac") if keep_audio else b""
+            encoded.clips.append(Clip(key, x0_CT, metadata, flac))
+
+
+def encode_in_order(
+    tasks: Iterator[tuple[Source, bool]], encode: ClipEncoder, make_ae: Callable[[], Encoder], *, workers: int
+) -> Generator[EncodedFile]:
+    """`encode` each task, here or in so many worker processes; the outcomes are the same and in the tasks' order.
+
+    Raises:
+        ValueError: a worker died.
+    """
+    if workers == 1:
+        with _one_thread():
+            for task in tasks:
+                yield encode(*task)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, encode.clip_samples))
+    under_way: deque[Future[EncodedFile]] = deque()
+    try:
+        while True:
+            for task in islice(tasks, _AHEAD * workers - len(under_way)):
+                under_way.append(pool.submit(_encode_in_worker, *task))
+            if not under_way:
+                return
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker died, perhaps for want of memory: run the same again with fewer workers, it goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As many threads as in a worker, or sums would be rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_worker_encode: ClipEncoder
+
+
+def _start_worker(make_ae: Callable[[], Encoder], clip_samples: int) -> None:
+    global _worker_encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker_encode = ClipEncoder(make_ae(), clip_samples)
+
+
+def _leave_with_parent() -> None:
+    """A pool's workers would wait for ever for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(source: Source, keep_audio: bool) -> EncodedFile:
+    return _worker_encode(source, keep_audio)
