@@ -37,7 +37,10 @@ def decode(
     if samples < 1 or (steps is not None and steps < 1):
         raise ValueError("--samples and --steps are at least 1")
     content = source.read_bytes()
-    spresso = _load(codec or fitting_codec(bitstream.model_of(content), source), device)
+    model = bitstream.model_of(content)
+    spresso = _load(codec or fitting_codec(model, source), device)
+    if not spresso.model_hash.startswith(model):
+        raise ValueError(f"{source} was made by model {model}, {codec} is {spresso.model_hash[:8]}: give the one that made it")
     stream = bitstream.read(content, frames_of=spresso.z_frames)
     default = spresso.config.sampling
     sampling = Sampling(default.sampler, steps or default.steps, default.guidance)

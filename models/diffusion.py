@@ -71,7 +71,7 @@ class Diffusion(ABC):
         ``mask`` (B, T) is true (or 1) where a frame counts; a sample without any such frame has a loss of 0.
         """
         x0, noise, t = x0.float(), noise.float(), t.float()
-        prediction = self.predict(network, self.corrupt(x0, noise, t), t).float()
+        prediction = self.predict(network, self.corrupt(x0, noise, t), t)
         error_BT = (prediction - self.target(x0, noise, t)).square().mean(dim=1)
         if mask is None:
             return error_BT.mean(dim=1)
@@ -115,7 +115,7 @@ class FlowMatching(Diffusion):
 
     def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
         """``x_t + t · v``."""
-        return x_t + _per_sample(t) * self.predict(network, x_t, t).to(x_t.dtype)
+        return x_t + _per_sample(t) * self.predict(network, x_t, t)
 
     def schedule(self, steps: int) -> Tensor:
         """Evenly spaced from 1 to 0."""
@@ -196,7 +196,7 @@ class EDM(Diffusion):
 
     def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
         """``D(x_t; t)`` (equation 7)."""
-        prediction = self.predict(network, x_t, t).to(x_t.dtype)
+        prediction = self.predict(network, x_t, t)
         return _per_sample(self.c_skip(t)) * x_t + _per_sample(self.c_out(t)) * prediction
 
     def schedule(self, steps: int) -> Tensor:

@@ -57,6 +57,8 @@ def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of any safetensors file; `ValueError` with the file's name where it is none."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the file in it")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

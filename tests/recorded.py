@@ -1,4 +1,4 @@
-"""Real recorded sounds for the tests, from Debian packages: they are used where they are installed, none is kept here."""
+"""Real recorded sounds for the tests, from Debian packages: used where they are installed, none is kept here."""
 
 from __future__ import annotations
 

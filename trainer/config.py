@@ -1,7 +1,6 @@
 """The schema of a recipe: dataclasses that OmegaConf fills from YAML and `key=value` overrides.
 
-`load` merges and refuses unknown keys; `Config.problems` finds everything that is wrong at once and says for each
-what would mend it.
+`load` merges them, refuses unknown keys, and asks `trainer.validate` for everything that is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.diffusion import make_diffusion
 from models.dit import DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 
@@ -245,18 +243,6 @@ class Config:
             unneeded.add("pretrain")
         return [stage for stage in STAGES if stage not in unneeded]
 
-    def problems(self) -> list[str]:
-        """Everything that is wrong, a line each, with the mend."""
-        return [
-            *_choices(self),
-            *_ranges(self),
-            *self.latent_encoder.problems(),
-            *_crops(self),
-            *_codebooks(self),
-            *_formulation(self),
-            *_folders(self),
-        ]
-
 
 def load(recipe: str, overrides: list[str]) -> Config:
     """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate.
@@ -265,6 +251,8 @@ def load(recipe: str, overrides: list[str]) -> Config:
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
             the message holds every problem, a line each.
     """
+    from trainer.validate import problems
+
     schema = OmegaConf.structured(Config)
     try:
         merged = OmegaConf.merge(schema, _read_recipe(find_recipe(recipe)), _parse(overrides))
@@ -272,8 +260,8 @@ def load(recipe: str, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
-    if problems := config.problems():
-        raise ValueError("\n".join(problems))
+    if found := problems(config):
+        raise ValueError("\n".join(found))
     return config
 
 
@@ -330,104 +318,3 @@ def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
     known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(Config)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"unknown key {key}: the nearest known one is {near[0]}"
-
-
-_CHOICES = {
-    "autoencoder.kind": ("spectral", "woosh"),
-    "quantizer.kind": ("residual",),
-    "parallel.precision": ("fp32", "bf16"),
-    "parallel.device": ("auto", "cpu", "cuda"),
-    "sampling.sampler": ("euler", "heun", "dpmpp"),
-}
-
-_POSITIVE = (
-    "data.clip_seconds data.workers data.shard_mb lora.rank quantizer.books parallel.processes log.every log.bins "
-    "checkpoint.every checkpoint.keep_last sampling.steps evaluate.decodes"
-).split()
-
-
-def _choices(config: Config) -> list[str]:
-    flat = flatten(config)
-    return [
-        f"{key}={flat[key]} is none of {', '.join(known)}" for key, known in _CHOICES.items() if flat[key] not in known
-    ]
-
-
-def _ranges(config: Config) -> list[str]:
-    flat = flatten(config)
-    found = [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
-    if not 0 < config.data.holdout < 1:
-        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
-    for name in TRAINED_STAGES:
-        stage = config.stage(name)
-        if stage.samples < 0 or stage.global_batch <= 0:
-            found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
-        if not 0 <= stage.condition_dropout < 1:
-            found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
-        found += _cut(config, name)
-    return found
-
-
-def _cut(config: Config, name: str) -> list[str]:
-    batch = config.stage(name).global_batch
-    ranks, micro = config.parallel.processes, config.parallel.micro_batch
-    if batch % ranks or (micro and batch % (ranks * micro)):
-        unit = ranks * (micro or 1)
-        return [
-            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of {micro or 'any size'}: "
-            f"take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
-        ]
-    return []
-
-
-def _crops(config: Config) -> list[str]:
-    found = []
-    for name in TRAINED_STAGES:
-        frames = config.stage(name).crop_frames
-        unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
-        key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
-        if frames % unit:
-            near = max(unit, frames // unit * unit)
-            found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
-    if config.latent_encoder.pooling % config.dit.patch_size:
-        found.append(
-            f"dit.patch_size={config.dit.patch_size} does not divide latent_encoder.pooling={config.latent_encoder.pooling}: "
-            f"take a divisor of it"
-        )
-    return found
-
-
-def _codebooks(config: Config) -> list[str]:
-    quantizer, found = config.quantizer, []
-    if quantizer.size < 2 or quantizer.size & (quantizer.size - 1):
-        near = 2 ** max(1, quantizer.size.bit_length() - 1)
-        found.append(f"quantizer.size={quantizer.size} is no power of two: take {near} or {2 * near}")
-    for rate in quantizer.rates:
-        if not 1 <= rate <= quantizer.books:
-            found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")
-    return found
-
-
-def _formulation(config: Config) -> list[str]:
-    try:
-        make_diffusion(config.diffusion.name, **config.diffusion.options)
-    except ValueError as error:
-        return [f"diffusion: {error}"]
-    return []
-
-
-def _folders(config: Config) -> list[str]:
-    found = []
-    if config.autoencoder.kind == "woosh" and config.autoencoder.folder is None:
-        found.append("autoencoder.kind=woosh needs autoencoder.folder: the released folder with config.yaml and weights")
-    if config.data.audio is None and config.data.synth_hours <= 0:
-        found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
-    if config.data.audio is not None and not Path(config.data.audio).is_dir():
-        found.append(f"data.audio={config.data.audio} is no folder")
-    for key, folder in (
-        ("autoencoder.folder", config.autoencoder.folder),
-        ("pretrained.folder", config.pretrained.folder),
-    ):
-        if folder is not None and not Path(folder).is_dir():
-            found.append(f"{key}={folder} is no folder")
-    return found

@@ -85,7 +85,7 @@ class Parallel:
         """Make tensors those of rank 0, in place."""
         if self.world_size > 1:
             for tensor in tensors:
-                tensor.copy_(broadcast(tensor.detach().clone()))
+                tensor.data.copy_(broadcast(tensor.detach().clone()))
 
     def wait(self) -> None:
         """Until all ranks are here."""

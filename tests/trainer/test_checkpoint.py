@@ -329,9 +329,11 @@ def test_a_kill_at_any_point_leaves_the_older_checkpoint(tmp_path, monkeypatch, 
     older = save(tmp_path, 8, state(0))
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(checkpoint, function, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        save(tmp_path, 16, state(1))
-        os._exit(1)
+        try:
+            monkeypatch.setattr(checkpoint, function, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            save(tmp_path, 16, state(1))
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     [leftover] = tmp_path.glob("tmp_*")
     assert [file.name for file in leftover.iterdir()] == left

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def sound_of_seed_7(index: int) -> Sound:
 
 @pytest.fixture(scope="module")
 def sounds() -> list[Sound]:
-    return [sound_of_seed_7(index) for index in range(12 * len(KINDS))]
+    return [sound_of_seed_7(index) for index in range(10 * len(KINDS))]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_the_sounds_of_this_version_stay_what_they_are():
 
 def test_every_kind_comes_as_often_with_a_key_of_its_own(sounds):
     assert len(KINDS) == 20
-    assert [sound.kind for sound in sounds] == list(KINDS) * 12
+    assert [sound.kind for sound in sounds] == list(KINDS) * 10
     assert len({sound.key for sound in sounds}) == len(sounds)
     assert all(sound.key == f"{sound.kind}_{index:05d}" for index, sound in enumerate(sounds))
 
@@ -139,7 +140,7 @@ def test_captions_are_plain_phrases(sounds):
 def test_a_siren_is_narrow_and_moves_where_wind_is_broad():
     yelps = captioned("siren", "yelps")
     winds = captioned("wind", "gusty")
-    assert 2 * max(occupied_bins(sound.audio) for sound in yelps) < min(occupied_bins(sound.audio) for sound in winds)
+    assert 1.3 * max(occupied_bins(sound.audio) for sound in yelps) < min(occupied_bins(sound.audio) for sound in winds)
     for sound in yelps:
         pitch = spectra(sound.audio).argmax(axis=1) * 48_000 / 2048
         assert np.percentile(pitch, 90) > 1.3 * np.percentile(pitch, 10)
@@ -255,32 +256,34 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path):
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_sounds(tmp_path / "set", hours=10 * HOURS, seed=3, workers=2, progress=interrupt)
+    with pytest.raises(KeyboardInterrupt) as held:
+        write_sounds(tmp_path / "set", hours=6 * HOURS, seed=3, workers=2, progress=interrupt)
+    assert held.tb, "whose frames live on, as they do where Ctrl-C ends the interpreter"
     assert not multiprocessing.active_children()
-    assert len(list((tmp_path / "set").glob("*.flac"))) < 60  # of some two hundred
+    assert len(list((tmp_path / "set").glob("*.flac"))) < 60  # of more than a hundred
     assert not list((tmp_path / "set").glob(".*"))
 
 
 def test_a_whole_set_is_left_alone_and_a_spoilt_one_mended(tmp_path):
     folder = tmp_path / "set"
     told = []
-    write_sounds(folder, hours=0.004, seed=5)
+    write_sounds(folder, hours=0.006, seed=5)
     before = contents(folder)
-    write_sounds(folder, hours=0.004, seed=5, progress=lambda done, total: told.append(done))
+    write_sounds(folder, hours=0.006, seed=5, progress=lambda done, total: told.append(done))
     assert told == []
     names = sorted(path.name for path in folder.glob("*.flac"))
     (folder / names[0]).unlink()
     (folder / names[1]).write_bytes(b"not a sound")
     (folder / names[2]).write_bytes(b"")
-    write_sounds(folder, hours=0.004, seed=5, progress=lambda done, total: told.append(done))
-    assert told == [len(names) - 2, len(names) - 1, len(names)]
+    (folder / names[3]).write_bytes((folder / names[4]).read_bytes())
+    write_sounds(folder, hours=0.006, seed=5, progress=lambda done, total: told.append(done))
+    assert told == [len(names) - 3, len(names) - 2, len(names) - 1, len(names)]
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("other", [{"seed": 6}, {"hours": 0.002}])
 def test_a_folder_of_another_set_is_refused(tmp_path, other):
-    wanted = {"hours": 0.001, "seed": 5}
+    wanted: dict[str, Any] = {"hours": 0.001, "seed": 5}
     write_sounds(tmp_path / "set", **wanted)
     before = contents(tmp_path / "set")
     with pytest.raises(ValueError, match="name another folder or delete it"):
@@ -307,7 +310,7 @@ def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_file_that_cannot_be_written_is_an_os_error_and_leaves_nothing_by_half(tmp_path, workers):
+def test_a_file_that_cannot_be_written_is_an_os_error_and_leaves_nothing_by_half(whole_set, tmp_path, workers):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
@@ -316,6 +319,4 @@ def test_a_file_that_cannot_be_written_is_an_os_error_and_leaves_nothing_by_half
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG
-    assert not list((tmp_path / "set").glob("*.partial"))
-    assert not list((tmp_path / "set").glob(".*"))
-    assert not (tmp_path / "set" / "captions.jsonl").exists()
+    assert contents(tmp_path / "set").items() < contents(whole_set).items()

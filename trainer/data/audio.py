@@ -71,14 +71,14 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np
         raise ValueError(f"{path} can't be read as sound: {reason}") from error
     if len(audio) < length or _chunk_is_cut(log) or (container == "OGG" and _last_page_is_missing(path)):
         raise ValueError(f"{path} is cut off: its end is missing")
-    if not len(audio):
-        raise ValueError(f"{path} has no samples")
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} has values that are not finite")
     if audio.shape[1] != channels:
-        audio = np.repeat(audio.mean(axis=1, keepdims=True), channels, axis=1)
+        audio = audio @ np.full((audio.shape[1], channels), 1 / audio.shape[1], np.float32)
     if rate != sample_rate:
         audio = soxr.resample(audio, rate, sample_rate)
+    if not len(audio):
+        raise ValueError(f"{path} has no samples at {sample_rate} Hz")
     return np.ascontiguousarray(audio.T)
 
 

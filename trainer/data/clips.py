@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -57,15 +57,15 @@ class Clip:
     flac: bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedFile:
     """What came of a file."""
 
-    seconds: float = 0.0
-    """Of sound in it."""
-    clips: list[Clip] = field(default_factory=list)
-    problems: list[dict[str, str]] = field(default_factory=list)
-    """{"file", "reason"}: why it, or a clip of it, was left out."""
+    seconds: float
+    """Of sound in it; 0 if it can't be used."""
+    clips: list[Clip]
+    problems: list[str]
+    """Why it, or clips of it, were left out."""
 
 
 def clip_starts(samples: int, clip_samples: int) -> list[int]:
@@ -87,15 +87,17 @@ class ClipEncoder:
     def __call__(self, source: Source, keep_audio: bool) -> EncodedFile:
         """All clips of a file, with their (levelled) audio or without."""
         try:
-            audio = self._read(source)
+            audio_CS = self._read(source)
         except ValueError as error:
-            reason = str(error).removeprefix(f"{source.path} ")
-            return EncodedFile(problems=[{"file": source.name, "reason": reason}])
-        encoded = EncodedFile(seconds=audio.shape[1] / self.ae.sample_rate)
-        starts = enumerate(clip_starts(audio.shape[1], self.clip_samples))
-        while some := list(islice(starts, _CLIPS_AT_ONCE)):
-            self._add_clips(encoded, source, audio, some, keep_audio)
-        return encoded
+            return EncodedFile(0.0, [], [str(error).removeprefix(f"{source.path} ")])
+        starts = clip_starts(audio_CS.shape[1], self.clip_samples)
+        clips: list[Clip] = []
+        left_out: Counter[str] = Counter()
+        for first in range(0, len(starts), _CLIPS_AT_ONCE):
+            numbers = range(first, min(first + _CLIPS_AT_ONCE, len(starts)))
+            clips += self._clips(source, audio_CS, {n: starts[n] for n in numbers}, left_out, keep_audio)
+        problems = [f"{problem} in {count} of {len(starts)} clips" for problem, count in left_out.items() if count]
+        return EncodedFile(audio_CS.shape[1] / self.ae.sample_rate, clips, problems)
 
     def _read(self, source: Source) -> Tensor:
         rate = self.ae.sample_rate
@@ -106,41 +108,38 @@ class ClipEncoder:
             raise ValueError("is silent")
         return audio
 
-    def _add_clips(
-        self,
-        encoded: EncodedFile,
-        source: Source,
-        audio_CS: Tensor,
-        starts: list[tuple[int, int]],
-        keep_audio: bool,
-    ) -> None:
+    def _clips(
+        self, source: Source, audio_CS: Tensor, starts: dict[int, int], left_out: Counter[str], keep_audio: bool
+    ) -> Iterator[Clip]:
+        """The clips of these numbers and starts; those that can't be used are counted."""
         rate = self.ae.sample_rate
-        places = torch.arange(self.clip_samples)
-        cuts = (audio_CS[:, (start + places) % audio_CS.shape[1]] for _, start in starts)
-        levelled, gains = zip(*map(level, cuts), strict=True)
+        sounding = {number: cut for number, start in starts.items() if not is_silent(cut := self._cut(audio_CS, start))}
+        left_out["is silent"] += len(starts) - len(sounding)
+        if not sounding:
+            return
+        levelled, gains = zip(*map(level, sounding.values()), strict=True)
         with torch.inference_mode():
             latents = self.ae.encode(torch.stack(levelled)).to(torch.float16).cpu().numpy()
-        for (number, start), clip, gain_db, x0_CT in zip(starts, levelled, gains, latents, strict=True):
-            problem = (
-                "is silent" if is_silent(clip)
-                else "has latents beyond the range of float16" if not np.isfinite(x0_CT).all()
-                else ""
-            )  # fmt: skip
-            if problem:
-                encoded.problems.append({"file": source.name, "reason": f"{problem} from {start / rate:.2f} s on"})
+        for number, clip_CS, gain_db, x0_CT in zip(sounding, levelled, gains, latents, strict=True):
+            if not np.isfinite(x0_CT).all():
+                left_out["has latents beyond the range of float16"] += 1
                 continue
             key = f"{source.key}-{number:04d}"
             metadata = {
                 "key": key,
                 "caption": source.caption,
                 "source": source.name,
-                "start": start / rate,
+                "start": starts[number] / rate,
                 "seconds": min(audio_CS.shape[1], self.clip_samples) / rate,
                 "sample_rate": rate,
                 "gain_db": gain_db,
             }
-            flac = encode_audio(clip.numpy(), rate, suffix=".flac") if keep_audio else b""
-            encoded.clips.append(Clip(key, x0_CT, metadata, flac))
+            flac = encode_audio(clip_CS.numpy(), rate, suffix=".flac") if keep_audio else b""
+            yield Clip(key, x0_CT, metadata, flac)
+
+    def _cut(self, audio_CS: Tensor, start: int) -> Tensor:
+        cut_CS = audio_CS[:, start : start + self.clip_samples]
+        return cut_CS.repeat(1, -(-self.clip_samples // cut_CS.shape[1]))[:, : self.clip_samples]
 
 
 def encode_in_order(

@@ -46,7 +46,7 @@ class PrepareReport:
     seconds: float
     """Of sound in the files that could be used."""
     problems: list[dict[str, str]]
-    """{"file", "reason"} of each file, or clip of a file, that was left out."""
+    """{"file", "reason"} of each file that was left out, or clips of it."""
 
 
 def prepare(
@@ -110,16 +110,7 @@ def prepare(
     with closing(encode_in_order(tasks, ClipEncoder(ae, clip_samples), make_ae, workers=workers)) as files:
         for unit in missing:
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, shard_bytes=shard_bytes)
-    info = SetInfo(
-        ae_options=dict(ae_options or {}),
-        ae_identity=settings["ae"],
-        sample_rate=ae.sample_rate,
-        hop=ae.hop,
-        latent_channels=ae.latent_channels,
-        clip_seconds=clip_seconds,
-        prepared=settings,
-    )
-    return _finish(out, units, info)
+    return _finish(out, units, _set_info(ae, dict(ae_options or {}), settings))
 
 
 class _Tally:
@@ -133,6 +124,18 @@ class _Tally:
         self.done, self.seconds = self.done + files, self.seconds + seconds
         if self.progress:
             self.progress(self.done, self.files, self.seconds)
+
+
+def _set_info(ae: Encoder, ae_options: dict[str, Any], settings: dict[str, Any]) -> SetInfo:
+    return SetInfo(
+        ae_identity=settings["ae"],
+        ae_options=ae_options,
+        sample_rate=ae.sample_rate,
+        hop=ae.hop,
+        latent_channels=ae.latent_channels,
+        clip_seconds=settings["clip_seconds"],
+        prepared=settings,
+    )
 
 
 def _fingerprint(sources: Iterable[Source]) -> str:
@@ -217,11 +220,11 @@ def _write_unit(out: Path, unit: _Unit, files: Iterator[EncodedFile], tally: _Ta
     """Write a unit's shards, then what is to be known of them, and last the record that it is done."""
     record: dict[str, Any] = {"seconds": 0.0, "problems": []}
     with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
-        for file in files:
+        for source, file in zip(unit.sources, files, strict=True):
             for clip in file.clips:
                 writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac)
             record["seconds"] += file.seconds
-            record["problems"] += file.problems
+            record["problems"] += [{"file": source.name, "reason": problem} for problem in file.problems]
             tally.add(1, file.seconds)
     for name in writer.names:
         with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:

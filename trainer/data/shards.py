@@ -198,13 +198,15 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
         shards: shard name → its rows by `scan_shard`, in the set's order.
 
     Raises:
-        ValueError: there is no sample, or only some of them have audio.
+        ValueError: there is no sample, only some of them have audio, or the latents have other channels.
     """
     if not any(len(rows) for rows in shards.values()):
         raise ValueError(f"there is no sample to index in {folder}")
     if len({rows.dtype for rows in shards.values()}) > 1:
         raise ValueError(f"some shards of {folder} have audio and some have none: it is all or none in a set")
     index = np.concatenate(list(shards.values()))
+    if not _fits(index, info.latent_channels).all():
+        raise ValueError(f"not all latents in {folder} have {info.latent_channels} channels, as they should")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
     fingerprint = blake2b(info.ae_identity.encode(), digest_size=16)
     for column in ("frames", "x0_crc32"):
@@ -240,7 +242,7 @@ class ShardSet:
         self.folder = folder
         try:
             description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-            self.index = np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
+            self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
             raise ValueError(f"{error.filename} is missing: make the set with `spresso prepare`") from error
         except ValueError as error:
@@ -273,6 +275,8 @@ class ShardSet:
         """
         rows = self.index[np.asarray(ids, np.int64)]
         channels = self.info.latent_channels
+        if not (_fits(rows, channels) & (rows["shard"] < len(self._shards))).all():
+            raise DamagedSample(f"{self.folder}/index.npy is damaged: {_MAKE_AGAIN}")
         latents: list[NDArray[np.float16]] = [None] * len(rows)  # type: ignore[list-item]
         for shard, places in _by_shard(rows):
             path, _ = self._shards[shard]
@@ -306,11 +310,15 @@ class ShardSet:
         return np.ascontiguousarray(audio.T)
 
 
+def _fits(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
+    return rows["x0_length"] == np.uint64(2 * channels) * rows["frames"]
+
+
 def _by_shard(rows: NDArray[np.void]) -> list[tuple[int, NDArray[np.int64]]]:
     """The places of rows, shard by shard, by offset in each: the disk is read in one direction."""
     places = np.lexsort((rows["x0_offset"], rows["shard"]))
     shards, starts = np.unique(rows["shard"][places], return_index=True)
-    return list(zip(shards.tolist(), np.split(places, starts[1:]), strict=True))
+    return list(zip(shards.tolist(), np.split(places, starts)[1:], strict=True))
 
 
 def _read_checked(path: Path, file: BinaryIO, offset: int, length: int, crc32: int) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -67,23 +68,21 @@ class LatentStream:
         ids, _ = sample_ids(positions, len(self.shard_set), fingerprint=self.shard_set.fingerprint, seed=self.seed)
         return Batch(self._crops(ids, torch.from_numpy(positions)), torch.from_numpy(positions), torch.from_numpy(ids))
 
-    def iterate(self, samples_seen: int, *, rank: int = 0, world_size: int = 1, parts: int = 1) -> Iterator[Batch]:
+    def iterate(self, samples_seen: int, *, rank: int = 0, world_size: int = 1, parts: int = 1) -> Generator[Batch]:
         """All of a rank's micro-batches from there on, without end, read ahead by one thread.
 
         The thread ends when the iterator is closed, dropped or raises.
         """
+
+        def read(start: int, part: int) -> Batch:
+            return self.batch(start, rank=rank, world_size=world_size, part=part, parts=parts)
+
+        cuts = ((start, part) for start in count(samples_seen, self.global_batch) for part in range(parts))
         with ThreadPoolExecutor(1, "latents") as reader:
-            ahead: deque[Future[Batch]] = deque()
-            step = 0
-            while True:
-                while len(ahead) < _AHEAD:
-                    batches, part = divmod(step, parts)
-                    start = samples_seen + batches * self.global_batch
-                    ahead.append(
-                        reader.submit(self.batch, start, rank=rank, world_size=world_size, part=part, parts=parts)
-                    )
-                    step += 1
+            ahead = deque(reader.submit(read, *cut) for cut in islice(cuts, _AHEAD))
+            for cut in cuts:
                 yield ahead.popleft().result()
+                ahead.append(reader.submit(read, *cut))
 
     def _crops(self, ids: np.ndarray, positions: Tensor) -> Tensor:
         frames = torch.from_numpy(self.shard_set.index["frames"][ids].astype(np.int64))

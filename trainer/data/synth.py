@@ -22,9 +22,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from trainer.data import synth_signals, synth_sounds
 from trainer.data.files import write_whole
-from trainer.data.synth_sounds import INDOORS, OUTDOORS, SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
+from trainer.data.synth_tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 
+# Where a sound is heard decides in which room or how far off it may be.
+INDOORS = synth_sounds.INDOORS | synth_signals.INDOORS
+OUTDOORS = synth_sounds.OUTDOORS | synth_signals.OUTDOORS
 RECIPES = INDOORS | OUTDOORS
 KINDS = tuple(RECIPES)
 # Raise it when any recipe sounds different: sets of two versions must not mix in one folder.
@@ -177,7 +181,7 @@ def _written_caption(path: Path, samples: int) -> str | None:
         return None
 
 
-def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) -> Generator[str]:
+def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) -> Generator[str, None, None]:
     """Makes and writes the sounds; gives their captions in order."""
     write = partial(_write, folder, seed)
     if workers == 1 or len(indices) < 2:

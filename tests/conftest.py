@@ -1,0 +1,36 @@
+"""What several tests share: a prepared set of synthesized sounds, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import pipeline
+from trainer.config import Config, load
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of three minutes of synthesized sounds, cut as the tiny recipe wants them."""
+    folder = tmp_path_factory.mktemp("prepared")
+    config = load("tiny", [f"run_dir={folder}", "data.workers=1"])
+    pipeline.synth(config)
+    pipeline.prepare_latents(config)
+    return folder
+
+
+@pytest.fixture
+def tiny(prepared: Path, tmp_path: Path):
+    """The tiny recipe on those latents, with its run directory under tmp_path; takes overrides."""
+
+    def make(*overrides: str, run_dir: Path = tmp_path / "run") -> Config:
+        paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
+        return load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *overrides])
+
+    return make

@@ -1,0 +1,205 @@
+"""The codec as its users have it: audio to bits and back, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from models import bitstream
+from models.autoencoder import SpectralAE
+from models.codec import CodecConfig, Sampling, SPresso
+from models.dit import DiT, DiTConfig
+from models.latent_encoder import LatentEncoderConfig
+from models.pretrained import load_dit
+from models.quantizer import ResidualQuantizer
+from models.weights import load_weights, save_weights
+
+SHAPES = LatentEncoderConfig(
+    z_channels=8, pooling=9, patch_size=3, width=16, encoder_depth=1, upsampler_depth=1, heads=2
+)
+DIT = DiTConfig(width=16, depth=2, multistream_depth=0, heads=2, hidden_width=32, patch_size=3)
+HOP = 480
+
+
+def make_codec(dit: DiT | None = None) -> SPresso:
+    """A small codec whose every part says something: no weight is left at its zero start."""
+    torch.manual_seed(0)
+    config = CodecConfig(
+        autoencoder={"kind": "spectral", "folder": None},
+        latent_encoder=SHAPES,
+        dit=DIT,
+        diffusion={"name": "flow_matching", "options": {}},
+        lora={"rank": 2, "alpha": 2},
+        window=63,
+        rates=[3],
+        sampling=Sampling(steps=2),
+    )
+    quantizer = ResidualQuantizer(8, books=3, size=16, beam=4)
+    quantizer.fit(torch.randn(700, 8), seed=0)
+    codec = SPresso(config, autoencoder=SpectralAE(), dit=dit or DiT(DIT), quantizer=quantizer)
+    for parameter in [*codec.f.parameters(), *codec.adapter_parameters().values()]:
+        torch.nn.init.normal_(parameter, std=0.2)
+    codec.model_hash = "0123456789abcdef"
+    return codec.eval()
+
+
+@pytest.fixture(scope="module")
+def codec() -> SPresso:
+    return make_codec()
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    dit = DiT(DIT)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_weights(tmp_path / "dit.safetensors", dit.state_dict(), dataclasses.asdict(DIT))
+    codec = make_codec(load_dit(tmp_path / "dit.safetensors"))
+    codec.save_pretrained(tmp_path / "export", base=tmp_path / "dit.safetensors", card="# {model}")
+    return tmp_path / "export"
+
+
+def noise(seconds: float, channels: int = 1) -> torch.Tensor:
+    return torch.randn(channels, round(seconds * 48000), generator=torch.Generator().manual_seed(3)) * 0.1
+
+
+@pytest.mark.parametrize("samples", [1, 479, 480, 481, 9 * HOP, 9 * HOP + 1, 63 * HOP, 200 * HOP + 7])
+def test_any_length_comes_back_as_long(codec, samples):
+    audio = noise(5)[:, :samples]
+    stream = codec.encode(audio)
+    assert stream.codes.shape == (1, -(-samples // (9 * HOP)), 3)
+    decoded = codec.decode(stream)
+    assert decoded.shape == (1, samples)
+    assert torch.isfinite(decoded).all()
+
+
+def test_payload_is_exactly_the_rate(codec):
+    """z rate · M · log2 K bits a second, with whole z vectors."""
+    seconds = 9 * HOP * 50 / 48000
+    stream = codec.encode(noise(seconds))
+    bits = stream.codes.size * 4
+    assert bits == pytest.approx(seconds * codec.z_rate * 3 * 4)
+    assert bits / seconds / 1000 == pytest.approx(codec.kbps(3))
+    empty = codec.encode(noise(seconds)[:, :1])
+    assert len(bitstream.write(stream)) - len(bitstream.write(empty)) == pytest.approx(bits / 8 - 2, abs=2)
+
+
+def test_file_and_back_decodes_alike(codec):
+    stream = codec.encode(noise(0.7), books=2)
+    again = bitstream.read(bitstream.write(stream), frames_of=codec.z_frames)
+    assert again.books == 2
+    torch.testing.assert_close(codec.decode(again, seed=4), codec.decode(stream, seed=4))
+
+
+def test_seeds_give_other_sounds_of_the_same_codes_and_one_seed_the_same(codec):
+    stream = codec.encode(noise(0.5))
+    first, again, other = (codec.decode(stream, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_z_reaches_the_sound(codec):
+    left, right = codec.encode(noise(0.5)), codec.encode(noise(1.0)[:, 24000:] * torch.linspace(0, 3, 24000))
+    assert (codec.decode(left, seed=1) - codec.decode(right, seed=1)).abs().max() > 1e-3
+
+
+def test_level_comes_back(codec):
+    loud, quiet = codec.encode(noise(0.5)), codec.encode(noise(0.5) * 10 ** (-30 / 20))
+    assert quiet.gain_db - loud.gain_db == 30
+    torch.testing.assert_close(codec.decode(quiet), codec.decode(loud) * 10 ** (-30 / 20))
+
+
+def test_channels_are_coded_apart(codec):
+    audio = noise(0.5, channels=2)
+    both = codec.encode(audio)
+    assert both.codes.shape[0] == 2
+    assert codec.decode(both).shape == audio.shape
+
+
+def test_silence_decodes_to_something_finite(codec):
+    assert torch.isfinite(codec.decode(codec.encode(torch.zeros(1, 1000)))).all()
+
+
+def test_long_files_are_decoded_in_windows_that_join(codec):
+    """Where windows overlap they share noise and z, and the cross-fade leaves no step in the latents."""
+    z, noise_BCT = torch.zeros(1, 8, 60), codec.noise([0], 60)
+    x0 = codec.z_to_x0(z, noise_BCT)
+    assert x0.shape == noise_BCT.shape
+    first = codec.z_to_x0(z[..., :7], noise_BCT[..., :63])
+    torch.testing.assert_close(x0[..., :45], first[..., :45])  # before the second window begins
+    steps = (x0 - noise_BCT).diff(dim=-1).abs().mean(dim=(0, 1))
+    assert steps.max() < 4 * steps.median()
+
+
+def test_long_files_are_encoded_window_by_window(codec):
+    x0 = codec.autoencoder.encode(noise(3)[None])[..., :270]
+    z = codec.x0_to_z(x0, 30)
+    torch.testing.assert_close(z[..., :7], codec.g(x0[..., :63]))
+    torch.testing.assert_close(z[..., -7:][..., -2:], codec.g(x0[..., -63:])[..., -2:])
+
+
+def test_another_models_stream_is_refused(codec):
+    stream = codec.encode(noise(0.3))
+    other = make_codec()
+    other.model_hash = "ffffffff00000000"
+    with pytest.raises(ValueError, match="made by model 01234567"):
+        other.decode(stream)
+
+
+def test_saved_and_loaded_is_the_same_codec(exported):
+    codec, again = SPresso.from_pretrained(exported), SPresso.from_pretrained(exported)
+    assert codec.model_hash == again.model_hash == json.loads((exported / "codec.json").read_text())["model"]
+    stream = codec.encode(noise(0.5))
+    torch.testing.assert_close(codec.decode(stream), again.decode(stream))
+    assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in exported.iterdir())
+
+
+def test_hash_tells_models_apart(exported, tmp_path):
+    codec = SPresso.from_pretrained(exported)
+    next(codec.f.parameters()).data += 0.1
+    other = codec.save_pretrained(tmp_path / "other", base=tmp_path / "dit.safetensors", card="")
+    assert other != SPresso.from_pretrained(exported).model_hash
+
+
+def test_adapter_is_what_peft_loads(exported, tmp_path):
+    ours = SPresso.from_pretrained(exported).dit
+    theirs = PeftModel.from_pretrained(load_dit(tmp_path / "dit.safetensors"), str(exported)).eval()
+    x, t = torch.randn(2, 128, 27), torch.tensor([0.2, 0.9])
+    torch.testing.assert_close(theirs(x, t), ours(x, t))
+    assert (load_dit(tmp_path / "dit.safetensors")(x, t) - ours(x, t)).abs().max() > 1e-3
+
+
+def test_another_base_model_is_refused(exported):
+    config, state = load_weights(exported / "dit.safetensors")
+    (exported / "dit.safetensors").unlink()
+    save_weights(exported / "dit.safetensors", {name: value + 0.1 for name, value in state.items()}, config)
+    with pytest.raises(ValueError, match="base model.*another one"):
+        SPresso.from_pretrained(exported)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "codec.json").unlink(), "holds no codec"),
+        (lambda folder: (folder / "codec.json").write_text('{"format'), "damaged"),
+        (lambda folder: (folder / "upsampler.safetensors").write_bytes(b"12345678"), r"upsampler\.safetensors"),
+        (lambda folder: (folder / "codec.json").write_text('{"format": 99}'), "format 99"),
+    ],
+)
+def test_damaged_exports_say_what_is_wrong(exported, damage, message):
+    damage(exported)
+    with pytest.raises(ValueError, match=message):
+        SPresso.from_pretrained(exported)
+
+
+def test_a_codec_without_quantizer_says_which_stages_are_missing(codec):
+    bare = make_codec()
+    bare.quantizer = None
+    with pytest.raises(ValueError, match="quantize"):
+        bare.encode(noise(0.1))

@@ -1,0 +1,145 @@
+"""The loop: exact resume, any cut of the batch, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.local import train_here
+from trainer import checkpoint
+from trainer.config import TrainConfig
+from trainer.loop import learning_rate, train
+from trainer.metrics import read_metrics
+from trainer.run import RunDirectory
+
+PRETRAIN = ("pretrain.samples=96", "log.every=8", "log.samples_every=0", "checkpoint.every=32")
+
+
+def losses(run: Path, stage: str = "pretrain") -> dict[int, float]:
+    return {
+        line["samples"]: line["loss"] for line in read_metrics(run / stage / "metrics.jsonl") if line["kind"] == "train"
+    }
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint, whole, read without the trainer: ranges by their offsets."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        for name, value in load_file(str(file)).items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def stop_after(steps: int):
+    """A `stop` that says so after so many steps."""
+    counter = iter(range(1, 10**6))
+    return lambda: next(counter) >= steps
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """A run that nothing interrupted."""
+    from trainer.config import load
+
+    run_dir = tmp_path_factory.mktemp("whole")
+    paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
+    config = load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *PRETRAIN])
+    assert train(config, "pretrain") == "done"
+    return run_dir
+
+
+def test_resume_is_exact_to_the_bit(whole, tiny, tmp_path):
+    config = tiny(*PRETRAIN)
+    assert train(config, "pretrain", stop=stop_after(5)) == "stopped"
+    assert RunDirectory(tmp_path / "run" / "pretrain", "pretrain").status["samples"] == 40
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == losses(whole)
+    ours, theirs = (tensors(run / "pretrain/checkpoints/step_000000000096") for run in (tmp_path / "run", whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kill_loses_what_came_after_the_checkpoint_and_nothing_else(whole, tiny, tmp_path):
+    """After a kill there are lines of the log beyond the last checkpoint, the last one torn: the curve stays one."""
+    config = tiny(*PRETRAIN)
+    train(config, "pretrain", stop=stop_after(8))
+    stage = tmp_path / "run" / "pretrain"
+    shutil.rmtree(stage / "checkpoints/step_000000000064")
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "sam')
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == losses(whole)
+    assert len((stage / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_two_ranks_and_accumulation_learn_the_same(whole, tiny, tmp_path):
+    """Stopped on two ranks with two micro batches each, resumed on one."""
+    ranks = ("parallel.processes=2", "parallel.micro_batch=2")
+    first = tiny(*PRETRAIN, *ranks, "pretrain.samples=48")
+    assert train_here(first, "pretrain") == "done"
+    manifest = checkpoint.read_manifest(tmp_path / "run/pretrain/checkpoints/step_000000000048")
+    assert manifest["meta"]["world_size"] == 2
+    assert train(tiny(*PRETRAIN), "pretrain") == "done"
+    ours, theirs = losses(tmp_path / "run"), losses(whole)
+    # the learning rate falls over the last third of the run, which was shorter at first: compare up to there
+    assert [ours[samples] for samples in (8, 16, 24, 32)] == pytest.approx(
+        [theirs[samples] for samples in (8, 16, 24, 32)], rel=1e-5
+    )
+
+
+def test_two_ranks_resume_exactly(tiny, tmp_path):
+    ranks = ("parallel.processes=2",)
+    straight = tiny(*PRETRAIN, *ranks, run_dir=tmp_path / "straight")
+    assert train_here(straight, "pretrain") == "done"
+    # what a kill of both ranks leaves: the checkpoint at 64, and no word of an end
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    stage = tmp_path / "killed" / "pretrain"
+    shutil.rmtree(stage / "checkpoints/step_000000000096")
+    (stage / "status.json").unlink()
+    assert train_here(tiny(*PRETRAIN, *ranks, run_dir=tmp_path / "killed"), "pretrain") == "done"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    ours, theirs = (tensors(tmp_path / run / "pretrain/checkpoints/step_000000000096") for run in ("killed", "straight"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_leaves_all_there_is_to_know(whole):
+    stage = whole / "pretrain"
+    for name in ("config.yaml", "command.txt", "environment.txt", "status.json", "export/dit.safetensors"):
+        assert (stage / name).stat().st_size > 0
+    assert list((stage / "tensorboard").glob("events*"))
+    assert list((stage / "samples").glob("step_*/*decoded.flac"))
+    assert "torch==" in (stage / "environment.txt").read_text()
+    assert "done" in (stage / "logs/rank_0.log").read_text()
+    line = read_metrics(stage / "metrics.jsonl")[-1]
+    assert line["samples"] == 96
+    assert len(line["loss_bins"]) == 8
+    assert json.loads((stage / "status.json").read_text())["state"] == "done"
+
+
+def test_last_checkpoints_are_kept(whole):
+    kept = sorted(path.name for path in (whole / "pretrain/checkpoints").iterdir())
+    assert kept == ["step_000000000064", "step_000000000096"]
+
+
+def test_another_config_is_refused_and_nothing_is_lost(whole, tiny):
+    before = sorted(path.name for path in whole.rglob("*"))
+    with pytest.raises(ValueError, match=r"pretrain\.lr \(0\.0003 → 0\.1\).*run_dir"):
+        train(tiny(*PRETRAIN, "pretrain.lr=0.1", run_dir=whole), "pretrain")
+    assert sorted(path.name for path in whole.rglob("*")) == before
+
+
+def test_learning_rate_is_a_function_of_samples():
+    settings = TrainConfig(samples=1000, global_batch=10, lr=1.0, warmup=100, decay=0.5)
+    rates = [learning_rate(settings, samples) for samples in (0, 40, 90, 490, 500, 750, 990)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.02])
+    assert learning_rate(TrainConfig(lr=1.0, warmup=0, decay=0.0), 10**9) == 1.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_mend(tiny):
+    with pytest.raises(ValueError, match=r"lower pretrain\.lr"):
+        train(tiny(*PRETRAIN, "pretrain.lr=1e30", "pretrain.clip_norm=1e30", "pretrain.warmup=0"), "pretrain")
