@@ -224,9 +224,11 @@ def make_diffusion(name: str, **options: float) -> Diffusion:
         raise ValueError(f"unknown diffusion '{name}': choose one of {', '.join(FORMULATIONS)}")
     kind = FORMULATIONS[name]
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every formulation is a dataclass
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"diffusion '{name}' has no option '{option}': it has {', '.join(known)}")
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}: {option}={value!r} must be a number")
     return kind(**options)
 
 

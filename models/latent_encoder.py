@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.rotary import Rotary, rope_frequencies
+
 
 @dataclass
 class LatentEncoderConfig:
@@ -51,7 +53,7 @@ class LatentEncoderConfig:
 
 
 class RotarySelfAttention(nn.Module):
-    """Multi-head self-attention over (B, T, width) with rotary positions (arXiv 2104.09864)."""
+    """Multi-head self-attention over (B, T, width) with rotary positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,21 +63,16 @@ class RotarySelfAttention(nn.Module):
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         """Same shape in and out."""
-        q, k, v = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        angles = _rotary_angles(q.shape[-2], q.shape[-1], x_BTW.device)
-        mixed = F.scaled_dot_product_attention(_rotate(q, angles), _rotate(k, angles), v)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        rotary = _rotary(x_BTW.shape[1], q_BTHK.shape[-1], x_BTW.device)
+        turned = (rotary.turn(q_BTHK).to(v_BTHK.dtype), rotary.turn(k_BTHK).to(v_BTHK.dtype), v_BTHK)
+        mixed_BHTK = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in turned))
+        return self.out(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
-def _rotary_angles(length: int, head_width: int, device: torch.device) -> Tensor:
-    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
-    return torch.arange(length, device=device)[:, None] * frequencies
-
-
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def _rotary(tokens: int, head_width: int, device: torch.device) -> Rotary:
+    frequencies = rope_frequencies(head_width, base=10_000.0, turning=head_width, device=device)
+    return Rotary.at(torch.arange(tokens, device=device), frequencies)
 
 
 class TransformerBlock(nn.Module):

@@ -76,7 +76,7 @@ def _listening_section(report: Mapping[str, Any], takes: Mapping[tuple[str, str]
         "A row is a clip, a column what became of it. Press a spectrogram to hear it from there. The numbers are "
         "decodes of the very same bits with other seeds: what they share is what the bits say, the rest is invented."
     )
-    return section("Listen", lead, template.clip_grid(report, takes), class_="wide")
+    return section("Listen", lead, template.clip_grid(report, takes))
 
 
 def _training_section(curves: Mapping[str, Path]) -> Html | None:

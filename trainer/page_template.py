@@ -78,10 +78,10 @@ def document(title: str, body: Iterable[object], *, style: str, script: str) -> 
     return f"<!doctype html>\n{page}\n"
 
 
-def section(title: str, lead: str, *children: object, class_: str | None = None) -> Html:
+def section(title: str, lead: str, *children: object) -> Html:
     """A part of the page under its heading."""
     heading = element("div", element("h2", title), element("p", lead, class_="lead"), class_="measure")
-    return element("section", heading, *children, class_=class_)
+    return element("section", heading, *children)
 
 
 # ---- head of the page
@@ -255,11 +255,16 @@ def clip_grid(report: Report, takes: Mapping[tuple[str, str], Sequence[Take]]) -
 
 
 def clip_grid_style(report: Report) -> str:
-    """Where the window has room for every column nothing scrolls sideways, and the head of the grid stays in sight."""
-    needed = max(_PHONE_WIDTH + 1, 240 + 160 * (len(report["systems"]) - 1) + 64)
+    """The style that hangs on the number of systems: the width of the grid, and what a window with room for it adds.
+
+    There nothing scrolls sideways, and so the head of the grid can stay in sight.
+    """
+    others = len(report["systems"]) - 1
+    ample, needed = max(1120, 240 + 200 * others), max(_PHONE_WIDTH + 1, 304 + 160 * others)
     return (
+        f".clips-scroll {{ width: min({ample}px, 100% - 2.5rem); }}\n"
         f"@media (min-width: {needed}px) {{ .clips-scroll {{ overflow: visible; }} "
-        ".clips thead th { position: sticky; top: 0; z-index: 3; } .clips .name { display: none; } }"
+        ".clips thead th { position: sticky; top: 0; z-index: 3; } .clips .name { display: none; } }\n"
     )
 
 

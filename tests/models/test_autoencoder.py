@@ -122,7 +122,7 @@ def test_latents_of_another_shape_are_refused(ae, frames):
 def test_identity_tells_autoencoders_apart_and_nothing_else():
     other = vocos()
     with torch.no_grad():
-        other.to_latents.bias[0] += 1
+        other.to_latents.weight[0] += 1
     identities = [SpectralAE().identity(), vocos().identity(), other.identity()]
     assert len(set(identities)) == 3
     assert identities[:2] == [SpectralAE().identity(), vocos().identity()]
@@ -148,6 +148,12 @@ def test_spectral_keeps_the_level_but_not_the_waveform_above():
     replaced = ae.decode(ae.encode(high))
     assert replaced.square().mean().item() == pytest.approx(high.square().mean().item(), rel=0.1)
     assert si_sdr(high, replaced).item() < 5
+
+
+def test_spectral_fills_bands_with_noise_and_not_with_a_pattern():
+    decoded = SpectralAE().decode(torch.zeros(1, 128, 200))[0, 0]
+    for lag in (240, 480, 960):
+        assert torch.corrcoef(torch.stack((decoded[lag:], decoded[:-lag])))[0, 1].abs() < 0.05
 
 
 def test_spectral_frames_are_centred_on_hop_boundaries():

@@ -164,7 +164,7 @@ def test_lora_reaches_all_attention_and_mlp_layers_and_changes_nothing_at_the_st
     assert trained
     assert all("lora" in name for name in trained)
     adapted(x, t).square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for n, p in dit.named_parameters() if "lora_B" in n)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in dit.named_parameters() if "lora_B" in n)
 
 
 def test_meta_device_and_fresh_start():

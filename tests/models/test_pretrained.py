@@ -224,12 +224,10 @@ class Bomb:
 def test_pickles_are_never_opened_and_the_way_out_is_told(tmp_path):
     (flow_folder(tmp_path) / "weights.safetensors").unlink()
     (tmp_path / "weights.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(
-        ValueError, match=r"weights.pt is a pickle.*convert it.*weights_only=True.*weights\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"weights\.pt is a pickle.*convert it.*weights_only=True"):
         load_woosh_folder(tmp_path)
     (tmp_path / "weights.pt").rename(tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="weights.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors is no whole safetensors file"):
         load_woosh_folder(tmp_path)
     assert not (tmp_path / "exploded").exists()
 
@@ -347,9 +345,8 @@ def test_hash_depends_on_everything_but_the_order():
 
 def test_hash_is_pinned():
     """Bitstreams and checkpoints name models by it."""
-    assert (
-        hash_state({"a": 1}, {"w": torch.ones(2)}) == "fdd51366e17bdeb13731d0ab1fb256b8ad49461338ad11dd759300916639f37e"
-    )
+    expected = "fdd51366e17bdeb13731d0ab1fb256b8ad49461338ad11dd759300916639f37e"
+    assert hash_state({"a": 1}, {"w": torch.ones(2)}) == expected
 
 
 def test_dit_export_round_trip(tmp_path):

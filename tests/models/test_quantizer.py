@@ -6,7 +6,6 @@ import sys
 import warnings
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -247,30 +246,31 @@ def test_vectors_of_another_kind_are_refused(vectors, message):
         ResidualQuantizer(WIDTH, 2, SIZE).fit(vectors, seed=0)
 
 
-FIT = """
-from models.quantizer import ResidualQuantizer
-generator = torch.Generator().manual_seed(0)
-distinct = torch.randn(300, 64, generator=generator)  # repeated vectors make ties, which rounding decides
-quantizer = ResidualQuantizer(64, 2, 64)
-quantizer.fit(distinct[torch.randint(300, (3000,), generator=generator)], seed=1)
-"""
-FIT_ON_THREE_THREADS = f"""
+def fit_on_ties() -> str:
+    """The codebooks fitted on repeated vectors: those make ties, which rounding decides."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randn(300, 64, generator=generator)
+    quantizer = ResidualQuantizer(64, 2, 64)
+    quantizer.fit(distinct[torch.randint(300, (3000,), generator=generator)], seed=1)
+    return quantizer.codebooks.detach().numpy().tobytes().hex()
+
+
+FIT_ON_THREE_THREADS = """
 import faiss, sys, torch
 torch.set_num_threads(3), faiss.omp_set_num_threads(3)
 torch.randn(600, 600) @ torch.randn(600, 600)
-{FIT}
+sys.path.append("tests/models")
+from test_quantizer import fit_on_ties
+sys.stdout.write(fit_on_ties())
 assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (3, 3)
 torch.randn(600, 600) @ torch.randn(600, 600)
-sys.stdout.write(quantizer.codebooks.detach().numpy().tobytes().hex())
 """
 
 
 def test_neither_the_number_of_threads_nor_the_order_of_imports_changes_a_fit():
-    here: dict[str, Any] = {"torch": torch}
-    exec(FIT, here)
     command, root = [sys.executable, "-c", FIT_ON_THREE_THREADS], Path(__file__).parents[2]
     there = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert there == here["quantizer"].codebooks.detach().numpy().tobytes().hex()
+    assert there == fit_on_ties()
 
 
 def fit_and_send(connection) -> None:

@@ -81,8 +81,8 @@ class LatentStream:
         with ThreadPoolExecutor(1, "latents") as reader:
             ahead = deque(reader.submit(read, *cut) for cut in islice(cuts, _AHEAD))
             for cut in cuts:
-                yield ahead.popleft().result()
                 ahead.append(reader.submit(read, *cut))
+                yield ahead.popleft().result()
 
     def _crops(self, ids: np.ndarray, positions: Tensor) -> Tensor:
         frames = torch.from_numpy(self.shard_set.index["frames"][ids].astype(np.int64))
