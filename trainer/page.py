@@ -202,10 +202,10 @@ def read_curve(path: Path) -> list[Point]:
 
 def loss_chart(stage: str, points: Sequence[Point]) -> Html | None:
     """A figure of the loss against samples seen; None where there are fewer than two points to draw."""
-    main = [(p.samples, value) for p in points if (value := p.loss if p.smooth is None else p.smooth) is not None]
+    raw = [(p.samples, p.loss) for p in points if p.loss is not None]
+    main = [(p.samples, p.smooth) for p in points if p.smooth is not None] or _smoothed(raw)
     if len(main) < 2:
         return None
-    raw = [(p.samples, p.loss) for p in points if p.loss is not None]
     levels = max(len(p.by_noise) for p in points)
     by_noise = [[(p.samples, v) for p in points if (v := _at(p.by_noise, n)) is not None] for n in range(levels)]
     x_axis, y_axis = _axes([main, raw, *by_noise])
@@ -233,6 +233,16 @@ def _axes(lines: Sequence[Sequence[tuple[int, float]]]) -> tuple[Axis, Axis]:
     margin = 0.04 * (high - low) or 0.5
     bounds = (low / 1.1, high * 1.1) if log else (low - margin, high + margin)
     return Axis(0, max(samples), _LEFT, _RIGHT), Axis(*bounds, _BOTTOM, _TOP, log=log)
+
+
+def _smoothed(line: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """An exponential mean over about a twentieth of the line, without a bias towards where it starts."""
+    keep = 1 - 1 / max(1, len(line) / 20)
+    total, weight, smooth = 0.0, 0.0, []
+    for samples, loss in line:
+        total, weight = keep * total + loss, keep * weight + 1
+        smooth.append((samples, total / weight))
+    return smooth
 
 
 def _line(points: Sequence[tuple[int, float]], x_axis: Axis, y_axis: Axis, kind: str, style: str | None = None) -> Html:

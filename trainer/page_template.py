@@ -45,21 +45,18 @@ class Take:
 def element(tag: str, *children: object, **attributes: object) -> Html:
     """`<tag …>children</tag>`, everything escaped that is not `Html`.
 
-    Attribute names lose a trailing underscore and have hyphens for the others (`class_`, `aria_label`). False and None
-    leave an attribute out, True gives its bare name.
+    Attribute names lose a trailing underscore and have hyphens for the others (`class_`, `aria_label`). None leaves an
+    attribute out.
     """
-    names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-    given = {name: value for name, value in names.items() if value is not None and value is not False}
-    opening = "".join(
-        f" {name}" if value is True else f' {name}="{html.escape(str(value))}"' for name, value in given.items()
-    )
+    given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
+    opening = "".join(f' {name}="{html.escape(str(value))}"' for name, value in given.items())
     if tag in _VOID:
         return Html(f"<{tag}{opening}>")
     return Html(f"<{tag}{opening}>{join(children)}</{tag}>")
 
 
 def join(children: Iterable[object]) -> Html:
-    """Children one after another; None and empty ones leave nothing."""
+    """Children one after another; None leaves nothing."""
     texts = (child if isinstance(child, Html) else html.escape(str(child)) for child in children if child is not None)
     return Html("".join(texts))
 

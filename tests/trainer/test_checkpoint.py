@@ -421,7 +421,10 @@ def two_ranks(rank: int, root: str) -> None:
     results["unknown"] = message_of(checkpoint.save, directory / "bad", 8, unknown, META)
 
     checkpoint.save(directory / "equal", 24, equal, META)
-    results["pruned"] = [str(path) for path in checkpoint.prune(directory / "equal", last=1)]
+    for pruning in (1, 0):
+        if rank == pruning:
+            results["pruned"] = [str(path) for path in checkpoint.prune(directory / "equal", last=1)]
+        dist.barrier()
     (directory / f"results_{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -154,7 +154,8 @@ def test_mel_bands_share_all_bins_and_none_is_empty(rate, n_fft, bands):
     assert filters.shape == (bands, n_fft // 2 + 1)
     assert (filters.sum(1) > 0).all()
     peaks = filters.argmax(1)
-    torch.testing.assert_close(filters.sum(0)[peaks[0] + 1 : peaks[-1]], torch.ones(peaks[-1] - peaks[0] - 1))
+    shares = filters.sum(0)[peaks[0] + 1 : peaks[-1]]
+    torch.testing.assert_close(shares, torch.ones_like(shares))
 
 
 def test_mel_scale_is_slaneys():
@@ -308,7 +309,8 @@ def test_without_a_width_there_is_a_column_each_10_ms():
 
 def test_a_gain_does_not_change_the_picture():
     clip = noise(RATE)
-    assert np.array_equal(*(log_mel_image(gain * clip, RATE, height=32) for gain in (1.0, 0.125)))
+    plain, quiet = (log_mel_image(gain * clip, RATE, height=32) for gain in (1.0, 0.125))
+    assert np.array_equal(plain, quiet)
 
 
 @pytest.mark.parametrize("audio", [torch.zeros(4800), torch.full((4800,), float("nan")), 1e-7 * noise(4800)])

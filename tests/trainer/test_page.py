@@ -22,7 +22,9 @@ class Page(HTMLParser):
 
     def __init__(self, index: Path):
         super().__init__(convert_charrefs=True)
-        self.folder, self.elements, self.open = index.parent, [], []
+        self.folder = index.parent
+        self.elements: list[dict] = []
+        self.open: list[dict] = []
         self.feed(index.read_text(encoding="utf-8"))
         self.close()
         assert not self.open
@@ -63,14 +65,14 @@ class Page(HTMLParser):
 @pytest.fixture
 def report(tmp_path: Path) -> dict:
     """Two clips, six systems; five decodes of the codes; the second clip lacks one system."""
-    systems = [
+    systems: list[dict] = [
         {"key": "original", "title": "Original", "role": "original"},
         {"key": "ae", "title": "AudioAE alone", "role": "ceiling", "note": "No codec between."},
         {"key": "z", "title": "Continuous z", "role": "system", "detail": "11.1 Hz × 64"},
         {"key": "zq", "title": "Codes", "role": "system", "payload_kbps": 1.333, "file_kbps": 1.36},
         {"key": "other", "title": "Another", "role": "floor"},
     ]
-    clips = [
+    clips: list[dict] = [
         {"key": key, "caption": f"caption {key}", "seconds": 0.1, "audio": record(tmp_path / "run", key, systems)}
         for key in ("bell", "wind")
     ]
@@ -298,6 +300,15 @@ def test_a_chart_a_stage_with_a_line_a_noise_level(report, tmp_path):
     (x0, y0), (x1, y1) = points[-1]
     assert x0 < x1 == page._RIGHT
     assert y0 < y1  # a loss that falls goes down the page
+
+
+def test_a_run_that_logs_no_moving_average_is_smoothed_here(report, tmp_path):
+    lines = [train_line(i + 1, 2.0 + (-1) ** i) for i in range(200)]
+    found = write(report, tmp_path, curves={"stage": write_metrics(tmp_path / "m.jsonl", lines)})
+    raw, main = ([float(p.split(",")[1]) for p in e["points"].split()] for e in found.find("polyline"))
+    assert main[0] == raw[0]
+    assert max(main[50:]) - min(main[50:]) < 0.2 * (max(raw) - min(raw))
+    assert np.mean(main[50:]) == pytest.approx(np.mean(raw), abs=1)
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path):

@@ -155,7 +155,8 @@ def encode_in_order(
             for task in tasks:
                 yield encode(*task)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, encode.clip_samples))
     under_way: deque[Future[EncodedFile]] = deque()
     try:
