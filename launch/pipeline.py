@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,6 +109,7 @@ def page(config: Config) -> Path:
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in TRAINED_STAGES}
+    shutil.rmtree(stage_folder(config, "page"), ignore_errors=True)  # sounds of an older evaluation
     index = write_page(
         report,
         stage_folder(config, "page"),

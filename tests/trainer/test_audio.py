@@ -168,6 +168,14 @@ def test_minutes_of_vorbis_are_written():
         assert file.frames == audio.shape[1]
 
 
+def test_a_file_is_replaced_not_written_over(tmp_path):
+    write_audio(tmp_path / "a.wav", tone(440, 0.1).T, RATE)
+    (tmp_path / "same").hardlink_to(tmp_path / "a.wav")
+    before = (tmp_path / "same").read_bytes()
+    write_audio(tmp_path / "a.wav", tone(880, 0.1).T, RATE)
+    assert (tmp_path / "same").read_bytes() == before != (tmp_path / "a.wav").read_bytes()
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.wav"
     write_audio(path, tone(440, 0.1).T, RATE)

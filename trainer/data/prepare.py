@@ -153,7 +153,10 @@ def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     """The report of a complete outcome."""
     if not (out / _REPORT).is_file():
         return None
-    report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
+    try:
+        report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out / _REPORT} is not one of `prepare`: give another folder") from error
     if report.settings != settings:
         other = ", ".join(sorted(key for key in settings if report.settings.get(key) != settings[key]))
         raise ValueError(f"{out} was prepared with other settings ({other}): remove it, or give another folder")

@@ -86,7 +86,7 @@ class LatentStream:
 
     def _crops(self, ids: np.ndarray, positions: Tensor) -> Tensor:
         frames = torch.from_numpy(self.shard_set.index["frames"][ids].astype(np.int64))
-        starts = integers(keys(self.seed, "crop", positions), frames - self.crop_frames).tolist()
+        starts = integers(keys(self.seed, "crop", positions), frames - self.crop_frames + 1).tolist()
         crops = torch.empty(len(ids), self.shard_set.info.latent_channels, self.crop_frames)
         for crop, latents, start in zip(crops.numpy(), self.shard_set.latents(ids), starts, strict=True):
             crop[:] = latents[:, start : start + self.crop_frames]
