@@ -59,6 +59,9 @@ class DiTConfig:
     """By how much YaRN slows down RoPE's slowest frequencies."""
     time_features: int = 256
     """Fourier features of the noise level."""
+    gated_skip: bool = False
+    """Whether the prediction is `output(h) + skip(h) · x`: what tokens are too narrow to carry passes around them, each
+    number weighed by what the tokens know. For small models with patches wider than `width`."""
     predicts_logvar: bool = False
     """Whether there is `DiT.logvar`: a learned log-variance of the loss at a noise level (arXiv 2312.02696, eq. 14)."""
 
@@ -236,8 +239,8 @@ class DiT(nn.Module):
     one. There are no buffers: a model built on the meta device needs `to_empty` and `reset_parameters`, no more.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out")
-    """Names of the linear layers that LoRA adapts: attention and MLPs, not what the noise level modulates."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out", "output", "skip")
+    """Names of the linear layers that LoRA adapts: attention, MLPs and the last layer, not what the noise level modulates."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -257,6 +260,8 @@ class DiT(nn.Module):
         )
         self.output_modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, config.channels * config.patch_size)
+        if config.gated_skip:
+            self.skip = nn.Linear(width, config.channels * config.patch_size)
         if config.predicts_logvar:
             self.logvar_features = FourierFeatures(config.time_features)
             self.logvar_embed = _two_layers(config.time_features, 128, 1)
@@ -266,7 +271,7 @@ class DiT(nn.Module):
         """Fresh weights. Gates and output start at zero: each block is the identity (adaLN-Zero, arXiv 2212.09748)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                starts_at_zero = name == "output" or name.endswith("modulation")
+                starts_at_zero = name in ("output", "skip") or name.endswith("modulation")
                 nn.init.zeros_(module.weight) if starts_at_zero else nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, FourierFeatures):
@@ -298,13 +303,17 @@ class DiT(nn.Module):
             ValueError: a shape does not fit, or text is given to a model without a text stream.
         """
         self._check(x, t, text, text_mask, condition)
-        x_BSD = self._embed_latents(x, condition)
+        patches_BNE = self._patched(x)
+        x_BSD = self._embed_latents(patches_BNE, condition)
         text_BSD = self._embed_text(text, text_mask, batch=len(x))
         time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(x_BSD)))[:, None]
         x_BSD = self._run_blocks(x_BSD, text_BSD, time_B1D)
         shift, scale = self.output_modulation(time_B1D).chunk(2, -1)
-        predicted_BND = self.output(modulated(x_BSD[:, self.config.memory_tokens :], shift, scale))
-        return self._unpatched(predicted_BND).to(x.dtype)
+        h_BND = modulated(x_BSD[:, self.config.memory_tokens :], shift, scale)
+        predicted_BNE = self.output(h_BND)
+        if self.config.gated_skip:
+            predicted_BNE = predicted_BNE + self.skip(h_BND) * patches_BNE
+        return self._unpatched(predicted_BNE).to(x.dtype)
 
     def logvar(self, t: Tensor) -> Tensor:
         """Learned log-variance `(B,)` of the loss at noise levels `t (B,)`; with `predicts_logvar` only."""
@@ -323,9 +332,12 @@ class DiT(nn.Module):
             x_BSD = block(x_BSD, time_B1D, single_rotary)
         return x_BSD[:, :tokens]
 
-    def _embed_latents(self, x_BCT: Tensor, condition_BDN: Tensor | None) -> Tensor:
+    def _patched(self, x_BCT: Tensor) -> Tensor:
         patches_BNE = x_BCT.unflatten(2, (-1, self.config.patch_size)).permute(0, 2, 3, 1).flatten(2)
-        tokens_BND = self.input(patches_BNE.to(self.input.weight.dtype))
+        return patches_BNE.to(self.input.weight.dtype)
+
+    def _embed_latents(self, patches_BNE: Tensor, condition_BDN: Tensor | None) -> Tensor:
+        tokens_BND = self.input(patches_BNE)
         if condition_BDN is not None:
             tokens_BND = tokens_BND + condition_BDN.transpose(1, 2).type_as(tokens_BND)
         if not self.config.memory_tokens:
