@@ -10,7 +10,9 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-_OVERRIDES = "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
+_OVERRIDES = (
+    "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
+)
 _RECIPE = "a YAML file, or the name of one in configs/, such as demo"
 
 
@@ -63,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     decode = _command(commands, "decode", _decode, "a stream → a sound file")
     decode.add_argument("input", type=Path, metavar="IN.spr")
     decode.add_argument("output", type=Path, metavar="OUT.wav")
-    decode.add_argument("--seed", type=int, default=0, help="another seed, another sound with the same codes (%(default)s)")
+    decode.add_argument(
+        "--seed", type=int, default=0, help="another seed, another sound with the same codes (%(default)s)"
+    )
     decode.add_argument("--steps", type=int, help="steps of the sampler (default: the codec's)")
     decode.add_argument(
         "--samples", type=int, default=1, help="so many decodes of the same codes: OUT.0.wav, OUT.1.wav … (%(default)s)"
@@ -85,7 +89,9 @@ def _command(
 
 def _codec_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--codec", type=Path, help="an export folder (default: the newest under runs/; decode takes the one that fits the stream)"
+        "--codec",
+        type=Path,
+        help="an export folder (default: the newest under runs/; decode takes the one that fits the stream)",
     )
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
 

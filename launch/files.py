@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,17 +41,22 @@ def decode(
     model = bitstream.model_of(content)
     spresso = _load(codec or fitting_codec(model, source), device)
     if not spresso.model_hash.startswith(model):
-        raise ValueError(f"{source} was made by model {model}, {codec} is {spresso.model_hash[:8]}: give the one that made it")
+        raise ValueError(
+            f"{source} was made by model {model}, {codec} is {spresso.model_hash[:8]}: give the one that made it"
+        )
     stream = bitstream.read(content, frames_of=spresso.z_frames)
     default = spresso.config.sampling
     sampling = Sampling(default.sampler, steps or default.steps, default.guidance)
     for number in range(samples):
         path = target if samples == 1 else target.with_suffix(f".{number}{target.suffix}")
         with Progress(f"decode {path.name}", total=1, unit="of all steps") as progress:
-            audio = spresso.decode(
-                stream, seed=seed + number, sampling=sampling, progress=lambda done, of, bar=progress: bar.to(done / of)
-            )
+            show = partial(_show, progress)
+            audio = spresso.decode(stream, seed=seed + number, sampling=sampling, progress=show)
         write_audio(path, audio.clamp(-1, 1).cpu().numpy(), spresso.autoencoder.sample_rate)
+
+
+def _show(progress: Progress, done: int, total: int) -> None:
+    progress.to(done / total)
 
 
 def newest_codec() -> Path:
@@ -66,7 +72,9 @@ def fitting_codec(model: str, source: Path) -> Path:
     for path in _exports():
         if json.loads((path / "codec.json").read_text()).get("model", "").startswith(model):
             return path
-    raise ValueError(f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER")
+    raise ValueError(
+        f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER"
+    )
 
 
 def _exports() -> list[Path]:

@@ -75,8 +75,9 @@ def prepare_latents(config: Config) -> None:
             shard_mb=config.data.shard_mb,
             progress=show,
         )
-    left_out = f", {len(report.problems)} left out (see {config.data.latents}/report.json)" if report.problems else ""
-    say(f"  {report.files} files, {report.clips['train']} clips to learn from, {report.clips['test']} held out{left_out}")
+    say(f"  {report.files} files, {report.clips['train']} clips to learn from, {report.clips['test']} held out")
+    if report.problems:
+        say(f"  {len(report.problems)} left out, see {config.data.latents}/report.json")
 
 
 def train(config: Config, stage: str) -> str:

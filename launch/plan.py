@@ -7,7 +7,9 @@ from trainer.config import TRAINED_STAGES, Config, to_yaml
 
 def plan(config: Config) -> str:
     """The resolved config and the arithmetic of batches and bits."""
-    return "\n".join(["# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config)])
+    return "\n".join(
+        ["# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config)]
+    )
 
 
 def _stages(config: Config) -> list[str]:
@@ -37,7 +39,10 @@ def _codec(config: Config) -> list[str]:
     latent, quantizer = config.latent_encoder, config.quantizer
     samples_per_z = autoencoder.hop * latent.pooling
     z_rate = autoencoder.sample_rate / samples_per_z
-    lines = [f"z: {latent.z_channels} × {z_rate:.3f} Hz, {samples_per_z / latent.z_channels:.1f}× fewer numbers than the audio"]
+    lines = [
+        f"z: {latent.z_channels} × {z_rate:.3f} Hz, "
+        f"{samples_per_z / latent.z_channels:.1f}× fewer numbers than the audio"
+    ]
     for books in config.rates:
         bits = books * (quantizer.size.bit_length() - 1)
         lines.append(f"{books} codebooks of {quantizer.size}: {bits} bits a z, {z_rate * bits / 1000:.4f} kbps")

@@ -18,6 +18,7 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
+        """Whether to leave."""
         return self._set
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

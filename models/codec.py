@@ -1,7 +1,7 @@
 """The codec in use: audio ↔ z ↔ codes, all parts together, without a trainer.
 
-`SPresso.from_pretrained(folder)` loads what a stage exports; `save_pretrained` writes it: the LoRA in PEFT's layout, every
-other part as safetensors with its config in the header, and `codec.json`, which names the base model by its hash.
+`SPresso.from_pretrained(folder)` loads what a stage exports; `save_pretrained` writes it: the LoRA in PEFT's layout,
+every other part as safetensors with its config in the header, and `codec.json`, which names the base model by its hash.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class CodecConfig:
 class SPresso(nn.Module):
     """AudioAE, g, f, D with LoRA, and, once there is one, the quantizer."""
 
-    def __init__(self, config: CodecConfig, *, autoencoder: AudioAE, dit: DiT, quantizer: Quantizer | None = None) -> None:
+    def __init__(
+        self, config: CodecConfig, *, autoencoder: AudioAE, dit: DiT, quantizer: Quantizer | None = None
+    ) -> None:
         """Take a pretrained D, add LoRA to it and fresh g and f beside it; D itself is frozen."""
         super().__init__()
         self.config = config
@@ -132,12 +134,18 @@ class SPresso(nn.Module):
 
     @torch.inference_mode()
     def decode(
-        self, stream: Stream, *, seed: int = 0, sampling: Sampling | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        stream: Stream,
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Codes → audio (channels, samples). One seed gives one of the sounds that the codes allow, always the same."""
         if stream.model != self.model_hash[:8]:
             raise ValueError(
-                f"the stream was made by model {stream.model}, this is {self.model_hash[:8]}: decode it with the codec that encoded it"
+                f"the stream was made by model {stream.model}, this is {self.model_hash[:8]}: "
+                "decode it with the codec that encoded it"
             )
         codes_CNM = torch.from_numpy(stream.codes).to(self.device)
         z_CZN = self._fitted_quantizer().decode(codes_CNM).transpose(1, 2)
@@ -235,7 +243,7 @@ class SPresso(nn.Module):
 
         Args:
             folder: is made whole or not at all; an older export there is replaced.
-            base: D's pretrained weights: a file is linked or copied along, a folder (a public release) is named by path.
+            base: D's pretrained weights: a file is linked or copied along, a release's folder is named by its path.
             card: text of the model card.
         """
         making = folder.with_name(folder.name + ".making")
@@ -262,7 +270,9 @@ class SPresso(nn.Module):
         return self.model_hash
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu", base: str | Path | None = None) -> SPresso:
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", base: str | Path | None = None
+    ) -> SPresso:
         """Load an export.
 
         Args:
@@ -295,7 +305,9 @@ class SPresso(nn.Module):
         return {name: value for name, value in self.dit.named_parameters() if f".{ADAPTER}." in name}
 
     def _adapter_state(self) -> dict[str, Tensor]:
-        return {_peft_name(name): value.detach().cpu().contiguous() for name, value in self.adapter_parameters().items()}
+        return {
+            _peft_name(name): value.detach().cpu().contiguous() for name, value in self.adapter_parameters().items()
+        }
 
     def _load_adapter(self, state: Mapping[str, Tensor]) -> None:
         own = self.adapter_parameters()
@@ -309,7 +321,10 @@ class SPresso(nn.Module):
         for part, (module, _) in self.parts().items():
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
         identity = dataclasses.asdict(self.config)
-        for local in ("sampling", "autoencoder"):  # where files lie and how they are decoded does not make another model
+        for local in (
+            "sampling",
+            "autoencoder",
+        ):  # where files lie and how they are decoded does not make another model
             identity.pop(local)
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
 
@@ -385,4 +400,6 @@ def _codec_config(values: dict[str, Any]) -> CodecConfig:
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:
     if found != expected:
-        raise ValueError(f"{what} at {where} is another one than the codec was trained on ({found[:8]}, not {expected[:8]})")
+        raise ValueError(
+            f"{what} at {where} is another one than the codec was trained on ({found[:8]}, not {expected[:8]})"
+        )

@@ -239,8 +239,17 @@ class DiT(nn.Module):
     one. There are no buffers: a model built on the meta device needs `to_empty` and `reset_parameters`, no more.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out", "output", "skip")
-    """Names of the linear layers that LoRA adapts: attention, MLPs and the last layer, not what the noise level modulates."""
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "qkv",
+        "attention_out",
+        "mlp_in",
+        "mlp_out",
+        "qkv_mlp",
+        "out",
+        "output",
+        "skip",
+    )
+    """Names of the linear layers that LoRA adapts: attention, MLPs and the last layer, not the modulation."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()

@@ -65,8 +65,10 @@ class RotarySelfAttention(nn.Module):
         """Same shape in and out."""
         q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).unbind(2)
         rotary = _rotary(x_BTW.shape[1], q_BTHK.shape[-1], x_BTW.device)
-        turned = (rotary.turn(q_BTHK).to(v_BTHK.dtype), rotary.turn(k_BTHK).to(v_BTHK.dtype), v_BTHK)
-        mixed_BHTK = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in turned))
+        q_BTHK, k_BTHK = rotary.turn(q_BTHK).type_as(v_BTHK), rotary.turn(k_BTHK).type_as(v_BTHK)
+        mixed_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
+        )
         return self.out(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -98,9 +100,7 @@ class LatentEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.project_in = nn.Linear(config.latent_channels * config.patch_size, config.width)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.heads) for _ in range(config.encoder_depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.encoder_depth))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, config.z_channels)
 
@@ -122,8 +122,8 @@ class LatentEncoder(nn.Module):
 class Upsampler(nn.Module):
     """f: z (B, Z, N) → condition (B, dit width, tokens of the DiT).
 
-    z is repeated over the tokens that it stands for, refined by Transformer blocks, and projected by a layer that starts
-    at zero: at the start of step 1 a pretrained D is unchanged.
+    z is repeated over the tokens that it stands for, refined by Transformer blocks, and projected by a layer that
+    starts at zero: at the start of step 1 a pretrained D is unchanged.
     """
 
     def __init__(self, config: LatentEncoderConfig, *, dit_width: int, dit_patch_size: int) -> None:
@@ -133,9 +133,7 @@ class Upsampler(nn.Module):
         self.project_in = nn.Linear(config.z_channels, config.width)
         # where within its z a token lies: repetition alone would leave that to attention
         self.place = nn.Parameter(torch.randn(config.pooling // config.patch_size, config.width) * 0.02)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.heads) for _ in range(config.upsampler_depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.upsampler_depth))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, dit_width)
         nn.init.zeros_(self.project_out.weight)

@@ -13,7 +13,10 @@ SILENCE = 1e-4  # -80 dB re full scale
 
 def is_silent(audio_CS: Tensor) -> bool:
     """Whether nothing is heard in (channels, samples): less than 80 dB below full scale, apart from a constant."""
-    return audio_CS.numel() == 0 or float((audio_CS - audio_CS.mean(-1, keepdim=True)).square().mean(-1).max()) < SILENCE**2
+    return (
+        audio_CS.numel() == 0
+        or float((audio_CS - audio_CS.mean(-1, keepdim=True)).square().mean(-1).max()) < SILENCE**2
+    )
 
 
 def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99) -> tuple[Tensor, float]:
@@ -25,7 +28,7 @@ def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99)
         peak: the largest absolute value allowed.
 
     Returns:
-        The audio times 10^(gain/20), and the gain in dB: a multiple of 0.5 within ±60. Silence is left as it is, gain 0.
+        The audio times 10^(gain/20), and the gain in dB, a multiple of 0.5 within ±60. Silence is left alone, gain 0.
     """
     if is_silent(audio_CS):
         return audio_CS, 0.0

@@ -93,7 +93,8 @@ class QuantizerConfig:
     size: int = 256
     """K, a power of two."""
     rates: list[int] = field(default_factory=list)
-    """Numbers of codebooks at which the codec is finetuned and evaluated; empty: [books]. Any prefix of the codes decodes."""
+    """Numbers of codebooks at which the codec is finetuned and evaluated, as any prefix of the codes decodes; empty:
+    all of them."""
     vectors: int = 65_536
     """Upper bound of the number of z vectors that the codebooks are fitted on."""
     beam: int = 32

@@ -83,7 +83,9 @@ def evaluation_identity(config: Config) -> str:
     model = read_json(stage_folder(config, "finetune") / "status.json").get("export")
     if model is None:
         raise ValueError("evaluate builds on the stage finetune, which has not ended yet: run that first")
-    chosen = {key: value for key, value in flatten(config).items() if key.startswith(("evaluate.", "sampling.", "data."))}
+    chosen = {
+        key: value for key, value in flatten(config).items() if key.startswith(("evaluate.", "sampling.", "data."))
+    }
     return fingerprint(chosen | {"model": model})
 
 
@@ -115,7 +117,9 @@ class _Evaluation:
         yield self._add(System("original", "Original", "original"), [self.clips.audio_B1S])
         autoencoded = self._codec("autoencode")
         yield self._add(
-            System("autoencoder", "AudioAE alone", "ceiling", note="No codec is better than the autoencoder it stands on."),
+            System(
+                "autoencoder", "AudioAE alone", "ceiling", note="No codec is better than the autoencoder it stands on."
+            ),
             [self._in_batches(lambda audio, _: autoencoded.autoencoder.decode(autoencoded.autoencoder.encode(audio)))],
         )
         z = self._in_batches(lambda audio, _: autoencoded.audio_to_z(audio))
@@ -225,7 +229,9 @@ class _Evaluation:
         encoding, streams = _timed(lambda: [codec.encode(audio_1S) for audio_1S in clips], self.device)
         decoding, _ = _timed(lambda: [codec.decode(stream, sampling=self.sampling) for stream in streams], self.device)
         seconds = clips.shape[0] * clips.shape[-1] / self.config_rate
-        where = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        where = (
+            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
         return {
             "encode_realtime_factor": round(seconds / encoding, 2),
             "decode_realtime_factor": round(seconds / decoding, 2),
@@ -258,7 +264,9 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     shards = ShardSet(Path(config.data.latents) / "test")
     count = min(config.evaluate.clips or len(shards), len(shards))
     if count < 2:
-        raise ValueError(f"{shards.folder} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds")
+        raise ValueError(
+            f"{shards.folder} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
+        )
     ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
     metadata = [shards.metadata(id_) for id_ in ids]
     length = round((config.evaluate.seconds or config.data.clip_seconds) * metadata[0]["sample_rate"])
@@ -278,7 +286,12 @@ def table(report: dict[str, Any]) -> str:
             rate = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
             rows.append([system["title"], rate, *(f"{scores[key]['mean']:.2f}" for key in keys)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     speed = report["speed"]
     lines.append(
         f"encode {speed['encode_realtime_factor']}× and decode {speed['decode_realtime_factor']}× as fast as it sounds "

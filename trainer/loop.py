@@ -157,10 +157,23 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                         f"and start again; the last checkpoint is kept"
                     )
                 if metrics is not None:
-                    metrics.write("train", samples, loss=loss, loss_bins=by_bin, lr=lr, grad_norm=float(grad_norm), **tick.read(samples))
+                    metrics.write(
+                        "train",
+                        samples,
+                        loss=loss,
+                        loss_bins=by_bin,
+                        lr=lr,
+                        grad_norm=float(grad_norm),
+                        **tick.read(samples),
+                    )
                     run.write_status("running", samples=samples, of=settings.samples, loss=loss)
                 progress.to(min(samples, settings.samples), loss=f"{loss:.4f}")
-            if not last and not stopped and config.log.samples_every and _due(before, samples, config.log.samples_every):
+            if (
+                not last
+                and not stopped
+                and config.log.samples_every
+                and _due(before, samples, config.log.samples_every)
+            ):
                 listen()
             if stopped or _due(before, samples, config.checkpoint.every):
                 save()
@@ -200,9 +213,7 @@ def _due(before: int, now: int, every: int) -> bool:
 
 def _stream(config: Config, settings: TrainConfig, split: str) -> LatentStream:
     shards = ShardSet(Path(config.data.latents) / split)
-    return LatentStream(
-        shards, crop_frames=settings.crop_frames, global_batch=settings.global_batch, seed=config.seed
-    )
+    return LatentStream(shards, crop_frames=settings.crop_frames, global_batch=settings.global_batch, seed=config.seed)
 
 
 def _batches(stream: LatentStream, parallel: Parallel) -> Iterator[Batch]:
@@ -266,7 +277,7 @@ class _Tick:
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
 
-    def read(self, samples: int) -> dict[str, float]:
+    def read(self, samples: int) -> dict[str, Any]:
         """Samples a second and the share of time spent waiting for data; starts anew."""
         seconds = time.perf_counter() - self.start
         facts = {

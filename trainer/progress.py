@@ -32,7 +32,9 @@ class Progress:
             beside = "".join(f", {key} {value}" for key, value in facts.items())
             seconds = self.line - self.start
             print(
-                f"{self.title}: {done:g} of {self.total:g} {self.unit}, {seconds:.0f} s{beside}", file=sys.stderr, flush=True
+                f"{self.title}: {done:g} of {self.total:g} {self.unit}, {seconds:.0f} s{beside}",
+                file=sys.stderr,
+                flush=True,
             )
         self.done = done
 

@@ -1,7 +1,7 @@
 """What each stage optimizes. The loop is one; a stage is a Task.
 
-A Task says which module is trained and which of its tensors are learned, gives a loss for each sample, listens to itself for
-the log, and exports what others load.
+A Task says which module is trained and which of its tensors are learned, gives a loss for each sample, listens to
+itself for the log, and exports what others load.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Task(ABC):
         """Tensors that are kept with the learned ones but have no gradient."""
         return {}
 
-    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:  # noqa: B027
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Task(ABC):
 
 
 class _Denoiser(nn.Module):
-    """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; all that is random comes from a sample's position."""
+    """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; what is random comes from a sample's position."""
 
     def __init__(self, config: Config, stage: str, dit: DiT) -> None:
         super().__init__()
@@ -198,9 +198,9 @@ class _CodecTask(Task):
         latent, codec = self.codec.config.latent_encoder, self.codec
         lines = [
             f"# {self.config.name}: an S-PRESSO codec, model {{model}}\n",
-            f"Stage `{self.stage}` of the recipe `{self.config.name}`. z: {latent.z_channels} channels at {codec.z_rate:.2f} Hz"
-            f" ({codec.compression:.0f}× fewer numbers than the audio), AudioAE `{self.config.autoencoder.kind}`.\n",
-            *(f"* {books} codebooks of {codec.quantizer.size}: {codec.kbps(books):.3f} kbps" for books in self._rates()),
+            f"Stage `{self.stage}`. z: {latent.z_channels} channels at {codec.z_rate:.2f} Hz "
+            f"({codec.compression:.0f}× fewer numbers than the audio), AudioAE `{self.config.autoencoder.kind}`.\n",
+            *(f"* {books} codebooks: {codec.kbps(books):.3f} kbps" for books in self._rates()),
             '\n    from models.codec import SPresso\n    codec = SPresso.from_pretrained("THIS FOLDER")\n',
         ]
         return "\n".join(lines)

@@ -30,9 +30,20 @@ _CHOICES = {
 }
 
 _POSITIVE = (
-    "data.clip_seconds data.workers data.shard_mb lora.rank quantizer.books parallel.processes log.every log.bins "
-    "checkpoint.every checkpoint.keep_last sampling.steps evaluate.decodes"
-).split()
+    "data.clip_seconds",
+    "data.workers",
+    "data.shard_mb",
+    "lora.rank",
+    "quantizer.books",
+    "quantizer.beam",
+    "parallel.processes",
+    "log.every",
+    "log.bins",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "sampling.steps",
+    "evaluate.decodes",
+)
 
 
 def _choices(config: Config) -> list[str]:
@@ -63,8 +74,8 @@ def _cut(config: Config, name: str) -> list[str]:
     if batch % ranks or (micro and batch % (ranks * micro)):
         unit = ranks * (micro or 1)
         return [
-            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of {micro or 'any size'}: "
-            f"take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
+            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of "
+            f"{micro or 'any size'}: take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
         ]
     return []
 
@@ -80,8 +91,8 @@ def _crops(config: Config) -> list[str]:
             found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
     if config.latent_encoder.pooling % config.dit.patch_size:
         found.append(
-            f"dit.patch_size={config.dit.patch_size} does not divide latent_encoder.pooling={config.latent_encoder.pooling}: "
-            f"take a divisor of it"
+            f"dit.patch_size={config.dit.patch_size} does not divide "
+            f"latent_encoder.pooling={config.latent_encoder.pooling}: take a divisor of it"
         )
     return found
 
@@ -108,7 +119,9 @@ def _formulation(config: Config) -> list[str]:
 def _folders(config: Config) -> list[str]:
     found = []
     if config.autoencoder.kind == "woosh" and config.autoencoder.folder is None:
-        found.append("autoencoder.kind=woosh needs autoencoder.folder: the released folder with config.yaml and weights")
+        found.append(
+            "autoencoder.kind=woosh needs autoencoder.folder: the released folder with config.yaml and weights"
+        )
     if config.data.audio is None and config.data.synth_hours <= 0:
         found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
     if config.data.audio is not None and not Path(config.data.audio).is_dir():

@@ -126,9 +126,7 @@ def test_calls_progress_and_gradients(name, sampler, calls):
 def test_sampling_is_deterministic_and_leaves_the_noise_alone(name, sampler):
     diffusion, noise = make_diffusion(name), torch.randn(2, 3, 4)
     before = noise.clone()
-    first, second = (
-        sample(diffusion, perfect_network(diffusion), noise, steps=4, sampler=sampler) for _ in range(2)
-    )
+    first, second = (sample(diffusion, perfect_network(diffusion), noise, steps=4, sampler=sampler) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(noise, before)
 

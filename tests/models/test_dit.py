@@ -145,8 +145,21 @@ def test_patches_round_trip_through_the_projections():
     torch.testing.assert_close(dit(x, t), expected)
 
 
-@pytest.mark.parametrize("config", [SMALL, WITH_TEXT])
-def test_lora_reaches_all_attention_and_mlp_layers_and_changes_nothing_at_the_start(config):
+def test_gated_skip_carries_what_tokens_are_too_narrow_for():
+    """Tokens of 4 features for patches of 24 numbers: only the skip can pass all of them on, each with its own gain."""
+    torch.manual_seed(0)
+    dit = DiT(dataclasses.replace(SMALL, width=4, heads=2, patch_size=4, gated_skip=True))
+    x, t = inputs()
+    assert dit(x, t).abs().max() == 0
+    gains = torch.linspace(-1, 1, 24)
+    with torch.no_grad():
+        dit.skip.bias.copy_(gains)
+    expected = x.unflatten(2, (-1, 4)) * gains.view(4, 6).T[:, None]
+    torch.testing.assert_close(dit(x, t), expected.flatten(2))
+
+
+@pytest.mark.parametrize("config", [SMALL, WITH_TEXT, dataclasses.replace(SMALL, gated_skip=True)])
+def test_lora_reaches_attention_mlps_and_the_last_layer_and_changes_nothing_at_the_start(config):
     dit = random_dit(config)
     x, t = inputs()
     before = dit(x, t)
@@ -159,7 +172,7 @@ def test_lora_reaches_all_attention_and_mlp_layers_and_changes_nothing_at_the_st
         for n, m in dit.blocks.named_modules(prefix="blocks")
         if isinstance(m, torch.nn.Linear) and "lora" not in n and "modulation" not in n
     }
-    assert linear == in_blocks
+    assert linear == in_blocks | {"output"} | ({"skip"} if config.gated_skip else set())
     trained = {n for n, p in dit.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora" in name for name in trained)

@@ -103,7 +103,9 @@ def test_two_ranks_resume_exactly(tiny, tmp_path):
     (stage / "status.json").unlink()
     assert train_here(tiny(*PRETRAIN, *ranks, run_dir=tmp_path / "killed"), "pretrain") == "done"
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
-    ours, theirs = (tensors(tmp_path / run / "pretrain/checkpoints/step_000000000096") for run in ("killed", "straight"))
+    ours, theirs = (
+        tensors(tmp_path / run / "pretrain/checkpoints/step_000000000096") for run in ("killed", "straight")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

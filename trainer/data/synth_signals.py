@@ -88,10 +88,14 @@ def _alarm(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _laser(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, interval = pick_value(random, {
-        "a laser gun fires single shots": (0.5, 0.75), "a laser gun fires": (0.28, 0.42),
-        "a laser gun fires rapidly": (0.12, 0.2),
-    })
+    name, interval = pick_value(
+        random,
+        {
+            "a laser gun fires single shots": (0.5, 0.75),
+            "a laser gun fires": (0.28, 0.42),
+            "a laser gun fires rapidly": (0.12, 0.2),
+        },
+    )
     high, low, wobble = log_uniform(random, 2500, 6000), log_uniform(random, 120, 500), random.uniform(0, 0.15)
     length = int(SAMPLE_RATE * random.uniform(0.18, 0.45))
     time = np.arange(length) / SAMPLE_RATE

@@ -118,9 +118,14 @@ def _bell(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _glass(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    thing, size = pick_value(random, {
-        "glass jar": (1.3, 1.8), "glass bottle": (0.8, 1.2), "window pane": (0.4, 0.7),
-    })
+    thing, size = pick_value(
+        random,
+        {
+            "glass jar": (1.3, 1.8),
+            "glass bottle": (0.8, 1.2),
+            "window pane": (0.4, 0.7),
+        },
+    )
     sound = np.zeros(samples)
     starts = beat(random, samples, random.uniform(1.1, 1.6))
     for start in starts:
@@ -165,9 +170,14 @@ def _footsteps(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _door(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    size, pitch = pick_value(random, {
-        "a heavy wooden door": (130, 260), "an old wooden chest": (280, 480), "a cupboard door": (500, 900),
-    })
+    size, pitch = pick_value(
+        random,
+        {
+            "a heavy wooden door": (130, 260),
+            "an old wooden chest": (280, 480),
+            "a cupboard door": (500, 900),
+        },
+    )
     manner, rate = pick_value(random, {"slowly": (25, 50), "": (60, 100), "shrilly": (140, 260)})
     # The hinge sticks and slips, so many times a second; each slip is a jerk that shakes the wood.
     jerks = wander(random, samples, random.uniform(1.5, 3), 0.4 * rate, 1.6 * rate)
@@ -180,10 +190,14 @@ def _door(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _fire(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, size = pick_value(random, {
-        "a small fire crackles": (0.1, 0.2), "a campfire crackles": (0.4, 0.7),
-        "a large fire roars and crackles": (1.5, 3),
-    })
+    name, size = pick_value(
+        random,
+        {
+            "a small fire crackles": (0.1, 0.2),
+            "a campfire crackles": (0.4, 0.7),
+            "a large fire roars and crackles": (1.5, 3),
+        },
+    )
     roar = shape(noise(random, samples), lambda f: low_pass(f, 250, 1.5) * f / (f + 40))
     sound = 0.6 * size**0.7 * roar * wander(random, samples, 9, 0.4, 1)
     for low, high, decay, rate in ((2500, 9000, 0.004, 50), (1200, 5000, 0.007, 24), (500, 2200, 0.012, 9)):
@@ -209,10 +223,14 @@ def _wind(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _whoosh(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, pitch = pick_value(random, {
-        "a sword swishes through the air": (1800, 4000), "a stick swings through the air": (800, 1500),
-        "something heavy whooshes past": (200, 500),
-    })
+    name, pitch = pick_value(
+        random,
+        {
+            "a sword swishes through the air": (1800, 4000),
+            "a stick swings through the air": (800, 1500),
+            "something heavy whooshes past": (200, 500),
+        },
+    )
     length = log_uniform(random, 0.8, 1.3) * (400 / pitch) ** 0.6 * 0.9
     speed = np.full(samples, 0.01)
     for start in beat(random, samples, min(0.9, length + random.uniform(0.1, 0.4)), jitter=0.2):
@@ -245,10 +263,14 @@ def _rain(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _thunder(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, nearness = pick_value(random, {
-        "low thunder rumbles": (0.05, 0.12), "thunder rolls": (0.25, 0.45),
-        "a sharp clap of thunder, then a rumble": (0.9, 1.5),
-    })
+    name, nearness = pick_value(
+        random,
+        {
+            "low thunder rumbles": (0.05, 0.12),
+            "thunder rolls": (0.25, 0.45),
+            "a sharp clap of thunder, then a rumble": (0.9, 1.5),
+        },
+    )
     starts = beat(random, samples, random.uniform(0.35, 0.7), jitter=0.7)
     rumble = claps(random, samples, starts, (1.5, 4)) * wander(random, samples, 7, 0.3, 1)
     crack = claps(random, samples, starts[:1], (0.4, 1)) * nearness
@@ -261,9 +283,14 @@ def _thunder(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _explosion(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, size = pick_value(random, {
-        "a firecracker bangs": (0.3, 0.5), "an explosion": (0.8, 1.2), "a huge, deep explosion": (1.8, 2.6),
-    })
+    name, size = pick_value(
+        random,
+        {
+            "a firecracker bangs": (0.3, 0.5),
+            "an explosion": (0.8, 1.2),
+            "a huge, deep explosion": (1.8, 2.6),
+        },
+    )
     starts = beat(random, samples, 0.5 + 0.4 * size, jitter=0.3)
     blast = claps(random, samples, starts, (1.2 * size, 2.2 * size))
     thump = claps(random, samples, starts, (0.3 * size, 0.5 * size)) * sing(np.full(samples, 62 / size**0.6))
@@ -289,9 +316,14 @@ def _drips(random: Random, samples: int) -> tuple[str, np.ndarray]:
 
 
 def _stream(random: Random, samples: int) -> tuple[str, np.ndarray]:
-    name, flow = pick_value(random, {
-        "a brook trickles": (40, 70), "a stream babbles": (110, 180), "a river rushes": (220, 320),
-    })
+    name, flow = pick_value(
+        random,
+        {
+            "a brook trickles": (40, 70),
+            "a stream babbles": (110, 180),
+            "a river rushes": (220, 320),
+        },
+    )
     sound = np.zeros(samples)
     for _ in range(int(flow * samples / SAMPLE_RATE)):
         frequency = log_uniform(random, 350, 3500)  # small bubbles sing high and die fast
