@@ -89,7 +89,7 @@ def header(report: Report) -> Html:
     rate = f"{report['sample_rate'] / 1000:g} kHz"
     facts = [report.get("created"), rate, _count(len(report["clips"]), "clip")]
     if report.get("model_hash"):
-        facts.append(join(["model ", element("code", report["model_hash"])]))
+        facts.append(join(["model ", element("code", report["model_hash"][:8])]))
     items = [element("li", fact) for fact in facts if fact]
     return element(
         "header",
@@ -232,7 +232,7 @@ def _digits(means: Iterable[float]) -> int:
 def clip_grid(report: Report, takes: Mapping[tuple[str, str], Sequence[Take]]) -> Html:
     """A row a clip, a column a system. The original, which all is compared to, stays in sight beside the caption."""
     original = next((system for system in report["systems"] if system["role"] == "original"), None)
-    others = [system for system in report["systems"] if system is not original]
+    others = played(report)
     columns = [element("th", original["title"] if original else "Clip", scope="col")]
     columns += [element("th", _system_name(system), scope="col", class_=f"role-{system['role']}") for system in others]
     rows = []
@@ -251,12 +251,18 @@ def clip_grid(report: Report, takes: Mapping[tuple[str, str], Sequence[Take]]) -
     return element("div", table, class_="scroll clips-scroll", tabindex="0", role="region", aria_label="Clips")
 
 
+def played(report: Report) -> list[System]:
+    """The systems beside the original of which there is sound; others stand in the table of figures alone."""
+    with_sound = {key for clip in report["clips"] for key, files in clip["audio"].items() if files}
+    return [s for s in report["systems"] if s["role"] != "original" and s["key"] in with_sound]
+
+
 def clip_grid_style(report: Report) -> str:
     """The style that hangs on the number of systems: the width of the grid, and what a window with room for it adds.
 
     There nothing scrolls sideways, and so the head of the grid can stay in sight.
     """
-    others = len(report["systems"]) - 1
+    others = len(played(report))
     ample, needed = max(1120, 240 + 200 * others), max(_PHONE_WIDTH + 1, 304 + 160 * others)
     return (
         f".clips-scroll {{ width: min({ample}px, 100% - 2.5rem); }}\n"
