@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from models.rotary import Rotary, rope_frequencies
 
 
+MEAN_MAGNITUDE = 0.8  # of a standard normal number: √(2/π)
+
+
 @dataclass
 class LatentEncoderConfig:
     """Shapes of g and f."""
@@ -35,6 +38,9 @@ class LatentEncoderConfig:
     """Transformer blocks of f."""
     heads: int = 8
     """Attention heads; `width / heads` is even."""
+    magnitudes: bool = False
+    """Whether g sees |x0| beside x0. In latents that are signed spectra, as `spectral`'s, the magnitudes tell the sound
+    and the signs are noise; g would spend most of a short training on finding that out."""
 
     def problems(self) -> list[str]:
         """What is wrong with these shapes, a line each, with the mend."""
@@ -99,7 +105,8 @@ class LatentEncoder(nn.Module):
     def __init__(self, config: LatentEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.project_in = nn.Linear(config.latent_channels * config.patch_size, config.width)
+        features = config.latent_channels * (2 if config.magnitudes else 1)
+        self.project_in = nn.Linear(features * config.patch_size, config.width)
         self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.encoder_depth))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, config.z_channels)
@@ -111,6 +118,8 @@ class LatentEncoder(nn.Module):
                 f"{x0_BCT.shape[-1]} frames do not divide by the pooling of {self.config.pooling}: "
                 f"crop or pad them to a multiple of it"
             )
+        if self.config.magnitudes:
+            x0_BCT = torch.cat([x0_BCT, x0_BCT.abs() - MEAN_MAGNITUDE], dim=1)
         h_BTW = self.project_in(_patches(x0_BCT, self.config.patch_size))
         for block in self.blocks:
             h_BTW = block(h_BTW)

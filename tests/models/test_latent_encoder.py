@@ -37,6 +37,16 @@ def test_z_keeps_the_order_of_time():
     assert difference[2] == 0
 
 
+def test_magnitudes_are_seen_whatever_the_signs():
+    """With the weights of x0 itself at zero, flipping signs changes nothing and other magnitudes do."""
+    g = LatentEncoder(LatentEncoderConfig(**SMALL, pooling=4, magnitudes=True))
+    with torch.no_grad():
+        g.project_in.weight[:, :8] = 0
+    x0 = torch.randn(1, 8, 12)
+    torch.testing.assert_close(g(-x0), g(x0))
+    assert not torch.allclose(g(2 * x0), g(x0))
+
+
 def test_attention_tells_positions_apart():
     config = LatentEncoderConfig(**SMALL, pooling=2)
     g = LatentEncoder(config)
