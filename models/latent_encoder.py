@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from models.rotary import Rotary, rope_frequencies
 
-
 MEAN_MAGNITUDE = 0.8  # of a standard normal number: √(2/π)
 
 
