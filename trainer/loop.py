@@ -54,7 +54,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
 
     # What: the stage's model, the same initial weights on every rank, and the stream of global batches.
     torch.manual_seed(config.seed)
-    task: Task = make_task(config, stage)
+    task = make_task(config, stage)
     task.module.to(parallel.device)
     task.autoencoder.to(parallel.device)
     stream = _stream(config, settings, "train")
@@ -151,11 +151,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
             last = samples >= settings.samples
             if _due(before, samples, config.log.every) or last:
                 loss, by_bin = loss_sums.read(parallel)
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss of {stage} is {loss} at {samples} samples: lower {stage}.lr (now {settings.lr:g}), "
-                        f"and start again; the last checkpoint is kept"
-                    )
+                _require_finite(loss, stage, settings, samples)
                 if metrics is not None:
                     metrics.write(
                         "train",
@@ -168,14 +164,10 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                     )
                     run.write_status("running", samples=samples, of=settings.samples, loss=loss)
                 progress.to(min(samples, settings.samples), loss=f"{loss:.4f}")
-            if (
-                not last
-                and not stopped
-                and config.log.samples_every
-                and _due(before, samples, config.log.samples_every)
-            ):
+            if _due(before, samples, config.log.samples_every) and not last and not stopped:
                 listen()
-            if stopped or _due(before, samples, config.checkpoint.every):
+            if _due(before, samples, config.checkpoint.every) or stopped:
+                _require_finite(float(grad_norm), stage, settings, samples)  # what is not would be saved for good
                 save()
 
     batches.close()
@@ -207,8 +199,16 @@ def learning_rate(settings: TrainConfig, samples: int) -> float:
 
 
 def _due(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` was passed."""
-    return now // every > before // every
+    """Whether a multiple of `every` was passed; never where it is 0."""
+    return every > 0 and now // every > before // every
+
+
+def _require_finite(value: float, stage: str, settings: TrainConfig, samples: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss of {stage} is no longer finite at {samples} samples: lower {stage}.lr (now {settings.lr:g}) "
+            f"and start again in another run_dir; the last checkpoint is from before"
+        )
 
 
 def _stream(config: Config, settings: TrainConfig, split: str) -> LatentStream:

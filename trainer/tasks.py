@@ -10,7 +10,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +275,7 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(config: Config, stage: str) -> Any:
+def make_task(config: Config, stage: str) -> Task:
     """The Task of a trained stage."""
     return TASKS[stage](config, stage)
 
