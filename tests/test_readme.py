@@ -91,7 +91,7 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
     monkeypatch.setattr(Path, "is_dir", lambda _: True)  # the docs' folders are examples
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"^(?: {4})?(spresso .*)$", text, re.MULTILINE):
-        words = [word.strip("[]") for word in shlex.split(line.split("   ")[0].split("  #")[0]) if "…" not in word]
+        words = shlex.split(re.sub(r"\[.*?\]", "", line).split("   ")[0].split("  #")[0])
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
             recipe = options.recipe if options.recipe in ("demo", "tiny") else "demo"
