@@ -38,7 +38,7 @@ def test_z_is_followed(demo):
 def test_quantized_z_lies_between(demo, rate):
     """No better than z and better than the floors; finetuning improves it.
 
-    In so short a training z fills few of its dimensions, so that these rates cost hardly more than the noise of a figure.
+    In so short a training z fills few of its dimensions: these rates cost hardly more than the noise of a figure.
     """
     assert log_mel(demo, "z") < log_mel(demo, f"{rate}_before") + 0.05
     assert log_mel(demo, rate) < log_mel(demo, f"{rate}_before")
