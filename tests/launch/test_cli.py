@@ -198,9 +198,9 @@ def test_no_space_on_the_disk(prepared, tmp_path, monkeypatch, capsys):
 
 def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", "demo", "parallel.processes=2", "parallel.micro_batch=4"]) == 0
+    assert main(["plan", "demo", "parallel.processes=2", "parallel.micro_batch=2"]) == 0
     text = capsys.readouterr().out
-    assert "2 rank(s) × 4 clips × 2 accumulated" in text
+    assert "2 rank(s) × 2 clips × 2 accumulated" in text
     assert "15 codebooks of 256: 120 bits a z, 1.3333 kbps" in text
     assert "autoencode:" in text
     assert not any(tmp_path.iterdir())
