@@ -69,16 +69,15 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         parallel.broadcast(task.statistics.values())
         parallel.broadcast(task.learned.values())
     learned = task.learned
+    module = parallel.prepare(task.module)
     optimizer = _optimizer(learned, settings)
     ema = EMA(learned, halflife=settings.ema_halflife)
-    state = _state(task, optimizer, ema)
     samples = steps = 0
     if resume is not None:
-        resumed = checkpoint.load(resume, checkpoint.whole_ranges(state))
+        resumed = checkpoint.load(resume, checkpoint.whole_ranges(_state(task, optimizer, ema)))
         samples, steps = resumed["samples"], resumed["steps"]
         _set_steps(optimizer, steps)
         logger.info("%s: resumed from %s at %d samples", stage, resume.name, samples)
-    module = parallel.prepare(task.module)
 
     metrics = Metrics(run, resumed_at=samples, sample_rate=task.autoencoder.sample_rate) if parallel.main else None
     clips = _Clips(config, settings, task, parallel.device) if metrics else None
@@ -94,7 +93,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         checkpoint.save(
             run.checkpoints,
             samples,
-            checkpoint.equal_ranges(state, rank=parallel.rank, world_size=parallel.world_size),
+            checkpoint.equal_ranges(_state(task, optimizer, ema), rank=parallel.rank, world_size=parallel.world_size),
             meta | {"steps": steps},
         )
         checkpoint.prune(run.checkpoints, last=config.checkpoint.keep_last, every=config.checkpoint.keep_every)
@@ -247,7 +246,10 @@ def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def _state(task: Task, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, under plain names; the tensors themselves, so that a load fills them in place."""
+    """Everything a checkpoint holds, under plain names; the tensors themselves, so that a load fills them in place.
+
+    Asked for anew at each load and save: DDP and `Module.to` may give a parameter another storage.
+    """
     state = {f"statistics/{name}": value for name, value in task.statistics.items()}
     for name, parameter in task.learned.items():
         state[f"param/{name}"] = parameter.data

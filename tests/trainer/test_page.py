@@ -259,8 +259,8 @@ def test_missing_audio_is_a_dash_in_its_cell(report, tmp_path):
 def test_a_system_without_any_sound_stands_in_the_table_alone(report, tmp_path):
     report["systems"].append({"key": "silent", "title": "Figures alone", "role": "system"})
     report["results"]["silent"] = {"log_mel": {"mean": 3.0, "std": 1.0}}
-    text = write(report, tmp_path).text
-    assert text.count("Figures alone") == 1
+    (body,) = write(report, tmp_path).texts("body")
+    assert body.count("Figures alone") == 1
 
 
 def test_decodes_of_the_same_codes_stand_behind_numbers(report, tmp_path):
