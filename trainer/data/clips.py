@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +19,7 @@ from torch import Tensor
 from models.loudness import is_silent, level
 from trainer.data.audio import encode_audio, read_audio
 from trainer.data.sources import Source
+from trainer.data.workers import explained_death, follow_parent
 
 SHORTEST_SECONDS = 0.01
 _CLIPS_AT_ONCE = 8
@@ -160,16 +157,13 @@ def encode_in_order(
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, encode.clip_samples))
     under_way: deque[Future[EncodedFile]] = deque()
     try:
-        while True:
-            for task in islice(tasks, _AHEAD * workers - len(under_way)):
-                under_way.append(pool.submit(_encode_in_worker, *task))
-            if not under_way:
-                return
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker died, perhaps for want of memory: run the same again with fewer workers, it goes on from here"
-        ) from error
+        with explained_death():
+            while True:
+                for task in islice(tasks, _AHEAD * workers - len(under_way)):
+                    under_way.append(pool.submit(_encode_in_worker, *task))
+                if not under_way:
+                    return
+                yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -190,18 +184,9 @@ _worker_encode: ClipEncoder
 
 def _start_worker(make_ae: Callable[[], Encoder], clip_samples: int) -> None:
     global _worker_encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    follow_parent()
     torch.set_num_threads(1)
     _worker_encode = ClipEncoder(make_ae(), clip_samples)
-
-
-def _leave_with_parent() -> None:
-    """A pool's workers would wait for ever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(source: Source, keep_audio: bool) -> EncodedFile:

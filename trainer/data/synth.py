@@ -9,9 +9,6 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -25,6 +22,7 @@ import soundfile
 from trainer.data import synth_signals, synth_sounds
 from trainer.data.files import write_whole
 from trainer.data.synth_tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
+from trainer.data.workers import explained_death, follow_parent
 
 # Where a sound is heard decides in which room or how far off it may be.
 INDOORS = synth_sounds.INDOORS | synth_signals.INDOORS
@@ -116,7 +114,7 @@ def write_sounds(
     `progress` is told (sounds there, sounds in all). Returns the number of sounds in all.
 
     Raises:
-        ValueError: an argument is out of range, or the folder holds something else.
+        ValueError: an argument is out of range, the folder holds something else, or a worker died.
         OSError: the sounds can't be written; none is there by half.
     """
     _check(hours=hours, seed=seed, workers=workers)
@@ -188,7 +186,8 @@ def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) ->
         yield from map(write, indices)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(indices)), mp_context=context, initializer=_follow_parent) as pool:
+    pool = ProcessPoolExecutor(min(workers, len(indices)), mp_context=context, initializer=follow_parent)
+    with pool, explained_death():
         yield from pool.map(write, indices, chunksize=4)
 
 
@@ -201,16 +200,3 @@ def _write(folder: Path, seed: int, index: int) -> str:
         file.write(np.round(sound.audio * 32768).astype(np.int16))
     write_whole(folder / _name(index), encoded.getvalue())
     return sound.caption
-
-
-def _follow_parent() -> None:
-    """In a worker: leaves it to the parent to handle Ctrl-C, and ends when the parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
