@@ -151,7 +151,7 @@ class _Evaluation:
         finetuned = stage == "finetune"
         system = System(
             key=f"zq{books}" + ("" if finetuned else "_before"),
-            title=f"{codec.kbps(books):.2f} kbps" + ("" if finetuned else ", before finetuning"),
+            title=f"{codec.kbps(books):.2g} kbps" + ("" if finetuned else ", before finetuning"),
             role="system",
             detail=f"{books} × {codec.quantizer.bits(1)} bits at {codec.z_rate:.1f} Hz",
             payload_kbps=codec.kbps(books),

@@ -120,7 +120,7 @@ def _rate_tile(report: Report) -> Html | None:
     pcm = report["sample_rate"] * 16 / 1000
     ends = [rates[0], rates[-1]] if len(rates) > 1 else rates
     factors = " to ".join(f"{pcm / rate:,.0f}" for rate in reversed(ends))
-    value = "–".join(f"{rate:.3g}" for rate in ends)
+    value = "–".join(f"{rate:.2g}" for rate in ends)
     return _tile("Bit rate", value, "kbps", f"{factors} times less than 16-bit mono PCM")
 
 

@@ -243,7 +243,7 @@ def test_a_report_without_figures_speed_and_notes_makes_a_page(report, tmp_path)
 def test_the_tiles_hold_the_key_numbers(report, tmp_path):
     tiles = write(report, tmp_path).texts("div", "tile")
     assert tiles == [
-        "Bit rate1.33kbps576 times less than 16-bit mono PCM",
+        "Bit rate1.3kbps576 times less than 16-bit mono PCM",
         "Log-mel distance9.5dBCodes · AudioAE alone 1.5 · Another 21.0",
         "Encode30.1×real timecpu, 2 threads",
         "Decode4.25×real time16 steps · cpu, 2 threads",
