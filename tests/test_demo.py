@@ -34,7 +34,7 @@ def test_z_is_followed(demo):
     assert log_mel(demo, "z") < 0.7 * log_mel(demo, "unconditional")
 
 
-@pytest.mark.parametrize("rate", ["zq4", "zq1"])
+@pytest.mark.parametrize("rate", ["zq2", "zq1"])
 def test_quantized_z_lies_between(demo, rate):
     """Worse than z and better than the floors; finetuning improves it."""
     before = log_mel(demo, f"{rate}_before")
@@ -43,20 +43,20 @@ def test_quantized_z_lies_between(demo, rate):
 
 
 def test_more_bits_are_better(demo):
-    assert log_mel(demo, "zq4_before") < log_mel(demo, "zq1_before")
-    assert log_mel(demo, "zq4") < log_mel(demo, "zq1")
+    assert log_mel(demo, "zq2_before") < log_mel(demo, "zq1_before")
+    assert log_mel(demo, "zq2") < log_mel(demo, "zq1")
 
 
 def test_autoencoder_is_the_ceiling(demo):
-    assert log_mel(demo, "autoencoder") < min(log_mel(demo, system) for system in ("z", "zq4"))
+    assert log_mel(demo, "autoencoder") < min(log_mel(demo, system) for system in ("z", "zq2"))
 
 
 def test_bit_rates_are_those_of_the_files(demo):
     report = json.loads((demo / "evaluate/evaluation.json").read_text())
     rates = {system["key"]: system for system in report["systems"]}
-    assert rates["zq4"]["payload_kbps"] == pytest.approx(32 / 90)
-    for key in ("zq4", "zq1"):
-        header_and_last_vector = (18 + 4) * 8 / 2.5 / 1000
+    assert rates["zq2"]["payload_kbps"] == pytest.approx(16 / 90)
+    for key in ("zq2", "zq1"):
+        header_and_last_vector = (18 + 2) * 8 / 2.5 / 1000
         assert 0 < rates[key]["file_kbps"] - rates[key]["payload_kbps"] < header_and_last_vector
 
 

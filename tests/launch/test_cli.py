@@ -201,6 +201,6 @@ def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, cap
     assert main(["plan", "demo", "parallel.processes=2", "parallel.micro_batch=2"]) == 0
     text = capsys.readouterr().out
     assert "2 rank(s) × 2 clips × 2 accumulated" in text
-    assert "4 codebooks of 256: 32 bits a z, 0.3556 kbps" in text
+    assert "2 codebooks of 256: 16 bits a z, 0.1778 kbps" in text
     assert "autoencode:" in text
     assert not any(tmp_path.iterdir())
