@@ -42,6 +42,24 @@ class DataConfig:
     """Processes that `synth` and `prepare` use; the outcome does not depend on it."""
     shard_mb: float = 64.0
     """Size in MiB at which a new shard begins."""
+    mix: dict[str, int] = field(default_factory=dict)
+    """Folder of latents → its share in a batch, a whole number: trained on instead of `latents`, whose `test/` stays
+    what is evaluated. Empty: `latents` alone."""
+    shuffle: str = "windowed"
+    """`windowed`: blocks over the whole set, then samples within windows of many blocks, which keeps reads together;
+    `global`: a true shuffle; `none`: as they lie."""
+    block: int = 64
+    """Consecutive samples that stay together on their way into a window."""
+    window_mib: float = 2048.0
+    """Size in MiB of the latents that a batch is drawn from."""
+    window: int | None = None
+    """The same in samples; None: from `window_mib`."""
+    lanes: int = 64
+    """Parts of the order that share no block: as many nodes, or a divisor of it, each read only their own."""
+    readers: int = 1
+    """Threads of each rank that read and check batches ahead."""
+    max_damaged: float = 0.01
+    """Fraction of a set's samples that may be damaged, and are replaced and named, before a run stops."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ from models import bitstream
 from models.codec import Sampling, SPresso
 from trainer.config import Config, fingerprint, flatten
 from trainer.data.audio import write_audio
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 from trainer.figures import FIGURES, clip_figures, mel_statistics, set_figures
 from trainer.progress import Progress
 from trainer.run import read_json, stage_folder, write_atomically

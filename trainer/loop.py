@@ -17,13 +17,13 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.config import Config, TrainConfig, fingerprint, flatten
-from trainer.data.shards import ShardSet
-from trainer.data.stream import Batch, LatentStream
+from trainer.data.shard_set import ShardSet
+from trainer.data.stream import Batch, LatentStream, Shuffle
 from trainer.ema import EMA
 from trainer.metrics import LossSums, Metrics
 from trainer.parallel import Parallel
 from trainer.progress import Progress
-from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
+from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs, training_sets
 from trainer.tasks import Task, make_task
 
 logger = logging.getLogger("spresso")
@@ -57,7 +57,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
     task = make_task(config, stage)
     task.module.to(parallel.device)
     task.autoencoder.to(parallel.device)
-    stream = _stream(config, settings, "train")
+    stream = _stream(config, settings, errors=run.path / "data_errors.jsonl")
     if parallel.main:
         run.claim(config, inputs)
     parallel.wait()
@@ -120,7 +120,9 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         parallel.world_size,
     )
     task.module.train()
-    batches = stream.iterate(samples, rank=parallel.rank, world_size=parallel.world_size, parts=parts)
+    batches = stream.iterate(
+        samples, rank=parallel.rank, world_size=parallel.world_size, parts=parts, threads=config.data.readers
+    )
     stopped = False
     with Progress(stage, total=settings.samples, unit="clips", shown=parallel.main) as progress:
         progress.to(samples)
@@ -132,7 +134,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 batch = next(batches)
                 tick.data_wait += time.perf_counter() - waiting
                 with parallel.reduce_at(module, last=part == parts - 1), parallel.accelerator.autocast():
-                    result = module(batch.x0.to(parallel.device), batch.positions.to(parallel.device))
+                    result = module(batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device))
                     parallel.backward(result.losses.mean() / parts)
                 loss_sums.add(result.losses.detach(), result.quantiles)
 
@@ -210,9 +212,17 @@ def _require_finite(value: float, stage: str, settings: TrainConfig, samples: in
         )
 
 
-def _stream(config: Config, settings: TrainConfig, split: str) -> LatentStream:
-    shards = ShardSet(Path(config.data.latents) / split)
-    return LatentStream(shards, crop_frames=settings.crop_frames, global_batch=settings.global_batch, seed=config.seed)
+def _stream(config: Config, settings: TrainConfig, *, errors: Path) -> LatentStream:
+    data = config.data
+    return LatentStream(
+        training_sets(config),
+        crop_frames=settings.crop_frames,
+        global_batch=settings.global_batch,
+        seed=config.seed,
+        shuffle=Shuffle(data.shuffle, data.block, data.window, data.window_mib, data.lanes),
+        errors=errors,
+        max_damaged=data.max_damaged,
+    )
 
 
 def _batches(stream: LatentStream, parallel: Parallel) -> Iterator[Batch]:

@@ -78,8 +78,8 @@ class Parallel:
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all ranks, in the order of ranks, so in the order of the global batch."""
-        return self.accelerator.gather(tensor)
+        """Rows of all ranks, in the order of the global batch, of which each rank has every world_size-th row."""
+        return self.accelerator.gather(tensor).unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Make tensors those of rank 0, in place."""

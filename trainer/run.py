@@ -15,11 +15,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.config import Config, fingerprint, flatten, to_yaml
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 
 logger = logging.getLogger("spresso")
 
-_DATA = ("seed", "data.audio", "data.synth_hours", "data.clip_seconds", "data.holdout", "data.latents", "autoencoder")
+_DATA = (
+    "seed",
+    *(f"data.{key}" for key in ("audio", "synth_hours", "clip_seconds", "holdout", "latents")),
+    *(f"data.{key}" for key in ("mix", "shuffle", "block", "window_mib", "window", "lanes")),
+    "autoencoder",
+)
 _LEARNED = {
     "pretrain": (*_DATA, "dit", "diffusion", "pretrain"),
     "autoencode": (*_DATA, "dit", "diffusion", "pretrained", "latent_encoder", "lora", "autoencode"),
@@ -40,13 +45,19 @@ def base_model(config: Config) -> Path:
     return stage_folder(config, "pretrain") / "export" / "dit.safetensors"
 
 
+def training_sets(config: Config) -> dict[ShardSet, int]:
+    """The sets that a run learns from, with their shares in a batch."""
+    folders = config.data.mix or {config.data.latents: 1}
+    return {ShardSet(Path(folder) / "train"): share for folder, share in folders.items()}
+
+
 def stage_inputs(config: Config, stage: str) -> dict[str, str]:
     """Hashes of what a trained stage builds on: the shards, and the export of the stage before.
 
     Raises:
         ValueError: something of it is not there yet; names the command that makes it.
     """
-    inputs = {"latents": ShardSet(Path(config.data.latents) / "train").fingerprint}
+    inputs = {"latents": "+".join(shard_set.fingerprint for shard_set in training_sets(config))}
     before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
     if before == "pretrain" and config.pretrained.folder is not None:
         inputs["pretrained"] = fingerprint({path.name: path.stat().st_size for path in base_model(config).iterdir()})

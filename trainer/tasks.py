@@ -249,8 +249,8 @@ class Quantize(_CodecTask):
         """Fit the codebooks on z of random crops: every frame offset gives other vectors."""
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < self.config.quantizer.vectors:
-            x0_BCT = next(batches).x0.to(self.codec.device)
-            vectors.append(gather(self.codec.g(x0_BCT).transpose(1, 2).flatten(0, 1)))
+            x0_BCT = next(batches).x0.to(self.codec.device).float()
+            vectors.append(gather(self.codec.g(x0_BCT).transpose(1, 2)).flatten(0, 1))
         if main:
             assert self.codec.quantizer is not None
             every = torch.cat(vectors)[: self.config.quantizer.vectors]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.diffusion import make_diffusion
 from trainer.config import TRAINED_STAGES, Config, flatten
+from trainer.data.order import SHUFFLES
 
 
 def problems(config: Config) -> list[str]:
@@ -23,6 +24,7 @@ def problems(config: Config) -> list[str]:
 
 _CHOICES = {
     "autoencoder.kind": ("spectral", "woosh"),
+    "data.shuffle": SHUFFLES,
     "quantizer.kind": ("residual",),
     "parallel.precision": ("fp32", "bf16"),
     "parallel.device": ("auto", "cpu", "cuda"),
@@ -33,6 +35,10 @@ _POSITIVE = (
     "data.clip_seconds",
     "data.workers",
     "data.shard_mb",
+    "data.block",
+    "data.window_mib",
+    "data.lanes",
+    "data.readers",
     "lora.rank",
     "quantizer.books",
     "quantizer.beam",
@@ -58,6 +64,16 @@ def _ranges(config: Config) -> list[str]:
     found = [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
     if not 0 < config.data.holdout < 1:
         found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
+    if not 0 <= config.data.max_damaged <= 1:
+        found.append(f"data.max_damaged={config.data.max_damaged} is a fraction, such as 0.01")
+    least = config.data.block * config.data.lanes
+    if config.data.window is not None and config.data.window < least:
+        found.append(f"data.window={config.data.window} must hold a block in each lane: take at least {least} samples")
+    found += [
+        f"data.mix: the share of {folder} is {share}, not above 0"
+        for folder, share in config.data.mix.items()
+        if share < 1
+    ]
     for name in TRAINED_STAGES:
         stage = config.stage(name)
         if stage.samples < 0 or stage.global_batch <= 0:
@@ -126,6 +142,9 @@ def _folders(config: Config) -> list[str]:
         found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
     if config.data.audio is not None and not Path(config.data.audio).is_dir():
         found.append(f"data.audio={config.data.audio} is no folder")
+    found += [
+        f"data.mix: {folder} holds no train/" for folder in config.data.mix if not (Path(folder) / "train").is_dir()
+    ]
     for key, folder in (
         ("autoencoder.folder", config.autoencoder.folder),
         ("pretrained.folder", config.pretrained.folder),

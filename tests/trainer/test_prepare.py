@@ -21,7 +21,7 @@ from torch import Tensor
 from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
 from trainer.data.prepare import PrepareReport, prepare
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 
 RATE, HOP, CHANNELS = 8000, 80, 4
 REPOSITORY = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from trainer.data.files import replacing, write_whole
@@ -46,8 +45,8 @@ INDEX_ROW_WITH_AUDIO = np.dtype(
 )
 _X0, _JSON, _FLAC = "x0.npy", "json", "flac"
 _BLOCK = tarfile.BLOCKSIZE
-_VERSION = 1
-_MAKE_AGAIN = "remove the set and run `spresso prepare` again"
+VERSION = 2
+MAKE_AGAIN = "remove the set and run `spresso prepare` again"
 
 
 class DamagedSample(ValueError):
@@ -143,11 +142,11 @@ def scan_shard(path: Path) -> NDArray[np.void]:
                 raise ValueError(f"{path} has no {key}.{missing[0]}")
             name = f"{path}: {key}.{_X0}"
             row["frames"], row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
-            row["x0_crc32"] = zlib.crc32(_read(file, row["x0_offset"], row["x0_length"]))
+            row["x0_crc32"] = zlib.crc32(pread(file, row["x0_offset"], row["x0_length"]))
             row["json_offset"], row["json_length"] = members[_JSON]
             if _FLAC in kinds:
                 row["flac_offset"], row["flac_length"] = members[_FLAC]
-                row["flac_crc32"] = zlib.crc32(_read(file, *members[_FLAC]))
+                row["flac_crc32"] = zlib.crc32(pread(file, *members[_FLAC]))
     return rows
 
 
@@ -172,7 +171,7 @@ def _find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[int, int, int]:
     """Frames, offset and length of the values of a .npy that lies at `offset`."""
-    header = io.BytesIO(_read(file, offset, min(length, 512)))
+    header = io.BytesIO(pread(file, offset, min(length, 512)))
     try:
         if np.lib.format.read_magic(header) != (1, 0):
             raise ValueError("not version 1.0 of the format")
@@ -185,7 +184,8 @@ def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[i
     return shape[1], offset + header.tell(), values
 
 
-def _read(file: BinaryIO, offset: int, length: int) -> bytes:
+def pread(file: BinaryIO | io.FileIO, offset: int, length: int) -> bytes:
+    """Bytes of a file, fewer where it ends."""
     return os.pread(file.fileno(), int(length), int(offset))
 
 
@@ -205,19 +205,20 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     if len({rows.dtype for rows in shards.values()}) > 1:
         raise ValueError(f"some shards of {folder} have audio and some have none: it is all or none in a set")
     index = np.concatenate(list(shards.values()))
-    if not _fits(index, info.latent_channels).all():
+    if not well_formed(index, info.latent_channels).all():
         raise ValueError(f"not all latents in {folder} have {info.latent_channels} channels, as they should")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
     fingerprint = blake2b(info.ae_identity.encode(), digest_size=16)
     for column in ("frames", "x0_crc32"):
         fingerprint.update(index[column].tobytes())
     description = {
-        "version": _VERSION,
+        "version": VERSION,
         **asdict(info),
         "fingerprint": fingerprint.hexdigest(),
         "samples": len(index),
         "total_frames": int(index["frames"].sum(dtype=np.int64)),
         "shortest_frames": int(index["frames"].min()),
+        "longest_frames": int(index["frames"].max()),
         "shards": [
             {"name": name, "bytes": (folder / name).stat().st_size, "samples": len(rows)}
             for name, rows in shards.items()
@@ -228,107 +229,6 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     write_whole(folder / "set.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-class ShardSet:
-    """A set to read from: samples by their place in the index, checked as they are read.
-
-    Attributes: `folder`; `info` (`SetInfo`); `fingerprint`, a hash of all latents in their order; `index`, the rows;
-    `total_frames`; `shortest_frames`, of the shortest clip; `has_audio`.
-
-    Raises:
-        ValueError: the folder is not a set, or its files are not those that its index was made from.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-            self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
-        except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing: make the set with `spresso prepare`") from error
-        except ValueError as error:
-            raise ValueError(f"the index of {folder} is damaged ({error}): {_MAKE_AGAIN}") from error
-        if description.pop("version", None) != _VERSION:
-            raise ValueError(f"{folder}/set.json is of another version of this program: {_MAKE_AGAIN}")
-        self._shards = [(folder / shard["name"], shard["bytes"]) for shard in description.pop("shards")]
-        self.fingerprint: str = description.pop("fingerprint")
-        samples: int = description.pop("samples")
-        self.total_frames: int = description.pop("total_frames")
-        self.shortest_frames: int = description.pop("shortest_frames")
-        self.info = SetInfo(**description)
-        if self.index.dtype not in (INDEX_ROW, INDEX_ROW_WITH_AUDIO) or self.index.shape != (samples,):
-            raise ValueError(f"{folder}/index.npy is not the one that set.json was written with: {_MAKE_AGAIN}")
-        self.has_audio = self.index.dtype == INDEX_ROW_WITH_AUDIO
-        for path, size in self._shards:
-            if not path.exists():
-                raise ValueError(f"{path} is missing: {_MAKE_AGAIN}")
-            if (found := path.stat().st_size) != size:
-                raise ValueError(f"{path} has {found} bytes, its index says {size}: {_MAKE_AGAIN}")
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def latents(self, ids: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.float16]]:
-        """x0 of each sample, float16 (C, T), read-only.
-
-        Raises:
-            DamagedSample: a checksum is wrong, or the shard ends too early.
-        """
-        rows = self.index[np.asarray(ids, np.int64)]
-        channels = self.info.latent_channels
-        if not (_fits(rows, channels) & (rows["shard"] < len(self._shards))).all():
-            raise DamagedSample(f"{self.folder}/index.npy is damaged: {_MAKE_AGAIN}")
-        latents: list[NDArray[np.float16]] = [None] * len(rows)  # type: ignore[list-item]
-        for shard, places in _by_shard(rows):
-            path, _ = self._shards[shard]
-            with path.open("rb", buffering=0) as file:
-                for place in places:
-                    row = rows[place]
-                    content = _read_checked(path, file, row["x0_offset"], row["x0_length"], row["x0_crc32"])
-                    latents[place] = np.frombuffer(content, "<f2").reshape(channels, row["frames"])
-        return latents
-
-    def metadata(self, id_: int) -> dict[str, Any]:
-        """What `KEY.json` of a sample says."""
-        row = self.index[id_]
-        path, _ = self._shards[row["shard"]]
-        with path.open("rb", buffering=0) as file:
-            content = _read(file, row["json_offset"], row["json_length"])
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise _damaged(path, row["json_offset"], f"no JSON: {error}") from error
-
-    def audio(self, id_: int) -> NDArray[np.float32]:
-        """The clip itself, (channels, samples), in sets that hold it."""
-        if not self.has_audio:
-            raise ValueError(f"{self.folder} holds latents without their audio: take the held-out set")
-        row = self.index[id_]
-        path, _ = self._shards[row["shard"]]
-        with path.open("rb", buffering=0) as file:
-            content = _read_checked(path, file, row["flac_offset"], row["flac_length"], row["flac_crc32"])
-        audio, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-        return np.ascontiguousarray(audio.T)
-
-
-def _fits(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
+def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
+    """Whether each row's length is that of its frames."""
     return rows["x0_length"] == np.uint64(2 * channels) * rows["frames"]
-
-
-def _by_shard(rows: NDArray[np.void]) -> list[tuple[int, NDArray[np.int64]]]:
-    """The places of rows, shard by shard, by offset in each: the disk is read in one direction."""
-    places = np.lexsort((rows["x0_offset"], rows["shard"]))
-    shards, starts = np.unique(rows["shard"][places], return_index=True)
-    return list(zip(shards.tolist(), np.split(places, starts)[1:], strict=True))
-
-
-def _read_checked(path: Path, file: BinaryIO, offset: int, length: int, crc32: int) -> bytes:
-    content = _read(file, offset, length)
-    if len(content) != length:
-        raise _damaged(path, offset, f"{len(content)} bytes where the index says {length}")
-    if zlib.crc32(content) != crc32:
-        raise _damaged(path, offset, "the checksum is wrong")
-    return content
-
-
-def _damaged(path: Path, offset: int, reason: str) -> DamagedSample:
-    return DamagedSample(f"{path} is damaged at byte {offset}: {reason}; {_MAKE_AGAIN}")
