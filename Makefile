@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= demo
 AUDIO ?=
-NAME := $(RECIPE)$(if $(AUDIO),-$(notdir $(abspath $(AUDIO))))
+SOUNDS := $(if $(AUDIO),$(shell realpath "$(AUDIO)"))
+NAME := $(RECIPE)$(if $(AUDIO),-$(shell basename "$(SOUNDS)"))
 
 .PHONY: demo test lint install
 
 demo: install
-	$(VENV)/bin/spresso run $(RECIPE) name="$(NAME)" $(if $(AUDIO),data.audio="$(abspath $(AUDIO))")
+	$(VENV)/bin/spresso run $(RECIPE) name="$(NAME)" $(if $(AUDIO),data.audio="$(SOUNDS)")
 
 test: install
 	$(VENV)/bin/python -m pytest

@@ -84,6 +84,8 @@ def _exports() -> list[Path]:
 def _load(folder: Path, device: str) -> SPresso:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or say --device cpu")
     spresso = SPresso.from_pretrained(folder, device=device)
     print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
     return spresso

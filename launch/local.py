@@ -13,7 +13,7 @@ from trainer.config import Config
 
 
 def train_here(config: Config, stage: str) -> str:
-    """Train a stage to its end; returns "done" or "stopped".
+    """Train a stage to its end; returns "done", or "stopped" where a signal asked to leave, be it in the last step.
 
     Where a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise
     `parallel.processes` ranks are started here.
@@ -21,7 +21,9 @@ def train_here(config: Config, stage: str) -> str:
     if "RANK" in os.environ or config.parallel.processes == 1:
         from trainer.loop import train
 
-        return train(config, stage, stop=StopFlag())
+        with StopFlag() as stop:
+            outcome = train(config, stage, stop=stop)
+            return "stopped" if stop() else outcome
     return _train_ranks(config, stage, config.parallel.processes)
 
 
@@ -33,7 +35,11 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
     )
     assert context is not None
 
+    asked = False
+
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         for process in context.processes:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
@@ -50,7 +56,7 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return "done"
+    return "stopped" if asked else "done"
 
 
 def _join_all(context: object) -> None:
@@ -67,16 +73,22 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    import torch.distributed as dist
+
     from trainer.loop import train
 
     try:
-        outcome = train(config, stage, stop=StopFlag())
+        with StopFlag() as stop:
+            outcome = train(config, stage, stop=stop)
     except (ValueError, OSError) as error:
         print(f"spresso: rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
-    # every rank leaves alike: a status of its own tells the parent that all was saved
-    if outcome == "stopped":
-        os._exit(STOPPED)
+    # Every rank leaves alike: a status of its own tells the parent that all was saved. At once, because the threads of
+    # a process group don't survive the interpreter's own end.
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED if outcome == "stopped" else 0)
 
 
 def _free_port() -> int:

@@ -17,6 +17,8 @@ from trainer.run import RunDirectory, stage_folder, stage_inputs, write_atomical
 
 def run(config: Config) -> str:
     """All stages; returns "done", or "stopped" where a signal asked a stage to leave."""
+    for stage in TRAINED_STAGES:
+        RunDirectory(stage_folder(config, stage), stage).require_same(config)
     write_atomically(Path(config.run_dir) / "config.yaml", to_yaml(config))
     for number, stage in enumerate(config.stages, start=1):
         say(f"[{number}/{len(config.stages)}] {stage}")
@@ -38,8 +40,20 @@ def audio_folder(config: Config) -> Path:
     return Path(config.data.audio) if config.data.audio is not None else stage_folder(config, "audio")
 
 
+def shared_latents(config: Config) -> bool:
+    """Whether `data.latents` is a set that another run made, and this one has no sounds of its own."""
+    return (
+        config.data.audio is None
+        and not audio_folder(config).exists()
+        and all((Path(config.data.latents) / split / "set.json").is_file() for split in ("train", "test"))
+    )
+
+
 def synth(config: Config) -> None:
-    """Captioned sound effects for those who give none."""
+    """Captioned sound effects for those who give neither sounds nor latents."""
+    if shared_latents(config):
+        say(f"  not needed: {config.data.latents} holds latents")
+        return
     synthesize(audio_folder(config), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers)
 
 
@@ -55,6 +69,9 @@ def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
 
 def prepare_latents(config: Config) -> None:
     """Sound files → latents in shards."""
+    if shared_latents(config):
+        say(f"  made before: {config.data.latents}")
+        return
     from models.pretrained import load_autoencoder
 
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
+import time
+from types import FrameType, TracebackType
+from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 STOPPED = 75  # exit status (sysexits' EX_TEMPFAIL): saved, and the same command goes on from there
+_ONE_PRESS = 1.0  # seconds: a terminal's Ctrl-C reaches each rank twice, from the terminal and from its parent
 
 
 class StopFlag:
-    """Callable: whether one of the signals has come. A second SIGINT interrupts at once."""
+    """Callable inside its `with`: whether one of the signals has come. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self._set = False
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._set_at: float | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         """Whether to leave."""
-        return self._set
+        return self._set_at is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._set and number == signal.SIGINT:
+        if self._set_at is None:
+            self._set_at = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._set_at > _ONE_PRESS:
             raise KeyboardInterrupt
-        self._set = True

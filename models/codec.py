@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
@@ -29,6 +29,7 @@ from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
 from models.loudness import level
 from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
 from models.quantizer import Quantizer, make_quantizer
+from models.weights import write_safetensors
 
 FORMAT = 1
 ADAPTER = "default"
@@ -252,7 +253,7 @@ class SPresso(nn.Module):
         for name, (module, config) in self.parts().items():
             save_weights(making / f"{name}.safetensors", module.state_dict(), config)
         self._lora_config().save_pretrained(str(making))
-        save_file(self._adapter_state(), str(making / "adapter_model.safetensors"), {"format": "pt"})
+        write_safetensors(making / "adapter_model.safetensors", self._adapter_state(), {"format": "pt"})
         if base.is_file():
             _link_or_copy(base, making / "dit.safetensors")
         self.model_hash = self._hash()
@@ -321,10 +322,7 @@ class SPresso(nn.Module):
         for part, (module, _) in self.parts().items():
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
         identity = dataclasses.asdict(self.config)
-        for local in (
-            "sampling",
-            "autoencoder",
-        ):  # where files lie and how they are decoded does not make another model
+        for local in ("sampling", "autoencoder"):  # where files lie and how they are decoded makes no other model
             identity.pop(local)
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
 
@@ -388,14 +386,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _codec_config(values: dict[str, Any]) -> CodecConfig:
-    return CodecConfig(
-        **values
-        | {
-            "latent_encoder": LatentEncoderConfig(**values["latent_encoder"]),
-            "dit": DiTConfig(**values["dit"]),
-            "sampling": Sampling(**values["sampling"]),
-        }
-    )
+    parts = {"latent_encoder": LatentEncoderConfig, "dit": DiTConfig, "sampling": Sampling}
+    return CodecConfig(**values | {name: part(**values[name]) for name, part in parts.items()})
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -239,17 +239,10 @@ class DiT(nn.Module):
     one. There are no buffers: a model built on the meta device needs `to_empty` and `reset_parameters`, no more.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "qkv",
-        "attention_out",
-        "mlp_in",
-        "mlp_out",
-        "qkv_mlp",
-        "out",
-        "output",
-        "skip",
-    )
+    lora_targets: ClassVar = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out", "output", "skip")
     """Names of the linear layers that LoRA adapts: attention, MLPs and the last layer, not the modulation."""
+    diffusion: dict[str, Any] | None = None
+    """`name` and `options` of the formulation of its weights, where that is known."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()

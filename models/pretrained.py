@@ -31,14 +31,21 @@ def load_dit(path: str | Path) -> DiT:
 
     Raises:
         ValueError: nothing of the kind lies there, or it is damaged or does not fit; names the file.
+
+    The DiT's attribute `diffusion` says in which formulation it was trained: {"name", "options"}; None: not known.
     """
     path = Path(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
-        return _of_kind(DiT, load_woosh_folder(path), path)
+        released = _of_kind(DiT, load_woosh_folder(path), path)
+        released.diffusion = {"name": "flow_matching", "options": {}}
+        return released
     config, state = load_weights(exported)
+    diffusion = config.pop("diffusion", None)
     try:
-        return filled(lambda: DiT(DiTConfig(**config)), state, str(exported))
+        dit = filled(lambda: DiT(DiTConfig(**config)), state, str(exported))
+        dit.diffusion = diffusion
+        return dit
     except TypeError as error:
         raise ValueError(f"{exported} is no DiT's export ({error})") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,18 +25,32 @@ def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> N
     Raises:
         OSError: it could not be written; what was there before is untouched.
     """
-    path = Path(path)
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    write_safetensors(path, tensors, {"config": json.dumps(config, sort_keys=True)})
+
+
+def write_safetensors(path: str | Path, state: State, metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors that share no memory, and metadata, to one file, as `save_weights` does."""
+    path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata={"config": json.dumps(config, sort_keys=True)})
+        save_file(dict(state), unfinished, metadata=dict(metadata))
+        unfinished.chmod(0o666 & ~_umask())  # safetensors makes its files unreadable for the group
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, f"could not be written ({error})", str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Reading it is setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from trainer.data.audio import find_audio
 
@@ -23,8 +26,7 @@ def recorded_sounds(cache: Path) -> list[Path]:
     Args:
         cache: a folder for what lies in an archive; what an earlier call put there is used again.
 
-    Raises:
-        RuntimeError: none of the packages is installed.
+    Where none of the packages is installed the test that asks is skipped, but with CI set it fails.
     """
     unpacked = cache / "ufoai"
     if _ARCHIVE.is_file() and not unpacked.is_dir():
@@ -33,5 +35,8 @@ def recorded_sounds(cache: Path) -> list[Path]:
         (cache / "ufoai.partial").rename(unpacked)
     sounds = [path for folder in (*_FOLDERS, unpacked) if folder.is_dir() for path in find_audio(folder)]
     if not sounds:
-        raise RuntimeError(f"no recorded sounds: apt-get install --no-install-recommends {PACKAGES}")
+        missing = f"no recorded sounds: apt-get install --no-install-recommends {PACKAGES}"
+        if os.environ.get("CI"):
+            raise RuntimeError(missing)
+        pytest.skip(missing)
     return sounds

@@ -79,7 +79,10 @@ def test_make_knows_its_targets(target):
     assert result.returncode == 0, result.stderr
 
 
-def test_make_demo_passes_the_users_sounds_on(tmp_path):
+@pytest.mark.parametrize("name", ["sounds", "my sounds"])
+def test_make_demo_passes_the_users_sounds_on(tmp_path, name):
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     command = ["make", "-n", "demo", f"AUDIO={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f'data.audio="{tmp_path}"' in result.stdout
@@ -94,7 +97,7 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
         words = shlex.split(re.sub(r"\[.*?\]", "", line).split("   ")[0].split("  #")[0])
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
-            recipe = options.recipe if options.recipe in ("demo", "tiny") else "demo"
+            recipe = options.recipe if options.recipe in ("demo", "tiny", "woosh") else "demo"
             load(recipe, [override for override in overrides if not override.startswith("stage=")])
 
 

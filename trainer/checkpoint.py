@@ -17,6 +17,7 @@ is called `step_…` was whole once, and the manifest's checksums tell whether i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,23 +26,24 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from models.weights import write_safetensors
+from trainer import collective
+from trainer.collective import shortened
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step_(\d{12,})")
 _TEMPORARY = "tmp_"
-_SHOWN_PROBLEMS = 5
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -111,20 +113,22 @@ def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: 
     _check_cover(tensors)
     snapshot = {name: _on_host(owned) for name, owned in tensors.items() if len(owned.data)}
     final = directory / f"step_{samples:012d}"
-    temporary = directory / _on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}")
+    temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}")
     try:
-        _on_rank_0(lambda: _begin(temporary))
-        written = _together(lambda: _write(temporary, snapshot))
+        collective.on_rank_0(lambda: _begin(temporary))
+        written = collective.together(lambda: _write(temporary, snapshot))
         manifest = {
             "format": FORMAT,
             "meta": {**meta, "samples": samples, "world_size": len(written)},
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
         }
-        _on_rank_0(lambda: _commit(temporary, final, manifest))
+        collective.on_rank_0(lambda: _commit(temporary, final, manifest))
     except OSError as error:
-        if _rank() == 0:
+        if collective.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, collective.DISK_FULL, str(final)) from error
         raise OSError(f"could not save {final}: {error}. Older checkpoints are untouched") from error
     return final
 
@@ -144,11 +148,13 @@ def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
         OSError: on every rank, if any rank could not read.
     """
     problems = _problems(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors)
-    everyones = list(dict.fromkeys(problem for rank_problems in _gather(problems) for problem in rank_problems))
+    everyones = list(
+        dict.fromkeys(problem for rank_problems in collective.gather(problems) for problem in rank_problems)
+    )
     if everyones:
-        raise ValueError(f"{path} cannot be loaded: {_shortened(everyones)}")
+        raise ValueError(f"{path} cannot be loaded: {shortened(everyones)}")
     manifest = read_manifest(path)
-    _together(lambda: _read(path, manifest["files"], tensors))
+    collective.together(lambda: _read(path, manifest["files"], tensors))
     return manifest["meta"]
 
 
@@ -165,10 +171,11 @@ def latest(directory: Path) -> Path | None:
             problems = verify(path)
             if not problems:
                 return path
-            log.warning("DAMAGED CHECKPOINT %s is passed over: %s", path, _shortened(problems))
+            aside = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))  # not counted, nor lost
+            log.warning("DAMAGED CHECKPOINT %s is passed over, now %s: %s", path, aside.name, shortened(problems))
         return None
 
-    return _on_rank_0(newest_whole)
+    return collective.on_rank_0(newest_whole)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -194,7 +201,7 @@ def prune(directory: Path, *, last: int, every: int | None = None, best: Collect
     """
     if last < 1:
         raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
-    if _rank() != 0:
+    if collective.rank() != 0:
         return []
     paths = checkpoints(directory)
     kept = {*paths[-last:], *(path for path in paths if samples_of(path) in best)}
@@ -243,12 +250,10 @@ def _write(temporary: Path, snapshot: Mapping[str, FlatRange]) -> dict[str, dict
     """Writes this rank's ranges; returns the file's entry in the manifest."""
     if not snapshot:
         return {}
-    path = temporary / f"rank_{_rank():05d}.safetensors"
+    path = temporary / f"rank_{collective.rank():05d}.safetensors"
     offsets = {name: {"saved_offsets": [owned.start]} for name, owned in snapshot.items()}
     header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    save_file({name: owned.data for name, owned in snapshot.items()}, path, metadata=header)
-    path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes its files unreadable for the group
-    _sync(path)
+    write_safetensors(path, {name: owned.data for name, owned in snapshot.items()}, header)
     ranges = {name: [owned.start, owned.stop] for name, owned in snapshot.items()}
     return {path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path), "ranges": ranges}}
 
@@ -299,7 +304,7 @@ def _sync(path: Path) -> None:
 
 def _check_cover(tensors: Mapping[str, FlatRange]) -> None:
     """Sees that the ranks' ranges make up every tensor. All ranks."""
-    everyones = _gather({name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()})
+    everyones = collective.gather({name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()})
     for name in dict.fromkeys(name for spans in everyones for name in spans):
         if not all(name in spans for spans in everyones):
             raise ValueError(f"{name} is not on every rank: one that owns nothing of it must give an empty range")
@@ -349,11 +354,6 @@ def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -
     return missing + unexpected + misshaped
 
 
-def _shortened(problems: list[str]) -> str:
-    more = len(problems) - _SHOWN_PROBLEMS
-    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-
-
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -361,39 +361,3 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(value: Result) -> list[Result]:
-    """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_rank_0(action: Callable[[], Result]) -> Result:
-    """What `action` gives on rank 0, on every rank. Raises as `_together` does."""
-    return cast(Result, _together(lambda: action() if _rank() == 0 else None)[0])
-
-
-def _together(action: Callable[[], Result]) -> list[Result]:
-    """Does `action` on every rank and gives everyone's results.
-
-    Raises:
-        OSError: on every rank, if it failed on any, whatever the cause: nobody may wait for a rank that gave up.
-    """
-    result, reason = None, None
-    try:
-        result = action()
-    except Exception as error:
-        reason = f"rank {_rank()}: {error!r}"
-    outcomes = _gather((result, reason))
-    failures = [reason for _, reason in outcomes if reason]
-    if failures:
-        raise OSError(_shortened(failures))
-    return [cast(Result, result) for result, _ in outcomes]

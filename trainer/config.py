@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -326,7 +327,15 @@ def _parse(overrides: list[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r} is no override: write key=value, such as autoencode.lr=1e-4")
-    return OmegaConf.from_dotlist(overrides)
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(OmegaConf.from_dotlist([override]))
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    merged = OmegaConf.merge(*parsed) if parsed else OmegaConf.create()
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:

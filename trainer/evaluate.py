@@ -24,7 +24,7 @@ from trainer.data.audio import write_audio
 from trainer.data.shard_set import ShardSet
 from trainer.figures import FIGURES, clip_figures, mel_statistics, set_figures
 from trainer.progress import Progress
-from trainer.run import read_json, stage_folder, write_atomically
+from trainer.run import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
 
 CLIPS_AT_ONCE = 8
 TIMED_CLIPS = 3
@@ -79,14 +79,22 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def evaluation_identity(config: Config) -> str:
-    """Changes with all that the figures depend on: the model, how it decodes, and which clips."""
-    model = read_json(stage_folder(config, "finetune") / "status.json").get("export")
-    if model is None:
-        raise ValueError("evaluate builds on the stage finetune, which has not ended yet: run that first")
+    """Changes with all that the figures depend on: the models, how they decode, and which clips.
+
+    Raises:
+        ValueError: a stage has not ended, or not since the one before it was trained on.
+    """
+    models = {}
+    for stage in ("autoencode", "quantize", "finetune"):
+        directory = RunDirectory(stage_folder(config, stage), stage)
+        models[stage] = directory.status.get("export")
+        if models[stage] is None:
+            raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run that first")
+        directory.require_same(config, stage_inputs(config, stage))
     chosen = {
         key: value for key, value in flatten(config).items() if key.startswith(("evaluate.", "sampling.", "data."))
     }
-    return fingerprint(chosen | {"model": model})
+    return fingerprint(chosen | models)
 
 
 class _Evaluation:

@@ -55,9 +55,9 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
     # What: the stage's model, the same initial weights on every rank, and the stream of global batches.
     torch.manual_seed(config.seed)
     task = make_task(config, stage)
-    task.module.to(parallel.device)
-    task.autoencoder.to(parallel.device)
+    task.to(parallel.device)
     stream = _stream(config, settings, errors=run.path / "data_errors.jsonl")
+    _require_autoencoder(task, stream)
     if parallel.main:
         run.claim(config, inputs)
     parallel.wait()
@@ -223,6 +223,15 @@ def _stream(config: Config, settings: TrainConfig, *, errors: Path) -> LatentStr
         errors=errors,
         max_damaged=data.max_damaged,
     )
+
+
+def _require_autoencoder(task: Task, stream: LatentStream) -> None:
+    made_by, ours, shards = stream.sets[0].info.ae_identity, task.autoencoder.identity(), stream.sets[0].folder
+    if made_by != ours:
+        raise ValueError(
+            f"the latents in {shards} are another autoencoder's ({made_by[:8]}, not {ours[:8]}): prepare "
+            f"them with this recipe's, or give that autoencoder"
+        )
 
 
 def _batches(stream: LatentStream, parallel: Parallel) -> Iterator[Batch]:

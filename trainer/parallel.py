@@ -6,11 +6,13 @@ the same however it is cut.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ class Parallel:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        if self.world_size > 1:
+            atexit.register(_leave_group)
 
     @property
     def main(self) -> bool:
@@ -91,6 +95,8 @@ class Parallel:
         """Until all ranks are here."""
         self.accelerator.wait_for_everyone()
 
-    def close(self) -> None:
-        """Leave the process group."""
-        self.accelerator.end_training()
+
+def _leave_group() -> None:
+    """Its threads don't survive the interpreter's end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

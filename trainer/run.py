@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,8 +22,7 @@ logger = logging.getLogger("spresso")
 
 _DATA = (
     "seed",
-    *(f"data.{key}" for key in ("audio", "synth_hours", "clip_seconds", "holdout", "latents")),
-    *(f"data.{key}" for key in ("mix", "shuffle", "block", "window_mib", "window", "lanes")),
+    *(f"data.{key}" for key in ("shuffle", "block", "window_mib", "window", "lanes")),
     "autoencoder",
 )
 _LEARNED = {
@@ -57,10 +57,12 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
     Raises:
         ValueError: something of it is not there yet; names the command that makes it.
     """
-    inputs = {"latents": "+".join(shard_set.fingerprint for shard_set in training_sets(config))}
+    sets = [f"{share} × {shard_set.fingerprint}" for shard_set, share in training_sets(config).items()]
+    inputs = {"latents": " + ".join(sets)}
     before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
     if before == "pretrain" and config.pretrained.folder is not None:
-        inputs["pretrained"] = fingerprint({path.name: path.stat().st_size for path in base_model(config).iterdir()})
+        files = [path for path in base_model(config).iterdir() if path.is_file()]
+        inputs["pretrained"] = fingerprint({path.name: _digest(path) for path in files})
     elif before is not None:
         export = RunDirectory(stage_folder(config, before), before).status.get("export")
         if export is None:
@@ -107,15 +109,17 @@ class RunDirectory:
             if key != f"{self.stage}.samples"
         }
 
-    def require_same(self, config: Config, inputs: dict[str, str]) -> None:
-        """Raise ValueError where the directory holds a run of another config or other inputs."""
+    def require_same(self, config: Config, inputs: dict[str, str] | None = None) -> None:
+        """Raise ValueError where the directory holds a run of another config or, if they are given, of other inputs."""
         if not (self.path / "config.yaml").exists() or not any(self.checkpoints.glob("step_*")):
             return  # nothing learned yet that could be mixed up
-        relevant = self._relevant(config) | {f"input {name}": value for name, value in inputs.items()}
+        relevant = self._relevant(config)
         stored = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         assert isinstance(stored, dict)
         before = self._relevant(_flatten_dict(stored))
-        before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
+        if inputs is not None:
+            relevant |= {f"input {name}": value for name, value in inputs.items()}
+            before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
         differing = [
             f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
             for key in sorted(before.keys() | relevant.keys())
@@ -191,6 +195,11 @@ def _git(root: Path, *arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _append(path: Path, line: str) -> None:

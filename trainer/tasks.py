@@ -57,6 +57,11 @@ class Task(ABC):
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:  # noqa: B027
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
 
+    def to(self, device: torch.device) -> None:
+        """Move all that the stage computes with."""
+        self.module.to(device)
+        self.autoencoder.to(device)
+
     @abstractmethod
     def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
         """Audio (B, 1, samples) that the model makes of held-out latents."""
@@ -160,7 +165,8 @@ class Pretrain(Task):
         """`dit.safetensors`, its config in the header."""
         folder.mkdir(parents=True, exist_ok=True)
         state, shapes = self.dit.state_dict(), dataclasses.asdict(self.dit.config)
-        save_weights(folder / "dit.safetensors", state, shapes)
+        formulation = {"diffusion": dataclasses.asdict(self.config.diffusion)}
+        save_weights(folder / "dit.safetensors", state, shapes | formulation)
         return hash_state(shapes, state)
 
 
@@ -175,6 +181,11 @@ class _CodecTask(Task):
         for part in learned:
             for parameter in part.parameters() if isinstance(part, nn.Module) else part:
                 parameter.requires_grad_(True)
+
+    def to(self, device: torch.device) -> None:
+        """Move all of the codec: it decodes for the log, also with parts that the stage's module does without."""
+        super().to(device)
+        self.codec.to(device)
 
     @property
     def _base(self) -> Path:
@@ -280,9 +291,23 @@ def make_task(config: Config, stage: str) -> Task:
     return TASKS[stage](config, stage)
 
 
+def _require_formulation(config: Config, dit: DiT) -> None:
+    """D's prediction means something else in another formulation, and nothing else would tell."""
+    if dit.diffusion is None:
+        return
+    ours = make_diffusion(config.diffusion.name, **config.diffusion.options)
+    theirs = make_diffusion(dit.diffusion["name"], **dit.diffusion["options"])
+    if ours != theirs:
+        raise ValueError(
+            f"{base_model(config)} was trained as {theirs}, and the recipe says {ours}: give the recipe diffusion.name="
+            f"{dit.diffusion['name']} and diffusion.options={dit.diffusion['options']}"
+        )
+
+
 def fresh_codec(config: Config) -> SPresso:
     """Step 1's start: a pretrained D with fresh LoRA, g and f."""
     dit = load_dit(base_model(config))
+    _require_formulation(config, dit)
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels)
     codec_config = CodecConfig(
         autoencoder=dataclasses.asdict(config.autoencoder),

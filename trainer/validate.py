@@ -11,8 +11,9 @@ from trainer.data.order import SHUFFLES
 
 def problems(config: Config) -> list[str]:
     """All that is wrong; empty where nothing is."""
+    if found := [*_choices(config), *_above_zero(config)]:
+        return found  # the rest reckons with these
     return [
-        *_choices(config),
         *_ranges(config),
         *config.latent_encoder.problems(),
         *_crops(config),
@@ -31,6 +32,8 @@ _CHOICES = {
     "sampling.sampler": ("euler", "heun", "dpmpp"),
 }
 
+_FRAME_RATE = 100  # Hz, of both autoencoders' latents
+
 _POSITIVE = (
     "data.clip_seconds",
     "data.workers",
@@ -39,16 +42,26 @@ _POSITIVE = (
     "data.window_mib",
     "data.lanes",
     "data.readers",
+    "latent_encoder.pooling",
+    "latent_encoder.patch_size",
+    "latent_encoder.width",
+    "latent_encoder.heads",
+    "latent_encoder.z_channels",
+    "dit.patch_size",
+    "dit.width",
+    "dit.heads",
     "lora.rank",
     "quantizer.books",
     "quantizer.beam",
     "parallel.processes",
     "log.every",
     "log.bins",
+    "log.clips",
     "checkpoint.every",
     "checkpoint.keep_last",
     "sampling.steps",
     "evaluate.decodes",
+    "evaluate.page_clips",
 )
 
 
@@ -59,18 +72,24 @@ def _choices(config: Config) -> list[str]:
     ]
 
 
-def _ranges(config: Config) -> list[str]:
+def _above_zero(config: Config) -> list[str]:
     flat = flatten(config)
-    found = [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
+    return [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
+
+
+def _ranges(config: Config) -> list[str]:
+    found = []
     if not 0 < config.data.holdout < 1:
         found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
+    if config.evaluate.clips == 1:
+        found.append("evaluate.clips=1: at least 2 are needed, because each is also decoded from another's z")
     if not 0 <= config.data.max_damaged <= 1:
         found.append(f"data.max_damaged={config.data.max_damaged} is a fraction, such as 0.01")
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
         found.append(f"data.window={config.data.window} must hold a block in each lane: take at least {least} samples")
     found += [
-        f"data.mix: the share of {folder} is {share}, not above 0"
+        f"data.mix: the share {share} of {folder} is not above 0"
         for folder, share in config.data.mix.items()
         if share < 1
     ]
@@ -78,6 +97,8 @@ def _ranges(config: Config) -> list[str]:
         stage = config.stage(name)
         if stage.samples < 0 or stage.global_batch <= 0:
             found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
+        if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+            found.append(f"{name}.betas={stage.betas} are two numbers in [0, 1), such as [0.9, 0.99]")
         if not 0 <= stage.condition_dropout < 1:
             found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
         found += _cut(config, name)
@@ -98,10 +119,16 @@ def _cut(config: Config, name: str) -> list[str]:
 
 def _crops(config: Config) -> list[str]:
     found = []
+    clip_frames = int(config.data.clip_seconds * _FRAME_RATE)
     for name in TRAINED_STAGES:
         frames = config.stage(name).crop_frames
         unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
         key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
+        if frames > clip_frames:
+            found.append(
+                f"{name}.crop_frames={frames} is longer than a clip of data.clip_seconds={config.data.clip_seconds:g}, "
+                f"{clip_frames} frames: take {max(unit, clip_frames // unit * unit)}"
+            )
         if frames % unit:
             near = max(unit, frames // unit * unit)
             found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
@@ -118,6 +145,11 @@ def _codebooks(config: Config) -> list[str]:
     if quantizer.size < 2 or quantizer.size & (quantizer.size - 1):
         near = 2 ** max(1, quantizer.size.bit_length() - 1)
         found.append(f"quantizer.size={quantizer.size} is no power of two: take {near} or {2 * near}")
+    if quantizer.vectors < quantizer.size:
+        found.append(
+            f"quantizer.vectors={quantizer.vectors} can't fill books of {quantizer.size}: take at least "
+            f"{40 * quantizer.size}"
+        )
     for rate in quantizer.rates:
         if not 1 <= rate <= quantizer.books:
             found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import soundfile
 
 from launch.cli import main
+from models.weights import load_weights, save_weights
 from trainer.config import TRAINED_STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -177,12 +179,60 @@ def test_a_run_directory_of_another_config(trained, monkeypatch, capsys):
     line = refused(capsys, "run", "tiny", *QUICK, "autoencode.lr=0.5")
     assert "autoencode.lr" in line
     assert "run_dir" in line
+    assert "lr: 0.5" not in (trained / "runs/tiny/config.yaml").read_text()
+
+
+def test_latents_of_another_run_are_shared_wherever_they_are_named_from(trained, tmp_path):
+    process = spresso("run", "tiny", *QUICK, "name=second", "data.latents=runs/tiny/latents", cwd=trained)
+    wait_for(trained / "runs/second/pretrain/checkpoints", process)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+    assert "made before: runs/tiny/latents" in log
+    assert process.returncode == 75, log
+    assert not (trained / "runs/second/audio").exists()
+    absolute = (f"run_dir={trained / 'runs/second'}", f"data.latents={trained / 'runs/tiny/latents'}")
+    process = spresso("train", "tiny", "stage=pretrain", *QUICK, "name=second", *absolute, cwd=tmp_path)
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 0, log
+
+
+def test_latents_of_another_autoencoder_are_refused(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("models.autoencoder.SpectralAE.identity", lambda _: "0123456789")
+    paths = (f"run_dir={tmp_path}", f"data.latents={trained / 'runs/tiny/latents'}")
+    assert "another autoencoder's" in refused(capsys, "train", "tiny", "stage=pretrain", *QUICK, *paths)
+
+
+def test_a_pretrained_model_is_known_by_its_content_and_its_formulation(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained / "runs/tiny/pretrain/export", tmp_path / "pretrained")
+    paths = (
+        f"run_dir={tmp_path / 'run'}",
+        f"data.latents={trained / 'runs/tiny/latents'}",
+        f"pretrained.folder={folder}",
+    )
+    command = ("train", "tiny", "stage=autoencode", *QUICK, *paths)
+    line = refused(capsys, *command, "diffusion.name=edm")
+    assert "was trained as FlowMatching" in line
+    assert "diffusion.name=flow_matching" in line
+    assert main([*command, "autoencode.samples=32"]) == 0
+    config, state = load_weights(folder / "dit.safetensors")
+    save_weights(folder / "dit.safetensors", {name: value + 1 for name, value in state.items()}, config)
+    capsys.readouterr()
+    assert "input pretrained" in refused(capsys, *command, "autoencode.samples=64")
+
+
+def test_figures_of_a_stage_that_was_trained_on_an_older_one_are_refused(trained, tmp_path, capsys):
+    run = shutil.copytree(trained / "runs/tiny", tmp_path / "run")
+    paths = (*QUICK, f"run_dir={run}")
+    assert main(["evaluate", "tiny", *paths]) == 0
+    assert main(["train", "tiny", "stage=autoencode", *paths, "autoencode.samples=160"]) == 0
+    capsys.readouterr()
+    assert "autoencode" in refused(capsys, "evaluate", "tiny", *paths, "autoencode.samples=160")
 
 
 def test_a_stage_too_early_names_the_one_before(tiny, prepared, tmp_path, capsys):
     paths = [f"run_dir={tmp_path}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
     assert "builds on quantize" in refused(capsys, "train", "tiny", "stage=finetune", *paths)
-    assert "builds on the stage finetune" in refused(capsys, "evaluate", "tiny", *paths)
+    assert "builds on the stage autoencode" in refused(capsys, "evaluate", "tiny", *paths)
     assert "spresso prepare" in refused(capsys, "train", "tiny", "stage=pretrain", f"run_dir={tmp_path / 'empty'}")
 
 

@@ -323,7 +323,11 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "left"),
-    [("save_file", []), ("_sync", ["rank_00000.safetensors"]), ("_commit", ["rank_00000.safetensors"])],
+    [
+        ("write_safetensors", []),
+        ("_commit", ["rank_00000.safetensors"]),
+        ("_sync", ["manifest.json", "rank_00000.safetensors"]),
+    ],
 )
 def test_a_kill_at_any_point_leaves_the_older_checkpoint(tmp_path, monkeypatch, function, left):
     older = save(tmp_path, 8, state(0))
@@ -336,13 +340,25 @@ def test_a_kill_at_any_point_leaves_the_older_checkpoint(tmp_path, monkeypatch, 
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     [leftover] = tmp_path.glob("tmp_*")
-    assert [file.name for file in leftover.iterdir()] == left
+    assert sorted(file.name for file in leftover.iterdir()) == left
     assert checkpoint.latest(tmp_path) == older
     newer = save(tmp_path, 24, state(2))
     assert sorted(tmp_path.iterdir()) == [older, newer]
 
 
 # Pruning
+
+
+def test_damaged_checkpoints_neither_count_nor_are_lost(tmp_path):
+    sound = save(tmp_path, 8, state(0))
+    for samples in (64, 96):
+        [file] = save(tmp_path, samples, state(1)).glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert checkpoint.latest(tmp_path) == sound
+    save(tmp_path, 16, state(2))
+    checkpoint.prune(tmp_path, last=2)
+    assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(tmp_path)] == [8, 16]
+    assert len(list(tmp_path.glob("damaged_step_*"))) == 2
 
 
 def pruned(directory: Path, saved: list[int], **rule) -> list[int]:

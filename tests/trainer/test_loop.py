@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from launch.local import train_here
 from trainer import checkpoint
-from trainer.config import TrainConfig
+from trainer.config import TRAINED_STAGES, TrainConfig
 from trainer.loop import learning_rate, train
 from trainer.metrics import read_metrics
 from trainer.run import RunDirectory
+from trainer.tasks import _CodecTask, make_task
 
 PRETRAIN = ("pretrain.samples=96", "log.every=8", "log.samples_every=0", "checkpoint.every=32")
 
@@ -126,6 +127,17 @@ def test_a_run_leaves_all_there_is_to_know(whole):
 def test_last_checkpoints_are_kept(whole):
     kept = sorted(path.name for path in (whole / "pretrain/checkpoints").iterdir())
     assert kept == ["step_000000000064", "step_000000000096"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "finetune"])
+def test_a_stage_moves_all_that_it_computes_with(tiny, tmp_path, stage):
+    config = tiny(*PRETRAIN, "pretrain.samples=8", "autoencode.samples=8", "quantizer.vectors=64")
+    for before in TRAINED_STAGES[: TRAINED_STAGES.index(stage)]:
+        assert train(config, before) == "done"
+    task = make_task(config, stage)
+    task.to(torch.device("meta"))
+    parts = [task.module, task.autoencoder, *([task.codec] if isinstance(task, _CodecTask) else [])]
+    assert {tensor.device.type for part in parts for tensor in part.state_dict().values()} == {"meta"}
 
 
 def test_another_config_is_refused_and_nothing_is_lost(whole, tiny):

@@ -22,6 +22,7 @@ from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
 from trainer.data.prepare import PrepareReport, prepare
 from trainer.data.shard_set import ShardSet
+from trainer.data.sources import held_out
 
 RATE, HOP, CHANNELS = 8000, 80, 4
 REPOSITORY = Path(__file__).parents[2]
@@ -134,7 +135,7 @@ def test_metadata_and_latents_fit_the_sound(sounds, tmp_path):
 ])  # fmt: skip
 def test_how_files_are_cut(tmp_path, seconds, starts):
     write_sounds(tmp_path / "audio", {"a.wav": seconds})
-    run(tmp_path / "audio", tmp_path / "out")
+    run(tmp_path / "audio", tmp_path / "out", holdout=0)
     assert [about["start"] for about in all_metadata(tmp_path / "out")] == starts
     assert [about["key"] for about in all_metadata(tmp_path / "out")] == [f"a-{n:04d}" for n in range(len(starts))]
 
@@ -377,9 +378,23 @@ def test_what_cannot_be_used_is_refused(tmp_path):
         run(tmp_path / "audio", tmp_path / "out")
     write_sounds(tmp_path / "audio", {"c.wav": 1.0})
     for seed in range(20):  # either c or the silence is held out
-        with pytest.raises(ValueError, match=r"no file of the (train|test) set can be used: take another holdout"):
+        with pytest.raises(ValueError, match=r"give \d clips to learn from and \d held out: .* add files"):
             run(tmp_path / "audio", tmp_path / "out", seed=seed)
     assert run(tmp_path / "audio", tmp_path / "out", holdout=0).clips == {"train": 2, "test": 0}
+
+
+def test_too_few_sounds_are_refused_before_any_training(tmp_path):
+    write_sounds(tmp_path / "audio", {"a.wav": 5.0})
+    with pytest.raises(ValueError, match=r"give 10 clips to learn from and 0 held out: at least 1 and 2"):
+        run(tmp_path / "audio", tmp_path / "out")
+    write_sounds(tmp_path / "audio", {"b.wav": 0.5})
+    for seed in range(20):  # a, or b of a single clip, is held out
+        out = tmp_path / f"out{seed}"
+        if held_out(["a", "b"], fraction=0.2, seed=seed) == {"a"}:
+            assert run(tmp_path / "audio", out, seed=seed).clips == {"train": 1, "test": 10}
+        else:
+            with pytest.raises(ValueError, match="10 clips to learn from and 1 held out"):
+                run(tmp_path / "audio", out, seed=seed)
 
 
 @pytest.mark.parametrize("options", [{"holdout": 1.0}, {"holdout": -0.1}, {"clip_seconds": 0}, {"workers": 0}])

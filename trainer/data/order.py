@@ -133,8 +133,8 @@ class Mixture:
         # A Latin square: every slot of a cycle once in a lane, and once in as many lanes beside each other.
         cycle, group = in_lane // ends[-1], lane // ends[-1]
         key = np.uint64(_epoch_key("mixture", self.seed, str(self.weights)))
-        key = _mix(key ^ _mix((cycle * self.lanes + group).astype(np.uint64)))
-        slot = permute((in_lane + lane) % ends[-1], int(ends[-1]), key)
+        keys = _mix(key ^ _mix((cycle * self.lanes + group).astype(np.uint64)))
+        slot = permute((in_lane + lane) % ends[-1], int(ends[-1]), keys)
         stream = np.searchsorted(ends, slot, side="right")
         of_stream = cycle * weights[stream] + slot - (ends - weights)[stream]
         return stream, of_stream * self.lanes + lane

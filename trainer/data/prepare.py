@@ -27,6 +27,7 @@ from trainer.data.sources import Source, held_out, list_sources
 
 _SPLITS = ("train", "test")
 _WORK, _REPORT = ".prepare", "report.json"
+_MENDS = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
 _SAMPLE_OVERHEAD = 4096  # bytes, more than a sample's JSON and tar headers take
 
 Progress = Callable[[int, int, float], None]
@@ -257,11 +258,15 @@ def _finish(out: Path, units: list[_Unit], info: SetInfo) -> PrepareReport:
     if not any(shards.values()):
         reasons = "; ".join(f"{problem['file']} {problem['reason']}" for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
-    for split in shards:
-        if not shards[split]:
-            raise ValueError(f"no file of the {split} set can be used: take another holdout or seed, or add files")
-        write_index(out / split, info, shards[split])
     clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in _SPLITS}
+    wanted = {"train": 1, "test": 2 if info.prepared["holdout"] else 0}  # one clip is decoded from another's z
+    if short := [split for split, count in wanted.items() if clips[split] < count]:
+        raise ValueError(
+            f"the {files} sound files give {clips['train']} clips to learn from and {clips['test']} held out: at least "
+            f"{wanted['train']} and {wanted['test']} are needed; add files, or " + _MENDS[short[0]]
+        )
+    for split in shards:
+        write_index(out / split, info, shards[split])
     seconds = sum(record["seconds"] for record in records)
     report = PrepareReport(info.prepared, files, clips, seconds, problems)
     write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")

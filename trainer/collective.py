@@ -1,0 +1,60 @@
+"""What ranks do together, so that all of them get on or all of them fail. Without a process group there is one rank."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+DISK_FULL = "no space left on the disk"
+_SHOWN = 5
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """This one's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value: Result) -> list[Result]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """What `action` gives on rank 0, on every rank. Raises as `together` does."""
+    return cast(Result, together(lambda: action() if rank() == 0 else None)[0])
+
+
+def together(action: Callable[[], Result]) -> list[Result]:
+    """Does `action` on every rank and gives everyone's results.
+
+    Raises:
+        OSError: on every rank, if it failed on any, whatever the cause: nobody may wait for a rank that gave up.
+    """
+    result, reason = None, None
+    try:
+        result = action()
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        reason = DISK_FULL if full else f"rank {rank()}: {error!r}"
+    outcomes = gather((result, reason))
+    failures = [reason for _, reason in outcomes if reason]
+    if DISK_FULL in failures:
+        raise OSError(errno.ENOSPC, DISK_FULL)
+    if failures:
+        raise OSError(shortened(failures))
+    return [cast(Result, result) for result, _ in outcomes]
+
+
+def shortened(problems: list[str]) -> str:
+    """The first few of them in one line, and how many more there are."""
+    more = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
