@@ -75,11 +75,12 @@ class LatentStream:
         crop_frames: int,
         global_batch: int,
         seed: int,
-        shuffle: Shuffle = Shuffle(),
+        shuffle: Shuffle | None = None,
         errors: Path | None = None,
         max_damaged: float = 0.01,
     ):
         weights = {sets: 1} if isinstance(sets, ShardSet) else sets
+        shuffle = shuffle or Shuffle()
         self.sets = list(weights)
         for shard_set in self.sets:
             self._check(shard_set, crop_frames)
