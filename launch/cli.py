@@ -56,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", help=_RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
 
+    index = _command(commands, "index", _index, "an index for tars of latents that are there, or a check of one")
+    index.add_argument("folder", type=Path, help="holds *.tar, made by `spresso prepare`, WebDataset or tar")
+    index.add_argument("--verify", action="store_true", help="hold the tars against their index, and write nothing")
+    index.add_argument("--autoencoder", choices=("spectral", "woosh"), help="whose latents (default: as before)")
+    index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+
     encode = _command(commands, "encode", _encode, "a sound file → a stream")
     encode.add_argument("input", type=Path, metavar="IN.wav")
     encode.add_argument("output", type=Path, metavar="OUT.spr")
@@ -100,6 +107,17 @@ def _synth(options: argparse.Namespace) -> None:
     from launch.pipeline import synthesize
 
     synthesize(options.folder, hours=options.hours, seed=options.seed, workers=options.workers)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from launch import files
+
+    if options.verify:
+        files.verify(options.folder, workers=options.workers)
+    else:
+        files.index(
+            options.folder, kind=options.autoencoder, weights=options.autoencoder_folder, workers=options.workers
+        )
 
 
 def _run(options: argparse.Namespace) -> int:

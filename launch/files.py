@@ -1,4 +1,4 @@
-"""Files in, files out: `spresso encode` and `spresso decode`."""
+"""Files in, files out: `spresso encode`, `spresso decode` and `spresso index`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from models import bitstream
 from models.codec import Sampling, SPresso
 from trainer.data.audio import read_audio, write_audio
 from trainer.data.files import write_whole
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import SetInfo
 from trainer.progress import Progress
 
 
@@ -57,6 +59,35 @@ def decode(
 
 def _show(progress: Progress, done: int, total: int) -> None:
     progress.to(done / total)
+
+
+def index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
+    """Make a folder of tars a set."""
+    from models.pretrained import load_autoencoder
+    from trainer.data.index import index_folder, info_of
+
+    info = info_of(folder)
+    if kind is not None:
+        ae = load_autoencoder(kind, weights)
+        options = {"kind": kind, "folder": None if weights is None else str(weights)}
+        info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
+    if info is None:
+        raise ValueError(f"whose latents {folder} holds is not known: say --autoencoder spectral, or woosh")
+    with Progress("index", total=1, unit="of all shards") as progress:
+        shard_set = index_folder(folder, info, workers=workers, progress=partial(_show, progress))
+    print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards", file=sys.stderr)
+
+
+def verify(folder: Path, *, workers: int) -> None:
+    """Hold a set's tars against its index; raises ValueError with all that is wrong."""
+    from trainer.data.index import verify_folder
+
+    with Progress("verify", total=1, unit="of all shards") as progress:
+        problems = verify_folder(folder, workers=workers, progress=partial(_show, progress))
+    if problems:
+        raise ValueError("\n".join(problems))
+    shard_set = ShardSet(folder)
+    print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all as indexed", file=sys.stderr)
 
 
 def newest_codec() -> Path:

@@ -23,6 +23,7 @@ from trainer.data.shards import (
     VERSION,
     DamagedSample,
     SetInfo,
+    fingerprint,
     pread,
     well_formed,
 )
@@ -77,6 +78,15 @@ class ShardSet:
     def mean_bytes(self) -> float:
         """Of the latents of a sample."""
         return 2 * self.info.latent_channels * self.total_frames / len(self)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the shards, in their order."""
+        return [path for path, _ in self._shards]
+
+    def recomputed_fingerprint(self) -> str:
+        """What `fingerprint` is if the index is whole; reads all of it."""
+        return fingerprint(self.info, self.index)
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.float16]) -> dict[int, DamagedSample]:
         """Read the latents of samples (B,) into rows of `out` (B, at least the longest one's C · frames values).
@@ -141,8 +151,10 @@ class ShardSet:
         return [row[: channels * count].reshape(channels, count) for row, count in zip(values, frames, strict=True)]
 
     def metadata(self, id_: int) -> dict[str, Any]:
-        """What `KEY.json` of a sample says."""
+        """What `KEY.json` of a sample says; empty where there is none."""
         row = self.index[id_]
+        if not row["json_length"]:
+            return {}
         path, _ = self._shards[row["shard"]]
         content = pread(self._open(path), row["json_offset"], row["json_length"])
         try:

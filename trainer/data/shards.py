@@ -45,8 +45,9 @@ INDEX_ROW_WITH_AUDIO = np.dtype(
 )
 _X0, _JSON, _FLAC = "x0.npy", "json", "flac"
 _BLOCK = tarfile.BLOCKSIZE
+_END = bytes(2 * _BLOCK)
 VERSION = 2
-MAKE_AGAIN = "remove the set and run `spresso prepare` again"
+MAKE_AGAIN = "restore it and run `spresso index` on the folder, or remove the set and run `spresso prepare` again"
 
 
 class DamagedSample(ValueError):
@@ -128,13 +129,14 @@ class ShardWriter:
 def scan_shard(path: Path) -> NDArray[np.void]:
     """Find every sample of a tar: its index rows, with shard 0, in the order of the samples' first members.
 
-    As WebDataset has it, a member's name is a key and, from the first dot on, what the member is.
+    As WebDataset has it, a member's name is a key and, from the first dot on, what the member is. Metadata may be
+    missing; latents may not.
 
     Raises:
         ValueError: the tar is broken, a sample is incomplete, or its x0 is not a float16 matrix in C order.
     """
-    samples = _find_members(path)
-    kinds = [_X0, _JSON, *([_FLAC] if any(_FLAC in members for members in samples.values()) else [])]
+    samples = find_members(path)
+    kinds = [_X0, *([_FLAC] if any(_FLAC in members for members in samples.values()) else [])]
     rows = np.zeros(len(samples), INDEX_ROW_WITH_AUDIO if _FLAC in kinds else INDEX_ROW)
     with path.open("rb") as file:
         for row, (key, members) in zip(rows, samples.items(), strict=True):
@@ -143,14 +145,14 @@ def scan_shard(path: Path) -> NDArray[np.void]:
             name = f"{path}: {key}.{_X0}"
             row["frames"], row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
             row["x0_crc32"] = zlib.crc32(pread(file, row["x0_offset"], row["x0_length"]))
-            row["json_offset"], row["json_length"] = members[_JSON]
+            row["json_offset"], row["json_length"] = members.get(_JSON, (0, 0))
             if _FLAC in kinds:
                 row["flac_offset"], row["flac_length"] = members[_FLAC]
                 row["flac_crc32"] = zlib.crc32(pread(file, *members[_FLAC]))
     return rows
 
 
-def _find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """key → kind → (offset, length) of a tar's files."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -166,6 +168,9 @@ def _find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 members[kind.lower()] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file: {error}") from error
+    with path.open("rb") as file:  # cut off between two members, a tar looks like a shorter one
+        if pread(file, max(0, path.stat().st_size - len(_END)), len(_END)) != _END:
+            raise ValueError(f"{path} is not a whole tar file: it has no end")
     return samples
 
 
@@ -208,13 +213,10 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     if not well_formed(index, info.latent_channels).all():
         raise ValueError(f"not all latents in {folder} have {info.latent_channels} channels, as they should")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
-    fingerprint = blake2b(info.ae_identity.encode(), digest_size=16)
-    for column in ("frames", "x0_crc32"):
-        fingerprint.update(index[column].tobytes())
     description = {
         "version": VERSION,
         **asdict(info),
-        "fingerprint": fingerprint.hexdigest(),
+        "fingerprint": fingerprint(info, index),
         "samples": len(index),
         "total_frames": int(index["frames"].sum(dtype=np.int64)),
         "shortest_frames": int(index["frames"].min()),
@@ -227,6 +229,14 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     with replacing(folder / "index.npy") as partial, partial.open("wb") as file:
         np.save(file, index, allow_pickle=False)
     write_whole(folder / "set.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
+    """A hash of all latents in their order, from their index."""
+    digest = blake2b(info.ae_identity.encode(), digest_size=16)
+    for column in ("frames", "x0_crc32"):
+        digest.update(index[column].tobytes())
+    return digest.hexdigest()
 
 
 def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:

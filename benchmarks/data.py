@@ -1,0 +1,240 @@
+"""Streams beside their peers: python benchmarks/data.py [--json FILE] [--work DIR]; prints Markdown tables.
+
+Makes the same 20,000 samples in every loader's format, each peer in a virtual environment of its own under DIR, and
+measures all of them in turn, `--repeat` times, of which the median counts. The page cache is warm: what is compared is
+the loaders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+PEERS = {
+    "webdataset": ["webdataset==1.0.2"],
+    "wids": ["webdataset==0.2.111"],
+    "litdata": ["litdata==0.2.76"],
+    "mosaicml": ["mosaicml-streaming==0.13.0"],
+}
+HERE = ("ours", "npy")
+TITLES = {
+    "ours": "this project",
+    "npy": "plain .npy, DataLoader",
+    "webdataset": "WebDataset",
+    "wids": "wids",
+    "litdata": "LitData",
+    "mosaicml": "MosaicML streaming",
+}
+FORMAT = {"webdataset": "ours", "wids": "ours"}  # who reads the same files as whom
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "spresso-benchmark-data")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version for name in ("torch", "numpy") if (version := importlib.metadata.version(name))},
+        "loaders": {},
+    }
+    for name in options.only:
+        install(name, options.work)
+        make(name, options.work)
+    for repeat in range(options.repeat):
+        for name in options.only:
+            for workers in (0, 2):
+                say(f"{repeat + 1} of {options.repeat}: {TITLES[name]}, {workers} workers")
+                row = figures["loaders"].setdefault(name, {}).setdefault(str(workers), {})
+                measured = call(name, "run", options.work, workers) | call(name, "restore", options.work, workers)
+                for key, value in measured.items():
+                    row.setdefault(key, []).append(value)
+        figures.setdefault("reads", []).append(bare_reads(folder_of("ours", options.work)))
+    figures["orders"] = orders()
+    figures["mixing"] = mixing()
+    print(table(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def install(name: str, work: Path) -> None:
+    """A peer's virtual environment, with the torch that is here."""
+    if name in HERE or python_of(name, work).exists():
+        return
+    say(f"installing {TITLES[name]}")
+    torch = importlib.metadata.version("torch").split("+")[0]
+    constraints = work / "constraints.txt"
+    constraints.write_text(f"torch=={torch}\n")
+    subprocess.run([sys.executable, "-m", "venv", work / name], check=True)
+    packages = [f"torch=={torch}", *PEERS[name]]
+    command = [python_of(name, work), "-m", "pip", "install", "--quiet", "-c", constraints, *packages]
+    subprocess.run(command, check=True)
+
+
+def make(name: str, work: Path) -> None:
+    """A loader's files, once."""
+    folder = folder_of(name, work)
+    done = folder / ".made"
+    if done.exists():
+        return
+    say(f"writing the samples for {TITLES[name]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    call(name, "make", work, 0)
+    done.write_text("")
+
+
+def folder_of(name: str, work: Path) -> Path:
+    """Where a loader's files are."""
+    return work / "sets" / FORMAT.get(name, name)
+
+
+def python_of(name: str, work: Path) -> Path:
+    """The interpreter that has the loader."""
+    return Path(sys.executable) if name in HERE else work / name / "bin" / "python"
+
+
+def call(name: str, action: str, work: Path, workers: int) -> dict[str, float]:
+    """`data_peers.py` in its own process."""
+    command = [
+        python_of(name, work),
+        ROOT / "benchmarks/data_peers.py",
+        name,
+        action,
+        folder_of(name, work),
+        str(workers),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{TITLES[name]} failed:\n{result.stderr[-2000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def bare_reads(folder: Path) -> dict[str, float]:
+    """The floor: the shards from the page cache into one buffer, front to back, one thread, nothing checked."""
+    buffer = bytearray(1 << 20)
+    paths = sorted(folder.glob("*.tar"))
+    cpu, start, size = time.process_time(), time.perf_counter(), 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                size += got
+    sample = 2 * 64 * 215
+    return {
+        "samples_per_second": size / sample / (time.perf_counter() - start),
+        "cpu_us": (time.process_time() - cpu) / (size / sample) * 1e6,
+    }
+
+
+def orders() -> list[dict[str, Any]]:
+    """The order alone at 10⁹ samples, by a synthetic index."""
+    from trainer.data.order import Order
+
+    rows = []
+    for kind in ("global", "windowed"):
+        tracemalloc.start()
+        start = time.perf_counter()
+        order = Order(10**9, "a", 0, kind, lanes=64)
+        opened = time.perf_counter() - start
+        positions = np.random.default_rng(0).integers(0, 10**9, (200, 1024)) // 1024 * 1024
+        start = time.perf_counter()
+        for first in positions[:, 0]:
+            order.ids(np.arange(first, first + 1024))
+        rows.append(
+            {
+                "order": kind,
+                "open_s": opened,
+                "us_per_1024_ids": (time.perf_counter() - start) / len(positions) * 1e6,
+                "memory_mib": tracemalloc.get_traced_memory()[1] / 2**20,
+            }
+        )
+        tracemalloc.stop()
+    return rows
+
+
+def mixing() -> dict[str, float]:
+    """Distinct shards in a batch of 256, of 460 shards of 200 samples, in a window of 2 GiB (of 27.5 KB samples)."""
+    from trainer.data.order import Order
+
+    shards, in_shard, sample = 460, 200, 2 * 64 * 215
+    window = 2 * 2**30 // sample
+    result = {"ideal": shards * (1 - (1 - 1 / shards) ** 256)}
+    for kind in ("global", "windowed", "none"):
+        order = Order(shards * in_shard, "a", 0, kind, 64, window, 64)
+        starts = range(0, shards * in_shard - 256, 997)
+        result[kind] = statistics.mean(
+            len(np.unique(order.ids(np.arange(first, first + 256)) // in_shard)) for first in starts
+        )
+    return result
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Everything as Markdown, medians."""
+    loaders = figures["loaders"]
+    reads = {key: statistics.median(read[key] for read in figures["reads"]) for key in figures["reads"][0]}
+    lines = [
+        f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}. 20,000 samples of 64 × 215 "
+        f"float16, batch 64, shuffled, page cache warm.",
+        "",
+        "| loader | workers | samples/s | of ours | CPU µs a sample | first batch s | restored at 90 % s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workers in ("0", "2"):
+        ours = _median(loaders["ours"][workers]) if "ours" in loaders else {"samples_per_second": float("nan")}
+        for name in loaders:
+            row = _median(loaders[name][workers])
+            lines.append(
+                f"| {TITLES[name]} | {workers} | {row['samples_per_second']:,.0f} | "
+                f"{row['samples_per_second'] / ours['samples_per_second']:.2f} | {row['cpu_us']:.0f} | "
+                f"{row['first_batch_s']:.3f} | {row['restored_s']:.3f} | {row['memory_mib']:,.0f} |"
+            )
+    lines += [
+        f"| bare read, nothing checked | | {reads['samples_per_second']:,.0f} | | {reads['cpu_us']:.1f} | | | |",
+        "",
+        "| order of 10⁹ samples | open s | µs for 1024 ids | peak MiB |",
+        "|---|---|---|---|",
+    ]
+    for row in figures["orders"]:
+        lines.append(
+            f"| {row['order']} | {row['open_s']:.4f} | {row['us_per_1024_ids']:.0f} | {row['memory_mib']:.1f} |"
+        )
+    mixed = figures["mixing"]
+    lines += [
+        "",
+        f"Distinct shards in a batch of 256 (ideal {mixed['ideal']:.0f}): windowed {mixed['windowed']:.0f}, "
+        f"global {mixed['global']:.0f}, none {mixed['none']:.0f}.",
+    ]
+    return "\n".join(lines)
+
+
+def _median(row: dict[str, list[float]]) -> dict[str, float]:
+    return {key: statistics.median(values) for key, values in row.items()}
+
+
+def say(text: str) -> None:
+    """Progress, beside the tables."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""One loader of `data.py`, in a process of its own: python data_peers.py LOADER make|run|restore FOLDER WORKERS.
+
+Every loader gives shuffled batches of 64 latents (64, 215) in float16 of the same 20,000 samples, each from its format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLES, SHAPE, BATCH = 20_000, (64, 215), 64
+SHARD_BYTES = 1_600_000  # a set of hundreds of shards, as a large one has
+RESTORE_AT = int(0.9 * SAMPLES) // BATCH * BATCH
+Loader = Callable[[Path, int, int], Iterator[Any]]
+
+
+def samples() -> Iterator[np.ndarray]:
+    """Always the same, and no file system can make them smaller."""
+    for number in range(SAMPLES):
+        yield np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)
+
+
+class Ours:
+    """This project: plain tars with an index."""
+
+    def make(self, folder: Path) -> None:
+        from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
+
+        with ShardWriter(folder, max_bytes=SHARD_BYTES) as writer:
+            for number, x0 in enumerate(samples()):
+                writer.write(f"{number:06d}", x0, {"caption": "a sound"})
+        info = SetInfo("a", {}, sample_rate=48_000, hop=480, latent_channels=SHAPE[0], clip_seconds=2.15)
+        write_index(folder, info, {name: scan_shard(folder / name) for name in writer.names})
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        from trainer.data.shard_set import ShardSet
+        from trainer.data.stream import LatentStream
+
+        stream = LatentStream(ShardSet(folder), crop_frames=SHAPE[1], global_batch=BATCH, seed=0)
+        if workers:
+            yield from stream.iterate(start, ahead=2 * workers, threads=workers)
+        buffer = stream.batch(start).x0
+        while True:
+            yield stream.batch(start, out=buffer)
+            start += BATCH
+
+
+class Npy:
+    """A .npy file a sample, torch's DataLoader, and Accelerate's `skip_first_batches` to come back."""
+
+    def make(self, folder: Path) -> None:
+        for number, x0 in enumerate(samples()):
+            np.save(folder / f"{number:06d}.npy", x0)
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        import torch
+        from accelerate import Accelerator
+        from torch.utils.data import DataLoader
+
+        class Files(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return SAMPLES
+
+            def __getitem__(self, number: int) -> torch.Tensor:
+                return torch.from_numpy(np.load(folder / f"{number:06d}.npy"))
+
+        accelerator = Accelerator(cpu=True)
+        loader = accelerator.prepare(DataLoader(Files(), BATCH, shuffle=True, num_workers=workers))
+        yield from accelerator.skip_first_batches(loader, start // BATCH) if start else loader
+
+
+class WebDataset:
+    """The same tars as ours through WebDataset, a buffer of 1,000; to come back, it reads up to there."""
+
+    def make(self, folder: Path) -> None:
+        Ours().make(folder)
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        import webdataset as wds
+
+        tars = sorted(map(str, folder.glob("*.tar")))
+        dataset = wds.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
+        dataset = dataset.shuffle(1000).decode().to_tuple("x0.npy").batched(BATCH)
+        yield from islice(wds.WebLoader(dataset, batch_size=None, num_workers=workers), start // BATCH, None)
+
+
+class Wids:
+    """The same tars through wids (webdataset 0.2.111)."""
+
+    def make(self, folder: Path) -> None:
+        Ours().make(folder)
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        import wids
+        from torch.utils.data import DataLoader
+
+        description = json.loads((folder / "set.json").read_text())["shards"]
+        shards = [{"url": str(folder / shard["name"]), "nsamples": shard["samples"]} for shard in description]
+        dataset = wids.ShardListDataset(shards, cache_dir=str(folder / "cache"), keep=True, transformations=[_npy])
+        sampler = wids.ChunkedSampler(dataset, chunksize=2000, shuffle=True)
+        yield from islice(DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers), start // BATCH, None)
+
+
+def _npy(sample: dict[str, Any]) -> np.ndarray:
+    return np.load(sample[".x0.npy"])
+
+
+class LitData:
+    """LitData's own chunks."""
+
+    def make(self, folder: Path) -> None:
+        from litdata import optimize
+
+        source = list(range(SAMPLES))
+        optimize(_indexed, source, str(folder), chunk_bytes=SHARD_BYTES, num_workers=1, mode="overwrite", verbose=False)
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        from litdata import StreamingDataLoader, StreamingDataset
+
+        def loader() -> Any:
+            dataset = StreamingDataset(str(folder), shuffle=True)
+            return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers)
+
+        if not start:
+            yield from loader()
+            return
+        first = loader()
+        for _ in islice(first, start // BATCH):
+            pass
+        state = first.state_dict()
+        yield "ready"
+        again = loader()
+        again.load_state_dict(state)
+        yield from again
+
+
+def _indexed(number: int) -> dict[str, np.ndarray]:
+    return {"x0": np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)}
+
+
+class Mosaic:
+    """MosaicML streaming's MDS, shuffled by py1e."""
+
+    def __init__(self) -> None:
+        _without_torchvision()
+
+    def make(self, folder: Path) -> None:
+        from streaming import MDSWriter
+
+        columns = {"x0": f"ndarray:float16:{SHAPE[0]},{SHAPE[1]}"}
+        with MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES, exist_ok=True) as writer:
+            for x0 in samples():
+                writer.write({"x0": x0})
+
+    def batches(self, folder: Path, workers: int, start: int) -> Iterator[Any]:
+        from streaming import StreamingDataLoader, StreamingDataset
+
+        dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH, shuffle_seed=0)
+        loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers)
+        if start:
+            loader.load_state_dict(
+                {
+                    "epoch": 0,
+                    "sample_in_epoch": start,
+                    "num_canonical_nodes": 64,
+                    "shuffle_seed": 0,
+                    "initial_physical_nodes": 1,
+                }
+            )
+        yield from loader
+
+
+def _without_torchvision() -> None:
+    """Its CPU wheel may not fit torch's; it is imported for pictures alone."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        from unittest.mock import MagicMock
+
+        class VisionDataset:
+            pass
+
+        for name in ("", ".datasets", ".transforms", ".transforms.functional", ".datasets.folder"):
+            sys.modules[f"torchvision{name}"] = MagicMock(VisionDataset=VisionDataset)
+
+
+LOADERS: dict[str, Any] = {
+    "ours": Ours,
+    "npy": Npy,
+    "webdataset": WebDataset,
+    "wids": Wids,
+    "litdata": LitData,
+    "mosaicml": Mosaic,
+}
+
+
+def run(batches: Iterator[Any]) -> dict[str, float]:
+    """Speed over the first 90 % of an epoch, and what it costs."""
+    before = time.perf_counter()
+    next(batches)
+    first = time.perf_counter()
+    cpu = _cpu()
+    seen = sum(BATCH for _ in islice(batches, RESTORE_AT // BATCH - 1))
+    seconds = time.perf_counter() - first
+    if hasattr(batches, "close"):
+        batches.close()
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "samples_per_second": seen / seconds,
+        "cpu_us": (_cpu() - cpu) / seen * 1e6,
+        "first_batch_s": first - before,
+        "memory_mib": (own + children) / 1024,
+    }
+
+
+def restore(batches: Iterator[Any]) -> dict[str, float]:
+    """Until the first batch after 90 % of an epoch."""
+    before = time.perf_counter()
+    if isinstance(next(batches), str):  # it had to be brought there first
+        before = time.perf_counter()
+        next(batches)
+    return {"restored_s": time.perf_counter() - before}
+
+
+def _cpu() -> float:
+    """Seconds of this process and of those of its workers that have ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both) + _living_children()
+
+
+def _living_children() -> float:
+    ticks, total = os.sysconf("SC_CLK_TCK"), 0.0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == os.getpid():
+                total += (int(fields[11]) + int(fields[12])) / ticks
+    return total
+
+
+if __name__ == "__main__":
+    name, action, folder, workers = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    loader = LOADERS[name]()
+    import torch  # before the clock starts, for all alike
+
+    torch.set_num_threads(1)
+    if action == "make":
+        loader.make(folder)
+        result: dict[str, float] = {}
+    elif action == "run":
+        result = run(loader.batches(folder, workers, 0))
+    else:
+        result = restore(loader.batches(folder, workers, RESTORE_AT))
+    print("RESULT " + json.dumps(result), flush=True)
+    os._exit(0)

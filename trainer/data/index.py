@@ -1,0 +1,126 @@
+"""`spresso index`: an index for tars that are there already, and a check of one against its tars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import SetInfo, find_members, scan_shard, write_index
+from trainer.data.workers import explained_death, follow_parent
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Is called with shards done and shards in all."""
+
+
+def index_folder(folder: Path, info: SetInfo, *, workers: int = 1, progress: Progress | None = None) -> ShardSet:
+    """Make a folder of tars a set, in the order of their names; its samples are as `scan_shard` finds them.
+
+    Args:
+        folder: holds `*.tar`, of `spresso prepare`, WebDataset's `TarWriter` or `tar`, uncompressed.
+        info: what is true of every sample.
+        workers: processes that read the tars.
+        progress: is called after each tar.
+
+    Raises:
+        ValueError: there is no tar, one is broken or holds no latents, a key stands in two, or a worker died.
+    """
+    paths = _tars(folder)
+    shards: dict[str, NDArray[np.void]] = {}
+    shard_of: dict[str, str] = {}
+    for done, (path, (rows, keys)) in enumerate(zip(paths, _in_workers(_scan, paths, workers), strict=True), 1):
+        if not keys:
+            raise ValueError(f"{path} holds no sample: remove it, or give the folder that holds tars of latents")
+        for key in keys:
+            if key in shard_of:
+                raise ValueError(f"the key {key} stands in {shard_of[key]} and in {path.name}: rename or remove one")
+            shard_of[key] = path.name
+        shards[path.name] = rows
+        if progress:
+            progress(done, len(paths))
+    write_index(folder, info, shards)
+    return ShardSet(folder)
+
+
+def verify_folder(folder: Path, *, workers: int = 1, progress: Progress | None = None) -> list[str]:
+    """What of a set is not as its index says, a line each, from reading all of it; empty where all is.
+
+    Raises:
+        ValueError: the folder is not a set at all, or a worker died.
+    """
+    shard_set = ShardSet(folder)
+    problems = []
+    strays = {path.name for path in folder.glob("*.tar")} - {path.name for path in shard_set.paths}
+    if strays:
+        problems.append(f"{', '.join(sorted(strays))} not in the index: run `spresso index {folder}`")
+    if shard_set.recomputed_fingerprint() != shard_set.fingerprint:
+        problems.append(f"index.npy is damaged: run `spresso index {folder}`")
+    for number, (path, found) in enumerate(
+        zip(shard_set.paths, _in_workers(_scan_tolerantly, shard_set.paths, workers), strict=True)
+    ):
+        expected = np.sort(shard_set.index[shard_set.index["shard"] == number], order="x0_offset")
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            problems += _differences(path, expected, np.sort(found[0], order="x0_offset"))
+        if progress:
+            progress(number + 1, len(shard_set.paths))
+    return problems
+
+
+def _differences(path: Path, expected: NDArray[np.void], found: NDArray[np.void]) -> list[str]:
+    if len(found) != len(expected):
+        return [f"{path} holds {len(found)} samples, its index says {len(expected)}"]
+    names = [name for name in expected.dtype.names or () if name != "shard"]
+    if not set(names) <= set(found.dtype.names or ()):
+        return [f"{path} holds no audio, its index says it does"]
+    wrong = np.zeros(len(expected), bool)
+    for name in names:
+        wrong |= expected[name] != found[name]
+    return [f"{path} at byte {row['x0_offset']}: the sample is not the one in the index" for row in expected[wrong]]
+
+
+def _tars(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        compressed = [path.name for path in folder.glob("*.tar.*")]
+        hint = f"; {compressed[0]} is compressed, which can't be read in any order: unpack it" if compressed else ""
+        raise ValueError(f"{folder} holds no .tar{hint}")
+    return paths
+
+
+def _in_workers(scan: Callable[[Path], Result], paths: list[Path], workers: int) -> Iterator[Result]:
+    if workers == 1 or len(paths) < 2:
+        yield from map(scan, paths)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("forkserver"), follow_parent)
+    with pool, explained_death():
+        yield from pool.map(scan, paths)
+
+
+def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
+    return scan_shard(path), list(find_members(path))
+
+
+def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
+    try:
+        return _scan(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def info_of(folder: Path) -> SetInfo | None:
+    """What the folder's `set.json` says, if it has a readable one."""
+    try:
+        description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+        return SetInfo(**{name: description[name] for name in SetInfo.__dataclass_fields__ if name in description})
+    except (OSError, ValueError, TypeError):
+        return None
