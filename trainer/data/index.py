@@ -63,9 +63,8 @@ def verify_folder(folder: Path, *, workers: int = 1, progress: Progress | None =
         problems.append(f"{', '.join(sorted(strays))} not in the index: run `spresso index {folder}`")
     if shard_set.recomputed_fingerprint() != shard_set.fingerprint:
         problems.append(f"index.npy is damaged: run `spresso index {folder}`")
-    for number, (path, found) in enumerate(
-        zip(shard_set.paths, _in_workers(_scan_tolerantly, shard_set.paths, workers), strict=True)
-    ):
+    scans = _in_workers(_scan_tolerantly, shard_set.paths, workers)
+    for number, (path, found) in enumerate(zip(shard_set.paths, scans, strict=True)):
         expected = np.sort(shard_set.index[shard_set.index["shard"] == number], order="x0_offset")
         if isinstance(found, str):
             problems.append(found)
