@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 PEERS = {
     "webdataset": ["webdataset==1.0.2"],
     "wids": ["webdataset==0.2.111"],

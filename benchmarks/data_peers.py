@@ -184,13 +184,19 @@ def _without_torchvision() -> None:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
-        from unittest.mock import MagicMock
+        from importlib.machinery import ModuleSpec
+        from types import ModuleType
 
-        class VisionDataset:
-            pass
+        def attribute(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
 
         for name in ("", ".datasets", ".transforms", ".transforms.functional", ".datasets.folder"):
-            sys.modules[f"torchvision{name}"] = MagicMock(VisionDataset=VisionDataset)
+            stub = ModuleType(f"torchvision{name}")
+            stub.__spec__ = ModuleSpec(stub.__name__, None)
+            stub.__getattr__ = attribute  # type: ignore[method-assign]
+            sys.modules[stub.__name__] = stub
 
 
 LOADERS: dict[str, Any] = {
