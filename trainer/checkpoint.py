@@ -29,7 +29,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,6 +38,7 @@ from torch import Tensor
 from models.weights import write_safetensors
 from trainer import collective
 from trainer.collective import shortened
+from trainer.data.files import file_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,7 +47,6 @@ _NAME = re.compile(r"step_(\d{12,})")
 _TEMPORARY = "tmp_"
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +255,7 @@ def _write(temporary: Path, snapshot: Mapping[str, FlatRange]) -> dict[str, dict
     header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
     write_safetensors(path, {name: owned.data for name, owned in snapshot.items()}, header)
     ranges = {name: [owned.start, owned.stop] for name, owned in snapshot.items()}
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _file_digest(path), "ranges": ranges}}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path), "ranges": ranges}}
 
 
 def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, FlatRange]) -> None:
@@ -333,7 +333,7 @@ def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -
         size = file.stat().st_size
         if size != expected["bytes"]:
             return f"{file.name} has {size} bytes, not {expected['bytes']}"
-        if checksums and _file_digest(file) != expected["sha256"]:
+        if checksums and file_digest(file) != expected["sha256"]:
             return f"{file.name} has a wrong checksum"
     except FileNotFoundError:
         return f"{file.name} is missing"
@@ -356,8 +356,3 @@ def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.config import Config, fingerprint, flatten, to_yaml
+from trainer.data.files import file_digest
 from trainer.data.shard_set import ShardSet
 
 logger = logging.getLogger("spresso")
@@ -62,7 +62,7 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
     before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
     if before == "pretrain" and config.pretrained.folder is not None:
         files = [path for path in base_model(config).iterdir() if path.is_file()]
-        inputs["pretrained"] = fingerprint({path.name: _digest(path) for path in files})
+        inputs["pretrained"] = fingerprint({path.name: file_digest(path) for path in files})
     elif before is not None:
         export = RunDirectory(stage_folder(config, before), before).status.get("export")
         if export is None:
@@ -195,11 +195,6 @@ def _git(root: Path, *arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _append(path: Path, line: str) -> None:

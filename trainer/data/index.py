@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import SetInfo, find_members, scan_shard, write_index
+from trainer.data.shards import SetInfo, find_members, index_rows, write_index
 from trainer.data.workers import explained_death, follow_parent
 
 Result = TypeVar("Result")
@@ -106,7 +106,8 @@ def _in_workers(scan: Callable[[Path], Result], paths: list[Path], workers: int)
 
 
 def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    return scan_shard(path), list(find_members(path))
+    samples = find_members(path)
+    return index_rows(path, samples), list(samples)
 
 
 def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:

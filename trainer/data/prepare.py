@@ -85,12 +85,9 @@ def prepare(
     Raises:
         ValueError: there is no usable sound, a set would be empty, `out` holds other sets, or a worker died.
     """
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout is a fraction from 0 up to but not 1, not {holdout}")
     ae = make_ae()
     clip_samples = round(clip_seconds * ae.sample_rate)
-    if clip_samples < SHORTEST_SECONDS * ae.sample_rate or workers < 1:
-        raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
+    _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
     sources = list_sources(audio)
     settings: dict[str, Any] = {
         "ae": ae.identity(),
@@ -112,6 +109,13 @@ def prepare(
         for unit in missing:
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, shard_bytes=shard_bytes)
     return _finish(out, units, _set_info(ae, dict(ae_options or {}), settings))
+
+
+def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout is a fraction from 0 up to but not 1, not {holdout}")
+    if clip_seconds < SHORTEST_SECONDS or workers < 1:
+        raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
 
 
 class _Tally:

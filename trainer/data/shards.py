@@ -135,7 +135,11 @@ def scan_shard(path: Path) -> NDArray[np.void]:
     Raises:
         ValueError: the tar is broken, a sample is incomplete, or its x0 is not a float16 matrix in C order.
     """
-    samples = find_members(path)
+    return index_rows(path, find_members(path))
+
+
+def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> NDArray[np.void]:
+    """The rows of `scan_shard`, from what `find_members` found."""
     kinds = [_X0, *([_FLAC] if any(_FLAC in members for members in samples.values()) else [])]
     rows = np.zeros(len(samples), INDEX_ROW_WITH_AUDIO if _FLAC in kinds else INDEX_ROW)
     with path.open("rb") as file:
