@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.config import TRAINED_STAGES, Config, to_yaml
 from trainer.data.prepare import prepare
+from trainer.data.remote import is_url
 from trainer.data.synth import write_sounds
 from trainer.progress import Progress
 from trainer.run import RunDirectory, stage_folder, stage_inputs, write_atomically
@@ -45,7 +46,10 @@ def shared_latents(config: Config) -> bool:
     return (
         config.data.audio is None
         and not audio_folder(config).exists()
-        and all((Path(config.data.latents) / split / "set.json").is_file() for split in ("train", "test"))
+        and (
+            is_url(config.data.latents)
+            or all((Path(config.data.latents) / split / "set.json").is_file() for split in ("train", "test"))
+        )
     )
 
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models.dit import DiTConfig
 from models.latent_encoder import LatentEncoderConfig
+from trainer.data.remote import CacheSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
 TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "finetune")
@@ -34,7 +35,9 @@ class DataConfig:
     synth_hours: float = 0.5
     """Hours of sound that `synth` makes where `audio` is None."""
     latents: str = "${run_dir}/latents"
-    """Folder of the shards: `train/` and `test/`; several runs may share it."""
+    """Folder of the shards: `train/` and `test/`; several runs may share it. Or its URL: http(s)://, s3://, gs:// …"""
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    """Where a node keeps the shards that it fetched from a URL."""
     clip_seconds: float = 5.0
     """Length of a clip in seconds: 5 in the paper."""
     holdout: float = 0.1
@@ -44,8 +47,8 @@ class DataConfig:
     shard_mb: float = 64.0
     """Size in MiB at which a new shard begins."""
     mix: dict[str, int] = field(default_factory=dict)
-    """Folder of latents → its share in a batch, a whole number: trained on instead of `latents`, whose `test/` stays
-    what is evaluated. Empty: `latents` alone."""
+    """Folder or URL of latents → its share in a batch, a whole number: trained on instead of `latents`, whose `test/`
+    stays what is evaluated. Empty: `latents` alone."""
     shuffle: str = "windowed"
     """`windowed`: blocks over the whole set, then samples within windows of many blocks, which keeps reads together;
     `global`: a true shuffle; `none`: as they lie."""

@@ -21,10 +21,9 @@ from models import bitstream
 from models.codec import Sampling, SPresso
 from trainer.config import Config, fingerprint, flatten
 from trainer.data.audio import write_audio
-from trainer.data.shard_set import ShardSet
 from trainer.figures import FIGURES, clip_figures, mel_statistics, set_figures
 from trainer.progress import Progress
-from trainer.run import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
+from trainer.run import RunDirectory, held_out_set, read_json, stage_folder, stage_inputs, write_atomically
 
 CLIPS_AT_ONCE = 8
 TIMED_CLIPS = 3
@@ -91,9 +90,8 @@ def evaluation_identity(config: Config) -> str:
         if models[stage] is None:
             raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run that first")
         directory.require_same(config, stage_inputs(config, stage))
-    chosen = {
-        key: value for key, value in flatten(config).items() if key.startswith(("evaluate.", "sampling.", "data."))
-    }
+    of_figures = ("evaluate.", "sampling.", "data.latents", "data.clip_seconds")
+    chosen = {key: value for key, value in flatten(config).items() if key.startswith(of_figures)}
     return fingerprint(chosen | models)
 
 
@@ -269,11 +267,11 @@ class _Evaluation:
 
 def load_clips(config: Config, device: torch.device) -> Clips:
     """Held-out clips, spread evenly over the set."""
-    shards = ShardSet(Path(config.data.latents) / "test")
+    shards = held_out_set(config)
     count = min(config.evaluate.clips or len(shards), len(shards))
     if count < 2:
         raise ValueError(
-            f"{shards.folder} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
+            f"{shards.location} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
         )
     ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
     metadata = [shards.metadata(id_) for id_ in ids]

@@ -17,13 +17,20 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.config import Config, TrainConfig, fingerprint, flatten
-from trainer.data.shard_set import ShardSet
 from trainer.data.stream import Batch, LatentStream, Shuffle
 from trainer.ema import EMA
 from trainer.metrics import LossSums, Metrics
 from trainer.parallel import Parallel
 from trainer.progress import Progress
-from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs, training_sets
+from trainer.run import (
+    RunDirectory,
+    code_version,
+    held_out_set,
+    log_to,
+    stage_folder,
+    stage_inputs,
+    training_sets,
+)
 from trainer.tasks import Task, make_task
 
 logger = logging.getLogger("spresso")
@@ -121,7 +128,12 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
     )
     task.module.train()
     batches = stream.iterate(
-        samples, rank=parallel.rank, world_size=parallel.world_size, parts=parts, threads=config.data.readers
+        samples,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        local_ranks=parallel.local_ranks,
+        parts=parts,
+        threads=config.data.readers,
     )
     stopped = False
     with Progress(stage, total=settings.samples, unit="clips", shown=parallel.main) as progress:
@@ -226,7 +238,7 @@ def _stream(config: Config, settings: TrainConfig, *, errors: Path) -> LatentStr
 
 
 def _require_autoencoder(task: Task, stream: LatentStream) -> None:
-    made_by, ours, shards = stream.sets[0].info.ae_identity, task.autoencoder.identity(), stream.sets[0].folder
+    made_by, ours, shards = stream.sets[0].info.ae_identity, task.autoencoder.identity(), stream.sets[0].location
     if made_by != ours:
         raise ValueError(
             f"the latents in {shards} are another autoencoder's ({made_by[:8]}, not {ours[:8]}): prepare "
@@ -314,7 +326,7 @@ class _Clips:
     """A few held-out clips, always the same, that the log listens to."""
 
     def __init__(self, config: Config, settings: TrainConfig, task: Task, device: torch.device) -> None:
-        shards = ShardSet(Path(config.data.latents) / "test")
+        shards = held_out_set(config)
         count = min(config.log.clips, len(shards))
         self.ids = [round(index * (len(shards) - 1) / max(1, count - 1)) for index in range(count)]
         crops = [torch.tensor(latents[:, : settings.crop_frames]) for latents in shards.latents(self.ids)]

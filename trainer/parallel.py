@@ -34,6 +34,8 @@ class Parallel:
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
+        self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        """Ranks on this node."""
         self.device: torch.device = self.accelerator.device
         if self.world_size > 1:
             atexit.register(_leave_group)

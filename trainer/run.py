@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from trainer.config import Config, fingerprint, flatten, to_yaml
 from trainer.data.files import file_digest
-from trainer.data.shard_set import ShardSet
+from trainer.data.shard_set import ShardSet, open_set
 
 logger = logging.getLogger("spresso")
 
@@ -48,7 +48,12 @@ def base_model(config: Config) -> Path:
 def training_sets(config: Config) -> dict[ShardSet, int]:
     """The sets that a run learns from, with their shares in a batch."""
     folders = config.data.mix or {config.data.latents: 1}
-    return {ShardSet(Path(folder) / "train"): share for folder, share in folders.items()}
+    return {open_set(f"{folder.rstrip('/')}/train", config.data.cache): share for folder, share in folders.items()}
+
+
+def held_out_set(config: Config) -> ShardSet:
+    """The set that no stage learns from."""
+    return open_set(f"{config.data.latents.rstrip('/')}/test", config.data.cache)
 
 
 def stage_inputs(config: Config, stage: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from models.diffusion import make_diffusion
 from trainer.config import TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
+from trainer.data.remote import is_url
 
 
 def problems(config: Config) -> list[str]:
@@ -174,8 +175,15 @@ def _folders(config: Config) -> list[str]:
         found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
     if config.data.audio is not None and not Path(config.data.audio).is_dir():
         found.append(f"data.audio={config.data.audio} is no folder")
+    if config.data.audio is not None and is_url(config.data.latents):
+        found.append(
+            f"data.latents={config.data.latents} can't be written to: leave data.audio out, or prepare to a folder "
+            f"and copy that there"
+        )
     found += [
-        f"data.mix: {folder} holds no train/" for folder in config.data.mix if not (Path(folder) / "train").is_dir()
+        f"data.mix: {folder} holds no train/"
+        for folder in config.data.mix
+        if not is_url(folder) and not (Path(folder) / "train").is_dir()
     ]
     for key, folder in (
         ("autoencoder.folder", config.autoencoder.folder),

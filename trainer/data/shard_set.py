@@ -6,7 +6,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from trainer.data.remote import CacheSettings, MissingFileError, ShardCache, is_url
 from trainer.data.shards import (
     INDEX_ROW,
     INDEX_ROW_WITH_AUDIO,
@@ -34,16 +36,20 @@ _BUFFERS = 512  # to one read; Linux takes 1024
 
 
 class ShardSet:
-    """A folder of shards with its index.
+    """A folder of shards with its index, or one that lies elsewhere, by way of this node's cache.
 
-    Attributes: `folder`; `info` (`SetInfo`); `fingerprint`, a hash of all latents in their order; `index`, the rows;
-    `total_frames`; `shortest_frames` and `longest_frames`, of the clips; `has_audio`.
+    Attributes: `location`, the folder or its URL; `folder`, where the index is here; `info` (`SetInfo`);
+    `fingerprint`, a hash of all latents in their order; `index`, the rows; `total_frames`; `shortest_frames` and
+    `longest_frames`, of the clips; `has_audio`.
 
     Raises:
         ValueError: the folder is not a set, or its files are not those that its index was made from.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | ShardCache):
+        self.location, self._cache = str(folder), None
+        if isinstance(folder, ShardCache):
+            self.location, self._cache, folder = folder.url, folder, folder.folder
         self.folder = folder
         try:
             description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
@@ -51,10 +57,13 @@ class ShardSet:
         except FileNotFoundError as error:
             raise ValueError(f"{error.filename} is missing: make the set with `spresso prepare`") from error
         except ValueError as error:
-            raise ValueError(f"the index of {folder} is damaged ({error}): {MAKE_AGAIN}") from error
+            raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
         if description.pop("version", None) != VERSION:
-            raise ValueError(f"{folder}/set.json is of another version of this program: {MAKE_AGAIN}")
-        self._shards = [(folder / shard["name"], shard["bytes"]) for shard in description.pop("shards")]
+            raise ValueError(f"{self.location}/set.json is of another version of this program: {MAKE_AGAIN}")
+        shards = description.pop("shards")
+        if strays := [shard["name"] for shard in shards if Path(shard["name"]).name != shard["name"]]:
+            raise ValueError(f"{self.location}/set.json names a shard outside of its folder: {strays[0]}")
+        self._shards = [(folder / shard["name"], shard["bytes"]) for shard in shards]
         self.fingerprint: str = description.pop("fingerprint")
         samples: int = description.pop("samples")
         self.total_frames: int = description.pop("total_frames")
@@ -62,9 +71,9 @@ class ShardSet:
         self.longest_frames: int = description.pop("longest_frames")
         self.info = SetInfo(**description)
         if self.index.dtype not in (INDEX_ROW, INDEX_ROW_WITH_AUDIO) or self.index.shape != (samples,):
-            raise ValueError(f"{folder}/index.npy is not the one that set.json was written with: {MAKE_AGAIN}")
+            raise ValueError(f"{self.location}/index.npy is not the one that set.json was written with: {MAKE_AGAIN}")
         self.has_audio = self.index.dtype == INDEX_ROW_WITH_AUDIO
-        for path, size in self._shards:
+        for path, size in self._shards if self._cache is None else ():
             if not path.exists():
                 raise ValueError(f"{path} is missing: {MAKE_AGAIN}")
             if (found := path.stat().st_size) != size:
@@ -116,7 +125,6 @@ class ShardSet:
         self, shard: int, run: list[tuple[int, int, int, int]], buffer: memoryview, stride: int
     ) -> dict[int, DamagedSample]:
         """Samples (row, offset, length, checksum) that lie one behind another, by one read."""
-        path, _ = self._shards[shard]
         position = start = run[0][1]
         targets = []
         for row, offset, length, _ in run:
@@ -125,16 +133,33 @@ class ShardSet:
             targets.append(buffer[row * stride : row * stride + length])
             position = offset + length
         try:
-            read = os.preadv(self._open(path).fileno(), targets, start)
-        except OSError as error:
-            return {row: _damaged(path, offset, str(error)) for row, offset, _, _ in run}
+            with self._file(shard) as file:
+                read = os.preadv(file.fileno(), targets, start)
+        except (OSError, MissingFileError) as error:
+            return {row: self._damaged(shard, offset, str(error)) for row, offset, _, _ in run}
         problems = {}
         for row, offset, length, crc32 in run:
             if offset + length - start > read:
-                problems[row] = _damaged(path, offset, "the shard ends too early")
+                problems[row] = self._damaged(shard, offset, "the shard ends too early")
             elif zlib.crc32(buffer[row * stride : row * stride + length]) != crc32:
-                problems[row] = _damaged(path, offset, "the checksum is wrong")
+                problems[row] = self._damaged(shard, offset, "the checksum is wrong")
         return problems
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """What a remote set's shards are fetched by."""
+        return self._cache
+
+    def shards_of(self, ids: NDArray[np.int64]) -> dict[int, int]:
+        """The shards that samples lie in, in the order of their first sample, with their bytes."""
+        shards = self.index["shard"][ids]
+        known = shards[shards < len(self._shards)].tolist()  # a damaged index is reported where it is read
+        return {shard: self._shards[shard][1] for shard in dict.fromkeys(known)}
+
+    def fetch(self, shard: int) -> None:
+        """Have a remote shard here, and used last; raises what reading it would raise."""
+        with self._file(shard):
+            pass
 
     def latents(self, ids: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.float16]]:
         """x0 of each sample, float16 (C, T).
@@ -155,32 +180,52 @@ class ShardSet:
         row = self.index[id_]
         if not row["json_length"]:
             return {}
-        path, _ = self._shards[row["shard"]]
-        content = pread(self._open(path), row["json_offset"], row["json_length"])
+        with self._file(row["shard"]) as file:
+            content = pread(file, row["json_offset"], row["json_length"])
         try:
             return json.loads(content)
         except ValueError as error:
-            raise _damaged(path, row["json_offset"], f"no JSON: {error}") from error
+            raise self._damaged(row["shard"], row["json_offset"], f"no JSON: {error}") from error
 
     def audio(self, id_: int) -> NDArray[np.float32]:
         """The clip itself, (channels, samples), in sets that hold it."""
         if not self.has_audio:
-            raise ValueError(f"{self.folder} holds latents without their audio: take the held-out set")
+            raise ValueError(f"{self.location} holds latents without their audio: take the held-out set")
         row = self.index[id_]
-        path, _ = self._shards[row["shard"]]
-        content = pread(self._open(path), row["flac_offset"], row["flac_length"])
+        with self._file(row["shard"]) as file:
+            content = pread(file, row["flac_offset"], row["flac_length"])
         if zlib.crc32(content) != row["flac_crc32"]:
-            raise _damaged(path, row["flac_offset"], "the checksum is wrong")
+            raise self._damaged(row["shard"], row["flac_offset"], "the checksum is wrong")
         audio, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
         return np.ascontiguousarray(audio.T)
 
+    @contextmanager
+    def _file(self, shard: int) -> Iterator[io.FileIO]:
+        path, size = self._shards[shard]
+        if self._cache is None:
+            yield self._open(path)
+        else:
+            with self._cache.open(path.name, size) as file:
+                yield file
+
+    def _damaged(self, shard: int, offset: int, reason: str) -> DamagedSample:
+        path = f"{self.location}/{self._shards[shard][0].name}"
+        return DamagedSample(f"{path} is damaged at byte {offset}: {reason}; {MAKE_AGAIN}")
+
     def _index_damaged(self) -> DamagedSample:
-        return DamagedSample(f"{self.folder}/index.npy is damaged: {MAKE_AGAIN}")
+        return DamagedSample(f"{self.location}/index.npy is damaged: {MAKE_AGAIN}")
 
 
 def _open(path: Path) -> io.FileIO:
     return path.open("rb", buffering=0)
 
 
-def _damaged(path: Path, offset: int, reason: str) -> DamagedSample:
-    return DamagedSample(f"{path} is damaged at byte {offset}: {reason}; {MAKE_AGAIN}")
+def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
+    """A set by its folder or its URL.
+
+    Raises:
+        ValueError: as `ShardSet` and `ShardCache` do.
+    """
+    if not is_url(location):
+        return ShardSet(Path(location))
+    return ShardSet(ShardCache(location, cache or CacheSettings()))

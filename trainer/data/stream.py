@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.ahead import FetchAhead, Needs
 from trainer.data.order import Mixture, Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
@@ -95,12 +97,12 @@ class LatentStream:
         shortest, first = shard_set.shortest_frames, self.sets[0]
         if not 1 <= crop_frames <= shortest:
             raise ValueError(
-                f"crops of {crop_frames} frames don't fit the clips of {shard_set.folder}, {shortest} frames:"
+                f"crops of {crop_frames} frames don't fit the clips of {shard_set.location}, {shortest} frames:"
                 f" take crops of 1 to {shortest} frames, or prepare longer clips"
             )
         if shard_set.info.ae_identity != first.info.ae_identity:
             raise ValueError(
-                f"{shard_set.folder} and {first.folder} hold latents of two autoencoders, which can't be mixed: "
+                f"{shard_set.location} and {first.location} hold latents of two autoencoders, which can't be mixed: "
                 f"prepare both with one"
             )
 
@@ -141,9 +143,20 @@ class LatentStream:
         return Batch(out, *(torch.from_numpy(part) for part in (positions, ids, sets)))
 
     def iterate(
-        self, samples_seen: int, *, rank: int = 0, world_size: int = 1, parts: int = 1, ahead: int = 2, threads: int = 1
+        self,
+        samples_seen: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        local_ranks: int = 1,
+        parts: int = 1,
+        ahead: int = 2,
+        threads: int = 1,
     ) -> Generator[Batch]:
         """All of a rank's micro-batches from there on, without end, read ahead by threads.
+
+        Remote shards are fetched ahead too, as far as the half of the cache reaches that is for what comes, shared
+        among the node's `local_ranks`.
 
         A batch's `x0` holds until the next batch is asked for: then its memory (pinned, where there is CUDA) is used
         again. The threads end when the iterator is closed, dropped or raises.
@@ -156,11 +169,54 @@ class LatentStream:
 
         cuts = ((start, part) for start in count(samples_seen, self.global_batch) for part in range(parts))
         numbered = ((number, *cut) for number, cut in enumerate(cuts))
-        with ThreadPoolExecutor(threads, "latents") as reader:
+        fetching = self._fetch_ahead(samples_seen, rank, world_size, local_ranks)
+        with fetching as fetch, ThreadPoolExecutor(threads, "latents") as reader, self._interrupted_at_the_end():
+            fetch(0)
             under_way = deque(reader.submit(read, *cut) for cut in islice(numbered, ahead))
             for cut in numbered:
                 under_way.append(reader.submit(read, *cut))
                 yield under_way.popleft().result()
+                fetch((cut[0] - ahead) // parts)
+
+    @contextmanager
+    def _fetch_ahead(
+        self, samples_seen: int, rank: int, world_size: int, local_ranks: int
+    ) -> Iterator[Callable[[int], None]]:
+        """What is to be told each step, counted from `samples_seen`."""
+        caches = [shard_set.cache for shard_set in self.sets if shard_set.cache is not None]
+        if not caches:
+            yield lambda step: None
+            return
+        settings = caches[0].settings
+        needs = self._needs(samples_seen, rank, world_size)
+        share = settings.limit // (2 * local_ranks)
+        with FetchAhead(needs, share=share, fetchers=settings.fetchers) as fetching:
+            yield fetching.to
+        for cache in caches:
+            cache.remote.interrupted.clear()
+
+    @contextmanager
+    def _interrupted_at_the_end(self) -> Iterator[None]:
+        """So that no thread waits on for a network that is away."""
+        try:
+            yield
+        finally:
+            for shard_set in self.sets:
+                if shard_set.cache is not None:
+                    shard_set.cache.remote.interrupted.set()
+
+    def _needs(self, samples_seen: int, rank: int, world_size: int) -> Iterator[Needs]:
+        """The remote shards that a rank needs for one global batch after another."""
+        for start in count(samples_seen, self.global_batch):
+            positions = np.arange(start + rank, start + self.global_batch, world_size)
+            sets, places = self._mixture.places(positions)
+            needs: Needs = {}
+            for number, reader in enumerate(self._readers):
+                if reader.shard_set.cache is not None:
+                    ids = reader.order.ids(places[sets == number])
+                    shards = reader.shard_set.shards_of(ids)
+                    needs |= {(reader.shard_set, shard): size for shard, size in shards.items()}
+            yield needs
 
     def _buffer(self, size: int, *, pinned: bool = True) -> Tensor:
         shape = (size, self.sets[0].info.latent_channels, self.crop_frames)
@@ -218,7 +274,7 @@ class _Reader:
             if not problems:
                 return int(id_[0])
             self.damage.note(self.shard_set, int(id_[0]), problems[0])
-        raise ValueError(f"{_SUBSTITUTES} samples of {self.shard_set.folder} in a row can't be read: {problems[0]}")
+        raise ValueError(f"{_SUBSTITUTES} samples of {self.shard_set.location} in a row can't be read: {problems[0]}")
 
 
 class _Damage:
@@ -234,7 +290,7 @@ class _Damage:
             return
         known.add(id_)
         if self.path is not None:
-            line = {"set": str(shard_set.folder), "sample": id_, "reason": str(problem)}
+            line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -243,6 +299,6 @@ class _Damage:
                 os.close(descriptor)
         if len(known) > self.most * len(shard_set):
             raise ValueError(
-                f"{len(known)} of {len(shard_set)} samples of {shard_set.folder} can't be read, more than "
+                f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, more than "
                 f"data.max_damaged={self.most:g} of them. The last: {problem}"
             )
