@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 
+    data = _command(commands, "data", _data, "a set of latents at a glance")
+    data.add_argument("location", metavar="DIR", help="a set, or a folder with train/ and test/; or its URL")
+    data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files there")
+    data.add_argument("--samples", type=int, default=5, help="so many of them (%(default)s)")
+
     encode = _command(commands, "encode", _encode, "a sound file → a stream")
     encode.add_argument("input", type=Path, metavar="IN.wav")
     encode.add_argument("output", type=Path, metavar="OUT.spr")
@@ -118,6 +123,14 @@ def _index(options: argparse.Namespace) -> None:
         files.index(
             options.folder, kind=options.autoencoder, weights=options.autoencoder_folder, workers=options.workers
         )
+
+
+def _data(options: argparse.Namespace) -> None:
+    from launch import files
+
+    if options.samples < 1:
+        raise ValueError("--samples is at least 1")
+    files.describe(options.location, samples=options.samples, play_to=options.play_to)
 
 
 def _run(options: argparse.Namespace) -> int:

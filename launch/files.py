@@ -1,4 +1,4 @@
-"""Files in, files out: `spresso encode`, `spresso decode` and `spresso index`."""
+"""Files in, files out: `spresso encode`, `decode`, `index` and `data`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from models import bitstream
 from models.codec import Sampling, SPresso
 from trainer.data.audio import read_audio, write_audio
 from trainer.data.files import write_whole
-from trainer.data.shard_set import ShardSet
+from trainer.data.remote import is_url
+from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo
 from trainer.progress import Progress
 
@@ -88,6 +89,25 @@ def verify(folder: Path, *, workers: int) -> None:
         raise ValueError("\n".join(problems))
     shard_set = ShardSet(folder)
     print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all as indexed", file=sys.stderr)
+
+
+def describe(location: str, *, samples: int, play_to: Path | None) -> None:
+    """Describe a set, or the train/ and test/ of a folder of latents; decode some samples of each."""
+    from trainer.data import describe as description
+
+    parts = [location] if _holds_set(location) else [f"{location.rstrip('/')}/{split}" for split in ("train", "test")]
+    for number, part in enumerate(parts):
+        shard_set = open_set(part)
+        print(("\n" if number else "") + description.describe(shard_set))
+        if play_to is not None:
+            for path in description.play_to(shard_set, play_to, samples=samples):
+                print(path, file=sys.stderr)
+
+
+def _holds_set(location: str) -> bool:
+    if is_url(location):
+        return location.rstrip("/").endswith(("/train", "/test"))
+    return not (Path(location) / "train" / "set.json").exists()
 
 
 def newest_codec() -> Path:

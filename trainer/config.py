@@ -62,6 +62,9 @@ class DataConfig:
     """Parts of the order that share no block: as many nodes, or a divisor of it, each read only their own."""
     readers: int = 1
     """Threads of each rank that read and check batches ahead."""
+    buckets: list[int] = field(default_factory=list)
+    """For clips of different lengths: frames, below a stage's `crop_frames`, to which batches of shorter clips are
+    padded; what is padded counts in no loss. Empty: no clip may be shorter than a crop."""
     max_damaged: float = 0.01
     """Fraction of a set's samples that may be damaged, and are replaced and named, before a run stops."""
 

@@ -146,7 +146,8 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 batch = next(batches)
                 tick.data_wait += time.perf_counter() - waiting
                 with parallel.reduce_at(module, last=part == parts - 1), parallel.accelerator.autocast():
-                    result = module(batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device))
+                    mask = None if batch.mask is None else batch.mask.to(parallel.device)
+                    result = module(batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device), mask)
                     parallel.backward(result.losses.mean() / parts)
                 loss_sums.add(result.losses.detach(), result.quantiles)
 
@@ -232,6 +233,7 @@ def _stream(config: Config, settings: TrainConfig, *, errors: Path) -> LatentStr
         global_batch=settings.global_batch,
         seed=config.seed,
         shuffle=Shuffle(data.shuffle, data.block, data.window, data.window_mib, data.lanes),
+        buckets=data.buckets,
         errors=errors,
         max_damaged=data.max_damaged,
     )
@@ -329,8 +331,10 @@ class _Clips:
         shards = held_out_set(config)
         count = min(config.log.clips, len(shards))
         self.ids = [round(index * (len(shards) - 1) / max(1, count - 1)) for index in range(count)]
-        crops = [torch.tensor(latents[:, : settings.crop_frames]) for latents in shards.latents(self.ids)]
-        self.x0_BCT = torch.stack(crops).float().to(device)
+        latents = shards.latents(self.ids)
+        unit = math.lcm(config.latent_encoder.pooling, config.dit.patch_size)
+        frames = min(settings.crop_frames, min(x0_CT.shape[1] for x0_CT in latents) // unit * unit)
+        self.x0_BCT = torch.stack([torch.tensor(x0_CT[:, :frames]) for x0_CT in latents]).float().to(device)
 
     def originals(self, task: Task) -> list[tuple[str, Tensor]]:
         """What the AudioAE makes of the clips: the ceiling."""

@@ -22,7 +22,7 @@ logger = logging.getLogger("spresso")
 
 _DATA = (
     "seed",
-    *(f"data.{key}" for key in ("shuffle", "block", "window_mib", "window", "lanes")),
+    *(f"data.{key}" for key in ("shuffle", "block", "window_mib", "window", "lanes", "buckets")),
     "autoencoder",
 )
 _LEARNED = {

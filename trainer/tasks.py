@@ -39,7 +39,8 @@ class Task(ABC):
 
     autoencoder: AudioAE
     module: nn.Module
-    """Called as module(x0 (b, C, T), positions (b,)) → Losses. Frozen parts lie in it with requires_grad=False."""
+    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is padded.
+    Frozen parts lie in it with requires_grad=False."""
 
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
@@ -85,12 +86,14 @@ class _Denoiser(nn.Module):
         self.purpose, self.seed = stage, config.seed
         self.condition_dropout = config.stage(stage).condition_dropout
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Losses:
+    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
         u_B = uniform(self.keys("level", positions_B))
         noise_BCT = normal(self.keys("noise", positions_B), *x0_BCT.shape[1:])
         condition = self.condition(x0_BCT, positions_B)
         t_B = self.diffusion.noise_level(u_B)
-        losses_B = self.diffusion.loss(lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B)
+        losses_B = self.diffusion.loss(
+            lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B, mask_BT
+        )
         return Losses(losses_B, u_B)
 
     def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor | None:
@@ -130,6 +133,13 @@ class _LatentDenoiser(_Denoiser):
         return z_q
 
 
+def _heard(mask_BT: Tensor | None, z_BNZ: Tensor) -> Tensor:
+    """Which z are of a sample, at least in part, and not of its padding: (b, N), bool."""
+    if mask_BT is None:
+        return torch.ones(z_BNZ.shape[:2], dtype=torch.bool, device=z_BNZ.device)
+    return mask_BT.unflatten(1, (z_BNZ.shape[1], -1)).any(2)
+
+
 class _Quantization(nn.Module):
     """The quantizer's own loss on z."""
 
@@ -137,10 +147,12 @@ class _Quantization(nn.Module):
         super().__init__()
         self.g, self.quantizer = codec.g, codec.quantizer
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Losses:
+    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
         assert self.quantizer is not None
         z_BNZ = self.g(x0_BCT).transpose(1, 2)
-        losses_B = self.quantizer.loss(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2]).mean(1)
+        losses_BN = self.quantizer.loss(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
+        heard_BN = _heard(mask_BT, z_BNZ).to(losses_BN.dtype)
+        losses_B = (losses_BN * heard_BN).sum(1) / heard_BN.sum(1).clamp_min(1)
         return Losses(losses_B, torch.full_like(losses_B, 0.5))
 
 
@@ -260,8 +272,10 @@ class Quantize(_CodecTask):
         """Fit the codebooks on z of random crops: every frame offset gives other vectors."""
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < self.config.quantizer.vectors:
-            x0_BCT = next(batches).x0.to(self.codec.device).float()
-            vectors.append(gather(self.codec.g(x0_BCT).transpose(1, 2)).flatten(0, 1))
+            batch = next(batches)
+            z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
+            mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
+            vectors.append(gather(z_BNZ)[gather(_heard(mask_BT, z_BNZ))])
         if main:
             assert self.codec.quantizer is not None
             every = torch.cat(vectors)[: self.config.quantizer.vectors]

@@ -125,7 +125,7 @@ def _crops(config: Config) -> list[str]:
         frames = config.stage(name).crop_frames
         unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
         key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
-        if frames > clip_frames:
+        if frames > clip_frames and not config.data.buckets:
             found.append(
                 f"{name}.crop_frames={frames} is longer than a clip of data.clip_seconds={config.data.clip_seconds:g}, "
                 f"{clip_frames} frames: take {max(unit, clip_frames // unit * unit)}"
@@ -133,6 +133,11 @@ def _crops(config: Config) -> list[str]:
         if frames % unit:
             near = max(unit, frames // unit * unit)
             found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
+    pooling = config.latent_encoder.pooling
+    for frames in config.data.buckets:
+        if frames < 1 or frames % pooling:
+            near = max(pooling, frames // pooling * pooling)
+            found.append(f"data.buckets holds {frames}, no multiple of latent_encoder.pooling={pooling}: take {near}")
     if config.latent_encoder.pooling % config.dit.patch_size:
         found.append(
             f"dit.patch_size={config.dit.patch_size} does not divide "

@@ -16,7 +16,9 @@ All arithmetic is on unsigned 64-bit integers: the same order on every machine a
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +140,36 @@ class Mixture:
         stream = np.searchsorted(ends, slot, side="right")
         of_stream = cycle * weights[stream] + slot - (ends - weights)[stream]
         return stream, of_stream * self.lanes + lane
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Batches of whole buckets: every batch is of one, each gets as many as its samples fill, in a keyed order.
+
+    After e epochs, bucket b has had exactly ⌊e · sizes[b] / batch⌋ batches: what does not fill one more is carried over
+    into the next epoch.
+    """
+
+    sizes: tuple[int, ...]
+    """Samples in each bucket."""
+    batch: int
+    """Samples to a batch."""
+    seed: int
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Of which bucket a batch is, and which of that bucket's it is; both from 0 on."""
+        epoch = number * self.batch // sum(self.sizes)  # or the one after it, as buckets are rounded down
+        while sum(self._batches_before(epoch + 1)) <= number:
+            epoch += 1
+        before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
+        ends = list(accumulate(later - earlier for earlier, later in zip(before, after, strict=True)))
+        key = _epoch_key("buckets", self.seed, f"{epoch} {self.sizes}")
+        slot = int(permute(np.array([number - sum(before)]), ends[-1], key)[0])
+        bucket = bisect_right(ends, slot)
+        return bucket, before[bucket] + slot - (ends[bucket - 1] if bucket else 0)
+
+    def _batches_before(self, epoch: int) -> list[int]:
+        return [epoch * size // self.batch for size in self.sizes]
 
 
 def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -93,6 +93,11 @@ class ShardSet:
         """Of the shards, in their order."""
         return [path for path, _ in self._shards]
 
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """Name and bytes of each, in their order."""
+        return [(path.name, size) for path, size in self._shards]
+
     def recomputed_fingerprint(self) -> str:
         """What `fingerprint` is if the index is whole; reads all of it."""
         return fingerprint(self.info, self.index)

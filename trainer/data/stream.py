@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.ahead import FetchAhead, Needs
-from trainer.data.order import Mixture, Order
+from trainer.data.order import Buckets, Mixture, Order
+from trainer.data.reader import Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import DamagedSample
-from trainer.randomness import integers, keys
-
-_SUBSTITUTES = 64  # samples tried in place of a damaged one
+from trainer.randomness import keys
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,15 @@ class Batch:
     """A micro-batch of b samples."""
 
     x0: Tensor
-    """(b, C, crop_frames), float16: crops of the samples' latents."""
+    """(b, C, frames), float16: crops of the samples' latents, 0 behind the end of those that are shorter."""
     positions: Tensor
     """(b,), int64: the samples' places in the stream; all randomness about a sample is keyed by its place."""
     ids: Tensor
     """(b,), int64: the samples' places in their set."""
     sets: Tensor
     """(b,), int64: which of the stream's sets each is from."""
+    mask: Tensor | None = None
+    """(b, frames), bool: true where a frame is the sample's own. None: all are."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,12 @@ class Shuffle:
     window_mib: float = 2048.0
     lanes: int = 64
 
-    def order(self, shard_set: ShardSet, seed: int) -> Order:
-        """The order of a set."""
+    def order(self, shard_set: ShardSet, seed: int, part: Part | None = None) -> Order:
+        """The order of a set, or of a part of it."""
+        part = part or Part(0)
         window = self.window or max(self.block * self.lanes, int(self.window_mib * 2**20 / shard_set.mean_bytes))
-        return Order(len(shard_set), shard_set.fingerprint, seed, self.kind, self.block, window, self.lanes)
+        fingerprint = shard_set.fingerprint + (f":{part.frames}" if part.ids is not None else "")
+        return Order(part.samples(shard_set), fingerprint, seed, self.kind, self.block, window, self.lanes)
 
 
 class LatentStream:
@@ -62,12 +62,16 @@ class LatentStream:
     The global batch after n samples is positions n … n + global_batch - 1, whatever number of ranks and parts it is cut
     into, so n is all there is to save. A rank takes every world_size-th of them.
 
+    Samples are cropped to `crop_frames`. With `buckets`, lengths below that, a batch has the length of one of them or
+    `crop_frames`: it holds samples that are as long at most, and longer than the next smaller one, and a mask tells
+    their frames from the padding. It is then of one set; which one, goes by the weights.
+
     A sample that can't be read is replaced by the next of its lane, which is the same on every rank; what is random
     about it is still that of its place. Such samples are written to `errors`, a line of JSON each.
 
     Raises:
-        ValueError: a crop is longer than the shortest clip; the sets' latents are not of one kind; or (while reading)
-            more than the fraction `max_damaged` of a set can't be read.
+        ValueError: a crop is longer than the shortest clip and there are no buckets; the sets' latents are not of one
+            kind; or (while reading) more than the fraction `max_damaged` of a set can't be read.
     """
 
     def __init__(
@@ -78,27 +82,40 @@ class LatentStream:
         global_batch: int,
         seed: int,
         shuffle: Shuffle | None = None,
+        buckets: Sequence[int] = (),
         errors: Path | None = None,
         max_damaged: float = 0.01,
     ):
         weights = {sets: 1} if isinstance(sets, ShardSet) else sets
         shuffle = shuffle or Shuffle()
         self.sets = list(weights)
-        for shard_set in self.sets:
-            self._check(shard_set, crop_frames)
+        self.crop_frames, self.global_batch, self.seed = crop_frames, global_batch, seed
+        lengths = sorted({length for length in buckets if 0 < length < crop_frames} | {crop_frames})
         if global_batch < 1:
             raise ValueError(f"the global batch is at least 1, not {global_batch}")
-        self.crop_frames, self.global_batch, self.seed = crop_frames, global_batch, seed
-        self._mixture = Mixture(tuple(weights.values()), seed, shuffle.lanes)
-        damage = _Damage(errors, max_damaged)
-        self._readers = [_Reader(shard_set, shuffle.order(shard_set, seed), damage) for shard_set in self.sets]
+        self._padded = bool(buckets)
+        for shard_set in self.sets:
+            self._check(shard_set)
+        damage = Damage(errors, max_damaged)
+        parts = {shard_set: cut(shard_set, lengths if self._padded else [crop_frames]) for shard_set in self.sets}
+        self._readers = [
+            Reader(shard_set, part, shuffle.order(shard_set, seed, part), damage)
+            for shard_set, of_set in parts.items()
+            for part in of_set
+        ]
+        self._first_reader = list(accumulate(map(len, parts.values()), initial=0))  # of each set
+        self._mixture = Mixture(tuple(weights.values()), seed, lanes=1 if self._padded else shuffle.lanes)
+        self._buckets = [
+            Buckets(tuple(part.samples(shard_set) for part in of_set), global_batch, seed)
+            for shard_set, of_set in parts.items()
+        ]
 
-    def _check(self, shard_set: ShardSet, crop_frames: int) -> None:
+    def _check(self, shard_set: ShardSet) -> None:
         shortest, first = shard_set.shortest_frames, self.sets[0]
-        if not 1 <= crop_frames <= shortest:
+        if self.crop_frames < 1 or (self.crop_frames > shortest and not self._padded):
             raise ValueError(
-                f"crops of {crop_frames} frames don't fit the clips of {shard_set.location}, {shortest} frames:"
-                f" take crops of 1 to {shortest} frames, or prepare longer clips"
+                f"crops of {self.crop_frames} frames don't fit the clips of {shard_set.location}, {shortest} frames:"
+                f" take crops of 1 to {shortest} frames, prepare longer clips, or give data.buckets=[…]"
             )
         if shard_set.info.ae_identity != first.info.ae_identity:
             raise ValueError(
@@ -124,7 +141,8 @@ class LatentStream:
             world_size: ranks that share the global batch.
             part: this one of `parts` that the rank takes one after another.
             parts: micro-batches to a global batch on each rank.
-            out: (b, C, crop_frames), float16: where `x0` is to lie; None: in memory of its own.
+            out: float16, contiguous, of at least b · C · crop_frames numbers: where `x0` is to lie; None: in memory of
+                its own.
 
         Raises:
             ValueError: the global batch can't be cut into world_size · parts equal micro-batches, or too much is
@@ -135,12 +153,25 @@ class LatentStream:
                 f"a global batch of {self.global_batch} can't be cut into {world_size} ranks × {parts} parts:"
                 f" make it a multiple of {world_size * parts}"
             )
+        if self._padded and samples_seen % self.global_batch:
+            raise ValueError(f"with buckets, batches begin at multiples of {self.global_batch}, not at {samples_seen}")
         size = self.global_batch // (world_size * parts)
         positions = samples_seen + rank + world_size * np.arange(part * size, (part + 1) * size)
         if out is None:
             out = self._buffer(size, pinned=False)
-        sets, ids = self._read(positions, out.numpy())
-        return Batch(out, *(torch.from_numpy(part) for part in (positions, ids, sets)))
+        readers, places = self._deal(positions)
+        frames = self._readers[int(readers[0])].part.frames  # the same for all
+        x0 = out.view(-1)[: size * out.shape[1] * frames].view(size, -1, frames)
+        mask = np.ones((size, frames), bool) if self._padded else None
+        ids = self._read(positions, readers, places, x0.numpy(), mask)
+        sets = np.searchsorted(self._first_reader, readers, side="right") - 1
+        return Batch(
+            x0,
+            torch.from_numpy(positions),
+            torch.from_numpy(ids),
+            torch.from_numpy(sets),
+            mask=None if mask is None or mask.all() else torch.from_numpy(mask),
+        )
 
     def iterate(
         self,
@@ -209,96 +240,41 @@ class LatentStream:
         """The remote shards that a rank needs for one global batch after another."""
         for start in count(samples_seen, self.global_batch):
             positions = np.arange(start + rank, start + self.global_batch, world_size)
-            sets, places = self._mixture.places(positions)
+            readers, places = self._deal(positions)
             needs: Needs = {}
-            for number, reader in enumerate(self._readers):
-                if reader.shard_set.cache is not None:
-                    ids = reader.order.ids(places[sets == number])
-                    shards = reader.shard_set.shards_of(ids)
-                    needs |= {(reader.shard_set, shard): size for shard, size in shards.items()}
+            for number in np.unique(readers).tolist():
+                shard_set = self._readers[number].shard_set
+                if shard_set.cache is not None:
+                    shards = shard_set.shards_of(self._readers[number].ids(places[readers == number]))
+                    needs |= {(shard_set, shard): size for shard, size in shards.items()}
             yield needs
 
     def _buffer(self, size: int, *, pinned: bool = True) -> Tensor:
         shape = (size, self.sets[0].info.latent_channels, self.crop_frames)
         return torch.empty(shape, dtype=torch.float16, pin_memory=pinned and torch.cuda.is_available())
 
+    def _deal(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which reader has the sample at each position (B,) of one global batch, and at which place of its order."""
+        if not self._padded:
+            return self._mixture.places(positions)
+        step = int(positions[0]) // self.global_batch
+        sets, steps = self._mixture.places(np.array([step]))
+        bucket, step_of_bucket = self._buckets[int(sets[0])].place(int(steps[0]))
+        reader = np.full_like(positions, self._first_reader[int(sets[0])] + bucket)
+        return reader, step_of_bucket * self.global_batch + positions - step * self.global_batch
+
     def _read(
-        self, positions: NDArray[np.int64], out: NDArray[np.float16]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Fill `out` with the crops that stand at these positions; returns each one's set and its id there."""
-        crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
-        sets, places = self._mixture.places(positions)
-        ids = np.empty_like(positions)
-        for number, reader in enumerate(self._readers):
-            rows = np.flatnonzero(sets == number)
-            if rows.size:
-                ids[rows] = reader.read(places[rows], crop_keys[torch.from_numpy(rows)], out, rows)
-        return sets, ids
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A set in its order, with other samples in place of damaged ones."""
-
-    shard_set: ShardSet
-    order: Order
-    damage: _Damage
-
-    def read(
-        self, places: NDArray[np.int64], crop_keys: Tensor, out: NDArray[np.float16], rows: NDArray[np.int64]
+        self,
+        positions: NDArray[np.int64],
+        readers: NDArray[np.int64],
+        places: NDArray[np.int64],
+        out: NDArray[np.float16],
+        mask: NDArray[np.bool] | None,
     ) -> NDArray[np.int64]:
-        """Crops of the samples at these places of the order (B,) into these rows of `out`; returns their ids."""
-        channels, crop = out.shape[1:]
-        if len(rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == crop:
-            return self._fill(places, out.reshape(len(out), -1))
-        values = np.empty((len(rows), channels * self.shard_set.longest_frames), np.float16)
-        ids = self._fill(places, values)
-        frames = self.shard_set.index["frames"][ids].astype(np.int64)
-        starts = integers(crop_keys, torch.from_numpy(frames - crop + 1))
-        for row, clip, length, start in zip(rows.tolist(), values, frames.tolist(), starts.tolist(), strict=True):
-            out[row] = clip[: channels * length].reshape(channels, length)[:, start : start + crop]
+        """Fill `out`, and `mask` where there is one, with the crops at these positions; returns the samples' ids."""
+        crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
+        ids = np.empty_like(positions)
+        for number in np.unique(readers).tolist():
+            rows = np.flatnonzero(readers == number)
+            ids[rows] = self._readers[number].read(places[rows], crop_keys[torch.from_numpy(rows)], out, mask, rows)
         return ids
-
-    def _fill(self, places: NDArray[np.int64], values: NDArray[np.float16]) -> NDArray[np.int64]:
-        ids = self.order.ids(places)
-        for row, problem in self.shard_set.read(ids, values).items():
-            self.damage.note(self.shard_set, int(ids[row]), problem)
-            ids[row] = self._substitute(int(places[row]), values[row : row + 1])
-        return ids
-
-    def _substitute(self, place: int, value: NDArray[np.float16]) -> int:
-        """Read the next sound sample of the place's lane instead."""
-        for step in range(1, _SUBSTITUTES + 1):
-            id_ = self.order.ids(np.array([place + step * self.order.lanes]))
-            problems = self.shard_set.read(id_, value)
-            if not problems:
-                return int(id_[0])
-            self.damage.note(self.shard_set, int(id_[0]), problems[0])
-        raise ValueError(f"{_SUBSTITUTES} samples of {self.shard_set.location} in a row can't be read: {problems[0]}")
-
-
-class _Damage:
-    """Samples that could not be read, each named once."""
-
-    def __init__(self, path: Path | None, most: float):
-        self.path, self.most = path, most
-        self.known: dict[ShardSet, set[int]] = {}
-
-    def note(self, shard_set: ShardSet, id_: int, problem: DamagedSample) -> None:
-        known = self.known.setdefault(shard_set, set())
-        if id_ in known:
-            return
-        known.add(id_)
-        if self.path is not None:
-            line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())  # ranks append whole lines
-            finally:
-                os.close(descriptor)
-        if len(known) > self.most * len(shard_set):
-            raise ValueError(
-                f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, more than "
-                f"data.max_damaged={self.most:g} of them. The last: {problem}"
-            )

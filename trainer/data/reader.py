@@ -1,0 +1,125 @@
+"""A set, or a part of it, read in its order, with other samples in place of damaged ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.order import Order
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import DamagedSample
+from trainer.randomness import integers
+
+_SUBSTITUTES = 64  # samples tried in place of a damaged one
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of a set that are read as crops of so many frames: some of them, by `ids` in rising order, or all."""
+
+    frames: int
+    ids: NDArray[np.int64] | None = None
+
+    def samples(self, shard_set: ShardSet) -> int:
+        """How many they are."""
+        return len(shard_set) if self.ids is None else len(self.ids)
+
+
+def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
+    """A set by the smallest of these lengths that a sample fits in; the largest is of all that are longer, too."""
+    if len(lengths) == 1:
+        return [Part(lengths[0])]
+    bucket = np.searchsorted(lengths[:-1], shard_set.index["frames"])
+    parts = [Part(length, np.flatnonzero(bucket == number)) for number, length in enumerate(lengths)]
+    return [part for part in parts if part.samples(shard_set)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A part of a set in its order, with other samples in place of damaged ones."""
+
+    shard_set: ShardSet
+    part: Part
+    order: Order
+    damage: Damage
+
+    def ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at these places of the order."""
+        ids = self.order.ids(places)
+        return ids if self.part.ids is None else self.part.ids[ids]
+
+    def read(
+        self,
+        places: NDArray[np.int64],
+        crop_keys: Tensor,
+        out: NDArray[np.float16],
+        mask: NDArray[np.bool] | None,
+        rows: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Crops of the samples at these places of the order (B,) into these rows of `out`; returns their ids."""
+        channels, crop = out.shape[1:]
+        if len(rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == crop:
+            return self._fill(places, out.reshape(len(out), -1))
+        values = np.empty((len(rows), channels * self.shard_set.longest_frames), np.float16)
+        ids = self._fill(places, values)
+        frames = self.shard_set.index["frames"][ids].astype(np.int64)
+        starts = integers(crop_keys, torch.from_numpy(np.maximum(0, frames - crop) + 1))
+        for row, clip, length, start in zip(rows.tolist(), values, frames.tolist(), starts.tolist(), strict=True):
+            cut = clip[: channels * length].reshape(channels, length)[:, start : start + crop]
+            out[row, :, : cut.shape[1]] = cut
+            if mask is not None:
+                out[row, :, length:] = 0
+                mask[row, length:] = False
+        return ids
+
+    def _fill(self, places: NDArray[np.int64], values: NDArray[np.float16]) -> NDArray[np.int64]:
+        ids = self.ids(places)
+        for row, problem in self.shard_set.read(ids, values).items():
+            self.damage.note(self.shard_set, int(ids[row]), problem)
+            ids[row] = self._substitute(int(places[row]), values[row : row + 1])
+        return ids
+
+    def _substitute(self, place: int, value: NDArray[np.float16]) -> int:
+        """Read the next sound sample of the place's lane instead."""
+        for step in range(1, _SUBSTITUTES + 1):
+            id_ = self.ids(np.array([place + step * self.order.lanes]))
+            problems = self.shard_set.read(id_, value)
+            if not problems:
+                return int(id_[0])
+            self.damage.note(self.shard_set, int(id_[0]), problems[0])
+        raise ValueError(f"{_SUBSTITUTES} samples of {self.shard_set.location} in a row can't be read: {problems[0]}")
+
+
+class Damage:
+    """Samples that could not be read, each named once."""
+
+    def __init__(self, path: Path | None, most: float):
+        self.path, self.most = path, most
+        self.known: dict[ShardSet, set[int]] = {}
+
+    def note(self, shard_set: ShardSet, id_: int, problem: DamagedSample) -> None:
+        """Count a sample and write it down, the first time; raises ValueError where they are too many."""
+        known = self.known.setdefault(shard_set, set())
+        if id_ in known:
+            return
+        known.add(id_)
+        if self.path is not None:
+            line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, (json.dumps(line) + "\n").encode())  # ranks append whole lines
+            finally:
+                os.close(descriptor)
+        if len(known) > self.most * len(shard_set):
+            raise ValueError(
+                f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, more than "
+                f"data.max_damaged={self.most:g} of them. The last: {problem}"
+            )
