@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, command, help_ in (
         ("run", _run, "all stages of a recipe in order; run again it goes on where it stopped"),
-        ("prepare", _stage("prepare"), "sound files → latents in shards"),
+        ("prepare", _prepare, "sound files → latents in shards"),
         ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize or finetune"),
         ("evaluate", _stage("evaluate"), "figures of the trained codec on held-out clips"),
         ("page", _page, "the page to listen to"),
@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
         sub = _command(commands, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+
+        if name == "prepare":
+            sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
 
     index = _command(commands, "index", _index, "an index for tars of latents that are there, or a check of one")
     index.add_argument("folder", type=Path, help="holds *.tar, made by `spresso prepare`, WebDataset or tar")
@@ -158,6 +161,16 @@ def _outcome(outcome: str) -> int:
         print("spresso: stopped and saved; the same command goes on from there", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from launch import pipeline
+    from trainer.config import load
+
+    part, slash, parts = (options.part or "0/1").partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--part {options.part} is not like 0/8, one of 0/8 to 7/8")
+    pipeline.prepare_latents(load(options.recipe, options.overrides), part=int(part), parts=int(parts))
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:

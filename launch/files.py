@@ -74,8 +74,10 @@ def index(folder: Path, *, kind: str | None, weights: Path | None, workers: int)
         info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
     if info is None:
         raise ValueError(f"whose latents {folder} holds is not known: say --autoencoder spectral, or woosh")
-    with Progress("index", total=1, unit="of all shards") as progress:
-        shard_set = index_folder(folder, info, workers=workers, progress=partial(_show, progress))
+    with Progress("index", total=0, unit="shards") as progress:
+        shard_set = index_folder(
+            folder, info, workers=workers, progress=lambda done, total: progress.to(done, of=total)
+        )
     print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards", file=sys.stderr)
 
 
@@ -83,8 +85,8 @@ def verify(folder: Path, *, workers: int) -> None:
     """Hold a set's tars against its index; raises ValueError with all that is wrong."""
     from trainer.data.index import verify_folder
 
-    with Progress("verify", total=1, unit="of all shards") as progress:
-        problems = verify_folder(folder, workers=workers, progress=partial(_show, progress))
+    with Progress("verify", total=0, unit="shards") as progress:
+        problems = verify_folder(folder, workers=workers, progress=lambda done, total: progress.to(done, of=total))
     if problems:
         raise ValueError("\n".join(problems))
     shard_set = ShardSet(folder)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from trainer.config import TRAINED_STAGES, Config, to_yaml
-from trainer.data.prepare import prepare
+from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.synth import write_sounds
 from trainer.progress import Progress
@@ -71,18 +72,26 @@ def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
         write_sounds(folder, hours=hours, seed=seed, workers=workers, progress=show)
 
 
-def prepare_latents(config: Config) -> None:
-    """Sound files → latents in shards."""
+def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
+    """Sound files → latents in shards; all of them, or one part of the job."""
     if shared_latents(config):
         say(f"  made before: {config.data.latents}")
         return
     from models.pretrained import load_autoencoder
 
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
-    with Progress("prepare", total=1, unit="of all files") as progress:
+    start = time.monotonic()
+    with Progress("prepare", total=0, unit="files") as progress:
 
-        def show(files: int, total: int, seconds: float) -> None:
-            progress.to(round(files / max(1, total), 3), files=files, minutes=f"{seconds / 60:.1f}")
+        def show(tally: Tally) -> None:
+            speed = (tally.seconds - tally.found) / 3600 / max(1e-3, time.monotonic() - start)
+            progress.to(
+                tally.done,
+                of=tally.files,
+                hours=f"{tally.seconds / 3600:.2f}",
+                hours_per_second=f"{speed:.3g}",
+                left_out=tally.problems,
+            )
 
         report = prepare(
             audio_folder(config),
@@ -94,8 +103,13 @@ def prepare_latents(config: Config) -> None:
             ae_options=asdict(config.autoencoder),
             workers=config.data.workers,
             shard_mb=config.data.shard_mb,
+            part=part,
+            parts=parts,
             progress=show,
         )
+    if report is None:
+        say(f"  part {part} of {parts} is done; the sets are made when all parts are")
+        return
     say(f"  {report.files} files, {report.clips['train']} clips to learn from, {report.clips['test']} held out")
     if report.problems:
         say(f"  {len(report.problems)} left out, see {config.data.latents}/report.json")

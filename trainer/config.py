@@ -31,7 +31,8 @@ class DataConfig:
     """From sound files to latents."""
 
     audio: str | None = None
-    """Folder of sound files (wav, flac, ogg, mp3). None: `synth` makes some under the run directory."""
+    """Folder of sound files (wav, flac, ogg, mp3), or a manifest (.jsonl or .csv with `file` and `caption`). None:
+    `synth` makes some under the run directory."""
     synth_hours: float = 0.5
     """Hours of sound that `synth` makes where `audio` is None."""
     latents: str = "${run_dir}/latents"

@@ -12,7 +12,7 @@ LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
 class Progress:
-    """`with Progress("prepare", total=12, unit="file") as progress: progress.to(3, errors=0)`."""
+    """`with Progress("prepare", total=12, unit="files") as progress: progress.to(3, errors=0)`."""
 
     def __init__(self, title: str, *, total: float, unit: str, shown: bool = True) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -22,9 +22,11 @@ class Progress:
         terminal = shown and sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) if terminal else None
 
-    def to(self, done: float, **facts: object) -> None:
-        """Say how far it is, with facts to stand beside it."""
+    def to(self, done: float, *, of: float | None = None, **facts: object) -> None:
+        """Say how far it is, with facts to stand beside it; `of` is the total where that was not known before."""
+        self.total = self.total if of is None else of
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.set_postfix({key: str(value) for key, value in facts.items()}, refresh=False)
             self.bar.update(done - self.done)
         elif self.shown and (time.monotonic() - self.line > LINE_EVERY or done >= self.total > self.done):

@@ -39,8 +39,8 @@ class Task(ABC):
 
     autoencoder: AudioAE
     module: nn.Module
-    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is padded.
-    Frozen parts lie in it with requires_grad=False."""
+    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is
+    padded. Frozen parts lie in it with requires_grad=False."""
 
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage

@@ -8,6 +8,7 @@ from models.diffusion import make_diffusion
 from trainer.config import TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
+from trainer.data.sources import MANIFESTS
 
 
 def problems(config: Config) -> list[str]:
@@ -178,8 +179,9 @@ def _folders(config: Config) -> list[str]:
         )
     if config.data.audio is None and config.data.synth_hours <= 0:
         found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
-    if config.data.audio is not None and not Path(config.data.audio).is_dir():
-        found.append(f"data.audio={config.data.audio} is no folder")
+    audio = None if config.data.audio is None else Path(config.data.audio)
+    if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
+        found.append(f"data.audio={audio} is no folder, and no manifest ({', '.join(MANIFESTS)})")
     if config.data.audio is not None and is_url(config.data.latents):
         found.append(
             f"data.latents={config.data.latents} can't be written to: leave data.audio out, or prepare to a folder "

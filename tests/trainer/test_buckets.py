@@ -154,7 +154,9 @@ def test_what_is_padded_counts_in_no_loss(uneven, tmp_path):
     settings = uneven.pretrain
     task = make_task(uneven, "pretrain")
     batches = _stream(uneven, settings, errors=tmp_path / "errors.jsonl")
-    padded = next(batch for step in range(99) if (batch := batches.batch(step * settings.global_batch)).mask is not None)
+    padded = next(
+        batch for step in range(99) if (batch := batches.batch(step * settings.global_batch)).mask is not None
+    )
     assert padded.mask is not None
     x0 = padded.x0.float()
     with torch.no_grad():

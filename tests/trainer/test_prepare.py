@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
-from trainer.data.prepare import PrepareReport, prepare
+from trainer.data.prepare import PrepareReport, Tally, prepare
 from trainer.data.shard_set import ShardSet
 from trainer.data.sources import held_out
 
@@ -106,7 +107,7 @@ def test_a_folder_becomes_two_sets(sounds, tmp_path):
         assert (info.ae_identity, info.ae_options) == ("fake-1.0", {"kind": "fake"})
         assert (info.sample_rate, info.hop, info.latent_channels, info.clip_seconds) == (RATE, HOP, CHANNELS, 0.5)
     assert json.loads((out / "report.json").read_text()) == report.__dict__
-    assert sorted(path.name for path in out.iterdir()) == ["report.json", "test", "train"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["report.json", "test", "train"]
 
 
 def test_metadata_and_latents_fit_the_sound(sounds, tmp_path):
@@ -228,7 +229,7 @@ def test_a_complete_outcome_is_left_alone(sounds, tmp_path):
     first = run(sounds, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     steps: list[int] = []
-    assert run(sounds, tmp_path / "out", workers=2, progress=lambda done, *_: steps.append(done)) == first
+    assert run(sounds, tmp_path / "out", workers=2, progress=lambda tally: steps.append(tally.done)) == first
     assert steps == []
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -286,9 +287,9 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt_at(file: int) -> Callable[[int, int, float], None]:
-    def progress(done: int, total: int, seconds: float) -> None:
-        if done == file:
+def interrupt_at(file: int) -> Callable[[Tally], None]:
+    def progress(tally: Tally) -> None:
+        if tally.done == file:
             raise Interrupted
 
     return progress
@@ -306,11 +307,13 @@ def test_what_was_interrupted_goes_on(sounds, tmp_path, workers):
             with tarfile.open(path) as tar:
                 assert len(tar.getnames()) >= 2
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
-    report = run(sounds, out, shard_mb=0.03, progress=lambda *step: steps.append(step))
+    report = run(sounds, out, shard_mb=0.03, progress=lambda tally: steps.append(dataclasses.replace(tally)))
     assert contents(out) == contents(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert steps[0][0] > 1  # what was done counts
-    assert steps[-1] == (20, 20, pytest.approx(report.seconds))
+    assert steps[0].done > 1  # what was done counts
+    assert 0 < steps[0].found < steps[0].seconds
+    assert (steps[-1].done, steps[-1].files) == (20, 20)
+    assert steps[-1].seconds == pytest.approx(report.seconds)
 
 
 def test_what_was_interrupted_may_start_with_other_options(sounds, tmp_path):
@@ -327,7 +330,7 @@ def test_killed_and_run_again(sounds, tmp_path):
     program.write_text(
         "import sys, time\nfrom pathlib import Path\n"
         "from tests.trainer.test_prepare import run\n"
-        "def progress(done, total, seconds):\n    print(done, flush=True)\n    time.sleep(0.05)\n"
+        "def progress(tally):\n    print(tally.done, flush=True)\n    time.sleep(0.05)\n"
         "if __name__ == '__main__':\n"
         "    run(Path(sys.argv[1]), Path(sys.argv[2]), shard_mb=0.03, workers=2, progress=progress)\n"
     )

@@ -130,7 +130,7 @@ class ClipEncoder:
                 "seconds": min(audio_CS.shape[1], self.clip_samples) / rate,
                 "sample_rate": rate,
                 "gain_db": gain_db,
-            }
+            } | ({"facts": dict(source.facts)} if source.facts else {})
             flac = encode_audio(clip_CS.numpy(), rate, suffix=".flac") if keep_audio else b""
             yield Clip(key, x0_CT, metadata, flac)
 

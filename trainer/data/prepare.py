@@ -2,36 +2,47 @@
 
 The work is planned before it begins: files in the order of their paths, cut into units that fill about a shard each.
 What a unit's shards hold depends on its files alone, so the outcome is the same to the byte for any number of workers
-and however often it was killed. `OUT/.prepare` remembers the units that are done until all of them are.
+and however often it was killed. `OUT/.prepare` remembers the units that are done until all of them are. Several parts
+of one job, on as many machines, each make every n-th unit; the one that ends last makes the sets.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.data.audio import duration
-from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encoder, clip_starts, encode_in_order
-from trainer.data.files import replacing, write_whole
+from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encoder, encode_in_order
+from trainer.data.files import locked, replacing, write_whole
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.data.sources import Source, held_out, list_sources
+from trainer.data.sources import list_sources
+from trainer.data.units import SPLITS, Unit, durations, plan_units, sources_fingerprint
 
-_SPLITS = ("train", "test")
-_WORK, _REPORT = ".prepare", "report.json"
+_WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
 _MENDS = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
-_SAMPLE_OVERHEAD = 4096  # bytes, more than a sample's JSON and tar headers take
 
-Progress = Callable[[int, int, float], None]
-"""Is called with files done, files in all, and seconds of sound read."""
+
+@dataclass
+class Tally:
+    """How far it is."""
+
+    files: int
+    """In all, of this part of the job."""
+    done: int = 0
+    """Files."""
+    seconds: float = 0.0
+    """Of sound in the files that are done and could be used."""
+    problems: int = 0
+    """Files, or clips of files, that were left out."""
+    found: float = 0.0
+    """Seconds of sound that had been done before."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,10 @@ def prepare(
     ae_options: Mapping[str, Any] | None = None,
     workers: int = 1,
     shard_mb: float = 64,
-    progress: Progress | None = None,
-) -> PrepareReport:
+    part: int = 0,
+    parts: int = 1,
+    progress: Callable[[Tally], None] | None = None,
+) -> PrepareReport | None:
     """Make the sets, or what is missing of them; where they are complete, return at once.
 
     Files are cut into clips of equal length. A shorter one is repeated to fill it; the rest of a longer one is a clip
@@ -70,7 +83,7 @@ def prepare(
     Silence and files that can't be read are left out and reported (`OUT/report.json`).
 
     Args:
-        audio: the folder of sound files.
+        audio: the folder of sound files, or a manifest (`list_sources`).
         out: the folder for the sets.
         make_ae: makes the autoencoder, in this process and in each worker; it must be picklable.
         clip_seconds: a clip's length.
@@ -80,11 +93,18 @@ def prepare(
         ae_options: how to get the autoencoder again, to be kept in the sets' `set.json`.
         workers: processes; with 1, this one.
         shard_mb: a shard's size, at most, in MiB (more only if a single clip is larger).
+        part: which part of the job is done here, from 0 on.
+        parts: into so many the job is cut; they may run at the same time.
         progress: is called after each file.
+
+    Returns:
+        What came of it; None where other parts of the job have not ended yet.
 
     Raises:
         ValueError: there is no usable sound, a set would be empty, `out` holds other sets, or a worker died.
     """
+    if not 0 <= part < parts:
+        raise ValueError(f"the parts of a job of {parts} are 0 to {parts - 1}, not {part}")
     ae = make_ae()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
@@ -95,20 +115,31 @@ def prepare(
         "holdout": holdout,
         "seed": seed,
         "shard_mb": shard_mb,
-        "files": _fingerprint(sources),
+        "files": sources_fingerprint(sources),
     }
     if report := _finished(out, settings):
         return report
-    _begin(out, settings)
     shard_bytes = int(shard_mb * 2**20)
-    units = _plan(sources, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
-    tally = _Tally(len(sources), progress)
-    missing = [unit for unit in units if not _count_done(out, unit, tally)]
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / _LOCK):
+        if report := _finished(out, settings):
+            return report
+        _begin(out, settings)
+        seconds = durations(sources, out / _WORK / "durations.json")
+    units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
+    mine = units[part::parts]
+    tally = Tally(sum(len(unit.sources) for unit in mine))
+    missing = [unit for unit in mine if not _count_done(out, unit, tally)]
     tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
     with closing(encode_in_order(tasks, ClipEncoder(ae, clip_samples), make_ae, workers=workers)) as files:
         for unit in missing:
-            _write_unit(out, unit, islice(files, len(unit.sources)), tally, shard_bytes=shard_bytes)
-    return _finish(out, units, _set_info(ae, dict(ae_options or {}), settings))
+            _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
+    with locked(out / _LOCK):
+        if report := _finished(out, settings):
+            return report
+        if parts > 1 and not all(_is_done(out, unit) for unit in units):
+            return None
+        return _finish(out, units, _set_info(ae, dict(ae_options or {}), settings))
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -116,19 +147,6 @@ def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
         raise ValueError(f"holdout is a fraction from 0 up to but not 1, not {holdout}")
     if clip_seconds < SHORTEST_SECONDS or workers < 1:
         raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
-
-
-class _Tally:
-    """Counts what is done and tells `progress`."""
-
-    def __init__(self, files: int, progress: Progress | None):
-        self.files, self.progress = files, progress
-        self.done, self.seconds = 0, 0.0
-
-    def add(self, files: int, seconds: float) -> None:
-        self.done, self.seconds = self.done + files, self.seconds + seconds
-        if self.progress:
-            self.progress(self.done, self.files, self.seconds)
 
 
 def _set_info(ae: Encoder, ae_options: dict[str, Any], settings: dict[str, Any]) -> SetInfo:
@@ -141,14 +159,6 @@ def _set_info(ae: Encoder, ae_options: dict[str, Any], settings: dict[str, Any])
         clip_seconds=settings["clip_seconds"],
         prepared=settings,
     )
-
-
-def _fingerprint(sources: Iterable[Source]) -> str:
-    digest = blake2b(digest_size=16)
-    for source in sources:
-        status = source.path.stat()
-        digest.update(json.dumps([source.name, status.st_size, status.st_mtime_ns, source.caption]).encode())
-    return digest.hexdigest()
 
 
 # ---- What is there already ------------------------------------------------------------------------------------------
@@ -177,54 +187,26 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     mark = work / "settings.json"
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
         return
-    if not work.exists() and any((out / split).exists() for split in _SPLITS) and not (out / _REPORT).exists():
+    if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `prepare` did not make: give another folder")
-    for folder in (*(out / split for split in _SPLITS), work):
+    for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
     write_whole(mark, json.dumps(settings))
 
 
-# ---- The plan -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Files whose clips fill about a shard."""
-
-    split: str
-    number: int
-    sources: list[Source]
-
-
-def _plan(
-    sources: list[Source], ae: Encoder, clip_samples: int, *, holdout: float, seed: int, shard_bytes: int
-) -> list[_Unit]:
-    """Share out the files by what their headers say; those that can't be read count nothing and are found out later."""
-    seconds = {source: duration(source.path) for source in sources}
-    tested = held_out((source.base_name for source in sources if seconds[source]), fraction=holdout, seed=seed)
-    units = []
-    for split in _SPLITS:
-        clip_bytes = _SAMPLE_OVERHEAD + 2 * ae.latent_channels * ae.frames(clip_samples)
-        if split == "test":
-            clip_bytes += 3 * ae.channels * clip_samples
-        number, room = -1, 0
-        for source in sources:
-            if (source.base_name in tested) != (split == "test"):
-                continue
-            size = clip_bytes * len(clip_starts(round(seconds[source] * ae.sample_rate), clip_samples))
-            if number < 0 or size > room:
-                number, room = number + 1, shard_bytes
-                units.append(_Unit(split, number, []))
-            units[-1].sources.append(source)
-            room -= size
-    return units
-
-
 # ---- Units and sets -------------------------------------------------------------------------------------------------
 
 
-def _write_unit(out: Path, unit: _Unit, files: Iterator[EncodedFile], tally: _Tally, *, shard_bytes: int) -> None:
+def _write_unit(
+    out: Path,
+    unit: Unit,
+    files: Iterator[EncodedFile],
+    tally: Tally,
+    progress: Callable[[Tally], None] | None,
+    *,
+    shard_bytes: int,
+) -> None:
     """Write a unit's shards, then what is to be known of them, and last the record that it is done."""
     record: dict[str, Any] = {"seconds": 0.0, "problems": []}
     with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
@@ -233,25 +215,35 @@ def _write_unit(out: Path, unit: _Unit, files: Iterator[EncodedFile], tally: _Ta
                 writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac)
             record["seconds"] += file.seconds
             record["problems"] += [{"file": source.name, "reason": problem} for problem in file.problems]
-            tally.add(1, file.seconds)
+            tally.done, tally.seconds = tally.done + 1, tally.seconds + file.seconds
+            tally.problems += len(file.problems)
+            if progress:
+                progress(tally)
     for name in writer.names:
         with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
             np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
     write_whole(_record_path(out, unit), json.dumps(record | {"shards": writer.names}))
 
 
-def _count_done(out: Path, unit: _Unit, tally: _Tally) -> bool:
+def _is_done(out: Path, unit: Unit) -> bool:
+    return _record_path(out, unit).is_file() and all(
+        (out / unit.split / name).is_file() for name in _record(out, unit)["shards"]
+    )
+
+
+def _count_done(out: Path, unit: Unit, tally: Tally) -> bool:
     """Whether a unit is done; if so, it counts."""
-    if not _record_path(out, unit).is_file():
+    if not _is_done(out, unit):
         return False
     record = _record(out, unit)
-    if not all((out / unit.split / name).is_file() for name in record["shards"]):
-        return False
-    tally.add(len(unit.sources), record["seconds"])
+    tally.done += len(unit.sources)
+    tally.seconds += record["seconds"]
+    tally.found += record["seconds"]
+    tally.problems += len(record["problems"])
     return True
 
 
-def _finish(out: Path, units: list[_Unit], info: SetInfo) -> PrepareReport:
+def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
     """Make sets of the shards, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
@@ -262,7 +254,7 @@ def _finish(out: Path, units: list[_Unit], info: SetInfo) -> PrepareReport:
     if not any(shards.values()):
         reasons = "; ".join(f"{problem['file']} {problem['reason']}" for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
-    clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in _SPLITS}
+    clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in SPLITS}
     wanted = {"train": 1, "test": 2 if info.prepared["holdout"] else 0}  # one clip is decoded from another's z
     if short := [split for split, count in wanted.items() if clips[split] < count]:
         raise ValueError(
@@ -274,17 +266,19 @@ def _finish(out: Path, units: list[_Unit], info: SetInfo) -> PrepareReport:
     seconds = sum(record["seconds"] for record in records)
     report = PrepareReport(info.prepared, files, clips, seconds, problems)
     write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    for left in out.glob("*/.*.partial"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     shutil.rmtree(out / _WORK)
     return report
 
 
-def _record_path(out: Path, unit: _Unit) -> Path:
+def _record_path(out: Path, unit: Unit) -> Path:
     return out / _WORK / f"{unit.split}-{unit.number:05d}.json"
 
 
-def _rows_path(out: Path, unit: _Unit, shard: str) -> Path:
+def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
     return out / _WORK / f"{unit.split}-{shard}.npy"
 
 
-def _record(out: Path, unit: _Unit) -> dict[str, Any]:
+def _record(out: Path, unit: Unit) -> dict[str, Any]:
     return json.loads(_record_path(out, unit).read_text(encoding="utf-8"))

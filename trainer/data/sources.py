@@ -1,18 +1,22 @@
-"""The sound files of a folder: what they are called, what they are captioned, and which of them are held out."""
+"""The sound files of a folder or a manifest: their names, their captions, and which of them are held out."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from trainer.data.audio import find_audio
 
 _CAPTIONS = "captions.jsonl"
+MANIFESTS = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Source:
     key: str
     """ASCII letters, digits and -, begins the keys of its clips; no two files of a folder have the same."""
     caption: str
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What else a manifest says of it."""
 
     @property
     def base_name(self) -> str:
@@ -32,22 +38,32 @@ class Source:
         return unicodedata.normalize("NFC", self.path.stem)
 
 
-def list_sources(folder: Path) -> list[Source]:
-    """All sound files of a folder, sorted by path.
+def list_sources(audio: Path) -> list[Source]:
+    """All sound files of a folder, sorted by path, or those of a manifest, sorted by name.
 
-    A caption is what `captions.jsonl` in the folder says of the file (a line for each: {"file": …, "caption": …}), or a
-    `.txt` or `.json` ({"caption": …}) beside the file and named like it, or else it is made of the file's name.
+    A manifest is a `.jsonl` (an object a line) or a `.csv` (with a header) that gives each sound's `file`, absolute or
+    relative to the manifest, perhaps its `caption`, and whatever else is to be kept with it.
+
+    A caption is what the manifest says, or what `captions.jsonl` in the folder says of the file (a line for each:
+    {"file": …, "caption": …}), or a `.txt` or `.json` ({"caption": …}) beside the file and named like it, or else it is
+    made of the file's name.
 
     Raises:
         ValueError: there is no sound, or captions can't be read.
     """
-    captions = _read_captions(folder / _CAPTIONS)
+    if audio.suffix.lower() in MANIFESTS:
+        entries = _read_manifest(audio)
+    else:
+        captions = _read_captions(audio / _CAPTIONS)
+        names = (path.relative_to(audio).as_posix() for path in find_audio(audio))
+        entries = {name: {"caption": captions.get(name, "")} for name in names}
     taken: set[str] = set()
     sources = []
-    for path in find_audio(folder):
-        name = path.relative_to(folder).as_posix()
-        caption = captions.get(name) or _sidecar_caption(path) or _caption_from_name(path.stem)
-        sources.append(Source(path, name, _free_key(path.stem, taken), caption))
+    for name, entry in entries.items():
+        path = (audio.parent if audio.suffix.lower() in MANIFESTS else audio) / name
+        caption = _caption(entry) or _sidecar_caption(path) or _caption_from_name(path.stem)
+        facts = {key: value for key, value in entry.items() if key not in ("file", "caption")}
+        sources.append(Source(path, name, _free_key(path.stem, taken), caption, facts))
     return sources
 
 
@@ -66,6 +82,33 @@ def held_out(base_names: Iterable[str], *, fraction: float, seed: int) -> set[st
     if fraction > 0 and len(places) > 1:
         count = min(max(count, 1), len(places) - 1)
     return {name for _, name in places[:count]}
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """file → all that its entry says, sorted by file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    text = _read_text(path)
+    if path.suffix.lower() == ".csv":
+        try:
+            rows: list[object] = list(csv.DictReader(io.StringIO(text, newline=""), restkey="more columns"))
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV: {error}") from error
+        numbered = list(enumerate(rows, 2))
+    else:
+        lines = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        numbered = [(number, _parse(line, f"{path}, line {number}")) for number, line in lines]
+    entries: dict[str, dict[str, Any]] = {}
+    for number, entry in numbered:
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if not (isinstance(entry, dict) and isinstance(name, str) and name):
+            raise ValueError(f"{path}, line {number} names no file: each has a `file`, and may have a `caption`")
+        if name in entries:
+            raise ValueError(f"{path}, line {number} names {name} again: each file once")
+        entries[name] = entry
+    if not entries:
+        raise ValueError(f"{path} names no file")
+    return dict(sorted(entries.items()))
 
 
 def _free_key(stem: str, taken: set[str]) -> str:
