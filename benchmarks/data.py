@@ -2,7 +2,7 @@
 
 Makes the same 20,000 samples in every loader's format, each peer in a virtual environment of its own under DIR, and
 measures all of them in turn, `--repeat` times, of which the median counts. The page cache is warm: what is compared is
-the loaders.
+the loaders. A second table is of the order and the index alone, at 10⁹ samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ TITLES = {
     "litdata": "LitData",
     "mosaicml": "MosaicML streaming",
 }
+GROUPS = 371
+IDEAL = GROUPS * (1 - (1 - 1 / GROUPS) ** 256)
 FORMAT = {"webdataset": "ours", "wids": "ours"}  # who reads the same files as whom
 
 
@@ -70,7 +71,10 @@ def main() -> None:
                 for key, value in measured.items():
                     row.setdefault(key, []).append(value)
         figures.setdefault("reads", []).append(bare_reads(folder_of("ours", options.work)))
-    figures["orders"] = orders()
+    for name in options.only:
+        figures["loaders"][name]["0"]["distinct_shards"] = [call(name, "mix", options.work, 0)["distinct_shards"]]
+    say("the order at 10⁹ samples")
+    figures["orders"] = [order_of_a_billion(kind, options.work) for kind in ("global", "windowed")]
     figures["mixing"] = mixing()
     print(table(figures))
     if options.json:
@@ -147,30 +151,56 @@ def bare_reads(folder: Path) -> dict[str, float]:
     }
 
 
-def orders() -> list[dict[str, Any]]:
-    """The order alone at 10⁹ samples, by a synthetic index."""
-    from trainer.data.order import Order
+def order_of_a_billion(kind: str, work: Path) -> dict[str, Any]:
+    """A set of 10⁹ samples in shards of a GiB, all of holes: opening it, then batches of 1024 ids with their rows."""
+    folder = work / "sets" / "billion"
+    if not (folder / "set.json").exists():
+        _make_billion(folder)
+    program = (
+        "import json, sys, time; from pathlib import Path; import numpy as np\n"
+        "from trainer.data.shard_set import ShardSet; from trainer.data.stream import Shuffle\n"
+        "def anonymous(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) / 1024\n"
+        "before, start = anonymous(), time.perf_counter()\n"
+        "shard_set = ShardSet(Path(sys.argv[1])); order = Shuffle(sys.argv[2]).order(shard_set, 0)\n"
+        "opened = time.perf_counter() - start\n"
+        "firsts = np.random.default_rng(0).integers(0, 10**9 - 1024, 300).tolist()\n"
+        "order.ids(np.arange(1024)); start = time.perf_counter()\n"
+        "ids = [order.ids(np.arange(first, first + 1024)) for first in firsts]\n"
+        "asked = time.perf_counter() - start\n"
+        "many = np.arange(4096); start = time.perf_counter(); order.ids(many); dealt = time.perf_counter() - start\n"
+        "start = time.perf_counter(); [shard_set.index[of] for of in ids]; rows = time.perf_counter() - start\n"
+        "print(json.dumps({'open_s': opened, 'us_per_1024_ids': asked / 300 * 1e6, 'us_dealt': dealt / 4 * 1e6,\n"
+        "    'us_per_1024_rows': rows / 300 * 1e6, 'memory_mib': anonymous() - before}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, folder, kind]
+    return {"order": kind} | json.loads(
+        subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    )
 
-    rows = []
-    for kind in ("global", "windowed"):
-        tracemalloc.start()
-        start = time.perf_counter()
-        order = Order(10**9, "a", 0, kind, lanes=64)
-        opened = time.perf_counter() - start
-        positions = np.random.default_rng(0).integers(0, 10**9, (200, 1024)) // 1024 * 1024
-        start = time.perf_counter()
-        for first in positions[:, 0]:
-            order.ids(np.arange(first, first + 1024))
-        rows.append(
-            {
-                "order": kind,
-                "open_s": opened,
-                "us_per_1024_ids": (time.perf_counter() - start) / len(positions) * 1e6,
-                "memory_mib": tracemalloc.get_traced_memory()[1] / 2**20,
-            }
-        )
-        tracemalloc.stop()
-    return rows
+
+def _make_billion(folder: Path) -> None:
+    """Files of holes, which take no room."""
+    from dataclasses import asdict
+
+    from numpy.lib import format as npy
+
+    from trainer.data.shards import INDEX_ROW, VERSION, SetInfo
+
+    samples, shards, shard_bytes = 10**9, 27_000, 2**30
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "index.npy").open("wb") as file:
+        header = {"descr": npy.dtype_to_descr(INDEX_ROW), "fortran_order": False, "shape": (samples,)}
+        npy.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + samples * INDEX_ROW.itemsize)
+    for number in range(shards):
+        with (folder / f"{number:05d}.tar").open("wb") as file:
+            file.truncate(shard_bytes)
+    info = SetInfo("a", {}, sample_rate=48_000, hop=480, latent_channels=64, clip_seconds=2.15)
+    described = [{"name": f"{n:05d}.tar", "bytes": shard_bytes, "samples": samples // shards} for n in range(shards)]
+    facts = {"fingerprint": "a", "samples": samples, "total_frames": 215 * samples}
+    facts |= {"shortest_frames": 215, "longest_frames": 215, "shards": described}
+    (folder / "set.json").write_text(json.dumps({"version": VERSION} | asdict(info) | facts))
 
 
 def mixing() -> dict[str, float]:
@@ -197,8 +227,9 @@ def table(figures: dict[str, Any]) -> str:
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}. 20,000 samples of 64 × 215 "
         f"float16, batch 64, shuffled, page cache warm.",
         "",
-        "| loader | workers | samples/s | of ours | CPU µs a sample | first batch s | restored at 90 % s | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| loader | workers | samples/s | of ours | CPU µs a sample | first batch s | restored at 90 % s | peak MiB | "
+        "shards |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for workers in ("0", "2"):
         ours = _median(loaders["ours"][workers]) if "ours" in loaders else {"samples_per_second": float("nan")}
@@ -207,23 +238,30 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(
                 f"| {TITLES[name]} | {workers} | {row['samples_per_second']:,.0f} | "
                 f"{row['samples_per_second'] / ours['samples_per_second']:.2f} | {row['cpu_us']:.0f} | "
-                f"{row['first_batch_s']:.3f} | {row['restored_s']:.3f} | {row['memory_mib']:,.0f} |"
+                f"{row['first_batch_s']:.3f} | {row['restored_s']:.3f} | {row['memory_mib']:,.0f} | "
+                + (f"{row['distinct_shards']:.0f} |" if "distinct_shards" in row else "|")
             )
     lines += [
-        f"| bare read, nothing checked | | {reads['samples_per_second']:,.0f} | | {reads['cpu_us']:.1f} | | | |",
+        f"| bare read, nothing checked | | {reads['samples_per_second']:,.0f} | | {reads['cpu_us']:.1f} | | | | |",
         "",
-        "| order of 10⁹ samples | open s | µs for 1024 ids | peak MiB |",
-        "|---|---|---|---|",
+        f"Shards: distinct ones in 256 samples that follow each other, of {GROUPS}; {IDEAL:.0f} if all were drawn at "
+        f"random.",
+        "",
+        "| 10⁹ samples, 27,000 shards | open s | µs for 1024 ids | when 4096 are dealt at once | µs for their rows | "
+        "MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in figures["orders"]:
         lines.append(
-            f"| {row['order']} | {row['open_s']:.4f} | {row['us_per_1024_ids']:.0f} | {row['memory_mib']:.1f} |"
+            f"| {row['order']} | {row['open_s']:.3f} | {row['us_per_1024_ids']:.0f} | {row['us_dealt']:.0f} | "
+            f"{row['us_per_1024_rows']:.0f} | {row['memory_mib']:.1f} |"
         )
     mixed = figures["mixing"]
     lines += [
         "",
-        f"Distinct shards in a batch of 256 (ideal {mixed['ideal']:.0f}): windowed {mixed['windowed']:.0f}, "
-        f"global {mixed['global']:.0f}, none {mixed['none']:.0f}.",
+        f"Distinct shards in a batch of 256 where the set is larger than the window of 2 GiB (460 shards of 200, at "
+        f"random {mixed['ideal']:.0f}): windowed {mixed['windowed']:.0f}, global {mixed['global']:.0f}, none "
+        f"{mixed['none']:.0f}.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
-"""One loader of `data.py`, in a process of its own: python data_peers.py LOADER make|run|restore FOLDER WORKERS.
+"""One loader of `data.py`, in a process of its own: python data_peers.py LOADER make|run|restore|mix FOLDER WORKERS.
 
 Every loader gives shuffled batches of 64 latents (64, 215) in float16 of the same 20,000 samples, each from its format.
+What it needs is imported before any clock starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -19,18 +21,39 @@ import numpy as np
 
 SAMPLES, SHAPE, BATCH = 20_000, (64, 215), 64
 SHARD_BYTES = 1_600_000  # a set of hundreds of shards, as a large one has
+IN_SHARD = 54  # samples of these, as tars
 RESTORE_AT = int(0.9 * SAMPLES) // BATCH * BATCH
 Loader = Callable[[Path, int, int], Iterator[Any]]
 
 
 def samples() -> Iterator[np.ndarray]:
     """Always the same, and no file system can make them smaller."""
-    for number in range(SAMPLES):
-        yield np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)
+    return map(sample, range(SAMPLES))
+
+
+def sample(number: int) -> np.ndarray:
+    """One of them; its first two values say which."""
+    x0 = np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)
+    x0[0, :2] = divmod(number, 1000)
+    return x0
+
+
+def numbers(batch: Any) -> np.ndarray:
+    """Which samples a loader's batch holds."""
+    if hasattr(batch, "x0"):
+        batch = batch.x0
+    elif isinstance(batch, dict):
+        batch = batch["x0"]
+    elif isinstance(batch, list | tuple):
+        batch = batch[0]
+    thousands, ones = np.asarray(batch)[:, 0, :2].astype(np.int64).T
+    return 1000 * thousands + ones
 
 
 class Ours:
     """This project: plain tars with an index."""
+
+    modules = ("torch", "trainer.data.stream")
 
     def make(self, folder: Path) -> None:
         from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
@@ -46,16 +69,13 @@ class Ours:
         from trainer.data.stream import LatentStream
 
         stream = LatentStream(ShardSet(folder), crop_frames=SHAPE[1], global_batch=BATCH, seed=0)
-        if workers:
-            yield from stream.iterate(start, ahead=2 * workers, threads=workers)
-        buffer = stream.batch(start).x0
-        while True:
-            yield stream.batch(start, out=buffer)
-            start += BATCH
+        yield from stream.iterate(start, ahead=2 * workers, threads=workers)
 
 
 class Npy:
     """A .npy file a sample, torch's DataLoader, and Accelerate's `skip_first_batches` to come back."""
+
+    modules = ("accelerate", "torch.utils.data")
 
     def make(self, folder: Path) -> None:
         for number, x0 in enumerate(samples()):
@@ -81,6 +101,8 @@ class Npy:
 class WebDataset:
     """The same tars as ours through WebDataset, a buffer of 1,000; to come back, it reads up to there."""
 
+    modules = ("webdataset",)
+
     def make(self, folder: Path) -> None:
         Ours().make(folder)
 
@@ -95,6 +117,8 @@ class WebDataset:
 
 class Wids:
     """The same tars through wids (webdataset 0.2.111)."""
+
+    modules = ("wids", "torch.utils.data")
 
     def make(self, folder: Path) -> None:
         Ours().make(folder)
@@ -116,6 +140,8 @@ def _npy(sample: dict[str, Any]) -> np.ndarray:
 
 class LitData:
     """LitData's own chunks."""
+
+    modules = ("litdata",)
 
     def make(self, folder: Path) -> None:
         from litdata import optimize
@@ -144,11 +170,13 @@ class LitData:
 
 
 def _indexed(number: int) -> dict[str, np.ndarray]:
-    return {"x0": np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)}
+    return {"x0": sample(number)}
 
 
 class Mosaic:
     """MosaicML streaming's MDS, shuffled by py1e."""
+
+    modules = ("streaming",)
 
     def __init__(self) -> None:
         _without_torchvision()
@@ -228,6 +256,13 @@ def run(batches: Iterator[Any]) -> dict[str, float]:
     }
 
 
+def mix(batches: Iterator[Any]) -> dict[str, float]:
+    """Distinct shards, as they were written, in 256 samples that follow each other."""
+    seen = np.concatenate([numbers(batch) for batch in islice(batches, SAMPLES // BATCH)])
+    groups = seen[: len(seen) // 256 * 256].reshape(-1, 256) // IN_SHARD
+    return {"distinct_shards": float(np.mean([len(np.unique(group)) for group in groups]))}
+
+
 def restore(batches: Iterator[Any]) -> dict[str, float]:
     """Until the first batch after 90 % of an epoch."""
     before = time.perf_counter()
@@ -259,14 +294,16 @@ def _living_children() -> float:
 if __name__ == "__main__":
     name, action, folder, workers = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     loader = LOADERS[name]()
-    import torch  # before the clock starts, for all alike
+    for module in loader.modules:
+        importlib.import_module(module)
+    import torch
 
     torch.set_num_threads(1)
     if action == "make":
         loader.make(folder)
         result: dict[str, float] = {}
-    elif action == "run":
-        result = run(loader.batches(folder, workers, 0))
+    elif action in ("run", "mix"):
+        result = {"run": run, "mix": mix}[action](loader.batches(folder, workers, 0))
     else:
         result = restore(loader.batches(folder, workers, RESTORE_AT))
     print("RESULT " + json.dumps(result), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from models import bitstream
-from models.codec import Sampling, SPresso
+from models.codec import SPresso
 from trainer.data.audio import read_audio, write_audio
 from trainer.data.files import write_whole
 from trainer.data.remote import is_url
@@ -48,8 +49,9 @@ def decode(
             f"{source} was made by model {model}, {codec} is {spresso.model_hash[:8]}: give the one that made it"
         )
     stream = bitstream.read(content, frames_of=spresso.z_frames)
-    default = spresso.config.sampling
-    sampling = Sampling(default.sampler, steps or default.steps, default.guidance)
+    sampling = spresso.config.sampling
+    if steps is not None:
+        sampling = dataclasses.replace(sampling, steps=steps)
     for number in range(samples):
         path = target if samples == 1 else target.with_suffix(f".{number}{target.suffix}")
         with Progress(f"decode {path.name}", total=1, unit="of all steps") as progress:

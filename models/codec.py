@@ -38,11 +38,13 @@ WINDOW_BATCH = 8  # windows of a long file that D decodes at once
 
 @dataclass
 class Sampling:
-    """How D decodes: the sampler's name, its steps, and the guidance of z (1: none)."""
+    """How D decodes: the sampler's name and steps, the guidance of z (1: none), and the temperature: by how much the
+    noise is scaled that it starts from. Below 1, decodes of the same codes differ less and keep to the likely."""
 
     sampler: str = "dpmpp"
     steps: int = 16
     guidance: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass
@@ -345,6 +347,7 @@ def generate(
         return dit(x, t)
 
     network = guided(conditional, unconditional, sampling.guidance if condition is not None else 1.0)
+    noise_BCT = sampling.temperature * noise_BCT
     return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +24,20 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
-def log_mel(demo: Path, system: str) -> float:
+def of_clips(demo: Path, system: str, figure: str) -> np.ndarray:
+    """A figure of each clip."""
     report = json.loads((demo / "evaluate/evaluation.json").read_text())
-    return report["results"][system]["log_mel"]["mean"]
+    return np.array(report["results"][system][figure]["clips"])
+
+
+def log_mel(demo: Path, system: str) -> float:
+    return float(of_clips(demo, system, "log_mel").mean())
+
+
+def clearly_better(demo: Path, one: str, other: str, figure: str = "denoising") -> bool:
+    """Lower by more than three standard errors of the difference, clip by clip."""
+    gain = of_clips(demo, other, figure) - of_clips(demo, one, figure)
+    return bool(gain.mean() > 3 * gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def test_z_is_followed(demo):
@@ -36,19 +48,30 @@ def test_z_is_followed(demo):
 
 @pytest.mark.parametrize("rate", ["zq2", "zq1"])
 def test_quantized_z_lies_between(demo, rate):
-    """Worse than z and better than the floors; finetuning improves it.
+    """Worse than z and better than the floors, to the ear and to D."""
+    before = f"{rate}_before"
+    assert log_mel(demo, "z") < log_mel(demo, before)
+    assert clearly_better(demo, "z", before)
+    for floor in ("z_other", "unconditional"):
+        assert log_mel(demo, before) < 0.8 * log_mel(demo, floor)
+        assert clearly_better(demo, before, floor)
 
-    At 16 bits a z the quantizer costs less than the noise of a figure; at 8 bits it shows.
+
+@pytest.mark.parametrize("rate", ["zq2", "zq1"])
+def test_finetuning_improves_quantized_z(demo, rate):
+    """Clearly in what it minimises, on clips that no stage saw; and a decode is no farther from its clip for it.
+
+    A decode is one sample of many: what finetuning gains in log-mel, some 0.05 dB, is less than the noise from one
+    training to another, so that it is not asked for here.
     """
-    before = log_mel(demo, f"{rate}_before")
-    assert log_mel(demo, "z") < before + (0.05 if rate == "zq2" else 0)
-    assert before < 0.8 * min(log_mel(demo, "z_other"), log_mel(demo, "unconditional"))
-    assert log_mel(demo, rate) < before
+    assert clearly_better(demo, rate, f"{rate}_before")
+    assert log_mel(demo, rate) < log_mel(demo, f"{rate}_before") + 0.1
 
 
 def test_more_bits_are_better(demo):
-    assert log_mel(demo, "zq2_before") < log_mel(demo, "zq1_before")
-    assert log_mel(demo, "zq2") < log_mel(demo, "zq1")
+    assert clearly_better(demo, "zq2_before", "zq1_before", "log_mel")
+    assert clearly_better(demo, "zq2", "zq1", "log_mel")
+    assert clearly_better(demo, "zq2", "zq1")
 
 
 def test_autoencoder_is_the_ceiling(demo):

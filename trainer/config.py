@@ -62,7 +62,7 @@ class DataConfig:
     lanes: int = 64
     """Parts of the order that share no block: as many nodes, or a divisor of it, each read only their own."""
     readers: int = 1
-    """Threads of each rank that read and check batches ahead."""
+    """Threads of each rank that read and check batches ahead; 0: each when it is needed."""
     buckets: list[int] = field(default_factory=list)
     """For clips of different lengths: frames, below a stage's `crop_frames`, to which batches of shorter clips are
     padded; what is padded counts in no loss. Empty: no clip may be shorter than a crop."""
@@ -207,6 +207,8 @@ class SamplingConfig:
     """Steps of the sampler; `heun` calls D twice a step."""
     guidance: float = 1.0
     """Classifier-free guidance of z; 1: none."""
+    temperature: float = 1.0
+    """By how much the noise is scaled that sampling starts from: below 1, decodes differ less and are nearer."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ The ceiling is the AudioAE alone; the floors are a decode from another clip's z,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from trainer.run import RunDirectory, held_out_set, read_json, stage_folder, sta
 
 CLIPS_AT_ONCE = 8
 TIMED_CLIPS = 3
+LEVELS = 8  # of noise, at which the denoising error is taken
+NOISE_SEED = 500_000  # of that noise: another one than the decodes start from
 _OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
 
 
@@ -106,7 +109,7 @@ class _Evaluation:
         self.clips = load_clips(config, device)
         self.statistics = self._statistics(self.clips.audio_B1S)
         self.systems: list[System] = []
-        self.results: dict[str, dict[str, dict[str, float | None]]] = {}
+        self.results: dict[str, dict[str, dict[str, Any]]] = {}
         self.audio: dict[str, dict[str, list[str]]] = {key: {} for key in self.clips.keys}
 
     def run(self) -> dict[str, Any]:
@@ -131,18 +134,21 @@ class _Evaluation:
         z = self._in_batches(lambda audio, _: autoencoded.audio_to_z(audio))
         width = autoencoded.config.latent_encoder.z_channels
         detail = f"{autoencoded.z_rate:.1f} Hz × {width}, {autoencoded.compression:.0f}×"
-        yield self._add(System("z", "Continuous z", "system", detail), self._takes(autoencoded, z))
+        system = System("z", "Continuous z", "system", detail)
+        yield self._add(system, self._takes(autoencoded, z), self._denoising(autoencoded, z))
         for stage in ("finetune", "quantize"):
             for books in self.config.rates:
                 yield self._add(*self._quantized(self._codec(stage), stage, books))
         others = z.roll(1, 0)
         note = "Decoded from the z of the next clip: what is gained by following the source."
-        yield self._add(System("z_other", "Another clip's z", "floor", note=note), [self._decode(autoencoded, others)])
+        system = System("z_other", "Another clip's z", "floor", note=note)
+        yield self._add(system, [self._decode(autoencoded, others)], self._denoising(autoencoded, others))
         note = "Decoded from no z at all: what the decoder makes up by itself."
         nothing = self._decode(autoencoded, None, z_frames=z.shape[-1])
-        yield self._add(System("unconditional", "Unconditional", "floor", note=note), [nothing])
+        system = System("unconditional", "Unconditional", "floor", note=note)
+        yield self._add(system, [nothing], self._denoising(autoencoded, None))
 
-    def _quantized(self, codec: SPresso, stage: str, books: int) -> tuple[System, list[Tensor]]:
+    def _quantized(self, codec: SPresso, stage: str, books: int) -> tuple[System, list[Tensor], Tensor]:
         """z_q at one rate, through real files, by the decoder after or before finetuning."""
         codes, sizes = [], []
         for index, audio_1S in enumerate(self.clips.audio_B1S):
@@ -164,7 +170,8 @@ class _Evaluation:
             file_kbps=sum(sizes) * 8 / (len(sizes) * seconds) / 1000,
             page=finetuned,
         )
-        return system, self._takes(codec, z_q) if finetuned else [self._decode(codec, z_q)]
+        takes = self._takes(codec, z_q) if finetuned else [self._decode(codec, z_q)]
+        return system, takes, self._denoising(codec, z_q)
 
     def _takes(self, codec: SPresso, z_BZN: Tensor) -> list[Tensor]:
         """A decode of all clips, then further ones of the page's clips alone."""
@@ -182,17 +189,41 @@ class _Evaluation:
 
         return self._in_batches(decode, clips=len(self.clips.keys) if z_BZN is None else len(z_BZN))
 
+    def _denoising(self, codec: SPresso, z_BZN: Tensor | None) -> Tensor:
+        """The error that training minimises, of each clip (B,): at evenly filled noise levels, always the same noise.
+
+        In windows as long as in training; what fills none at a clip's end is left out.
+        """
+        pooling = codec.config.latent_encoder.pooling
+        z_each = codec.config.window // pooling
+
+        def error(audio: Tensor, rows: slice) -> Tensor:
+            x0_BCT = codec.autoencoder.encode(audio)
+            frames = min(z_each, x0_BCT.shape[-1] // pooling) * pooling
+            x0_WCT = _windows(x0_BCT, frames)
+            condition = None if z_BZN is None else codec.f(_windows(z_BZN[rows], frames // pooling)[: len(x0_WCT)])
+            noise_WCT = codec.noise([NOISE_SEED + n for n in range(len(x0_WCT))], frames // pooling)
+            errors = []
+            for level in range(LEVELS):
+                u_W = torch.full((len(x0_WCT),), (level + 0.5) / LEVELS, device=audio.device)
+                t_W = codec.diffusion.noise_level(u_W)
+                network = functools.partial(codec.dit, condition=condition)
+                errors.append(codec.diffusion.loss(network, x0_WCT, noise_WCT.roll(level, -1), t_W))
+            return torch.stack(errors).mean(0).unflatten(0, (-1, len(audio))).mean(0)
+
+        return self._in_batches(error)
+
     def _in_batches(self, compute: Callable[[Tensor, slice], Tensor], clips: int | None = None) -> Tensor:
         clips = clips or len(self.clips.keys)
         rows = [slice(start, min(start + CLIPS_AT_ONCE, clips)) for start in range(0, clips, CLIPS_AT_ONCE)]
         return torch.cat([compute(self.clips.audio_B1S[part], part) for part in rows])
 
-    def _add(self, system: System, takes: list[Tensor]) -> str:
+    def _add(self, system: System, takes: list[Tensor], denoising_B: Tensor | None = None) -> str:
         """Score a system by its first take, and keep the page's audio of all takes."""
         length = self.clips.audio_B1S.shape[-1]
         self.systems.append(system)
         if system.role != "original":
-            self.results[system.key] = self._score(takes[0][..., :length])
+            self.results[system.key] = self._score(takes[0][..., :length], denoising_B)
         if system.page:
             for index, key in enumerate(self.clips.keys[: self.config.evaluate.page_clips]):
                 names = [self._write(system, key, take, audio[index, 0, :length]) for take, audio in enumerate(takes)]
@@ -209,15 +240,19 @@ class _Evaluation:
         """Sample rate of all audio here, Hz."""
         return self.clips.metadata[0]["sample_rate"]
 
-    def _score(self, audio_B1S: Tensor) -> dict[str, dict[str, float | None]]:
+    def _score(self, audio_B1S: Tensor, denoising_B: Tensor | None) -> dict[str, dict[str, Any]]:
+        """Of each figure its mean and deviation over the clips and, where it has them, each clip's own."""
         rows = [
             clip_figures(original[0], decoded[0], self.config_rate)
             for original, decoded in zip(self.clips.audio_B1S, audio_B1S, strict=True)
         ]
-        scores: dict[str, dict[str, float | None]] = {}
-        for key in rows[0]:
-            values = torch.stack([row[key].float() for row in rows])
-            scores[key] = {"mean": float(values.mean()), "std": float(values.std())}
+        of_clips = {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
+        if denoising_B is not None:
+            of_clips["denoising"] = denoising_B
+        scores: dict[str, dict[str, Any]] = {
+            key: {"mean": float(values.mean()), "std": float(values.std()), "clips": values.tolist()}
+            for key, values in of_clips.items()
+        }
         for key, value in set_figures(self.statistics, self._statistics(audio_B1S)).items():
             scores[key] = {"mean": value, "std": None}
         return scores
@@ -284,13 +319,15 @@ def table(report: dict[str, Any]) -> str:
     """The report's figures as lines of text, a system a line."""
     keys = [figure["key"] for figure in report["figures"]]
     units = {figure["key"]: figure["unit"] for figure in report["figures"]}
+    digits = {figure["key"]: figure["digits"] or 2 for figure in report["figures"]}
     head = ["system", "kbps", *(f"{key} {units[key]}".strip() for key in keys)]
     rows = [head]
     for system in report["systems"]:
         scores = report["results"].get(system["key"])
         if scores is not None:
             rate = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
-            rows.append([system["title"], rate, *(f"{scores[key]['mean']:.2f}" for key in keys)])
+            cells = (f"{scores[key]['mean']:.{digits[key]}f}" if key in scores else "" for key in keys)
+            rows.append([system["title"], rate, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
         "  ".join(
@@ -304,6 +341,12 @@ def table(report: dict[str, Any]) -> str:
         f"({speed['steps']} steps, {speed['device']})"
     )
     return "\n".join(lines)
+
+
+def _windows(x_BCT: Tensor, length: int) -> Tensor:
+    """Whole windows of (B, C, T), one after another: (windows · B, C, length), all clips' first ones first."""
+    count = x_BCT.shape[-1] // length
+    return x_BCT[..., : count * length].unflatten(-1, (count, length)).permute(2, 0, 1, 3).flatten(0, 1)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

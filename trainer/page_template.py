@@ -197,7 +197,7 @@ def _figure_cell(report: Report, system: System, figure: FigureInfo) -> Html:
     means = _means(report, figure)
     if system["key"] not in means:
         return _empty_cell()
-    mean, digits = means[system["key"]], _digits(means.values())
+    mean, digits = means[system["key"]], figure.get("digits") or _digits(means.values())
     deviation = report["results"][system["key"]][figure["key"]].get("std")
     spread = element("small", f"± {_signed(deviation, digits)}") if _is_number(deviation) else None
     rivals = [means[s["key"]] for s in report["systems"] if s["role"] == "system" and s["key"] in means]

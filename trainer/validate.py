@@ -43,7 +43,9 @@ _POSITIVE = (
     "data.block",
     "data.window_mib",
     "data.lanes",
-    "data.readers",
+    "data.cache.gib",
+    "data.cache.patience",
+    "data.cache.fetchers",
     "latent_encoder.pooling",
     "latent_encoder.patch_size",
     "latent_encoder.width",
@@ -62,6 +64,7 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep_last",
     "sampling.steps",
+    "sampling.temperature",
     "evaluate.decodes",
     "evaluate.page_clips",
 )
@@ -87,6 +90,8 @@ def _ranges(config: Config) -> list[str]:
         found.append("evaluate.clips=1: at least 2 are needed, because each is also decoded from another's z")
     if not 0 <= config.data.max_damaged <= 1:
         found.append(f"data.max_damaged={config.data.max_damaged} is a fraction, such as 0.01")
+    if config.data.readers < 0:
+        found.append(f"data.readers={config.data.readers} is a number of threads, or 0")
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
         found.append(f"data.window={config.data.window} must hold a block in each lane: take at least {least} samples")

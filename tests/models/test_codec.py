@@ -104,6 +104,13 @@ def test_seeds_give_other_sounds_of_the_same_codes_and_one_seed_the_same(codec):
     assert (first - other).abs().max() > 1e-3
 
 
+def test_temperature_scales_the_noise_that_a_decode_starts_from(codec):
+    stream, start = codec.encode(noise(0.5)), codec.noise([1], 6)
+    z_BZN = codec.quantizer.decode(torch.from_numpy(stream.codes)).transpose(1, 2)
+    cooler = codec.z_to_audio(z_BZN, start, sampling=Sampling(steps=2, temperature=0.5))
+    torch.testing.assert_close(cooler, codec.z_to_audio(z_BZN, 0.5 * start, sampling=Sampling(steps=2)))
+
+
 def test_z_reaches_the_sound(codec):
     left, right = codec.encode(noise(0.5)), codec.encode(noise(1.0)[:, 24000:] * torch.linspace(0, 3, 24000))
     assert (codec.decode(left, seed=1) - codec.decode(right, seed=1)).abs().max() > 1e-3

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
-from trainer.randomness import integers
+from trainer.randomness import integers, keys
 
 _SUBSTITUTES = 64  # samples tried in place of a damaged one
 
@@ -42,12 +41,23 @@ def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """What to read, columns of B: positions in the stream, places in the reader's order, ids, rows of the batch."""
+
+    positions: NDArray[np.int64]
+    places: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Reader:
     """A part of a set in its order, with other samples in place of damaged ones."""
 
     shard_set: ShardSet
     part: Part
     order: Order
+    seed: int
     damage: Damage
 
     def ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -55,35 +65,29 @@ class Reader:
         ids = self.order.ids(places)
         return ids if self.part.ids is None else self.part.ids[ids]
 
-    def read(
-        self,
-        places: NDArray[np.int64],
-        crop_keys: Tensor,
-        out: NDArray[np.float16],
-        mask: NDArray[np.bool] | None,
-        rows: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """Crops of the samples at these places of the order (B,) into these rows of `out`; returns their ids."""
-        channels, crop = out.shape[1:]
-        if len(rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == crop:
-            return self._fill(places, out.reshape(len(out), -1))
-        values = np.empty((len(rows), channels * self.shard_set.longest_frames), np.float16)
-        ids = self._fill(places, values)
-        frames = self.shard_set.index["frames"][ids].astype(np.int64)
-        starts = integers(crop_keys, torch.from_numpy(np.maximum(0, frames - crop) + 1))
-        for row, clip, length, start in zip(rows.tolist(), values, frames.tolist(), starts.tolist(), strict=True):
-            cut = clip[: channels * length].reshape(channels, length)[:, start : start + crop]
-            out[row, :, : cut.shape[1]] = cut
+    def read(self, crop: Crop, out: NDArray[np.float16], mask: NDArray[np.bool] | None) -> NDArray[np.int64]:
+        """Read into some rows of `out` (b, C, frames), and of `mask`; returns the ids of what lies there then (B,)."""
+        channels, frames = out.shape[1:]
+        if len(crop.rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == frames:
+            return self._fill(crop, out.reshape(len(out), -1))
+        values = np.empty((len(crop.rows), channels * self.shard_set.longest_frames), np.float16)
+        ids = self._fill(crop, values)
+        lengths = self.shard_set.index["frames"][ids].astype(np.int64)
+        crop_keys = keys(self.seed, "crop", torch.from_numpy(crop.positions))
+        starts = integers(crop_keys, torch.from_numpy(np.maximum(0, lengths - frames) + 1))
+        for row, clip, length, start in zip(crop.rows.tolist(), values, lengths.tolist(), starts.tolist(), strict=True):
+            cut_CT = clip[: channels * length].reshape(channels, length)[:, start : start + frames]
+            out[row, :, : cut_CT.shape[1]] = cut_CT
             if mask is not None:
                 out[row, :, length:] = 0
                 mask[row, length:] = False
         return ids
 
-    def _fill(self, places: NDArray[np.int64], values: NDArray[np.float16]) -> NDArray[np.int64]:
-        ids = self.ids(places)
+    def _fill(self, crop: Crop, values: NDArray[np.float16]) -> NDArray[np.int64]:
+        ids = crop.ids.copy()
         for row, problem in self.shard_set.read(ids, values).items():
             self.damage.note(self.shard_set, int(ids[row]), problem)
-            ids[row] = self._substitute(int(places[row]), values[row : row + 1])
+            ids[row] = self._substitute(int(crop.places[row]), values[row : row + 1])
         return ids
 
     def _substitute(self, place: int, value: NDArray[np.float16]) -> int:

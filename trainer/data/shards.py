@@ -14,7 +14,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
 from trainer.data.files import replacing, write_whole
@@ -148,11 +148,11 @@ def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]])
                 raise ValueError(f"{path} has no {key}.{missing[0]}")
             name = f"{path}: {key}.{_X0}"
             row["frames"], row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
-            row["x0_crc32"] = zlib.crc32(pread(file, row["x0_offset"], row["x0_length"]))
+            row["x0_crc32"] = crc32(pread(file, row["x0_offset"], row["x0_length"]))
             row["json_offset"], row["json_length"] = members.get(_JSON, (0, 0))
             if _FLAC in kinds:
                 row["flac_offset"], row["flac_length"] = members[_FLAC]
-                row["flac_crc32"] = zlib.crc32(pread(file, *members[_FLAC]))
+                row["flac_crc32"] = crc32(pread(file, *members[_FLAC]))
     return rows
 
 

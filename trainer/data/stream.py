@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, count, islice
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from trainer.data.ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
-from trainer.data.reader import Damage, Part, Reader, cut
+from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
-from trainer.randomness import keys
+
+_DEALT = 4096  # samples whose places are computed at once
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class LatentStream:
         damage = Damage(errors, max_damaged)
         parts = {shard_set: cut(shard_set, lengths if self._padded else [crop_frames]) for shard_set in self.sets}
         self._readers = [
-            Reader(shard_set, part, shuffle.order(shard_set, seed, part), damage)
+            Reader(shard_set, part, shuffle.order(shard_set, seed, part), seed, damage)
             for shard_set, of_set in parts.items()
             for part in of_set
         ]
@@ -148,30 +149,11 @@ class LatentStream:
             ValueError: the global batch can't be cut into world_size · parts equal micro-batches, or too much is
                 damaged.
         """
-        if self.global_batch % (world_size * parts):
-            raise ValueError(
-                f"a global batch of {self.global_batch} can't be cut into {world_size} ranks × {parts} parts:"
-                f" make it a multiple of {world_size * parts}"
-            )
-        if self._padded and samples_seen % self.global_batch:
-            raise ValueError(f"with buckets, batches begin at multiples of {self.global_batch}, not at {samples_seen}")
-        size = self.global_batch // (world_size * parts)
+        size = self._part_size(samples_seen, world_size, parts)
         positions = samples_seen + rank + world_size * np.arange(part * size, (part + 1) * size)
         if out is None:
             out = self._buffer(size, pinned=False)
-        readers, places = self._deal(positions)
-        frames = self._readers[int(readers[0])].part.frames  # the same for all
-        x0 = out.view(-1)[: size * out.shape[1] * frames].view(size, -1, frames)
-        mask = np.ones((size, frames), bool) if self._padded else None
-        ids = self._read(positions, readers, places, x0.numpy(), mask)
-        sets = np.searchsorted(self._first_reader, readers, side="right") - 1
-        return Batch(
-            x0,
-            torch.from_numpy(positions),
-            torch.from_numpy(ids),
-            torch.from_numpy(sets),
-            mask=None if mask is None or mask.all() else torch.from_numpy(mask),
-        )
+        return self._read(self._deal(positions), out)
 
     def iterate(
         self,
@@ -184,7 +166,7 @@ class LatentStream:
         ahead: int = 2,
         threads: int = 1,
     ) -> Generator[Batch]:
-        """All of a rank's micro-batches from there on, without end, read ahead by threads.
+        """All of a rank's micro-batches from there on, without end, read ahead by threads (0: none, and not ahead).
 
         Remote shards are fetched ahead too, as far as the half of the cache reaches that is for what comes, shared
         among the node's `local_ranks`.
@@ -192,22 +174,18 @@ class LatentStream:
         A batch's `x0` holds until the next batch is asked for: then its memory (pinned, where there is CUDA) is used
         again. The threads end when the iterator is closed, dropped or raises.
         """
-        buffers = [self._buffer(self.global_batch // (world_size * parts) or 1) for _ in range(ahead + 1)]
-
-        def read(number: int, start: int, part: int) -> Batch:
-            out = buffers[number % len(buffers)]
-            return self.batch(start, rank=rank, world_size=world_size, part=part, parts=parts, out=out)
-
-        cuts = ((start, part) for start in count(samples_seen, self.global_batch) for part in range(parts))
-        numbered = ((number, *cut) for number, cut in enumerate(cuts))
+        size, ahead = self._part_size(samples_seen, world_size, parts), ahead if threads else 0
+        buffers = [self._buffer(size) for _ in range(ahead + 1)]
+        work = zip(self._deals(samples_seen, rank, world_size, size), cycle(buffers), strict=False)
         fetching = self._fetch_ahead(samples_seen, rank, world_size, local_ranks)
-        with fetching as fetch, ThreadPoolExecutor(threads, "latents") as reader, self._interrupted_at_the_end():
+        with fetching as fetch, ThreadPoolExecutor(threads or 1, "latents") as pool, self._interrupted_at_the_end():
             fetch(0)
-            under_way = deque(reader.submit(read, *cut) for cut in islice(numbered, ahead))
-            for cut in numbered:
-                under_way.append(reader.submit(read, *cut))
-                yield under_way.popleft().result()
-                fetch((cut[0] - ahead) // parts)
+            under_way = deque(pool.submit(self._read, *item) for item in islice(work, ahead))
+            for number, item in enumerate(work):
+                if threads:
+                    under_way.append(pool.submit(self._read, *item))
+                yield under_way.popleft().result() if threads else self._read(*item)
+                fetch(number // parts)
 
     @contextmanager
     def _fetch_ahead(
@@ -238,43 +216,96 @@ class LatentStream:
 
     def _needs(self, samples_seen: int, rank: int, world_size: int) -> Iterator[Needs]:
         """The remote shards that a rank needs for one global batch after another."""
-        for start in count(samples_seen, self.global_batch):
-            positions = np.arange(start + rank, start + self.global_batch, world_size)
-            readers, places = self._deal(positions)
+        for deal in self._deals(samples_seen, rank, world_size, self.global_batch // world_size):
             needs: Needs = {}
-            for number in np.unique(readers).tolist():
+            for number in np.unique(deal.readers).tolist():
                 shard_set = self._readers[number].shard_set
                 if shard_set.cache is not None:
-                    shards = shard_set.shards_of(self._readers[number].ids(places[readers == number]))
+                    shards = shard_set.shards_of(deal.ids[deal.readers == number])
                     needs |= {(shard_set, shard): size for shard, size in shards.items()}
             yield needs
+
+    def _part_size(self, samples_seen: int, world_size: int, parts: int) -> int:
+        """Samples to a micro-batch; raises ValueError where there is no such part."""
+        if self.global_batch % (world_size * parts):
+            raise ValueError(
+                f"a global batch of {self.global_batch} can't be cut into {world_size} ranks × {parts} parts:"
+                f" make it a multiple of {world_size * parts}"
+            )
+        if self._padded and samples_seen % self.global_batch:
+            raise ValueError(f"with buckets, batches begin at multiples of {self.global_batch}, not at {samples_seen}")
+        return self.global_batch // (world_size * parts)
 
     def _buffer(self, size: int, *, pinned: bool = True) -> Tensor:
         shape = (size, self.sets[0].info.latent_channels, self.crop_frames)
         return torch.empty(shape, dtype=torch.float16, pin_memory=pinned and torch.cuda.is_available())
 
-    def _deal(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which reader has the sample at each position (B,) of one global batch, and at which place of its order."""
-        if not self._padded:
-            return self._mixture.places(positions)
-        step = int(positions[0]) // self.global_batch
-        sets, steps = self._mixture.places(np.array([step]))
-        bucket, step_of_bucket = self._buckets[int(sets[0])].place(int(steps[0]))
-        reader = np.full_like(positions, self._first_reader[int(sets[0])] + bucket)
-        return reader, step_of_bucket * self.global_batch + positions - step * self.global_batch
+    def _deals(self, samples_seen: int, rank: int, world_size: int, size: int) -> Iterator[_Deal]:
+        """A rank's micro-batches of `size` from there on; many are dealt at once, which costs a tenth for each."""
+        each, steps = self.global_batch // world_size, 1
+        while True:
+            deal = self._deal(samples_seen + rank + world_size * np.arange(steps * each))
+            for start in range(0, steps * each, size):
+                yield deal.cut(start, start + size)
+            samples_seen += steps * self.global_batch
+            steps = max(1, min(2 * steps, _DEALT // each))  # the first batch does not wait for many
 
-    def _read(
-        self,
-        positions: NDArray[np.int64],
-        readers: NDArray[np.int64],
-        places: NDArray[np.int64],
-        out: NDArray[np.float16],
-        mask: NDArray[np.bool] | None,
-    ) -> NDArray[np.int64]:
-        """Fill `out`, and `mask` where there is one, with the crops at these positions; returns the samples' ids."""
-        crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
-        ids = np.empty_like(positions)
-        for number in np.unique(readers).tolist():
-            rows = np.flatnonzero(readers == number)
-            ids[rows] = self._readers[number].read(places[rows], crop_keys[torch.from_numpy(rows)], out, mask, rows)
-        return ids
+    def _deal(self, positions: NDArray[np.int64]) -> _Deal:
+        """Who reads what for these positions (n,)."""
+        if self._padded:
+            readers, places = self._deal_buckets(positions)
+        else:
+            readers, places = self._mixture.places(positions)
+        ids = np.empty_like(places)
+        for number, rows in _groups(readers, len(self._readers)):
+            ids[rows] = self._readers[number].ids(places[rows])
+        return _Deal(positions, readers, places, ids)
+
+    def _deal_buckets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        steps, which = np.unique(positions // self.global_batch, return_inverse=True)
+        sets, steps_of_set = self._mixture.places(steps)
+        dealt = [self._buckets[of].place(step) for of, step in zip(sets.tolist(), steps_of_set.tolist(), strict=True)]
+        bucket, step_of_bucket = np.array(dealt).T
+        first = np.array(self._first_reader)[sets]
+        return (first + bucket)[which], ((step_of_bucket - steps) * self.global_batch)[which] + positions
+
+    def _read(self, deal: _Deal, out: Tensor) -> Batch:
+        """The crops of a micro-batch, in `out`."""
+        frames = self._readers[int(deal.readers[0])].part.frames  # the same for all
+        size = len(deal.positions)
+        x0 = out.view(-1)[: size * out.shape[1] * frames].view(size, -1, frames)
+        mask = np.ones((size, frames), bool) if self._padded else None
+        ids = deal.ids.copy()
+        for number, rows in _groups(deal.readers, len(self._readers)):
+            crop = Crop(deal.positions[rows], deal.places[rows], ids[rows], rows)
+            ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
+        sets = np.searchsorted(self._first_reader, deal.readers, side="right") - 1
+        return Batch(
+            x0,
+            torch.from_numpy(deal.positions),
+            torch.from_numpy(ids),
+            torch.from_numpy(sets),
+            mask=None if mask is None or mask.all() else torch.from_numpy(mask),
+        )
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """Which samples stand at which positions: columns of n."""
+
+    positions: NDArray[np.int64]
+    readers: NDArray[np.int64]
+    places: NDArray[np.int64]
+    """In their reader's order."""
+    ids: NDArray[np.int64]
+
+    def cut(self, start: int, end: int) -> _Deal:
+        """Some rows."""
+        return _Deal(self.positions[start:end], self.readers[start:end], self.places[start:end], self.ids[start:end])
+
+
+def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[np.int64]]]:
+    """Each number below `count` that occurs, and where."""
+    if count == 1:
+        return [(0, np.arange(len(numbers)))]
+    return [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()]
