@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from trainer.data.shards import (
 )
 
 _OPEN_FILES = 512  # shards that one process keeps open
+_LARGE_INDEX = 1 << 30  # bytes
 _GAP = 16 << 10  # bytes between two samples that are cheaper to read than to leave out
 _BUFFERS = 512  # to one read; Linux takes 1024
 
@@ -80,7 +82,11 @@ class ShardSet:
                 raise ValueError(f"{folder}/{name} is missing: {MAKE_AGAIN}") from None
             if found != size:
                 raise ValueError(f"{folder}/{name} has {found} bytes, its index says {size}: {MAKE_AGAIN}")
-        self._open = lru_cache(_OPEN_FILES)(_open)  # a file that falls out closes when its last reader lets go of it
+        names = [f"{folder}/{name}" for name, _ in self.shards]
+        # a file that falls out closes when its last reader lets go of it
+        self._open = lru_cache(_OPEN_FILES)(lambda shard: io.FileIO(names[shard]))
+        if isinstance(self.index.base, mmap.mmap) and self.index.nbytes > _LARGE_INDEX:
+            self.index.base.madvise(mmap.MADV_RANDOM)  # what the kernel would read ahead of a row is of no use
 
     def __len__(self) -> int:
         return len(self.index)
@@ -118,10 +124,23 @@ class ShardSet:
         samples = list(zip(places.tolist(), begin.tolist(), length.tolist(), ordered["x0_crc32"].tolist(), strict=True))
         buffer, stride = out.reshape(-1).view(np.uint8).data, out.strides[0]
         for first, last in pairwise(cuts):
+            if last - first == 1 and self._read_one(int(shard[first]), samples[first], buffer, stride):
+                continue
             for some in range(first, last, _BUFFERS // 2):
                 run = samples[some : min(last, some + _BUFFERS // 2)]
                 problems |= self._read_run(int(shard[first]), run, buffer, stride)
         return problems
+
+    def _read_one(self, shard: int, sample: tuple[int, int, int, int], buffer: memoryview, stride: int) -> bool:
+        """Whether a sample (row, offset, length, checksum) was read and is sound: the hot path of a shuffled order."""
+        if self._cache is not None:
+            return False
+        row, offset, length, checksum = sample
+        values = buffer[row * stride : row * stride + length]
+        try:
+            return os.preadv(self._open(shard).fileno(), [values], offset) == length and crc32(values) == checksum
+        except OSError:
+            return False
 
     def _read_run(
         self, shard: int, run: list[tuple[int, int, int, int]], buffer: memoryview, stride: int
@@ -135,11 +154,8 @@ class ShardSet:
             targets.append(buffer[row * stride : row * stride + length])
             position = offset + length
         try:
-            if self._cache is None:  # the hot path: a context would cost as much as the read
-                read = os.preadv(self._open(f"{self.folder}/{self.shards[shard][0]}").fileno(), targets, start)
-            else:
-                with self._file(shard) as file:
-                    read = os.preadv(file.fileno(), targets, start)
+            with self._file(shard) as file:
+                read = os.preadv(file.fileno(), targets, start)
         except (OSError, MissingFileError) as error:
             return {row: self._damaged(shard, offset, str(error)) for row, offset, _, _ in run}
         problems = {}
@@ -206,11 +222,10 @@ class ShardSet:
 
     @contextmanager
     def _file(self, shard: int) -> Iterator[io.FileIO]:
-        name, size = self.shards[shard]
         if self._cache is None:
-            yield self._open(f"{self.folder}/{name}")
+            yield self._open(shard)
         else:
-            with self._cache.open(name, size) as file:
+            with self._cache.open(*self.shards[shard]) as file:
                 yield file
 
     def _damaged(self, shard: int, offset: int, reason: str) -> DamagedSample:
@@ -219,10 +234,6 @@ class ShardSet:
 
     def _index_damaged(self) -> DamagedSample:
         return DamagedSample(f"{self.location}/index.npy is damaged: {MAKE_AGAIN}")
-
-
-def _open(path: str) -> io.FileIO:
-    return io.FileIO(path)
 
 
 def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
