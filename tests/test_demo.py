@@ -59,13 +59,9 @@ def test_quantized_z_lies_between(demo, rate):
 
 @pytest.mark.parametrize("rate", ["zq2", "zq1"])
 def test_finetuning_improves_quantized_z(demo, rate):
-    """Clearly in what it minimises, on clips that no stage saw; and a decode is no farther from its clip for it.
-
-    A decode is one sample of many: what finetuning gains in log-mel, some 0.05 dB, is less than the noise from one
-    training to another, so that it is not asked for here.
-    """
+    """To the ear and, clearly, in what it minimises, on clips that no stage saw."""
     assert clearly_better(demo, rate, f"{rate}_before")
-    assert log_mel(demo, rate) < log_mel(demo, f"{rate}_before") + 0.1
+    assert log_mel(demo, rate) < log_mel(demo, f"{rate}_before")
 
 
 def test_more_bits_are_better(demo):

@@ -301,7 +301,7 @@ class _Evaluation:
 
 
 def load_clips(config: Config, device: torch.device) -> Clips:
-    """Held-out clips, spread evenly over the set."""
+    """Held-out clips, spread evenly over the set; the page's, spread likewise, come first."""
     shards = held_out_set(config)
     count = min(config.evaluate.clips or len(shards), len(shards))
     if count < 2:
@@ -309,6 +309,8 @@ def load_clips(config: Config, device: torch.device) -> Clips:
             f"{shards.location} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
         )
     ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
+    of_page = ids[:: max(1, count // config.evaluate.page_clips)][: config.evaluate.page_clips]
+    ids = of_page + [id_ for id_ in ids if id_ not in of_page]
     metadata = [shards.metadata(id_) for id_ in ids]
     length = round((config.evaluate.seconds or config.data.clip_seconds) * metadata[0]["sample_rate"])
     audio = torch.stack([torch.from_numpy(shards.audio(id_))[:, :length] for id_ in ids])

@@ -50,6 +50,7 @@ FIGURES = {
             better="lower",
             note="Mean error of the mel spectrogram in decibels, over three resolutions. "
             f"What is {FLOOR_DB:.0f} dB below the loudest point of the original counts as silence.",
+            digits=2,
         ),
         Figure(
             key="mrstft",
