@@ -66,6 +66,7 @@ def main() -> None:
         for name in options.only:
             for workers in (0, 2):
                 say(f"{repeat + 1} of {options.repeat}: {TITLES[name]}, {workers} workers")
+                warm(folder_of(name, options.work))
                 row = figures["loaders"].setdefault(name, {}).setdefault(str(workers), {})
                 measured = call(name, "run", options.work, workers) | call(name, "restore", options.work, workers)
                 for key, value in measured.items():
@@ -133,6 +134,15 @@ def call(name: str, action: str, work: Path, workers: int) -> dict[str, float]:
     if not lines:
         raise SystemExit(f"{TITLES[name]} failed:\n{result.stderr[-2000:]}")
     return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def warm(folder: Path) -> None:
+    """Have all of a loader's files in the page cache."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
 
 
 def bare_reads(folder: Path) -> dict[str, float]:
