@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
 
     index = _command(commands, "index", _index, "an index for tars of latents that are there, or a check of one")
-    index.add_argument("folder", type=Path, help="holds *.tar, made by `spresso prepare`, WebDataset or tar")
+    index.add_argument("folder", help="holds *.tar, made by `spresso prepare`, WebDataset or tar; or train/ and test/")
     index.add_argument("--verify", action="store_true", help="hold the tars against their index, and write nothing")
     index.add_argument("--autoencoder", choices=("spectral", "woosh"), help="whose latents (default: as before)")
     index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")

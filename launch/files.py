@@ -64,8 +64,13 @@ def _show(progress: Progress, done: int, total: int) -> None:
     progress.to(done / total)
 
 
-def index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
-    """Make a folder of tars a set."""
+def index(location: str, *, kind: str | None, weights: Path | None, workers: int) -> None:
+    """Make a folder of tars a set, or the train/ and test/ of a folder two."""
+    for part in _parts(location):
+        _index(Path(part), kind=kind, weights=weights, workers=workers)
+
+
+def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
     from models.pretrained import load_autoencoder
     from trainer.data.index import index_folder, info_of
 
@@ -83,24 +88,32 @@ def index(folder: Path, *, kind: str | None, weights: Path | None, workers: int)
     print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards", file=sys.stderr)
 
 
-def verify(folder: Path, *, workers: int) -> None:
-    """Hold a set's tars against its index; raises ValueError with all that is wrong."""
+def verify(location: str, *, workers: int) -> None:
+    """Hold the tars of a set, or of a folder's train/ and test/, against their index.
+
+    Raises:
+        ValueError: names all that is wrong.
+    """
     from trainer.data.index import verify_folder
 
-    with Progress("verify", total=0, unit="shards") as progress:
-        problems = verify_folder(folder, workers=workers, progress=lambda done, total: progress.to(done, of=total))
+    problems = []
+    for folder in map(Path, _parts(location)):
+        with Progress("verify", total=0, unit="shards") as progress:
+            found = verify_folder(folder, workers=workers, progress=lambda done, total: progress.to(done, of=total))
+        if not found:
+            shard_set = ShardSet(folder)
+            say = f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all as indexed"
+            print(say, file=sys.stderr)
+        problems += found
     if problems:
         raise ValueError("\n".join(problems))
-    shard_set = ShardSet(folder)
-    print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all as indexed", file=sys.stderr)
 
 
 def describe(location: str, *, samples: int, play_to: Path | None) -> None:
     """Describe a set, or the train/ and test/ of a folder of latents; decode some samples of each."""
     from trainer.data import describe as description
 
-    parts = [location] if _holds_set(location) else [f"{location.rstrip('/')}/{split}" for split in ("train", "test")]
-    for number, part in enumerate(parts):
+    for number, part in enumerate(_parts(location)):
         shard_set = open_set(part)
         print(("\n" if number else "") + description.describe(shard_set))
         if play_to is not None:
@@ -108,10 +121,13 @@ def describe(location: str, *, samples: int, play_to: Path | None) -> None:
                 print(path, file=sys.stderr)
 
 
-def _holds_set(location: str) -> bool:
+def _parts(location: str) -> list[str]:
+    """The sets of a folder of latents or of its URL; itself where it is one."""
+    location = location.rstrip("/")
+    parts = [f"{location}/{split}" for split in ("train", "test")]
     if is_url(location):
-        return location.rstrip("/").endswith(("/train", "/test"))
-    return not (Path(location) / "train" / "set.json").exists()
+        return [location] if location.endswith(("/train", "/test")) else parts
+    return [part for part in parts if Path(part).is_dir()] or [location]
 
 
 def newest_codec() -> Path:

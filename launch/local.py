@@ -73,6 +73,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     import torch.distributed as dist
 
     from trainer.loop import train

@@ -44,12 +44,13 @@ def audio_folder(config: Config) -> Path:
 
 def shared_latents(config: Config) -> bool:
     """Whether `data.latents` is a set that another run made, and this one has no sounds of its own."""
+    needed = ("test",) if config.data.mix else ("train", "test")
     return (
         config.data.audio is None
         and not audio_folder(config).exists()
         and (
             is_url(config.data.latents)
-            or all((Path(config.data.latents) / split / "set.json").is_file() for split in ("train", "test"))
+            or all((Path(config.data.latents) / split / "set.json").is_file() for split in needed)
         )
     )
 

@@ -48,8 +48,8 @@ class DataConfig:
     shard_mb: float = 64.0
     """Size in MiB at which a new shard begins."""
     mix: dict[str, int] = field(default_factory=dict)
-    """Folder or URL of latents → its share in a batch, a whole number: trained on instead of `latents`, whose `test/`
-    stays what is evaluated. Empty: `latents` alone."""
+    """Folder or URL of latents, or of a set without `train/` and `test/`, → its share in a batch, a whole number:
+    trained on instead of `latents`, whose `test/` stays what is evaluated. Empty: `latents` alone."""
     shuffle: str = "windowed"
     """`windowed`: blocks over the whole set, then samples within windows of many blocks, which keeps reads together;
     `global`: a true shuffle; `none`: as they lie."""

@@ -54,6 +54,7 @@ class Clips:
     """Held-out clips, levelled: audio (B, 1, samples), and what their JSON says."""
 
     audio_B1S: Tensor
+    sample_rate: int
     metadata: list[dict[str, Any]]
     keys: list[str]
 
@@ -232,18 +233,13 @@ class _Evaluation:
 
     def _write(self, system: System, key: str, take: int, audio_S: Tensor) -> str:
         name = f"audio/{key}.{system.key}.{take}.flac"
-        write_audio(self.folder / name, audio_S[None].cpu().numpy(), self.config_rate)
+        write_audio(self.folder / name, audio_S[None].cpu().numpy(), self.clips.sample_rate)
         return name
-
-    @property
-    def config_rate(self) -> int:
-        """Sample rate of all audio here, Hz."""
-        return self.clips.metadata[0]["sample_rate"]
 
     def _score(self, audio_B1S: Tensor, denoising_B: Tensor | None) -> dict[str, dict[str, Any]]:
         """Of each figure its mean and deviation over the clips and, where it has them, each clip's own."""
         rows = [
-            clip_figures(original[0], decoded[0], self.config_rate)
+            clip_figures(original[0], decoded[0], self.clips.sample_rate)
             for original, decoded in zip(self.clips.audio_B1S, audio_B1S, strict=True)
         ]
         of_clips = {key: torch.stack([row[key].float() for row in rows]) for key in rows[0]}
@@ -258,7 +254,7 @@ class _Evaluation:
         return scores
 
     def _statistics(self, audio_B1S: Tensor) -> Tensor:
-        return torch.cat([mel_statistics(audio_1S[0], self.config_rate) for audio_1S in audio_B1S])
+        return torch.cat([mel_statistics(audio_1S[0], self.clips.sample_rate) for audio_1S in audio_B1S])
 
     def _codec(self, stage: str) -> SPresso:
         return SPresso.from_pretrained(stage_folder(self.config, stage) / "export", device=self.device)
@@ -269,7 +265,7 @@ class _Evaluation:
         clips = self.clips.audio_B1S[:TIMED_CLIPS]
         encoding, streams = _timed(lambda: [codec.encode(audio_1S) for audio_1S in clips], self.device)
         decoding, _ = _timed(lambda: [codec.decode(stream, sampling=self.sampling) for stream in streams], self.device)
-        seconds = clips.shape[0] * clips.shape[-1] / self.config_rate
+        seconds = clips.shape[0] * clips.shape[-1] / self.clips.sample_rate
         where = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
@@ -282,12 +278,12 @@ class _Evaluation:
 
     def _report(self, speed: dict[str, Any]) -> dict[str, Any]:
         page_clips = self.clips.keys[: self.config.evaluate.page_clips]
-        seconds = self.clips.audio_B1S.shape[-1] / self.config_rate
+        seconds = self.clips.audio_B1S.shape[-1] / self.clips.sample_rate
         return {
             "recipe": self.config.name,
             "model_hash": self._codec("finetune").model_hash,
             "created": datetime.now(UTC).date().isoformat(),
-            "sample_rate": self.config_rate,
+            "sample_rate": self.clips.sample_rate,
             "subtitle": f"{len(self.clips.keys)} held-out clips of {seconds:.1f} s, which no stage saw",
             "systems": [dataclasses.asdict(system) for system in self.systems],
             "figures": [dataclasses.asdict(figure) for figure in FIGURES.values()],
@@ -312,9 +308,13 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     of_page = ids[:: max(1, count // config.evaluate.page_clips)][: config.evaluate.page_clips]
     ids = of_page + [id_ for id_ in ids if id_ not in of_page]
     metadata = [shards.metadata(id_) for id_ in ids]
-    length = round((config.evaluate.seconds or config.data.clip_seconds) * metadata[0]["sample_rate"])
-    audio = torch.stack([torch.from_numpy(shards.audio(id_))[:, :length] for id_ in ids])
-    return Clips(audio.to(device), metadata, [f"clip_{id_:05d}" for id_ in ids])
+    length = round((config.evaluate.seconds or config.data.clip_seconds) * shards.info.sample_rate)
+    audio = [torch.from_numpy(shards.audio(id_))[:, :length] for id_ in ids]
+    if (shortest := min(clip.shape[1] for clip in audio)) < max(clip.shape[1] for clip in audio):
+        seconds = shortest / shards.info.sample_rate
+        raise ValueError(f"{shards.location} holds clips of {seconds:.2f} s: set evaluate.seconds to that or less")
+    rate = shards.info.sample_rate
+    return Clips(torch.stack(audio).to(device), rate, metadata, [f"clip_{id_:05d}" for id_ in ids])
 
 
 def table(report: dict[str, Any]) -> str:

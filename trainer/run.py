@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from trainer.config import Config, fingerprint, flatten, to_yaml
 from trainer.data.files import file_digest
-from trainer.data.shard_set import ShardSet, open_set
+from trainer.data.shard_set import ShardSet, open_set, open_training_set
 
 logger = logging.getLogger("spresso")
 
@@ -48,7 +48,7 @@ def base_model(config: Config) -> Path:
 def training_sets(config: Config) -> dict[ShardSet, int]:
     """The sets that a run learns from, with their shares in a batch."""
     folders = config.data.mix or {config.data.latents: 1}
-    return {open_set(f"{folder.rstrip('/')}/train", config.data.cache): share for folder, share in folders.items()}
+    return {open_training_set(folder, config.data.cache): share for folder, share in folders.items()}
 
 
 def held_out_set(config: Config) -> ShardSet:

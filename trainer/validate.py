@@ -193,10 +193,16 @@ def _folders(config: Config) -> list[str]:
             f"and copy that there"
         )
     found += [
-        f"data.mix: {folder} holds no train/"
+        f"data.mix: {folder} is no set and holds no train/"
         for folder in config.data.mix
-        if not is_url(folder) and not (Path(folder) / "train").is_dir()
+        if not is_url(folder) and not any((Path(folder) / name).exists() for name in ("train", "set.json"))
     ]
+    latents = Path(config.data.latents)
+    if latents.is_dir() and any(latents.glob("*.tar")):
+        found.append(
+            f"data.latents={latents} holds shards itself: move them to its train/, and some that nothing "
+            f"is to learn from to its test/, then run `spresso index`; or name it in data.mix"
+        )
     for key, folder in (
         ("autoencoder.folder", config.autoencoder.folder),
         ("pretrained.folder", config.pretrained.folder),

@@ -11,7 +11,8 @@ import soundfile
 
 from launch.cli import main
 from trainer.data.describe import describe
-from trainer.data.shard_set import ShardSet
+from trainer.data.remote import CacheSettings
+from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 
 
@@ -44,6 +45,16 @@ def test_size_lengths_sources_and_captions(tmp_path):
 
 def test_clips_of_one_length_take_one_line(tmp_path):
     assert "  all 1.00 s" in describe(write_set(tmp_path / "set", [100] * 3))
+
+
+def test_a_set_elsewhere_is_described_from_its_first_shards(tmp_path):
+    lengths = [100] * 900
+    local = write_set(tmp_path / "set", lengths)
+    url = f"file://{tmp_path / 'set'}"
+    shard_set = open_set(url, CacheSettings(str(tmp_path / "cache")))
+    assert "sources     400 files in 2 folder(s) among 400" in describe(shard_set)
+    fetched = len(list(shard_set.folder.glob("*.tar")))
+    assert 0 < fetched < len(local.shards)
 
 
 def test_the_command_shows_both_sets_and_plays_samples(prepared, tmp_path, capsys):

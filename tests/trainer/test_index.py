@@ -95,6 +95,21 @@ def test_the_command_indexes_and_verifies(folder, capsys):
     assert len(ShardSet(folder)) == 8
 
 
+def test_the_command_takes_both_parts_of_a_folder(tmp_path, capsys):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        by_webdataset(tmp_path / part)
+    assert main(["index", str(tmp_path), "--autoencoder", "spectral"]) == 0
+    assert main(["index", str(tmp_path), "--verify"]) == 0
+    assert capsys.readouterr().err.count("12 samples in 3 shards, all as indexed") == 2
+    for part in ("train", "test"):
+        flip(tmp_path / part / "1.tar", int(ShardSet(tmp_path / part).index["x0_offset"][5]) + 3)
+    assert main(["index", str(tmp_path), "--verify"]) == 2
+    told = capsys.readouterr().err
+    assert "train/1.tar at byte" in told
+    assert "test/1.tar at byte" in told
+
+
 def test_tars_without_an_autoencoder_to_their_name_are_refused(folder, capsys):
     assert main(["index", str(folder)]) == 2
     assert "--autoencoder" in capsys.readouterr().err

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from launch import pipeline
 from tests.nginx import Nginx
 from trainer.data.ahead import FetchAhead
 from trainer.data.remote import CacheSettings, MissingFileError, Remote, ShardCache
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.stream import LatentStream, Shuffle
+from trainer.run import training_sets
 
 CHANNELS, FRAMES, SAMPLES = 16, 40, 600
 SHARD = 100_000  # bytes at most: 10 shards
@@ -321,3 +323,29 @@ def test_other_filesystems(local, cache):
     memory.put(str(local.folder), "/bucket/set", recursive=True)
     assert_equal(first_batches(open_set("memory://bucket/set", cache)), first_batches(local))
     assert ShardCache("memory://bucket/set", cache).folder.is_dir()
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "pretrain/export/dit.safetensors").read_bytes()
+
+
+def test_a_stage_learns_the_same_from_a_url_on_two_ranks(prepared, tiny, tmp_path):
+    remote = ["data.audio=null", f"data.cache.folder={tmp_path / 'cache'}", "parallel.processes=2"]
+    assert pipeline.run_stage(tiny("parallel.processes=2", run_dir=tmp_path / "here"), "pretrain") == "done"
+    with Nginx(prepared, tmp_path / "nginx") as nginx:
+        url = f"data.latents={nginx.url}/flaky/latents"
+        assert pipeline.run_stage(tiny(url, *remote, run_dir=tmp_path / "far"), "pretrain") == "done"
+        assert weights_of(tmp_path / "far") == weights_of(tmp_path / "here")
+
+        # a set that is not parted into train/ and test/
+        mix = f"data.mix={{'{nginx.url}/plain/latents/train': 1}}"
+        assert pipeline.run_stage(tiny(mix, *remote[1:], run_dir=tmp_path / "mixed"), "pretrain") == "done"
+        assert weights_of(tmp_path / "mixed") == weights_of(tmp_path / "here")
+
+
+def test_a_set_itself_is_learned_from_but_has_nothing_held_out(prepared, tiny):
+    train = prepared / "latents/train"
+    (learned_from,) = training_sets(tiny(f"data.mix={{{train}: 1}}"))
+    assert learned_from.location == str(train)
+    with pytest.raises(ValueError, match=r"holds shards itself: move them to its train/"):
+        tiny(f"data.latents={train}", "data.audio=null")

@@ -16,14 +16,15 @@ from trainer.data.shard_set import ShardSet
 
 _ROWS = 12  # of the histogram
 _WIDTH = 40
-_LOOKED_AT = 400  # samples whose metadata is read, spread evenly
+_LOOKED_AT = 400  # samples whose metadata is read
 _AT_ONCE = 1 << 20  # rows of the index
 
 
 def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     """Size, lengths, sources and some captions, as lines of text.
 
-    Metadata is read of some samples only, so that a large set, or one in a bucket, is described in seconds.
+    Metadata is read of some samples only, so that a large set is described in seconds. They are spread evenly, but in
+    a set that lies elsewhere they are the first ones, so that few shards are fetched.
     """
     info, seconds_a_frame = shard_set.info, shard_set.info.hop / shard_set.info.sample_rate
     sizes = [size for _, size in shard_set.shards]
@@ -38,7 +39,8 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     }
     lines = [f"{name:<12}{text}" for name, text in facts.items()]
     lines += ["", "lengths", *_histogram(shard_set, seconds_a_frame)]
-    described = [shard_set.metadata(int(id_)) for id_ in _spread(len(shard_set), _LOOKED_AT)]
+    among = len(shard_set) if shard_set.cache is None else min(len(shard_set), _LOOKED_AT)
+    described = [shard_set.metadata(int(id_)) for id_ in _spread(among, _LOOKED_AT)]
     lines += ["", *_sources(described, all_of_them=len(described) == len(shard_set))]
     shown = [described[int(place)] for place in _spread(len(described), captions)]
     lines += ["", "captions", *(f"  {text}" for metadata in shown if (text := str(metadata.get("caption", ""))))]

@@ -44,6 +44,10 @@ class MissingFileError(Exception):
     """A remote file that is not there, or not as long as its index says: trying again would not help."""
 
 
+class NoSetError(ValueError):
+    """A folder or a URL where no set is."""
+
+
 def is_url(location: str | Path) -> bool:
     """Whether a location is for fsspec to open."""
     return "://" in str(location)
@@ -173,7 +177,8 @@ class ShardCache:
         settings: of this node's cache, which all sets share.
 
     Raises:
-        ValueError: there is no set, it can't be had, or the cache can't be written.
+        NoSetError: there is none.
+        ValueError: it can't be had, or the cache can't be written.
     """
 
     def __init__(self, url: str, settings: CacheSettings):
@@ -189,7 +194,7 @@ class ShardCache:
             with self._whole("index.npy", self.remote.size("index.npy")):
                 pass
         except MissingFileError as error:
-            raise ValueError(
+            raise NoSetError(
                 f"{error}: give the URL of a folder with train/ and test/, as `spresso prepare` makes it"
             ) from error
         with self._explained(), self._lock():

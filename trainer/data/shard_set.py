@@ -18,7 +18,7 @@ import soundfile
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
-from trainer.data.remote import CacheSettings, MissingFileError, ShardCache, is_url
+from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.shards import (
     INDEX_ROW,
     INDEX_ROW_WITH_AUDIO,
@@ -45,7 +45,8 @@ class ShardSet:
     `shortest_frames` and `longest_frames`, of the clips; `has_audio`.
 
     Raises:
-        ValueError: the folder is not a set, or its files are not those that its index was made from.
+        NoSetError: the folder is not a set.
+        ValueError: its files are not those that its index was made from.
     """
 
     def __init__(self, folder: Path | ShardCache):
@@ -57,7 +58,8 @@ class ShardSet:
             description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
             self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing: make the set with `spresso prepare`") from error
+            mend = "make the set with `spresso prepare`, or of tars that are there with `spresso index`"
+            raise NoSetError(f"{error.filename} is missing: {mend}") from error
         except ValueError as error:
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
         if description.pop("version", None) != VERSION:
@@ -211,7 +213,9 @@ class ShardSet:
     def audio(self, id_: int) -> NDArray[np.float32]:
         """The clip itself, (channels, samples), in sets that hold it."""
         if not self.has_audio:
-            raise ValueError(f"{self.location} holds latents without their audio: take the held-out set")
+            raise ValueError(
+                f"{self.location} holds latents without their audio, which figures need: add it as KEY.flac"
+            )
         row = self.index[id_]
         with self._file(row["shard"]) as file:
             content = pread(file, row["flac_offset"], row["flac_length"])
@@ -245,3 +249,18 @@ def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
     if not is_url(location):
         return ShardSet(Path(location))
     return ShardSet(ShardCache(location, cache or CacheSettings()))
+
+
+def open_training_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
+    """The `train/` of a folder or a URL, or, where that is a set itself, that.
+
+    Raises:
+        ValueError: as `open_set` does.
+    """
+    try:
+        return open_set(f"{location.rstrip('/')}/train", cache)
+    except NoSetError as error:
+        try:
+            return open_set(location, cache)
+        except NoSetError:
+            raise error from None
