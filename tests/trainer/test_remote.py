@@ -226,6 +226,15 @@ def test_what_waiting_does_not_mend_is_told_at_once(server, cache):
     assert time.monotonic() - start < 5
 
 
+def test_a_size_that_could_not_be_asked_for_is_asked_again(local, server):
+    flaky = Remote(f"{server.url}/flaky/set", patience=30)
+    assert {flaky.size("index.npy") for _ in range(12)} == {(local.folder / "index.npy").stat().st_size}
+    with pytest.raises(ValueError, match="could not be had for 1 s"):
+        Remote(f"{server.url}/down/set", patience=1).size("index.npy")
+    with pytest.raises(MissingFileError):
+        Remote(f"{server.url}/plain/set", patience=30).size("nothing.npy")
+
+
 def test_patience_ends(server, cache):
     with pytest.raises(ValueError, match=r"could not be had for 1 s, at last for ClientResponseError 503"):
         open_set(f"{server.url}/down/set", CacheSettings(cache.folder, patience=1))

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -220,6 +222,35 @@ def test_too_much_damage_stops_the_run(damaged):
     stream = LatentStream(damaged, crop_frames=CROP, global_batch=SAMPLES, seed=5, max_damaged=2 / SAMPLES)
     with pytest.raises(ValueError, match=r"3 of 23 samples .* can't be read, more than data.max_damaged=0.0869"):
         stream.batch(0)
+
+
+def test_what_all_ranks_and_runs_found_counts(damaged, shard_set, tmp_path):
+    """No rank meets all three, and each sample is named once, also after a line that was cut off."""
+    path = tmp_path / "data_errors.jsonl"
+    options = {"crop_frames": CROP, "global_batch": 24, "seed": 5, "errors": path}
+
+    def rank(number: int, **more) -> None:
+        LatentStream(damaged, **options, **more).batch(0, rank=number, world_size=24)
+
+    for _ in range(2):
+        for number in range(24):
+            rank(number, max_damaged=1)
+        path.write_text(path.read_text() + '{"set": "cut o')
+    lines = path.read_text().splitlines()
+    assert sorted(json.loads(line)["sample"] for line in lines if line.endswith("}")) == [3, 4, 11]
+    for number in range(24):
+        ids = LatentStream(damaged, **options, max_damaged=1).batch(0, rank=number, world_size=24).ids
+        sound = LatentStream(shard_set, **options).batch(0, rank=number, world_size=24).ids
+        with nullcontext() if ids == sound else pytest.raises(ValueError, match=rf"3 of 23 samples.*remove {path}"):
+            rank(number, max_damaged=2 / SAMPLES)
+
+
+def test_threads_name_a_sample_once(damaged, tmp_path):
+    path = tmp_path / "data_errors.jsonl"
+    stream = LatentStream(damaged, crop_frames=CROP, global_batch=24, seed=5, errors=path, max_damaged=1)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(stream.batch, [24 * step for step in range(64)]))
+    assert sorted(json.loads(line)["sample"] for line in path.read_text().splitlines()) == [3, 4, 11]
 
 
 def test_a_set_of_damage_alone_is_an_error_not_a_search_for_ever(shard_set, tmp_path):

@@ -43,7 +43,7 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     described = [shard_set.metadata(int(id_)) for id_ in _spread(among, _LOOKED_AT)]
     lines += ["", *_sources(described, all_of_them=len(described) == len(shard_set))]
     shown = [described[int(place)] for place in _spread(len(described), captions)]
-    lines += ["", "captions", *(f"  {text}" for metadata in shown if (text := str(metadata.get("caption", ""))))]
+    lines += ["", "captions", *(f"  {metadata.get('caption') or '(none)'}" for metadata in shown)]
     return "\n".join(lines)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.data.files import locked
 from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
@@ -102,28 +107,52 @@ class Reader:
 
 
 class Damage:
-    """Samples that could not be read, each named once."""
+    """Samples that could not be read, each named once by whoever met it first: a thread, a rank, a run before.
+
+    Args:
+        path: of the file that all ranks of a run name them in, a line of JSON each; None: nowhere.
+        most: fraction of a set that may be damaged.
+    """
 
     def __init__(self, path: Path | None, most: float):
         self.path, self.most = path, most
-        self.known: dict[ShardSet, set[int]] = {}
+        self._known: defaultdict[str, set[int]] = defaultdict(set)  # by the set's location
+        self._read = 0  # bytes of the file that are in `_known`
+        self._lock = threading.Lock()
 
     def note(self, shard_set: ShardSet, id_: int, problem: DamagedSample) -> None:
         """Count a sample and write it down, the first time; raises ValueError where they are too many."""
-        known = self.known.setdefault(shard_set, set())
-        if id_ in known:
-            return
-        known.add(id_)
-        if self.path is not None:
-            line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())  # ranks append whole lines
-            finally:
-                os.close(descriptor)
+        with self._lock:
+            known = self._known[shard_set.location]
+            if id_ in known:
+                return
+            with self._file() as file:
+                if id_ not in known:
+                    line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
+                    file.write((json.dumps(line) + "\n").encode())
+                known.add(id_)
         if len(known) > self.most * len(shard_set):
             raise ValueError(
                 f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, more than "
                 f"data.max_damaged={self.most:g} of them. The last: {problem}"
+                + (f". Once the set is whole again, remove {self.path}" if self.path else "")
             )
+
+    @contextmanager
+    def _file(self) -> Iterator[io.BufferedIOBase]:
+        """The file, at its end and locked, once all that others wrote there is known."""
+        if self.path is None:
+            yield io.BytesIO()
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path), self.path.open("r+b") as file:
+            file.seek(self._read)
+            line = b"\n"
+            for line in file:
+                with suppress(ValueError, KeyError):  # a line that was not written to its end
+                    entry = json.loads(line)
+                    self._known[entry["set"]].add(entry["sample"])
+            if not line.endswith(b"\n"):
+                file.write(b"\n")
+            yield file
+            self._read = file.tell()

@@ -107,7 +107,18 @@ class Remote:
 
     def size(self, name: str) -> int:
         """Of a file, in bytes. Raises as `append` does."""
-        return int(self._patiently(name, lambda: self._filesystem.info(f"{self._root}/{name}")["size"]))
+
+        def ask() -> int:
+            try:
+                return int(self._filesystem.info(f"{self._root}/{name}")["size"])
+            except FileNotFoundError as error:
+                # over HTTP fsspec says so whatever went wrong, be it a 500 or a line that was cut
+                cause = error.__cause__
+                if isinstance(cause, TimeoutError) or (cause and type(cause).__module__.startswith("aiohttp")):
+                    raise cause from None
+                raise
+
+        return int(self._patiently(name, ask))
 
     def append(self, name: str, file: io.FileIO, size: int) -> None:
         """Fetch what `file` lacks at its end to have `size` bytes.
@@ -159,7 +170,7 @@ class Remote:
 
     def _raise_if_final(self, name: str, error: Exception) -> None:
         status = getattr(error, "status", None)
-        if isinstance(error, FileNotFoundError) or status == 410:
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise MissingFileError(f"{self.url}/{name} is missing") from error
         if status == 416:  # the range asked for begins behind the end
             raise MissingFileError(f"{self.url}/{name} has fewer bytes than its index says") from error
