@@ -12,11 +12,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ TITLES = {
     "litdata": "LitData",
     "mosaicml": "MosaicML streaming",
 }
+SAMPLE = 2 * 64 * 215  # bytes
 GROUPS = 371
 IDEAL = GROUPS * (1 - (1 - 1 / GROUPS) ** 256)
 FORMAT = {"webdataset": "ours", "wids": "ours"}  # who reads the same files as whom
@@ -71,7 +75,8 @@ def main() -> None:
                 measured = call(name, "run", options.work, workers) | call(name, "restore", options.work, workers)
                 for key, value in measured.items():
                     row.setdefault(key, []).append(value)
-        figures.setdefault("reads", []).append(bare_reads(folder_of("ours", options.work)))
+        for kind, measured in bare_reads(folder_of("ours", options.work)).items():
+            figures.setdefault("reads", {}).setdefault(kind, []).append(measured)
     for name in options.only:
         figures["loaders"][name]["0"]["distinct_shards"] = [call(name, "mix", options.work, 0)["distinct_shards"]]
     say("the order at 10⁹ samples")
@@ -145,20 +150,44 @@ def warm(folder: Path) -> None:
                     pass
 
 
-def bare_reads(folder: Path) -> dict[str, float]:
-    """The floor: the shards from the page cache into one buffer, front to back, one thread, nothing checked."""
-    buffer = bytearray(1 << 20)
+def bare_reads(folder: Path) -> dict[str, dict[str, float]]:
+    """The floor: the shards from the page cache into buffers, by one thread, nothing checked."""
+    warm(folder)
     paths = sorted(folder.glob("*.tar"))
-    cpu, start, size = time.process_time(), time.perf_counter(), 0
+    return {
+        "in order": _timed(lambda: _read_in_order(paths)),
+        "at random": _timed(lambda: _read_at_random(paths)),
+    }
+
+
+def _timed(read: Callable[[], int]) -> dict[str, float]:
+    cpu, start = time.process_time(), time.perf_counter()
+    samples = read() / SAMPLE
+    return {
+        "samples_per_second": samples / (time.perf_counter() - start),
+        "cpu_us": (time.process_time() - cpu) / samples * 1e6,
+    }
+
+
+def _read_in_order(paths: list[Path]) -> int:
+    """A MiB at a time; returns bytes."""
+    buffer, size = bytearray(1 << 20), 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
             while got := file.readinto(buffer):
                 size += got
-    sample = 2 * 64 * 215
-    return {
-        "samples_per_second": size / sample / (time.perf_counter() - start),
-        "cpu_us": (time.process_time() - cpu) / (size / sample) * 1e6,
-    }
+    return size
+
+
+def _read_at_random(paths: list[Path]) -> int:
+    """What a shuffled loader can't do without: a read a sample, into its row of a batch; returns bytes."""
+    rows = memoryview(bytearray(64 * SAMPLE))
+    batch = [rows[row * SAMPLE : (row + 1) * SAMPLE] for row in range(64)]
+    places = [(path, start) for path in paths for start in range(0, path.stat().st_size - SAMPLE, SAMPLE)]
+    random.Random(0).shuffle(places)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
+        return sum(os.preadv(files[path], [batch[n % 64]], start) for n, (path, start) in enumerate(places))
 
 
 def order_of_a_billion(kind: str, work: Path) -> dict[str, Any]:
@@ -217,8 +246,8 @@ def mixing() -> dict[str, float]:
     """Distinct shards in a batch of 256, of 460 shards of 200 samples, in a window of 2 GiB (of 27.5 KB samples)."""
     from trainer.data.order import Order
 
-    shards, in_shard, sample = 460, 200, 2 * 64 * 215
-    window = 2 * 2**30 // sample
+    shards, in_shard = 460, 200
+    window = 2 * 2**30 // SAMPLE
     result = {"ideal": shards * (1 - (1 - 1 / shards) ** 256)}
     for kind in ("global", "windowed", "none"):
         order = Order(shards * in_shard, "a", 0, kind, 64, window, 64)
@@ -232,7 +261,6 @@ def mixing() -> dict[str, float]:
 def table(figures: dict[str, Any]) -> str:
     """Everything as Markdown, medians."""
     loaders = figures["loaders"]
-    reads = {key: statistics.median(read[key] for read in figures["reads"]) for key in figures["reads"][0]}
     lines = [
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}. 20,000 samples of 64 × 215 "
         f"float16, batch 64, shuffled, page cache warm.",
@@ -251,8 +279,11 @@ def table(figures: dict[str, Any]) -> str:
                 f"{row['first_batch_s']:.3f} | {row['restored_s']:.3f} | {row['memory_mib']:,.0f} | "
                 + (f"{row['distinct_shards']:.0f} |" if "distinct_shards" in row else "|")
             )
+    for kind, measured in figures["reads"].items():
+        read = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
+        speed = f"{read['samples_per_second']:,.0f} | | {read['cpu_us']:.1f}"
+        lines.append(f"| bare read, {kind}, nothing checked | | {speed} | | | | |")
     lines += [
-        f"| bare read, nothing checked | | {reads['samples_per_second']:,.0f} | | {reads['cpu_us']:.1f} | | | | |",
         "",
         f"Shards: distinct ones in 256 samples that follow each other, of {GROUPS}; {IDEAL:.0f} if all were drawn at "
         f"random.",
