@@ -159,12 +159,28 @@ class TrainConfig:
 class ParallelConfig:
     """Where the work is done. None of it changes what is learned."""
 
+    strategy: str = "ddp"
+    """How ranks share the work: `ddp` (all held by each), `zero1`, `zero2`, `zero3` (DeepSpeed: moments; and gradients;
+    and weights cut among ranks) or `fsdp2` (all three cut, by torch)."""
     processes: int = 1
-    """Ranks on this machine, with DDP when there are several. Started by torchrun or SLURM: theirs count."""
+    """Ranks on this machine. Started by torchrun or SLURM: theirs count."""
+    replicas: int = 1
+    """`fsdp2` only: so many groups of ranks each hold all that is trained, cut within the group; the number of nodes
+    keeps the traffic of weights within each (HSDP)."""
     micro_batch: int | None = None
     """Clips to one forward pass of one rank; None: global batch / ranks. The rest is gradient accumulation."""
     precision: str = "fp32"
-    """`fp32` or `bf16` (autocast; the trained weights stay float32)."""
+    """What is computed in: `fp32`, `bf16` or `fp16` (with loss scaling). The trained weights stay float32, and a frozen
+    base is held in what is computed in."""
+    shard_base: bool = False
+    """`fsdp2` only: the frozen base is cut among ranks too, not held by each. `zero3` always does."""
+    offload: str = "none"
+    """`zero1` to `zero3`: `optimizer` keeps moments and master weights in host memory; `all`, `zero3` only, the cut
+    weights too."""
+    checkpoint_activations: bool = False
+    """Compute each block's activations again in the backward pass: far less memory, a third more compute."""
+    compile: bool = False
+    """torch.compile each block: a slow first step, faster ones after."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     threads: int | None = None
@@ -193,8 +209,33 @@ class CheckpointConfig:
     """Samples between two checkpoints."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
+    keep_best: int = 0
+    """Also keep so many with the lowest loss on held-out clips."""
     keep_every: int | None = None
     """Also keep those at multiples of so many samples."""
+    resume: str = "auto"
+    """`auto`: from the run's newest whole checkpoint, if there is one; `never`: an older run in its folder is refused;
+    or a checkpoint's path, of this run or of another of the same config."""
+    start_from: str | None = None
+    """A checkpoint, or a stage's `export/`, whose weights alone a new run begins with; it has its own schedule and
+    fresh moments."""
+
+
+@dataclass
+class HealthConfig:
+    """What a run does about losses that are no longer finite, spikes, and ranks that hang."""
+
+    spike: float = 10.0
+    """A step is skipped whose gradient norm is so many times the running median of the accepted ones; 0: never."""
+    spike_window: int = 128
+    """Steps over which that median is taken; before a quarter of them were seen, nothing counts as a spike."""
+    rewind_after: int = 5
+    """After so many skipped steps in a row the run goes back to the last checkpoint and passes over this window of
+    the data."""
+    max_rewinds: int = 3
+    """Of them a run ends with an error, as it would go on for ever."""
+    hang_seconds: float = 600.0
+    """A step that takes longer ends the job with every rank's stack in its log; 0: never."""
 
 
 @dataclass
@@ -250,6 +291,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
