@@ -61,6 +61,10 @@ class Quantizer(nn.Module, ABC):
         Codes are found without gradient; what they stand for has it.
         """
 
+    def forward(self, z: Tensor) -> Tensor:
+        """`loss`, by the call that wrappers of modules know."""
+        return self.loss(z)
+
     def bits(self, books: int | None = None) -> int:
         """Bits a vector, with the first ``books`` books or all of them."""
         return self._checked_books(books) * (self.size.bit_length() - 1)

@@ -197,6 +197,8 @@ class LogConfig:
     """Samples between two listening samples (audio and spectrograms in TensorBoard); 0: only at the end."""
     clips: int = 3
     """Held-out clips that are decoded for them, always the same."""
+    held_out: int = 64
+    """Held-out clips whose loss is taken with each checkpoint, with noise that is always the same."""
     bins: int = 8
     """Noise levels, equally populated, by which the loss is told apart."""
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
-    """Averages of the named parameters, in float32 beside them."""
+    """Averages of the values that this rank holds, in float32 beside them: cut among ranks as they are."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, halflife: float) -> None:
-        """`halflife`: after so many samples a weight's share has halved; 0 keeps no memory."""
-        self.parameters, self.halflife = parameters, halflife
-        self.averages: dict[str, Tensor] = {name: value.detach().float().clone() for name, value in parameters.items()}
+    def __init__(
+        self, values: Mapping[str, Tensor], *, halflife: float, refresh: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin with the values as they are.
+
+        Args:
+            values: this rank's part of each trained parameter, float32; the real ones, which training changes in place.
+            halflife: after so many samples a weight's share has halved; 0 keeps no memory.
+            refresh: what makes the weights that are computed with follow the values.
+        """
+        self.values, self.halflife, self.refresh = dict(values), halflife, refresh
+        self.averages: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """The averages begin anew from the values."""
+        self.averages = {name: value.detach().clone() for name, value in self.values.items()}
 
     @torch.no_grad()
     def update(self, samples: int, batch: int) -> None:
@@ -26,12 +39,11 @@ class EMA:
         """
         halflife = min(self.halflife, 0.05 * samples)
         keep = 0.5 ** (batch / halflife) if halflife > 0 else 0.0
-        values = [value.detach().float() for value in self.parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), values, 1 - keep)
+        torch._foreach_lerp_(list(self.averages.values()), list(self.values.values()), 1 - keep)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages stand in for the weights inside the `with`."""
+        """The averages stand in for the weights inside the `with`, on all ranks together."""
         self._swap()
         try:
             yield
@@ -40,7 +52,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.averages[name])
+        for name, value in self.values.items():
+            kept = value.clone()
+            value.copy_(self.averages[name])
             self.averages[name].copy_(kept)
+        self.refresh()

@@ -22,14 +22,15 @@ class LossSums:
 
     def __init__(self, bins: int, device: torch.device) -> None:
         self.bins = bins
-        self.sums = torch.zeros(2, bins, device=device)
+        # float64: a mean over the batch that does not depend on how it was cut among ranks
+        self.sums = torch.zeros(2, bins, device=device, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, losses_B: Tensor, quantiles_B: Tensor) -> None:
         """Take in a micro batch: losses, and each sample's place in (0, 1) among the noise levels."""
         bin_B = (quantiles_B * self.bins).long().clamp_(0, self.bins - 1)
-        self.sums[0].index_add_(0, bin_B, losses_B.float())
-        self.sums[1].index_add_(0, bin_B, torch.ones_like(losses_B, dtype=torch.float32))
+        self.sums[0].index_add_(0, bin_B, losses_B.double())
+        self.sums[1].index_add_(0, bin_B, torch.ones_like(losses_B, dtype=torch.float64))
 
     def read(self, parallel: Parallel) -> tuple[float, list[float | None]]:
         """The mean since the last reading, over all and by bin (None where nothing fell), on all ranks; starts anew."""

@@ -1,15 +1,15 @@
-"""Where the work is done: ranks, device, precision and the reduction of gradients, through Accelerate.
+"""Where the work is done: ranks, device, precision, and the strategy by which ranks share a module.
 
 Nothing here changes what is learned: a global batch is cut among ranks and accumulation steps, and its mean gradient is
-the same however it is cut.
+the same however it is cut and wherever the weights lie.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from trainer.config import ParallelConfig
+from trainer.checkpoint import FlatRange
+from trainer.config import ParallelConfig, TrainConfig
+from trainer.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
 
 
 class Parallel:
@@ -31,13 +33,21 @@ class Parallel:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if on_cpu:
             torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size))
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.accelerator = Accelerator(cpu=on_cpu)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         """Ranks on this node."""
         self.device: torch.device = self.accelerator.device
-        if self.world_size > 1:
+        if self.world_size % config.replicas:
+            raise ValueError(
+                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): take a divisor, such as "
+                f"the number of nodes"
+            )
+        if config.strategy != "ddp" and not dist.is_initialized():  # a single rank: these want a group all the same
+            backend = "gloo" if on_cpu else "nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if dist.is_initialized():
             atexit.register(_leave_group)
 
     @property
@@ -59,21 +69,44 @@ class Parallel:
             )
         return global_batch // (self.world_size * micro)
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The module on this rank's device, its gradients reduced over ranks if there are several."""
-        return self.accelerator.prepare_model(module)
+    def prepare(self, module: nn.Module, settings: TrainConfig) -> Strategy:
+        """A module, on this rank's device and the same on all ranks, under the config's strategy.
 
-    def reduce_at(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced once a step, in its last micro batch."""
-        return nullcontext() if last else self.accelerator.no_sync(module)
+        Its frozen weights are held in what is computed in.
+        """
+        config, dtype = self.config, DTYPES[self.config.precision]
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        for block in blocks_of(module):
+            if config.checkpoint_activations:
+                recompute(block)
+            if config.compile:
+                block.compile()
+        computed = Computed(module, self.device, dtype)
+        if config.strategy == "ddp":
+            return Replicated(computed, settings, rank=self.rank, world_size=self.world_size)
+        if config.strategy == "fsdp2":
+            from trainer.fsdp import Sharded
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate."""
-        self.accelerator.backward(loss)
+            return Sharded(
+                computed,
+                settings,
+                world_size=self.world_size,
+                replicas=config.replicas,
+                shard_base=config.shard_base,
+            )
+        from trainer.zero import Zero
 
-    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
-        """Clip to a global gradient norm; returns the norm before."""
-        return self.accelerator.clip_grad_norm_(parameters, norm)
+        parts = self.parts(settings.global_batch)
+        return Zero(
+            computed,
+            settings,
+            config,
+            stage=int(config.strategy.removeprefix("zero")),
+            parts=parts,
+            micro=settings.global_batch // (self.world_size * parts),
+        )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -82,6 +115,17 @@ class Parallel:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
+        """Tensors put together from all ranks' ranges, of which each element is on one rank; on rank 0, in host memory."""
+        tensors = {}
+        for name, part in ranges.items():
+            flat = torch.zeros(math.prod(part.shape), device=self.device)
+            flat[part.start : part.stop] = part.data.to(self.device)
+            flat = self.sum(flat)
+            if self.main:
+                tensors[name] = flat.view(part.shape).cpu()
+        return tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks, in the order of the global batch, of which each rank has every world_size-th row."""

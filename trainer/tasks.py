@@ -10,6 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,7 @@ from trainer.randomness import integers, keys, normal, uniform
 from trainer.run import base_model, stage_folder
 
 
-@dataclasses.dataclass
-class Losses:
+class Losses(NamedTuple):
     """Per-sample losses (b,) and where in the noise levels' distribution each sample lay, in (0, 1), (b,)."""
 
     losses: Tensor
@@ -110,7 +110,9 @@ class _LatentDenoiser(_Denoiser):
 
     def __init__(self, config: Config, stage: str, codec: SPresso, rates: list[int]) -> None:
         super().__init__(config, stage, codec.dit)
-        self.g, self.f, self.quantizer = codec.g, codec.f, codec.quantizer
+        self.g, self.f = codec.g, codec.f
+        # in a tuple it is no part of this module: frozen, in float32 whatever the rest is computed in, on every rank
+        self.quantizers = (codec.quantizer,)
         self.rates = rates
 
     def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
@@ -122,14 +124,15 @@ class _LatentDenoiser(_Denoiser):
 
     def quantized(self, z_BZN: Tensor, positions_B: Tensor) -> Tensor:
         """z_q, each sample at the rate that its key draws."""
-        assert self.quantizer is not None
-        with torch.no_grad():
+        (quantizer,) = self.quantizers
+        assert quantizer is not None
+        with torch.no_grad(), torch.autocast(z_BZN.device.type, enabled=False):
             drawn_B = integers(self.keys("rate", positions_B), len(self.rates))
             z_q = torch.empty_like(z_BZN)
             for rate, books in enumerate(self.rates):
                 chosen = drawn_B == rate
-                codes_BNM = self.quantizer.encode(z_BZN[chosen].transpose(1, 2), books=books)
-                z_q[chosen] = self.quantizer.decode(codes_BNM).transpose(1, 2).to(z_q.dtype)
+                codes_BNM = quantizer.encode(z_BZN[chosen].transpose(1, 2).float(), books=books)
+                z_q[chosen] = quantizer.decode(codes_BNM).transpose(1, 2).to(z_q.dtype)
         return z_q
 
 
@@ -150,7 +153,7 @@ class _Quantization(nn.Module):
     def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
         assert self.quantizer is not None
         z_BNZ = self.g(x0_BCT).transpose(1, 2)
-        losses_BN = self.quantizer.loss(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
+        losses_BN = self.quantizer(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
         heard_BN = _heard(mask_BT, z_BNZ).to(losses_BN.dtype)
         losses_B = (losses_BN * heard_BN).sum(1) / heard_BN.sum(1).clamp_min(1)
         return Losses(losses_B, torch.full_like(losses_B, 0.5))

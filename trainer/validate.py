@@ -17,6 +17,7 @@ def problems(config: Config) -> list[str]:
         return found  # the rest reckons with these
     return [
         *_ranges(config),
+        *_strategy(config),
         *config.latent_encoder.problems(),
         *_crops(config),
         *_codebooks(config),
@@ -66,6 +67,7 @@ _POSITIVE = (
     "log.every",
     "log.bins",
     "log.clips",
+    "log.held_out",
     "checkpoint.every",
     "checkpoint.keep_last",
     "sampling.steps",
@@ -114,6 +116,25 @@ def _ranges(config: Config) -> list[str]:
         if not 0 <= stage.condition_dropout < 1:
             found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
         found += _cut(config, name)
+    return found
+
+
+def _strategy(config: Config) -> list[str]:
+    parallel, found = config.parallel, []
+    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
+        found.append(
+            f"parallel.offload={parallel.offload} is for zero1, zero2 and zero3, not {parallel.strategy}: take "
+            f"parallel.strategy=zero2, or leave it out"
+        )
+    if parallel.offload == "all" and parallel.strategy in ("zero1", "zero2"):
+        found.append(f"parallel.offload=all needs parallel.strategy=zero3: {parallel.strategy} cuts no weights")
+    for key, value, unset in (("replicas", parallel.replicas, 1), ("shard_base", parallel.shard_base, False)):
+        if value != unset and parallel.strategy != "fsdp2":
+            found.append(f"parallel.{key}={value} is for parallel.strategy=fsdp2, not {parallel.strategy}")
+    if parallel.strategy == "fsdp2" and parallel.processes > 1 and parallel.processes % parallel.replicas:
+        found.append(
+            f"parallel.replicas={parallel.replicas} does not divide {parallel.processes} ranks: take a divisor"
+        )
     return found
 
 
