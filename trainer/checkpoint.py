@@ -78,19 +78,27 @@ def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
 
 
 def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
-    """What this rank writes of tensors that every rank holds, as in DDP.
-
-    The tensors laid end to end are cut into `world_size` equal parts. Each range is a view; some are empty.
-    """
-    total = sum(tensor.numel() for tensor in tensors.values())
-    first, last = total * rank // world_size, total * (rank + 1) // world_size
-    ranges, position = {}, 0
+    """What this rank writes of tensors that every rank holds, as in DDP: one of `world_size` equal parts."""
+    whole = {}
     for name, tensor in tensors.items():
         assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
-        start, stop = (min(max(cut - position, 0), tensor.numel()) for cut in (first, last))
-        ranges[name] = FlatRange(tensor.detach().view(-1)[start:stop], tuple(tensor.shape), start)
-        position += tensor.numel()
-    return ranges
+        whole[name] = FlatRange(tensor.detach().view(-1), tuple(tensor.shape))
+    return share(whole, index=rank, copies=world_size)
+
+
+def share(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
+    """Of ranges that `copies` ranks hold alike, what the rank with this index among them writes.
+
+    The ranges laid end to end are cut into `copies` equal parts. Each part of a range is a view; some are empty.
+    """
+    total = sum(len(held.data) for held in ranges.values())
+    first, last = total * index // copies, total * (index + 1) // copies
+    parts, position = {}, 0
+    for name, held in ranges.items():
+        start, stop = (min(max(cut - position, 0), len(held.data)) for cut in (first, last))
+        parts[name] = FlatRange(held.data[start:stop], held.shape, held.start + start)
+        position += len(held.data)
+    return parts
 
 
 def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> Path:

@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer import checkpoint
 from trainer.config import Config, TrainConfig, fingerprint, flatten
 from trainer.data.stream import Batch, LatentStream, Shuffle
 from trainer.ema import EMA
+from trainer.held_out import Clips, HeldOutLoss
 from trainer.metrics import LossSums, Metrics
 from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.run import (
     RunDirectory,
     code_version,
-    held_out_set,
     log_to,
     stage_folder,
     stage_inputs,
     training_sets,
 )
+from trainer.state import TrainState, export
 from trainer.tasks import Task, make_task
 
 logger = logging.getLogger("spresso")
@@ -75,55 +75,58 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         task.initialise(_batches(stream, parallel), parallel.gather, parallel.main)
         parallel.broadcast(task.statistics.values())
         parallel.broadcast(task.learned.values())
-    learned = task.learned
-    module = parallel.prepare(task.module)
-    optimizer = _optimizer(learned, settings)
-    ema = EMA(learned, halflife=settings.ema_halflife)
+    strategy = parallel.prepare(task.module, settings)
+    values = {name: held.value.data for name, held in strategy.held().items()}
+    ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
+    state = TrainState(task, strategy, ema, parallel)
     samples = steps = 0
     if resume is not None:
-        resumed = checkpoint.load(resume, checkpoint.whole_ranges(_state(task, optimizer, ema)))
+        resumed = state.load(resume)
         samples, steps = resumed["samples"], resumed["steps"]
-        _set_steps(optimizer, steps)
         logger.info("%s: resumed from %s at %d samples", stage, resume.name, samples)
 
     metrics = Metrics(run, resumed_at=samples, sample_rate=task.autoencoder.sample_rate) if parallel.main else None
-    clips = _Clips(config, settings, task, parallel.device) if metrics else None
+    clips = Clips(config, settings, parallel.device)
+    held_out_loss = HeldOutLoss(config, settings, parallel)
     loss_sums = LossSums(config.log.bins, parallel.device)
     tick = _Tick(samples)
     saved_at = samples if resume else -1
     meta = {"stage": stage, "config": fingerprint(flatten(config)), "code": code_version(), **inputs}
+    meta["strategy"] = config.parallel.strategy
 
-    def save() -> None:
+    def save(**facts: Any) -> None:
         nonlocal saved_at
         if saved_at == samples:
             return
-        checkpoint.save(
-            run.checkpoints,
-            samples,
-            checkpoint.equal_ranges(_state(task, optimizer, ema), rank=parallel.rank, world_size=parallel.world_size),
-            meta | {"steps": steps},
-        )
+        checkpoint.save(run.checkpoints, samples, state.owned(), meta | {"steps": steps} | facts)
         checkpoint.prune(run.checkpoints, last=config.checkpoint.keep_last, every=config.checkpoint.keep_every)
         saved_at = samples
 
     def listen() -> None:
-        if metrics is None or clips is None:
-            return
         with ema.applied():
-            for name, audio in clips.decoded(task):
-                metrics.listen(name, audio, samples)
+            decoded = clips.decoded(task, strategy)
+        for name, audio in decoded if metrics else []:
+            metrics.listen(name, audio, samples)
 
-    if clips is not None and metrics is not None and resume is None:
+    def measure() -> float:
+        with ema.applied():
+            loss = held_out_loss(strategy)
+        if metrics:
+            metrics.write("held_out", samples, loss=loss)
+        return loss
+
+    if metrics is not None and resume is None:
         for name, audio in clips.originals(task):
             metrics.listen(name, audio, 0)
 
     logger.info(
-        "%s: %s learned weights of %s, %d samples in batches of %d on %d rank(s)",
+        "%s: %s learned weights of %s, %d samples in batches of %d, %s on %d rank(s)",
         stage,
-        _millions(learned.values()),
-        _millions(task.module.parameters()),
+        _millions(strategy.numel_learned),
+        _millions(strategy.numel),
         settings.samples,
         settings.global_batch,
+        config.parallel.strategy,
         parallel.world_size,
     )
     task.module.train()
@@ -140,23 +143,21 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         progress.to(samples)
         while samples < settings.samples and not stopped:
             # One global batch, cut into this rank's micro batches; gradients are reduced in the last.
-            optimizer.zero_grad(set_to_none=True)
             for part in range(parts):
                 waiting = time.perf_counter()
                 batch = next(batches)
                 tick.data_wait += time.perf_counter() - waiting
-                with parallel.reduce_at(module, last=part == parts - 1), parallel.accelerator.autocast():
+                last = part == parts - 1
+                with strategy.reducing(last=last):
                     mask = None if batch.mask is None else batch.mask.to(parallel.device)
-                    result = module(batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device), mask)
-                    parallel.backward(result.losses.mean() / parts)
-                loss_sums.add(result.losses.detach(), result.quantiles)
+                    x0_BCT, positions_B = batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device)
+                    losses_B, quantiles_B = strategy.forward(x0_BCT, positions_B, mask)
+                    strategy.backward(losses_B.mean() / parts, last=last)
+                loss_sums.add(losses_B.detach(), quantiles_B)
 
             # The step, its learning rate a pure function of samples seen.
-            grad_norm = parallel.clip(learned.values(), settings.clip_norm)
             lr = learning_rate(settings, samples)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            grad_norm = strategy.step(lr, math.isfinite)
             before, samples, steps = samples, samples + settings.global_batch, steps + 1
             ema.update(samples, settings.global_batch)
 
@@ -173,16 +174,18 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                         loss=loss,
                         loss_bins=by_bin,
                         lr=lr,
-                        grad_norm=float(grad_norm),
+                        grad_norm=grad_norm,
                         **tick.read(samples),
                     )
                     run.write_status("running", samples=samples, of=settings.samples, loss=loss)
                 progress.to(min(samples, settings.samples), loss=f"{loss:.4f}")
             if _due(before, samples, config.log.samples_every) and not last and not stopped:
                 listen()
-            if _due(before, samples, config.checkpoint.every) or stopped:
-                _require_finite(float(grad_norm), stage, settings, samples)  # what is not would be saved for good
+            if stopped:
                 save()
+            elif _due(before, samples, config.checkpoint.every) or last:
+                _require_finite(grad_norm, stage, settings, samples)  # what is not would be saved for good
+                save(held_out_loss=measure())
 
     batches.close()
     save()
@@ -195,9 +198,9 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
 
     # The end: listen, export the averaged weights, say so.
     listen()
+    weights = state.averaged_weights()
     if parallel.main:
-        with ema.applied():
-            exported = task.export(run.export)
+        exported = export(make_task(config, stage), weights, task.statistics, run.export)
         run.write_status("done", samples=samples, of=settings.samples, export=exported)
         logger.info("%s: done, exported to %s", stage, run.export)
     _leave(metrics, parallel)
@@ -254,52 +257,14 @@ def _batches(stream: LatentStream, parallel: Parallel) -> Iterator[Batch]:
         yield stream.batch(step * stream.global_batch, rank=parallel.rank, world_size=parallel.world_size)
 
 
-def _optimizer(learned: dict[str, torch.nn.Parameter], settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with its state made at once, so that a checkpoint has where to load to."""
-    matrices = [value for value in learned.values() if value.ndim > 1]
-    vectors = [value for value in learned.values() if value.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        fused=True,
-    )
-    for parameter in learned.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for state in optimizer.state.values():
-        state["step"].fill_(steps)
-
-
-def _state(task: Task, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, under plain names; the tensors themselves, so that a load fills them in place.
-
-    Asked for anew at each load and save: DDP and `Module.to` may give a parameter another storage.
-    """
-    state = {f"statistics/{name}": value for name, value in task.statistics.items()}
-    for name, parameter in task.learned.items():
-        state[f"param/{name}"] = parameter.data
-        state[f"ema/{name}"] = ema.averages[name]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    return state
-
-
 def _leave(metrics: Metrics | None, parallel: Parallel) -> None:
     if metrics is not None:
         metrics.close()
     parallel.wait()
 
 
-def _millions(tensors: Any) -> str:
-    return f"{sum(tensor.numel() for tensor in tensors) / 1e6:.2f} M"
+def _millions(numbers: int) -> str:
+    return f"{numbers / 1e6:.2f} M"
 
 
 @dataclass
@@ -322,31 +287,3 @@ class _Tick:
         }
         self.samples, self.data_wait, self.start = samples, 0.0, time.perf_counter()
         return facts
-
-
-class _Clips:
-    """A few held-out clips, always the same, that the log listens to."""
-
-    def __init__(self, config: Config, settings: TrainConfig, task: Task, device: torch.device) -> None:
-        shards = held_out_set(config)
-        count = min(config.log.clips, len(shards))
-        self.ids = [round(index * (len(shards) - 1) / max(1, count - 1)) for index in range(count)]
-        latents = shards.latents(self.ids)
-        unit = math.lcm(config.latent_encoder.pooling, config.dit.patch_size)
-        frames = min(settings.crop_frames, min(x0_CT.shape[1] for x0_CT in latents) // unit * unit)
-        self.x0_BCT = torch.stack([torch.tensor(x0_CT[:, :frames]) for x0_CT in latents]).float().to(device)
-
-    def originals(self, task: Task) -> list[tuple[str, Tensor]]:
-        """What the AudioAE makes of the clips: the ceiling."""
-        return self._named("original", task.autoencoder.decode(self.x0_BCT))
-
-    @torch.no_grad()
-    def decoded(self, task: Task) -> list[tuple[str, Tensor]]:
-        """What the model makes of them."""
-        task.module.eval()
-        audio = task.sample(self.x0_BCT, seeds=self.ids)
-        task.module.train()
-        return self._named("decoded", audio)
-
-    def _named(self, kind: str, audio_B1S: Tensor) -> list[tuple[str, Tensor]]:
-        return [(f"clip_{id_}/{kind}", audio[0]) for id_, audio in zip(self.ids, audio_B1S, strict=True)]

@@ -68,7 +68,10 @@ class Strategy(ABC):
 
     def __init__(self, computed: Computed, settings: TrainConfig) -> None:
         self.computed, self.settings = computed, settings
-        self.names = [name for name, value in computed.module.named_parameters() if value.requires_grad]
+        parameters = dict(computed.module.named_parameters())
+        self.names = [name for name, value in parameters.items() if value.requires_grad]
+        self.numel = sum(value.numel() for value in parameters.values())
+        self.numel_learned = sum(parameters[name].numel() for name in self.names)
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:

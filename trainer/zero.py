@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -154,6 +155,8 @@ def _norm(value: Any) -> float:
 def _deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this device: quiet, and without the operator that it compiles at first use on a CPU."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed calls torch's collectives by their older names
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
