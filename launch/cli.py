@@ -58,6 +58,18 @@ def parser() -> argparse.ArgumentParser:
 
         if name == "prepare":
             sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
+        if name in ("run", "train"):
+            sub.add_argument(
+                "--resume",
+                metavar="auto|never|PATH",
+                help="from the run's newest whole checkpoint (auto, the default), from PATH, or refuse to go on",
+            )
+
+    checkpoint = _command(commands, "checkpoint", _checkpoint, "what checkpoints a run has, and what is in them")
+    checkpoint.add_argument(
+        "folder", type=Path, metavar="DIR", help="a run's directory, or one step_… in it to explain"
+    )
+    checkpoint.add_argument("--verify", action="store_true", help="hold them against their checksums: reads all of it")
 
     index = _command(commands, "index", _index, "an index for tars of latents that are there, or a check of one")
     index.add_argument("folder", help="holds *.tar, made by `spresso prepare`, WebDataset or tar; or train/ and test/")
@@ -136,21 +148,33 @@ def _data(options: argparse.Namespace) -> None:
     files.describe(options.location, samples=options.samples, play_to=options.play_to)
 
 
+def _checkpoint(options: argparse.Namespace) -> int:
+    from launch import files
+
+    return files.checkpoint(options.folder, verify=options.verify)
+
+
 def _run(options: argparse.Namespace) -> int:
     from launch import pipeline
     from trainer.config import load
 
-    return _outcome(pipeline.run(load(options.recipe, options.overrides)))
+    return _outcome(pipeline.run(load(options.recipe, _overrides(options))))
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """The settings given, and `--resume`, which is one too."""
+    return [*options.overrides, *([f"checkpoint.resume={options.resume}"] if options.resume else [])]
 
 
 def _train(options: argparse.Namespace) -> int:
     from launch import pipeline
     from trainer.config import TRAINED_STAGES, load
 
-    named = [override.removeprefix("stage=") for override in options.overrides if override.startswith("stage=")]
+    given = _overrides(options)
+    named = [override.removeprefix("stage=") for override in given if override.startswith("stage=")]
     if len(named) != 1 or named[0] not in TRAINED_STAGES:
         raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
-    overrides = [override for override in options.overrides if not override.startswith("stage=")]
+    overrides = [override for override in given if not override.startswith("stage=")]
     return _outcome(pipeline.train(load(options.recipe, overrides), named[0]))
 
 

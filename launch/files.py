@@ -1,4 +1,4 @@
-"""Files in, files out: `spresso encode`, `decode`, `index` and `data`."""
+"""Files in, files out: `spresso encode`, `decode`, `index`, `data` and `checkpoint`."""
 
 from __future__ import annotations
 
@@ -119,6 +119,19 @@ def describe(location: str, *, samples: int, play_to: Path | None) -> None:
         if play_to is not None:
             for path in description.play_to(shard_set, play_to, samples=samples):
                 print(path, file=sys.stderr)
+
+
+def checkpoint(folder: Path, *, verify: bool) -> int:
+    """List the checkpoints of a run, or explain one; with `verify`, read all of each. Returns 1 where one is damaged."""
+    from trainer import inventory
+
+    paths = inventory.find(folder)
+    if verify:
+        outcomes = [inventory.verification(path) for path in paths]
+        print("\n".join(text for text, _ in outcomes))
+        return 0 if all(whole for _, whole in outcomes) else 1
+    print(inventory.explanation(folder) if paths == [folder] else inventory.listing(paths))
+    return 0
 
 
 def _parts(location: str) -> list[str]:

@@ -7,9 +7,11 @@ import signal
 import socket
 import sys
 from types import FrameType
+from typing import NoReturn
 
-from launch.preemption import SIGNALS, STOPPED, StopFlag
+from launch.preemption import MISTAKE, SIGNALS, STOPPED, StopFlag
 from trainer.config import Config
+from trainer.run import stage_folder
 
 
 def train_here(config: Config, stage: str) -> str:
@@ -52,7 +54,11 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
         if error.exit_code == STOPPED:
             _join_all(context)
             return "stopped"
-        raise SystemExit(error.exit_code) from None  # the rank itself has said why
+        if error.exit_code != MISTAKE:  # of which the rank itself has said why
+            how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
+            log = stage_folder(config, stage) / "logs" / f"rank_{error.error_index}.log"
+            print(f"spresso: rank {error.error_index} {how}, and the others with it; see {log}", file=sys.stderr)
+        raise SystemExit(max(1, error.exit_code)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -83,13 +89,17 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
             outcome = train(config, stage, stop=stop)
     except (ValueError, OSError) as error:
         print(f"spresso: rank {rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    # Every rank leaves alike: a status of its own tells the parent that all was saved. At once, because the threads of
-    # a process group don't survive the interpreter's own end.
+        _leave(MISTAKE)
+    # Every rank leaves alike: a status of its own tells the parent that all was saved.
     dist.destroy_process_group()
+    _leave(STOPPED if outcome == "stopped" else 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """At once: the threads of a process group don't survive the interpreter's own end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(STOPPED if outcome == "stopped" else 0)
+    os._exit(status)
 
 
 def _free_port() -> int:

@@ -19,6 +19,7 @@ from trainer.run import RunDirectory, stage_folder, stage_inputs, write_atomical
 
 def run(config: Config) -> str:
     """All stages; returns "done", or "stopped" where a signal asked a stage to leave."""
+    _require_of_all_stages(config)
     for stage in TRAINED_STAGES:
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
     write_atomically(Path(config.run_dir) / "config.yaml", to_yaml(config))
@@ -27,6 +28,16 @@ def run(config: Config) -> str:
         if run_stage(config, stage) == "stopped":
             return "stopped"
     return "done"
+
+
+def _require_of_all_stages(config: Config) -> None:
+    """Raise ValueError for settings that are one stage's."""
+    for key, value in (("start_from", config.checkpoint.start_from), ("resume", config.checkpoint.resume)):
+        if value not in (None, "auto", "never"):
+            raise ValueError(
+                f"checkpoint.{key}={value} is for one stage: `spresso train RECIPE stage=… checkpoint.{key}={value}`, "
+                f"and then `spresso run RECIPE` without it"
+            )
 
 
 def run_stage(config: Config, stage: str) -> str:

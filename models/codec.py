@@ -78,16 +78,12 @@ class SPresso(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.dit = dit.requires_grad_(False)
         self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
-        inject_adapter_in_model(self._lora_config(), self.dit, adapter_name=ADAPTER)
+        inject_adapter_in_model(lora_config(config.lora), self.dit, adapter_name=ADAPTER)
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
         self.diffusion: Diffusion = make_diffusion(config.diffusion["name"], **config.diffusion["options"])
         self.model_hash = ""
-
-    def _lora_config(self) -> LoraConfig:
-        lora = self.config.lora
-        return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(DiT.lora_targets))
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +250,7 @@ class SPresso(nn.Module):
         making.mkdir(parents=True)
         for name, (module, config) in self.parts().items():
             save_weights(making / f"{name}.safetensors", module.state_dict(), config)
-        self._lora_config().save_pretrained(str(making))
+        lora_config(self.config.lora).save_pretrained(str(making))
         write_safetensors(making / "adapter_model.safetensors", self._adapter_state(), {"format": "pt"})
         if base.is_file():
             _link_or_copy(base, making / "dit.safetensors")
@@ -327,6 +323,11 @@ class SPresso(nn.Module):
         for local in ("sampling", "autoencoder"):  # where files lie and how they are decoded makes no other model
             identity.pop(local)
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
+
+
+def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
+    """PEFT's own config of `rank` and `alpha`."""
+    return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(DiT.lora_targets))
 
 
 def generate(

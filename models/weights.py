@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,32 @@ from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its shape is known, and its numbers are read when they are asked for."""
+
+    path: Path
+    name: str
+    shape: torch.Size
+    file: Any
+
+    def read(self) -> Tensor:
+        """The tensor, anew with each call, in memory of its own; `ValueError` if the file has been damaged since."""
+        try:
+            return self.file.get_tensor(self.name)
+        except SafetensorError as error:
+            raise _damaged(self.path, error) from error
+
+
+Weights = Mapping[str, Tensor | Stored]
+"""Tensors by name, in memory or still in a file."""
+
+
+def read(value: Tensor | Stored) -> Tensor:
+    """The tensor, wherever it is."""
+    return value.read() if isinstance(value, Stored) else value
 
 
 def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> None:
@@ -60,25 +87,38 @@ def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the file is truncated, foreign or without a config.
         FileNotFoundError: there is none.
     """
-    metadata, state = read_safetensors(path)
+    config, stored = open_weights(path)
+    return config, {name: value.read() for name, value in stored.items()}
+
+
+def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """`load_weights`, with the tensors not read yet."""
+    metadata, stored = open_safetensors(path)
     if "config" not in metadata:
         raise ValueError(f"{path} has no config in its header: it was not written by this program")
     try:
         config = json.loads(metadata["config"])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the config in its header is no JSON ({error})") from error
-    return config, state
+    return config, stored
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored]]:
     """Metadata and tensors of any safetensors file; `ValueError` with the file's name where it is none."""
-    if Path(path).is_dir():
+    path = Path(path)
+    if path.is_dir():
         raise ValueError(f"{path} is a folder: give the file in it")
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # not mapped into memory, where what was read would stay next to what it was read for
+        file = safe_open(path, framework="pt", backend="pread")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): fetch or export it again") from error
+        raise _damaged(path, error) from error
+    shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is no whole safetensors file ({error}): fetch or export it again")
 
 
 def hash_state(config: Mapping[str, Any], state: State) -> str:
@@ -91,8 +131,10 @@ def hash_state(config: Mapping[str, Any], state: State) -> str:
     return digest.hexdigest()
 
 
-def filled(build: Callable[[], Model], state: State, where: str, name_of: Callable[[str], str] = str) -> Model:
+def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Callable[[str], str] = str) -> Model:
     """What `build` makes, with its weights from `state`, where its tensor `name` is called `name_of(name)`.
+
+    What lies in files is read tensor by tensor, once all are known to fit: there is never a second copy of the whole.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; begins with `where` and names it.
@@ -112,7 +154,8 @@ def filled(build: Callable[[], Model], state: State, where: str, name_of: Callab
     found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
     if found:
         raise ValueError(f"{where} do not fit the config; {'; '.join(found)}")
-    model.to_empty(device="cpu").load_state_dict({name: state[name_of(name)] for name in model.state_dict()})
+    for name, value in model.to_empty(device="cpu").state_dict().items():
+        value.copy_(read(state[name_of(name)]))
     return model
 
 

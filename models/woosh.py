@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 from yaml import YAMLError
 
 from models.autoencoder import VocosAE, VocosConfig
 from models.dit import DiT, DiTConfig
-from models.weights import State, filled, listed, read_safetensors
+from models.weights import Stored, Weights, filled, listed, open_safetensors, read
 
 _DIT_PARTS = {
     "attention_modulation": "mod_proj",
@@ -104,24 +103,39 @@ def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
         ValueError: a file is missing, damaged or a pickle, which is never opened, or the model is another one.
     """
     folder = Path(folder)
-    config = _read_yaml(folder / "config.yaml")
-    is_dit = config.get("model_type") == "LatentDiffusionModel"
-    if not is_dit and config.get("_target_") != _VOCOS_FIXED["_target_"]:
-        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two can be used")
-    state = _read_weights(folder)
+    config, is_dit = _read_config(folder)
+    state = _open_weights(folder)
     try:
         return dit_from_woosh(config, _dit_state(state)) if is_dit else autoencoder_from_woosh(config, state)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _dit_state(state: State) -> dict[str, Tensor]:
+def read_woosh_sizes(folder: str | Path) -> DiTConfig | VocosConfig:
+    """The sizes of a release's model from its `config.yaml` alone; raises as `load_woosh_folder` does."""
+    config, is_dit = _read_config(Path(folder))
+    try:
+        return _dit_config(config) if is_dit else _vocos_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
+    """A release's config, and whether it is Woosh-Flow's."""
+    config = _read_yaml(folder / "config.yaml")
+    is_dit = config.get("model_type") == "LatentDiffusionModel"
+    if not is_dit and config.get("_target_") != _VOCOS_FIXED["_target_"]:
+        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two can be used")
+    return config, is_dit
+
+
+def _dit_state(state: Mapping[str, Stored]) -> dict[str, Stored]:
     """The DiT's part of a Woosh-Flow file; fine-tuned copies may hold the models around it, too."""
     own = {name: value for name, value in state.items() if not name.startswith(("autoencoder.", "conditioners."))}
     return {name.removeprefix("dit."): value for name, value in own.items()}
 
 
-def dit_from_woosh(config: Mapping[str, Any], state: State) -> DiT:
+def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
     """A DiT with the weights of a Woosh-Flow model.
 
     Args:
@@ -131,6 +145,14 @@ def dit_from_woosh(config: Mapping[str, Any], state: State) -> DiT:
     Raises:
         ValueError: the config asks for what this DiT can't do, or a tensor is missing, unknown or of another shape.
     """
+    dit_config = _dit_config(config)
+    # Empty, as there are no such tokens; some exports leave it out.
+    empty = "preprocessing.memory_tokens_description"
+    kept = {name: value for name, value in state.items() if name != empty or value.shape.numel()}
+    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _dit_name)
+
+
+def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
     if config.get("pred_type", "v_pred") != "v_pred":
         raise ValueError(
             f"Woosh config: pred_type is {config['pred_type']!r}, only 'v_pred' (the velocity) is supported"
@@ -145,7 +167,7 @@ def dit_from_woosh(config: Mapping[str, Any], state: State) -> DiT:
             "Woosh config: dit: max_seq_len is no multiple of patch_size, which would need learned padding"
         )
     span = int(math.ceil(given["max_seq_len"] / patch_size) * (given["rope_len_multiplier"] or 1))
-    dit_config = DiTConfig(
+    return DiTConfig(
         channels=given["io_channels"],
         width=given["dim"],
         depth=given["n_layers"],
@@ -163,23 +185,31 @@ def dit_from_woosh(config: Mapping[str, Any], state: State) -> DiT:
         time_features=given["timestep_features_dim"],
         predicts_logvar=given["estimate_logvar"],
     )
-    # Empty, as there are no such tokens; some exports leave it out.
-    empty = "preprocessing.memory_tokens_description"
-    kept = {name: value for name, value in state.items() if name != empty or value.numel()}
-    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _dit_name)
 
 
-def autoencoder_from_woosh(config: Mapping[str, Any], state: State) -> VocosAE:
+def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE:
     """A VocosAE with the weights of a Woosh-AE model, its latents normalised by the release's `z_mean` and `z_std`.
 
     Raises:
         ValueError: the config asks for what VocosAE can't do, or a tensor is missing, unknown or of another shape.
     """
+    vocos_config = _vocos_config(config)
+    window = torch.hann_window(vocos_config.n_fft)
+    for name in _WINDOWS & state.keys():
+        if state[name].shape != window.shape or not torch.allclose(read(state[name]).float(), window, atol=1e-6):
+            raise ValueError(f"Woosh-AE weights: {name} is no Hann window of {len(window)} samples: not supported")
+    if "z_std" in state and not (read(state["z_std"]) > 0).all():
+        raise ValueError("Woosh-AE weights: z_std is not positive: the model was exported without latent statistics")
+    kept = {name: value for name, value in state.items() if name not in _WINDOWS}
+    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _vocos_name)
+
+
+def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
     head = {"_target_": _HEAD_FIXED["_target_"]} | dict(config.get("istft_head") or {})
     _check_config("Woosh config: istft_head", head, used=(), fixed=_HEAD_FIXED, ignored=("_partial_",))
     given = {"_target_": _VOCOS_FIXED["_target_"], "normalize": True} | dict(config)
     _check_config("Woosh config", given, used=_VOCOS_USED, fixed=_VOCOS_FIXED, ignored=_VOCOS_IGNORED)
-    vocos_config = VocosConfig(
+    return VocosConfig(
         latent_channels=given["z_dim"],
         width=given["d_model"],
         hidden_width=given["intermediate_dim"],
@@ -189,14 +219,6 @@ def autoencoder_from_woosh(config: Mapping[str, Any], state: State) -> VocosAE:
         hop=given["hop_length"],
         sample_rate=given["sample_rate"],
     )
-    window = torch.hann_window(vocos_config.n_fft)
-    for name in _WINDOWS & state.keys():
-        if state[name].shape != window.shape or not torch.allclose(state[name].float(), window, atol=1e-6):
-            raise ValueError(f"Woosh-AE weights: {name} is no Hann window of {len(window)} samples: not supported")
-    if "z_std" in state and not (state["z_std"] > 0).all():
-        raise ValueError("Woosh-AE weights: z_std is not positive: the model was exported without latent statistics")
-    kept = {name: value for name, value in state.items() if name not in _WINDOWS}
-    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _vocos_name)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -211,10 +233,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _open_weights(folder: Path) -> dict[str, Stored]:
     weights = folder / "weights.safetensors"
     if weights.is_file():
-        return read_safetensors(weights)[1]
+        return open_safetensors(weights)[1]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".bin"))
     if pickles:
         convert = (

@@ -26,19 +26,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
 
 from models.weights import write_safetensors
 from trainer import collective
 from trainer.collective import shortened
 from trainer.data.files import file_digest
+from trainer.ranges import FlatRange
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,70 +47,31 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{12,})")
 _TEMPORARY = "tmp_"
 
+Wanted = Callable[[dict[str, Any]], bool]
+
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class FlatRange:
-    """Elements [start, stop) of a flattened tensor: what one rank owns of it, or wants of it."""
-
-    data: Tensor
-    """float32, one-dimensional and contiguous: the elements themselves, which a load fills in place."""
-    shape: tuple[int, ...]
-    """The whole tensor's own shape."""
-    start: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.data.dim() == 1, f"a range has one dimension, not {self.data.dim()}"
-        assert self.data.is_contiguous(), "a range must be contiguous, or a load could not fill it in place"
-        assert self.data.dtype == torch.float32, f"a checkpoint holds float32, not {self.data.dtype}"
-        fits = 0 <= self.start <= self.stop <= math.prod(self.shape)
-        assert fits, f"[{self.start}, {self.stop}) is not within a tensor of shape {self.shape}"
-
-    @property
-    def stop(self) -> int:
-        """One past the last element."""
-        return self.start + len(self.data)
-
-
-def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
-    """All of every tensor: what one process saves, and what every rank of DDP loads."""
-    return equal_ranges(tensors, rank=0, world_size=1)
-
-
-def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
-    """What this rank writes of tensors that every rank holds, as in DDP: one of `world_size` equal parts."""
-    whole = {}
-    for name, tensor in tensors.items():
-        assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
-        whole[name] = FlatRange(tensor.detach().view(-1), tuple(tensor.shape))
-    return share(whole, index=rank, copies=world_size)
-
-
-def share(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
-    """Of ranges that `copies` ranks hold alike, what the rank with this index among them writes.
-
-    The ranges laid end to end are cut into `copies` equal parts. Each part of a range is a view; some are empty.
-    """
-    total = sum(len(held.data) for held in ranges.values())
-    first, last = total * index // copies, total * (index + 1) // copies
-    parts, position = {}, 0
-    for name, held in ranges.items():
-        start, stop = (min(max(cut - position, 0), len(held.data)) for cut in (first, last))
-        parts[name] = FlatRange(held.data[start:stop], held.shape, held.start + start)
-        position += len(held.data)
-    return parts
-
-
-def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> Path:
+def save(
+    directory: Path,
+    samples: int,
+    tensors: Mapping[str, FlatRange],
+    meta: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Writes `directory/step_{samples}`, in place of one of that name. All ranks.
+
+    The tensors must not change meanwhile: `saver.Saver` gives this function a copy of them and training goes on.
 
     Args:
         directory: the run's checkpoints; made if it is not there.
         samples: samples seen.
-        tensors: this rank's range of every tensor, empty where it owns none. The same names on every rank.
-        meta: what else to know of the run, as JSON has it (hashes, code version, …). Rank 0's is kept, with `samples`
-            and `world_size` added.
+        tensors: this rank's range of every tensor, in host memory, empty where it owns none. The same names on every
+            rank.
+        meta: what else to know of the run, as JSON has it (hashes, code version, …). Rank 0's is kept, with `samples`,
+            `time` (seconds since 1970) and `world_size` added.
+        group: see `collective`.
 
     Returns:
         The checkpoint's path, once it is whole.
@@ -118,20 +80,19 @@ def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: 
         OSError: on every rank, if any rank could not write. Older checkpoints are then untouched.
         ValueError: on every rank, if the ranks' ranges do not make up every tensor exactly once.
     """
-    _check_cover(tensors)
-    snapshot = {name: _on_host(owned) for name, owned in tensors.items() if len(owned.data)}
+    _check_cover(tensors, group)
     final = directory / f"step_{samples:012d}"
-    temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}")
+    temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
-        collective.on_rank_0(lambda: _begin(temporary))
-        written = collective.together(lambda: _write(temporary, snapshot))
+        collective.on_rank_0(lambda: _begin(temporary), group)
+        written = collective.together(lambda: _write(temporary, tensors), group)
         manifest = {
             "format": FORMAT,
-            "meta": {**meta, "samples": samples, "world_size": len(written)},
+            "meta": {**meta, "samples": samples, "time": round(time.time()), "world_size": len(written)},
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
         }
-        collective.on_rank_0(lambda: _commit(temporary, final, manifest))
+        collective.on_rank_0(lambda: _commit(temporary, final, manifest), group)
     except OSError as error:
         if collective.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -141,7 +102,7 @@ def save(directory: Path, samples: int, tensors: Mapping[str, FlatRange], meta: 
     return final
 
 
-def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
+def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) -> dict[str, Any]:
     """Fills this rank's ranges from a checkpoint and returns its `meta`. All ranks.
 
     Looks at the files' sizes but not at their checksums, which `latest` and `verify` do.
@@ -149,13 +110,14 @@ def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
     Args:
         path: a checkpoint's directory.
         tensors: the range that this rank wants of every tensor, empty where it wants none.
+        partly: whether the checkpoint may hold more tensors than these.
 
     Raises:
         ValueError: on every rank, before anything is filled, if the checkpoint is not whole, or its tensors are not
             exactly these, names and shapes. The message names them.
         OSError: on every rank, if any rank could not read.
     """
-    problems = _problems(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors)
+    problems = verify(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors, partly=partly)
     everyones = list(
         dict.fromkeys(problem for rank_problems in collective.gather(problems) for problem in rank_problems)
     )
@@ -166,24 +128,29 @@ def load(path: Path, tensors: Mapping[str, FlatRange]) -> dict[str, Any]:
     return manifest["meta"]
 
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint; empty if it is whole. Reads all of it."""
-    return _problems(path, checksums=True)
+def verify(path: Path, *, checksums: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; empty if it is whole. Reads all of it, or only sizes without `checksums`."""
+    return _problems(path, checksums=checksums)
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint; None if there is none. A damaged one is passed over, with a warning. All ranks."""
+def latest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
+    """`newest` on rank 0, told to all ranks."""
+    return collective.on_rank_0(lambda: newest(directory, wanted=wanted))
 
-    def newest_whole() -> Path | None:
-        for path in reversed(checkpoints(directory)):
-            problems = verify(path)
-            if not problems:
-                return path
+
+def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
+    """The newest whole checkpoint whose `meta` is wanted; None if there is none.
+
+    A damaged one is passed over, with a warning, and set aside.
+    """
+    for path in reversed(checkpoints(directory)):
+        problems = verify(path)
+        if not problems and wanted(read_manifest(path)["meta"]):
+            return path
+        if problems:
             aside = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))  # not counted, nor lost
             log.warning("DAMAGED CHECKPOINT %s is passed over, now %s: %s", path, aside.name, shortened(problems))
-        return None
-
-    return collective.on_rank_0(newest_whole)
+    return None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -198,28 +165,43 @@ def samples_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def prune(directory: Path, *, last: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:
+def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None) -> list[Path]:
     """Deletes checkpoints and returns those deleted. Rank 0 does it, after a save; on other ranks it does nothing.
 
     Args:
         directory: the run's checkpoints.
         last: how many of the newest stay, at least 1.
+        best: how many with the lowest `held_out_loss` in their `meta` stay too.
         every: the first checkpoint at or after each multiple of so many samples stays too.
-        best: the samples seen of others that stay.
     """
     if last < 1:
         raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
     if collective.rank() != 0:
         return []
     paths = checkpoints(directory)
-    kept = {*paths[-last:], *(path for path in paths if samples_of(path) in best)}
+    kept = {*paths[-last:], *_best(paths, best)}
     if every:
         newest_first = {samples_of(path) // every: path for path in reversed(paths)}
         kept |= {path for multiple, path in newest_first.items() if multiple > 0}
-    deleted = [path for path in paths if path not in kept]
+    return discard([path for path in paths if path not in kept])
+
+
+def discard(paths: Iterable[Path]) -> list[Path]:
+    """Deletes these checkpoints."""
+    deleted = list(paths)
     for path in deleted:
         shutil.rmtree(_set_aside(path))
     return deleted
+
+
+def _best(paths: list[Path], count: int) -> list[Path]:
+    """Those with the lowest loss on held-out clips; one that can't be read is not among them."""
+    losses = {}
+    for path in paths if count else []:
+        with suppress(ValueError, OSError):
+            losses[path] = read_manifest(path)["meta"].get("held_out_loss")
+    known = [path for path, loss in losses.items() if loss is not None]
+    return sorted(known, key=lambda path: losses[path])[:count]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -241,11 +223,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _on_host(owned: FlatRange) -> FlatRange:
-    """A copy in host memory: the training may go on changing the original."""
-    return FlatRange(owned.data.to("cpu", copy=True), owned.shape, owned.start)
-
-
 def _begin(temporary: Path) -> None:
     """Makes the temporary directory, after clearing what dead attempts left."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -254,15 +231,16 @@ def _begin(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write(temporary: Path, snapshot: Mapping[str, FlatRange]) -> dict[str, dict[str, Any]]:
+def _write(temporary: Path, tensors: Mapping[str, FlatRange]) -> dict[str, dict[str, Any]]:
     """Writes this rank's ranges; returns the file's entry in the manifest."""
-    if not snapshot:
+    owned_here = {name: owned for name, owned in tensors.items() if len(owned.data)}
+    if not owned_here:
         return {}
     path = temporary / f"rank_{collective.rank():05d}.safetensors"
-    offsets = {name: {"saved_offsets": [owned.start]} for name, owned in snapshot.items()}
+    offsets = {name: {"saved_offsets": [owned.start]} for name, owned in owned_here.items()}
     header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    write_safetensors(path, {name: owned.data for name, owned in snapshot.items()}, header)
-    ranges = {name: [owned.start, owned.stop] for name, owned in snapshot.items()}
+    write_safetensors(path, {name: owned.data for name, owned in owned_here.items()}, header)
+    ranges = {name: [owned.start, owned.stop] for name, owned in owned_here.items()}
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path), "ranges": ranges}}
 
 
@@ -310,9 +288,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_cover(tensors: Mapping[str, FlatRange]) -> None:
+def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:
     """Sees that the ranks' ranges make up every tensor. All ranks."""
-    everyones = collective.gather({name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()})
+    spans_here = {name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()}
+    everyones = collective.gather(spans_here, group)
     for name in dict.fromkeys(name for spans in everyones for name in spans):
         if not all(name in spans for spans in everyones):
             raise ValueError(f"{name} is not on every rank: one that owns nothing of it must give an empty range")
@@ -350,10 +329,10 @@ def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -
     return None
 
 
-def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -> list[str]:
+def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
     """How the tensors of a checkpoint differ from those wanted."""
     missing = [f"it has no {name}" for name in wanted if name not in stored]
-    unexpected = [f"it has {name}, which is not wanted" for name in stored if name not in wanted]
+    unexpected = [f"it has {name}, which is not wanted" for name in stored if name not in wanted and not partly]
     misshaped = [
         f"{name} has shape {tuple(stored[name])} in it, not {part.shape}"
         for name, part in wanted.items()

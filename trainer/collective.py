@@ -1,4 +1,8 @@
-"""What ranks do together, so that all of them get on or all of them fail. Without a process group there is one rank."""
+"""What ranks do together, so that all of them get on or all of them fail. Without a process group there is one rank.
+
+`group` is the ranks' process group: by default the one that training uses, so that only the training's own thread may
+take part; a thread beside it brings a group of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,26 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather(value: Result) -> list[Result]:
+def own_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for one thread of each, in host memory. All ranks."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
     """Every rank's value, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def on_rank_0(action: Callable[[], Result]) -> Result:
+def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """What `action` gives on rank 0, on every rank. Raises as `together` does."""
-    return cast(Result, together(lambda: action() if rank() == 0 else None)[0])
+    return cast(Result, together(lambda: action() if rank() == 0 else None, group)[0])
 
 
-def together(action: Callable[[], Result]) -> list[Result]:
+def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
     """Does `action` on every rank and gives everyone's results.
 
     Raises:
@@ -45,7 +54,7 @@ def together(action: Callable[[], Result]) -> list[Result]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = DISK_FULL if full else f"rank {rank()}: {error!r}"
-    outcomes = gather((result, reason))
+    outcomes = gather((result, reason), group)
     failures = [reason for _, reason in outcomes if reason]
     if DISK_FULL in failures:
         raise OSError(errno.ENOSPC, DISK_FULL)

@@ -25,6 +25,7 @@ from trainer.data.audio import write_audio
 from trainer.figures import FIGURES, clip_figures, mel_statistics, set_figures
 from trainer.progress import Progress
 from trainer.run import RunDirectory, held_out_set, read_json, stage_folder, stage_inputs, write_atomically
+from trainer.text import aligned
 
 CLIPS_AT_ONCE = 8
 TIMED_CLIPS = 3
@@ -330,13 +331,7 @@ def table(report: dict[str, Any]) -> str:
             rate = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
             cells = (f"{scores[key]['mean']:.{digits[key]}f}" if key in scores else "" for key in keys)
             rows.append([system["title"], rate, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = [aligned(rows, right=range(1, len(head)))]
     speed = report["speed"]
     lines.append(
         f"encode {speed['encode_realtime_factor']}× and decode {speed['decode_realtime_factor']}× as fast as it sounds "

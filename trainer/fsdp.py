@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trainer.checkpoint import FlatRange
 from trainer.config import TrainConfig
+from trainer.ranges import FlatRange
 from trainer.strategy import MOMENTS, Computed, Held, TorchStrategy, blocks_of
 
 
@@ -29,10 +29,10 @@ class Sharded(TorchStrategy):
         self, computed: Computed, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
     ) -> None:
         super().__init__(computed, settings)
-        device = next(computed.parameters()).device
-        mesh = _mesh(device.type, world_size, replicas)
+        mesh = _mesh(computed.device_type, world_size, replicas)
         self.copies, self.copy = replicas, mesh.get_local_rank("replicate") if replicas > 1 else 0
-        frozen = {value for value in computed.parameters() if not value.requires_grad}
+        # a base that is cut goes to the device block by block, as `fully_shard` is called: nothing may hold on to it
+        whole = None if shard_base else {value for value in computed.parameters() if not value.requires_grad}
         precision = MixedPrecisionPolicy(
             param_dtype=None if computed.dtype == torch.float32 else computed.dtype,
             reduce_dtype=torch.float32,
@@ -40,7 +40,7 @@ class Sharded(TorchStrategy):
         )
         for part in (*blocks_of(computed), computed):
             if shard_base or any(value.requires_grad for value in part.parameters()):
-                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=None if shard_base else frozen)
+                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=whole)
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
         self._begin()

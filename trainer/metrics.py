@@ -53,6 +53,12 @@ class Metrics:
             kept = [line for line in self.path.read_text().splitlines() if _samples(line) <= samples]
             write_atomically(self.path, "".join(line + "\n" for line in kept))
 
+    def go_back_to(self, samples: int) -> None:
+        """Cut off what came after, here and in TensorBoard."""
+        self.board.close()
+        self._cut_after(samples)
+        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=samples + 1, flush_secs=10)
+
     def write(self, kind: str, samples: int, **values: Any) -> None:
         """A line of metrics.jsonl, and its numbers in TensorBoard against samples seen."""
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}

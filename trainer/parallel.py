@@ -10,22 +10,24 @@ import atexit
 import math
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
-from trainer.checkpoint import FlatRange
 from trainer.config import ParallelConfig, TrainConfig
+from trainer.ranges import FlatRange
 from trainer.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
 
 
 class Parallel:
     """This rank among the others. Ranks and rendezvous come from the environment (RANK, WORLD_SIZE, MASTER_ADDR, …)."""
 
-    def __init__(self, config: ParallelConfig) -> None:
+    def __init__(self, config: ParallelConfig, *, timeout: timedelta | None = None) -> None:
+        """Join the other ranks; `timeout` is after how long a collective gives up (None: torch's default)."""
         self.config = config
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: take parallel.device=cpu")
@@ -33,7 +35,7 @@ class Parallel:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if on_cpu:
             torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size))
-        self.accelerator = Accelerator(cpu=on_cpu)
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -55,6 +57,11 @@ class Parallel:
         """Whether this rank writes the log."""
         return self.rank == 0
 
+    @property
+    def cuts_base(self) -> bool:
+        """Whether this rank holds no more than its part of the frozen base."""
+        return self.config.strategy == "zero3" or (self.config.strategy == "fsdp2" and self.config.shard_base)
+
     def parts(self, global_batch: int) -> int:
         """Micro batches to a step on each rank.
 
@@ -70,14 +77,13 @@ class Parallel:
         return global_batch // (self.world_size * micro)
 
     def prepare(self, module: nn.Module, settings: TrainConfig) -> Strategy:
-        """A module, on this rank's device and the same on all ranks, under the config's strategy.
+        """A module, the same on all ranks and on this rank's device, under the config's strategy.
 
-        Its frozen weights are held in what is computed in.
+        Its frozen weights are held in what is computed in. They may be in host memory still: the device never holds
+        more of them than the strategy does, and one block.
         """
         config, dtype = self.config, DTYPES[self.config.precision]
-        for parameter in module.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+        self._hold_frozen(module, dtype)
         for block in blocks_of(module):
             if config.checkpoint_activations:
                 recompute(block)
@@ -108,13 +114,28 @@ class Parallel:
             micro=settings.global_batch // (self.world_size * parts),
         )
 
+    def _hold_frozen(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Frozen weights, one by one, in a dtype and on the device; those that are to be cut are moved when they are."""
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                held = parameter.data.to(dtype)
+                parameter.data = held if self.cuts_base else held.to(self.device)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+    def agree(self, number: Tensor, *flags: bool) -> tuple[float, list[bool]]:
+        """The sum of a number over ranks, and whether each flag is set on any rank; one collective, the same on all."""
+        values = torch.tensor([0.0, *map(float, flags)], dtype=torch.float64, device=self.device)
+        values[0] = number
+        total, *counts = self.sum(values).tolist()
+        return total, [count > 0 for count in counts]
+
+    def expect_steps(self, seconds: float) -> None:
+        """From now on a collective on GPUs that takes longer is given up, and NCCL tells what it was."""
+        if seconds and self.device.type == "cuda" and self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
     def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
         """Tensors put together from all ranks' ranges, of which each element is on one rank; on rank 0, in host memory."""

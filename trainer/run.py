@@ -20,16 +20,17 @@ from trainer.data.shard_set import ShardSet, open_set, open_training_set
 
 logger = logging.getLogger("spresso")
 
-_DATA = (
+_RUN = (
     "seed",
+    "checkpoint.start_from",
     *(f"data.{key}" for key in ("shuffle", "block", "window_mib", "window", "lanes", "buckets")),
     "autoencoder",
 )
 _LEARNED = {
-    "pretrain": (*_DATA, "dit", "diffusion", "pretrain"),
-    "autoencode": (*_DATA, "dit", "diffusion", "pretrained", "latent_encoder", "lora", "autoencode"),
-    "quantize": (*_DATA, "latent_encoder", "quantizer", "quantize"),
-    "finetune": (*_DATA, "diffusion", "quantizer", "finetune"),
+    "pretrain": (*_RUN, "dit", "diffusion", "pretrain"),
+    "autoencode": (*_RUN, "dit", "diffusion", "pretrained", "latent_encoder", "lora", "autoencode"),
+    "quantize": (*_RUN, "latent_encoder", "quantizer", "quantize"),
+    "finetune": (*_RUN, "diffusion", "quantizer", "finetune"),
 }
 
 
@@ -102,6 +103,10 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", to_yaml(config))
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_atomically(self.path / "environment.txt", environment())
+
+    def identity(self, config: Config, inputs: dict[str, str]) -> str:
+        """Hash of all that the stage learns from: settings, and what it builds on. A longer run has the same."""
+        return fingerprint(self._relevant(config) | inputs)
 
     def _relevant(self, config: Config | dict[str, Any]) -> dict[str, Any]:
         flat = flatten(config) if isinstance(config, Config) else config
@@ -178,18 +183,18 @@ def code_version() -> str:
     return _git(Path(__file__).resolve().parents[1], "rev-parse", "HEAD") or "unknown"
 
 
-def log_to(path: Path, rank: int) -> None:
-    """Send the log to `logs/rank_K.log`, and rank 0's to the terminal too."""
-    path.mkdir(parents=True, exist_ok=True)
+def log_to(path: Path, *, show: bool) -> None:
+    """Send the log to a file, and to the terminal too where it is to be shown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(path / f"rank_{rank}.log")
+    to_file = logging.FileHandler(path)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
-    if rank == 0:
+    if show:
         logger.addHandler(logging.StreamHandler(sys.stderr))
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint
-from trainer.checkpoint import FlatRange, equal_ranges, share, whole_ranges
 from trainer.ema import EMA
 from trainer.parallel import Parallel
+from trainer.ranges import FlatRange, equal_ranges, share, whole_ranges
 from trainer.strategy import Strategy
 from trainer.tasks import Task
 
@@ -34,7 +34,17 @@ class TrainState:
         return statistics | share(self._trained(), index=self.strategy.copy, copies=self.strategy.copies)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Fill all of it from a checkpoint, of whatever strategy and world size; returns the checkpoint's `meta`."""
+        """Fill all of it from a checkpoint, of whatever strategy and world size; returns the checkpoint's `meta`.
+
+        Raises:
+            ValueError: it does not hold exactly this, or belongs to another frozen base.
+        """
+        base = checkpoint.read_manifest(path)["meta"].get("base", "")
+        if base != self.task.base_hash:
+            raise ValueError(
+                f"{path} was trained on a base model with the hash {base[:12]}, and this one has "
+                f"{self.task.base_hash[:12]}: give the base of then with pretrained.folder=…"
+            )
         meta = checkpoint.load(path, self.held())
         self.strategy.refresh()
         self.strategy.set_steps(meta["steps"])
@@ -49,7 +59,7 @@ class TrainState:
         return {f"statistics/{name}": value for name, value in self.task.statistics.items()}
 
     def _trained(self) -> dict[str, FlatRange]:
-        ranges = {}
+        ranges: dict[str, FlatRange] = {}
         for name, held in self.strategy.held().items():
             average = FlatRange(self.ema.averages[name], held.value.shape, held.value.start)
             parts = {"param": held.value, "ema": average, **held.moments}
@@ -57,16 +67,14 @@ class TrainState:
         return ranges
 
     def _averages(self) -> dict[str, FlatRange]:
-        return {
-            name.removeprefix("ema/"): part for name, part in self._trained().items() if name.startswith("ema/")
-        }
+        return {name.removeprefix("ema/"): part for name, part in self._trained().items() if name.startswith("ema/")}
 
 
 @torch.no_grad()
 def export(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor], folder: Path) -> str:
     """What others load, from a stage's fresh Task and what was trained of it; returns its hash."""
-    for name, value in fresh.learned.items():
-        value.copy_(weights[name])
+    for name, parameter in fresh.learned.items():
+        parameter.copy_(weights[name])
     for name, value in fresh.statistics.items():
         value.copy_(statistics[name])
     return fresh.export(folder)

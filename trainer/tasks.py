@@ -42,6 +42,9 @@ class Task(ABC):
     """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is
     padded. Frozen parts lie in it with requires_grad=False."""
 
+    base_hash = ""
+    """Of the frozen D that what is learned belongs to; empty where D itself is trained."""
+
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
 
@@ -59,9 +62,14 @@ class Task(ABC):
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
 
     def to(self, device: torch.device) -> None:
-        """Move all that the stage computes with."""
-        self.module.to(device)
-        self.autoencoder.to(device)
+        """Move all that the stage computes with, except the frozen base: `Parallel.prepare` moves that, as it holds it."""
+        base = frozen_base(self.module)
+        for module in self.modules():
+            module._apply(lambda value: value if value in base else value.to(device))
+
+    def modules(self) -> list[nn.Module]:
+        """All that the stage computes with."""
+        return [self.module, self.autoencoder]
 
     @abstractmethod
     def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
@@ -71,9 +79,20 @@ class Task(ABC):
     def export(self, folder: Path) -> str:
         """Write what others load; returns its hash."""
 
+    @abstractmethod
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """The weights in what a stage exported, under the names that `learned` and `statistics` have."""
+
     def sampling(self) -> Sampling:
         """The recipe's."""
         return Sampling(**dataclasses.asdict(self.config.sampling))
+
+
+def frozen_base(module: nn.Module) -> set[Tensor]:
+    """D's own weights in a stage's module where they are not trained: they may be more than a device can hold."""
+    if not isinstance(module, _Denoiser):
+        return set()
+    return {value for value in module.dit.parameters() if not value.requires_grad}
 
 
 class _Denoiser(nn.Module):
@@ -184,6 +203,10 @@ class Pretrain(Task):
         save_weights(folder / "dit.safetensors", state, shapes | formulation)
         return hash_state(shapes, state)
 
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """D's weights, of our own `pretrain` or of a release."""
+        return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}
+
 
 class _CodecTask(Task):
     """A stage that trains parts of an SPresso."""
@@ -191,16 +214,15 @@ class _CodecTask(Task):
     codec: SPresso
 
     def _take(self, codec: SPresso, learned: list[nn.Module | list[nn.Parameter]]) -> None:
-        self.codec, self.autoencoder = codec, codec.autoencoder
+        self.codec, self.autoencoder, self.base_hash = codec, codec.autoencoder, codec.base_hash
         codec.requires_grad_(False)
         for part in learned:
             for parameter in part.parameters() if isinstance(part, nn.Module) else part:
                 parameter.requires_grad_(True)
 
-    def to(self, device: torch.device) -> None:
-        """Move all of the codec: it decodes for the log, also with parts that the stage's module does without."""
-        super().to(device)
-        self.codec.to(device)
+    def modules(self) -> list[nn.Module]:
+        """All of the codec, too: it decodes for the log, also with parts that the stage's module does without."""
+        return [*super().modules(), self.codec]
 
     @property
     def _base(self) -> Path:
@@ -218,6 +240,10 @@ class _CodecTask(Task):
         """The whole codec as it is after this stage."""
         self.codec.config.sampling = self.sampling()
         return self.codec.save_pretrained(folder, base=self._base, card=self._card())
+
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """A codec's weights, of whatever stage."""
+        return SPresso.from_pretrained(folder).state_dict()
 
     def _card(self) -> str:
         latent, codec = self.codec.config.latent_encoder, self.codec

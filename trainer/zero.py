@@ -7,6 +7,7 @@ tie a run to its stage and world size, are not used: the ranges below are views 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import FlatRange
 from trainer.config import ParallelConfig, TrainConfig
+from trainer.ranges import FlatRange
 from trainer.strategy import MOMENTS, Accept, Computed, Held, Strategy, fill_state, make_optimizer
 
 
@@ -28,16 +29,19 @@ class Zero(Strategy):
         self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
     ) -> None:
         super().__init__(computed, settings)
-        deepspeed = _deepspeed(next(computed.parameters()).device)
+        deepspeed = _deepspeed(computed.device_type)
         self.stage = stage
         initial = {name: value.detach().float().cpu().clone() for name, value in self.learned.items()}
         base = make_optimizer(self.learned, settings, kind=_GatedAdamW)
         assert isinstance(base, _GatedAdamW)
         self.base = base
+        options = _settings(computed, settings, config, stage=stage, parts=parts, micro=micro)
+        if stage == 3:
+            _cut(deepspeed, computed, options)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=computed,
             optimizer=base,
-            config=_settings(computed, settings, config, stage=stage, parts=parts, micro=micro),
+            config=options,
             dist_init_required=False,
         )
         self._make_state()
@@ -63,7 +67,7 @@ class Zero(Strategy):
         @cache
         def decision() -> tuple[float, bool]:
             # asked for each partition of the weights, when the norm over all of them is known; decided once
-            norm = _norm(self.optimizer._global_grad_norm)
+            norm = math.inf if self.optimizer.overflow else _norm(self.optimizer._global_grad_norm)
             return norm, accept(norm)
 
         self.base.gate = lambda: decision()[1]
@@ -149,12 +153,19 @@ def _closed() -> bool:
 def _norm(value: Any) -> float:
     """DeepSpeed marks a norm that is not finite by a negative one."""
     norm = float(value)
-    return norm if norm >= 0 else float("inf")
+    return norm if norm >= 0 else math.inf
 
 
-def _deepspeed(device: torch.device) -> Any:
+def _cut(deepspeed: Any, computed: Computed, options: dict[str, Any]) -> None:
+    """Bring weights to the device and cut them among ranks, one by one: the engine would first move all of them."""
+    for parameter in computed.parameters():
+        parameter.data = parameter.data.to(computed.dtype)
+    deepspeed.zero.Init(module=computed, config_dict_or_path=options)
+
+
+def _deepspeed(device_type: str) -> Any:
     """DeepSpeed for this device: quiet, and without the operator that it compiles at first use on a CPU."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
     # DeepSpeed calls torch's collectives by their older names
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed

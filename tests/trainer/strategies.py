@@ -18,7 +18,7 @@ import torch.distributed as dist
 from models.dit import DiT
 from models.weights import save_weights
 from trainer import checkpoint
-from trainer.checkpoint import FlatRange
+from trainer.ranges import FlatRange
 from trainer.config import Config, load
 from trainer.ema import EMA
 from trainer.parallel import Parallel
@@ -182,7 +182,11 @@ class _group:
         os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def __enter__(self) -> None:
-        pass
+        # DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
 
     def __exit__(self, *error: object) -> None:
         if dist.is_initialized():

@@ -22,7 +22,7 @@ import torch.multiprocessing
 from safetensors.torch import save_file
 
 from trainer import checkpoint
-from trainer.checkpoint import FlatRange, equal_ranges, whole_ranges
+from trainer.ranges import FlatRange, equal_ranges, whole_ranges
 
 META = {"config": "c0ffee", "base_model": None, "code": "0.1.0"}
 SHAPES: dict[str, tuple[int, ...]] = {

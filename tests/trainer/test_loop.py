@@ -16,7 +16,7 @@ from trainer.config import TRAINED_STAGES, TrainConfig
 from trainer.loop import learning_rate, train
 from trainer.metrics import read_metrics
 from trainer.run import RunDirectory
-from trainer.tasks import _CodecTask, make_task
+from trainer.tasks import _CodecTask, frozen_base, make_task
 
 PRETRAIN = ("pretrain.samples=96", "log.every=8", "log.samples_every=0", "checkpoint.every=32")
 
@@ -131,14 +131,17 @@ def test_last_checkpoints_are_kept(whole):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "finetune"])
-def test_a_stage_moves_all_that_it_computes_with(tiny, tmp_path, stage):
+def test_a_stage_moves_all_that_it_computes_with_except_the_frozen_base(tiny, tmp_path, stage):
     config = tiny(*PRETRAIN, "pretrain.samples=8", "autoencode.samples=8", "quantizer.vectors=64")
     for before in TRAINED_STAGES[: TRAINED_STAGES.index(stage)]:
         assert train(config, before) == "done"
     task = make_task(config, stage)
     task.to(torch.device("meta"))
     parts = [task.module, task.autoencoder, *([task.codec] if isinstance(task, _CodecTask) else [])]
-    assert {tensor.device.type for part in parts for tensor in part.state_dict().values()} == {"meta"}
+    tensors = {tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    base = frozen_base(task.module)
+    assert {tensor.device.type for tensor in tensors - base} == {"meta"}
+    assert {tensor.device.type for tensor in base} == ({"cpu"} if stage in ("autoencode", "finetune") else set())
 
 
 def test_another_config_is_refused_and_nothing_is_lost(whole, tiny):

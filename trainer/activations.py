@@ -1,0 +1,214 @@
+"""What the forward and backward pass of one micro batch holds, measured by running it on tensors without numbers.
+
+The stage's own module runs, under autocast and with checkpointed blocks as in training. A fake tensor has a shape, a
+dtype and a storage of a size, and no memory: autograd saves it as it would save a real one. What lives at a time is
+summed over storages, so that views count once and what is freed is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.dit import DiTConfig
+from trainer.config import Config
+from trainer.outline import stage_module
+from trainer.strategy import DTYPES, Computed, blocks_of, recompute
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one micro batch, in bytes; weights and their gradients are not among them."""
+
+    saved: int
+    """What is held between the forward and the backward pass."""
+    forward: int
+    """The most at any time of the forward pass."""
+    backward: int
+    """The most at any time of the backward pass."""
+    kinds: Counter[Kind]
+    """How many tensors of each kind make up what is saved."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return max(self.forward, self.backward)
+
+    def largest(self, most: int = 4) -> list[tuple[int, Kind, int]]:
+        """The biggest groups of what is saved: how many, of what kind, bytes in all."""
+        groups = [(count, kind, count * _bytes(kind)) for kind, count in self.kinds.items()]
+        return sorted(groups, key=lambda group: group[2], reverse=True)[:most]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a micro batch is computed."""
+
+    clips: int
+    frames: int
+    precision: str
+    """`fp32`, `bf16` or `fp16`."""
+    lower_trained: bool
+    """Whether trained weights are computed with in that precision, as ZeRO and FSDP2 do; DDP casts float32 ones anew."""
+    recomputed: bool
+    """Whether blocks are computed again in the backward pass."""
+    cuda: bool
+    """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
+
+
+def activations(config: Config, stage: str, dit: DiTConfig, how: Pass) -> Activations:
+    """Measured on D of these sizes; a deep one is measured at a few blocks, as each more adds the same."""
+    multi, single = dit.multistream_blocks, dit.depth - dit.multistream_blocks
+    few = (min(multi, 2), min(single, 2))
+    more = [(index, count - few[index]) for index, count in enumerate((multi, single)) if count > few[index]]
+    if sum(count for _, count in more) <= 1:
+        return _of_depth(config, stage, dit, how, (multi, single))
+    base = result = _of_depth(config, stage, dit, how, few)
+    for index, count in more:
+        deeper = (few[0] + (index == 0), few[1] + (index == 1))
+        result = _extended(result, base, _of_depth(config, stage, dit, how, deeper), count)
+    return result
+
+
+def _extended(result: Activations, base: Activations, deeper: Activations, blocks: int) -> Activations:
+    """With so many more of the blocks that `deeper` has one more of than `base`."""
+    kinds = Counter(result.kinds)
+    for kind in {*base.kinds, *deeper.kinds}:
+        kinds[kind] += blocks * (deeper.kinds[kind] - base.kinds[kind])
+    return Activations(
+        saved=result.saved + blocks * (deeper.saved - base.saved),
+        forward=result.forward + blocks * max(0, deeper.forward - base.forward),
+        backward=result.backward + blocks * (deeper.backward - base.backward),
+        kinds=+kinds,
+    )
+
+
+def _of_depth(config: Config, stage: str, dit: DiTConfig, how: Pass, blocks: tuple[int, int]) -> Activations:
+    sizes = dataclasses.replace(dit, depth=max(1, sum(blocks)), multistream_depth=blocks[0])
+    module = stage_module(config, stage, sizes)
+    dtype = DTYPES[how.precision]
+    with FakeTensorMode():
+        _give_storage(module, dtype, lower_trained=how.lower_trained)
+        if how.recomputed:
+            for block in blocks_of(module):
+                recompute(block)
+        computed = Computed(module, torch.device("cpu"), dtype)
+        with _CudaAutocast() if how.cuda else _nothing():
+            return measure(computed, (how.clips, dit.channels, how.frames))
+
+
+def measure(computed: Computed, shape: Sequence[int]) -> Activations:
+    """Of one forward and backward pass on x0 of a shape (B, C, T); of real tensors or, in a FakeTensorMode, of fake ones."""
+    with _Living(computed.parameters()) as living:
+        x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
+        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]))
+        loss = losses_B.mean()
+        saved, forward, kinds = living.now, living.peak, living.kinds()
+        living.peak = living.now
+        torch.autograd.backward(loss)  # `Tensor.backward` would leave a function mode, and blocks are computed again in it
+        return Activations(saved, forward, living.peak, kinds)
+
+
+class _Living(TorchDispatchMode):
+    """Sums the storages that are alive, but for those of parameters and their gradients."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._parameters = list(parameters)
+        self._known = {value.untyped_storage()._cdata for value in self._parameters}
+        self._living: dict[int, tuple[int, Kind]] = {}
+        self._hooks = [
+            value.register_post_accumulate_grad_hook(self._forget_gradient)
+            for value in self._parameters
+            if value.requires_grad
+        ]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        for value in self._parameters:
+            value.grad = None
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def kinds(self) -> Counter[Kind]:
+        """How many tensors of each kind are alive."""
+        return Counter(kind for _, kind in self._living.values())
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._living:
+            return
+        self._living[key] = storage.nbytes(), (tuple(tensor.shape), tensor.dtype)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        size, _ = self._living.pop(key, (0, None))
+        self.now -= size
+
+    def _forget_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._forget(parameter.grad.untyped_storage()._cdata)
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Norms take float32 where CUDA's autocast is on; a CPU's leaves them in what they are given."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function in (F.layer_norm, F.rms_norm, torch.rms_norm) and torch.is_autocast_enabled("cpu"):
+            arguments = [value.float() if isinstance(value, Tensor) else value for value in arguments]
+            options = {
+                name: value.float() if isinstance(value, Tensor) else value for name, value in (options or {}).items()
+            }
+        return function(*arguments, **(options or {}))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool) -> None:
+    """Parameters and buffers of the meta device become fake ones of a CPU: autocast knows no meta device."""
+    for part in module.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            lower = lower_trained or not value.requires_grad
+            fake = torch.empty(value.shape, dtype=dtype if lower else torch.float32)
+            setattr(part, name, nn.Parameter(fake, requires_grad=value.requires_grad))
+        for name, value in list(part.named_buffers(recurse=False)):
+            setattr(part, name, torch.empty(value.shape, dtype=value.dtype))
+
+
+def _bytes(kind: Kind) -> int:
+    shape, dtype = kind
+    return torch.Size(shape).numel() * dtype.itemsize

@@ -1,0 +1,87 @@
+"""A run's micro batches: what its config says of data, and where in the stream it is."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from trainer.config import Config, TrainConfig
+from trainer.data.stream import Batch, LatentStream, Shuffle
+from trainer.parallel import Parallel
+from trainer.run import training_sets
+from trainer.tasks import Task
+
+
+class Feed:
+    """This rank's micro batches, from any position of the stream on."""
+
+    def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel, *, errors: Path) -> None:
+        data = config.data
+        self.parallel, self.readers = parallel, data.readers
+        self.parts = parallel.parts(settings.global_batch)
+        """Micro batches to a global batch on this rank."""
+        self.stream = LatentStream(
+            training_sets(config),
+            crop_frames=settings.crop_frames,
+            global_batch=settings.global_batch,
+            seed=config.seed,
+            shuffle=Shuffle(data.shuffle, data.block, data.window, data.window_mib, data.lanes),
+            buckets=data.buckets,
+            errors=errors,
+            max_damaged=data.max_damaged,
+        )
+        self.waited = 0.0
+        """Seconds spent waiting for batches since the log last asked."""
+        self._batches: Generator[Batch] | None = None
+
+    def require(self, task: Task) -> None:
+        """Raise ValueError where the latents are another autoencoder's than the task's."""
+        made_by, ours = self.stream.sets[0].info.ae_identity, task.autoencoder.identity()
+        if made_by != ours:
+            raise ValueError(
+                f"the latents in {self.stream.sets[0].location} are another autoencoder's ({made_by[:8]}, not "
+                f"{ours[:8]}): prepare them with this recipe's, or give that autoencoder"
+            )
+
+    def begin(self, position: int) -> None:
+        """Go on with the global batch that begins there."""
+        self.close()
+        parallel = self.parallel
+        self._batches = self.stream.iterate(
+            position,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            local_ranks=parallel.local_ranks,
+            parts=self.parts,
+            threads=self.readers,
+        )
+
+    def next(self) -> Batch:
+        """The next micro batch; it holds until the one after is asked for."""
+        assert self._batches is not None
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def from_the_beginning(self) -> Iterator[Batch]:
+        """This rank's part of one global batch after another; apart from the training's own."""
+        parallel, size = self.parallel, self.stream.global_batch
+        for step in itertools.count():
+            yield self.stream.batch(step * size, rank=parallel.rank, world_size=parallel.world_size)
+
+    def samples_at(self, position: int) -> dict[str, list[int]]:
+        """The ids of the whole global batch there, by the sets' locations."""
+        batch = self.stream.batch(position)
+        ids: dict[str, list[int]] = {}
+        for number, id_ in zip(batch.sets.tolist(), batch.ids.tolist(), strict=True):
+            ids.setdefault(self.stream.sets[number].location, []).append(id_)
+        return ids
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None

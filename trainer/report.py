@@ -1,0 +1,134 @@
+"""What a run says of itself while it trains: log lines, held-out loss, listening samples, incidents."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from trainer.config import Config
+from trainer.ema import EMA
+from trainer.feed import Feed
+from trainer.health import Health
+from trainer.held_out import Clips, HeldOutLoss
+from trainer.metrics import LossSums, Metrics
+from trainer.parallel import Parallel
+from trainer.progress import Progress
+from trainer.run import RunDirectory, write_atomically
+from trainer.strategy import Strategy
+from trainer.tasks import Task
+from trainer.timing import StepClock
+
+logger = logging.getLogger("spresso")
+
+
+class Report:
+    """Gathered by all ranks together, written by the first."""
+
+    def __init__(
+        self, config: Config, run: RunDirectory, task: Task, strategy: Strategy, ema: EMA, parallel: Parallel
+    ) -> None:
+        self.config, self.run, self.task, self.parallel = config, run, task, parallel
+        self.strategy, self.ema = strategy, ema
+        self.settings = config.stage(task.stage)
+        self.clock = StepClock(parallel.device)
+        self.losses = LossSums(config.log.bins, parallel.device)
+        self.clips = Clips(config, self.settings, parallel.device)
+        self.held_out = HeldOutLoss(config, self.settings, parallel)
+        self.metrics: Metrics | None = None
+
+    def begin(self, samples: int, *, fresh: bool) -> None:
+        """Open the curve where it goes on."""
+        if self.parallel.main:
+            self.metrics = Metrics(self.run, resumed_at=samples, sample_rate=self.task.autoencoder.sample_rate)
+            if fresh:
+                for name, audio in self.clips.originals(self.task):
+                    self.metrics.listen(name, audio, 0)
+        self.progress.to(samples)
+        self.told_at = samples
+        self.clock.restart()
+
+    def line(self, samples: int, *, lr: float, grad_norm: float, waited: float) -> None:
+        """A line of the log: what was gathered since the last."""
+        loss, by_bin = self.losses.read(self.parallel)
+        times = self.clock.read(waited)
+        seconds = times["step_seconds"][1] / self.settings.global_batch
+        if self.metrics is not None:
+            self.metrics.write(
+                "train",
+                samples,
+                loss=loss,
+                loss_bins=by_bin,
+                lr=lr,
+                grad_norm=grad_norm,
+                samples_per_second=round(1 / seconds, 2),
+                data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
+                **times,
+            )
+            self.run.write_status("running", samples=samples, of=self.settings.samples, loss=loss)
+            for slow in times["slow_ranks"]:
+                logger.warning(
+                    "rank %(rank)d on %(host)s is slow: %(own).3f s a step of its own, %(data_wait).3f s of them "
+                    "waiting for data; the median rank's is {:.3f} s".format(times["own_seconds"][1]),
+                    slow,
+                )
+        self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
+
+    def measure(self, samples: int) -> float:
+        """The averaged weights' loss on held-out clips."""
+        with self.ema.applied():
+            loss = self.held_out(self.strategy)
+        if self.metrics is not None:
+            self.metrics.write("held_out", samples, loss=loss)
+        return loss
+
+    def listen(self, samples: int) -> None:
+        """What the averaged weights make of a few held-out clips."""
+        with self.ema.applied():
+            decoded = self.clips.decoded(self.task, self.strategy)
+        if self.metrics is not None:
+            for name, audio in decoded:
+                self.metrics.listen(name, audio, samples)
+
+    def skipped(self, health: Health, feed: Feed, position: int) -> None:
+        """Write down which samples a step was skipped at, and why."""
+        if self.parallel.main and not health.good:
+            step = health.skipped[-1]
+            logger.warning("the step after %(samples)d samples is skipped: %(why)s (loss %(loss)s)", step)
+            self._incident("skipped a step", **step, position=position, sample_ids=feed.samples_at(position))
+
+    def went_back(self, samples: int, position: int, health: Health, *, from_: int, to: str) -> None:
+        """The run goes on from an older checkpoint, with later data."""
+        self.losses.read(self.parallel)
+        self.clock.restart()
+        if self.metrics is not None:
+            logger.warning(
+                "%d steps in a row were skipped: back from %d samples to %s, passing over the data in between",
+                *(self.config.health.rewind_after, from_, to),
+            )
+            self._incident("went back", from_samples=from_, samples=samples, position=position, times=health.rewinds)
+            self.metrics.go_back_to(samples)
+        self.progress.to(samples)
+
+    def _incident(self, what: str, **facts: Any) -> None:
+        path = self.run.path / "incident.json"
+        incidents = json.loads(path.read_text()) if path.exists() else []
+        same = [entry for entry in incidents if entry["what"] == what and entry["position"] == facts["position"]]
+        if not same:  # a run that was killed and comes by again has written it before
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomically(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
+
+    def __enter__(self) -> Self:
+        self.progress = Progress(
+            self.task.stage, total=self.settings.samples, unit="clips", shown=self.parallel.main
+        ).__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, traceback)
+        if self.metrics is not None:
+            self.metrics.close()

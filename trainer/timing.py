@@ -1,0 +1,83 @@
+"""Where the time goes: each rank's steps, and which ranks hold the others up."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from trainer import collective
+
+_SLOW = 1.5  # times the median rank's own time
+_NOTED = 0.05  # of a step: what is below that is nobody's concern
+
+
+class StepClock:
+    """Times of this rank since the log last asked.
+
+    Collectives make all ranks equally slow. What tells them apart is a rank's *own* time: from the step's start to the end
+    of its forward pass, waiting for data included, before it first waits for others. Under `zero3` and `fsdp2` the forward
+    pass gathers weights from other ranks, so there the wait for data alone tells.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was."""
+        self.since, self.steps, self.own = time.perf_counter(), 0, 0.0
+
+    def begin(self) -> None:
+        """A step begins; nothing of the one before is under way on the device."""
+        self._begun = self._mark()
+
+    def computed(self) -> None:
+        """Its forward pass has ended, for the host at least."""
+        self._computed = self._mark()
+
+    def end(self) -> None:
+        """It has ended, on the device too."""
+        if self._cuda:
+            self._computed.synchronize()
+            self.own += self._begun.elapsed_time(self._computed) / 1000
+        else:
+            self.own += self._computed - self._begun
+        self.steps += 1
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self, waited: float) -> dict[str, Any]:
+        """Over all ranks, seconds a step as [min, median, max]: whole steps, own time, waits for data; and who is slow.
+
+        All ranks. Begins anew.
+        """
+        steps = max(1, self.steps)
+        mine = ((time.perf_counter() - self.since) / steps, self.own / steps, waited / steps, os.uname().nodename)
+        self.restart()
+        everyone = collective.gather(mine)
+        whole, own, waits, _ = zip(*everyone, strict=True)
+        usual = statistics.median(own)
+        slow = [
+            {"rank": rank, "host": host, "own": round(time_, 4), "data_wait": round(wait, 4)}
+            for rank, (step, time_, wait, host) in enumerate(everyone)
+            if time_ > _SLOW * usual and time_ - usual > _NOTED * step
+        ]
+        return {
+            "step_seconds": _spread(whole),
+            "own_seconds": _spread(own),
+            "data_wait_seconds": _spread(waits),
+            "slow_ranks": slow,
+        }
+
+
+def _spread(values: tuple[float, ...]) -> list[float]:
+    return [round(value, 5) for value in (min(values), statistics.median(values), max(values))]
