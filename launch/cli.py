@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize or finetune"),
         ("evaluate", _stage("evaluate"), "figures of the trained codec on held-out clips"),
         ("page", _page, "the page to listen to"),
-        ("plan", _plan, "the resolved config and the batch arithmetic; starts nothing"),
+        ("plan", _plan, "the resolved config, the batches, the memory of each rank; starts nothing"),
     ):
         sub = _command(commands, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
@@ -215,7 +215,7 @@ def _plan(options: argparse.Namespace) -> None:
     from launch.plan import plan
     from trainer.config import load
 
-    print(plan(load(options.recipe, options.overrides)))
+    print(plan(load(options.recipe, options.overrides, released=False)))
 
 
 def _encode(options: argparse.Namespace) -> None:

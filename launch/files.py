@@ -122,7 +122,7 @@ def describe(location: str, *, samples: int, play_to: Path | None) -> None:
 
 
 def checkpoint(folder: Path, *, verify: bool) -> int:
-    """List the checkpoints of a run, or explain one; with `verify`, read all of each. Returns 1 where one is damaged."""
+    """List the checkpoints of a run, or explain one; with `verify` read all of each, and return 1 if one is damaged."""
     from trainer import inventory
 
     paths = inventory.find(folder)

@@ -6,9 +6,21 @@ from trainer.config import TRAINED_STAGES, Config, to_yaml
 
 
 def plan(config: Config) -> str:
-    """The resolved config and the arithmetic of batches and bits."""
+    """The resolved config, the arithmetic of batches and bits, and what each rank of each stage would hold."""
+    from launch.memory import memory
+
     return "\n".join(
-        ["# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config)]
+        [
+            "# resolved config",
+            to_yaml(config),
+            "# stages",
+            *_stages(config),
+            "",
+            "# codec",
+            *_codec(config),
+            "",
+            *memory(config),
+        ]
     )
 
 

@@ -319,9 +319,8 @@ class SPresso(nn.Module):
         tensors = {f"adapter.{name}": value for name, value in self._adapter_state().items()}
         for part, (module, _) in self.parts().items():
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-        identity = dataclasses.asdict(self.config)
-        for local in ("sampling", "autoencoder"):  # where files lie and how they are decoded makes no other model
-            identity.pop(local)
+        local = ("sampling", "autoencoder")  # where files lie and how they are decoded makes no other model
+        identity = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in local}
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
 
 

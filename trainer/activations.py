@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +64,7 @@ class Pass:
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     lower_trained: bool
-    """Whether trained weights are computed with in that precision, as ZeRO and FSDP2 do; DDP casts float32 ones anew."""
+    """Whether trained weights lie in that precision, as with ZeRO and FSDP2; DDP casts float32 ones in each pass."""
     recomputed: bool
     """Whether blocks are computed again in the backward pass."""
     cuda: bool
@@ -73,16 +72,16 @@ class Pass:
 
 
 def activations(config: Config, stage: str, dit: DiTConfig, how: Pass) -> Activations:
-    """Measured on D of these sizes; a deep one is measured at a few blocks, as each more adds the same."""
+    """Measured on D of these sizes; of a deep one two or three blocks of a kind are, as each more adds the same."""
     multi, single = dit.multistream_blocks, dit.depth - dit.multistream_blocks
     few = (min(multi, 2), min(single, 2))
     more = [(index, count - few[index]) for index, count in enumerate((multi, single)) if count > few[index]]
-    if sum(count for _, count in more) <= 1:
+    if sum(count for _, count in more) <= 2:
         return _of_depth(config, stage, dit, how, (multi, single))
     base = result = _of_depth(config, stage, dit, how, few)
     for index, count in more:
-        deeper = (few[0] + (index == 0), few[1] + (index == 1))
-        result = _extended(result, base, _of_depth(config, stage, dit, how, deeper), count)
+        deeper = _of_depth(config, stage, dit, how, (few[0] + (index == 0), few[1] + (index == 1)), backward=False)
+        result = _extended(result, base, deeper, count)
     return result
 
 
@@ -91,37 +90,44 @@ def _extended(result: Activations, base: Activations, deeper: Activations, block
     kinds = Counter(result.kinds)
     for kind in {*base.kinds, *deeper.kinds}:
         kinds[kind] += blocks * (deeper.kinds[kind] - base.kinds[kind])
+    more = blocks * (deeper.saved - base.saved)
     return Activations(
-        saved=result.saved + blocks * (deeper.saved - base.saved),
-        forward=result.forward + blocks * max(0, deeper.forward - base.forward),
-        backward=result.backward + blocks * (deeper.backward - base.backward),
+        saved=result.saved + more,
+        forward=result.forward + blocks * (deeper.forward - base.forward),
+        backward=result.backward + more,
         kinds=+kinds,
     )
 
 
-def _of_depth(config: Config, stage: str, dit: DiTConfig, how: Pass, blocks: tuple[int, int]) -> Activations:
+def _of_depth(
+    config: Config, stage: str, dit: DiTConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
+) -> Activations:
     sizes = dataclasses.replace(dit, depth=max(1, sum(blocks)), multistream_depth=blocks[0])
     module = stage_module(config, stage, sizes)
     dtype = DTYPES[how.precision]
     with FakeTensorMode():
         _give_storage(module, dtype, lower_trained=how.lower_trained)
-        if how.recomputed:
-            for block in blocks_of(module):
+        for block in blocks_of(module):
+            if how.cuda:
+                _as_on_cuda(block)
+            if how.recomputed:
                 recompute(block)
         computed = Computed(module, torch.device("cpu"), dtype)
-        with _CudaAutocast() if how.cuda else _nothing():
-            return measure(computed, (how.clips, dit.channels, how.frames))
+        if how.cuda:
+            _as_on_cuda(computed)
+        return measure(computed, (how.clips, dit.channels, how.frames), backward=backward)
 
 
-def measure(computed: Computed, shape: Sequence[int]) -> Activations:
-    """Of one forward and backward pass on x0 of a shape (B, C, T); of real tensors or, in a FakeTensorMode, of fake ones."""
+def measure(computed: Computed, shape: Sequence[int], *, backward: bool = True) -> Activations:
+    """Of one pass on x0 of a shape (B, C, T), forward and maybe backward; on fake tensors in a FakeTensorMode."""
     with _Living(computed.parameters()) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
         losses_B, _ = computed(x0_BCT, torch.arange(shape[0]))
         loss = losses_B.mean()
         saved, forward, kinds = living.now, living.peak, living.kinds()
         living.peak = living.now
-        torch.autograd.backward(loss)  # `Tensor.backward` would leave a function mode, and blocks are computed again in it
+        if backward:
+            loss.backward()
         return Activations(saved, forward, living.peak, kinds)
 
 
@@ -134,6 +140,7 @@ class _Living(TorchDispatchMode):
         self._parameters = list(parameters)
         self._known = {value.untyped_storage()._cdata for value in self._parameters}
         self._living: dict[int, tuple[int, Kind]] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._hooks = [
             value.register_post_accumulate_grad_hook(self._forget_gradient)
             for value in self._parameters
@@ -168,10 +175,11 @@ class _Living(TorchDispatchMode):
         self._living[key] = storage.nbytes(), (tuple(tensor.shape), tensor.dtype)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key)
+        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
 
     def _forget(self, key: int) -> None:
         size, _ = self._living.pop(key, (0, None))
+        self._watched.pop(key, None)
         self.now -= size
 
     def _forget_gradient(self, parameter: Tensor) -> None:
@@ -193,9 +201,15 @@ class _CudaAutocast(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _as_on_cuda(module: nn.Module) -> None:
+    """A block is called by itself when it is computed again, outside of any mode around the forward pass."""
+    plain = module.forward
+
+    def forward(*inputs: Any) -> Any:
+        with _CudaAutocast():
+            return plain(*inputs)
+
+    module.forward = forward  # type: ignore[method-assign]
 
 
 def _give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool) -> None:
@@ -205,8 +219,8 @@ def _give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool)
             lower = lower_trained or not value.requires_grad
             fake = torch.empty(value.shape, dtype=dtype if lower else torch.float32)
             setattr(part, name, nn.Parameter(fake, requires_grad=value.requires_grad))
-        for name, value in list(part.named_buffers(recurse=False)):
-            setattr(part, name, torch.empty(value.shape, dtype=value.dtype))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _bytes(kind: Kind) -> int:

@@ -250,6 +250,7 @@ def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, 
         shared = {
             name: (offset, max(offset, wanted[name].start), min(end, wanted[name].stop))
             for name, (offset, end) in entry["ranges"].items()
+            if name in wanted
         }
         shared = {name: (offset, start, stop) for name, (offset, start, stop) in shared.items() if start < stop}
         if not shared:

@@ -63,6 +63,14 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
     return [cast(Result, result) for result, _ in outcomes]
 
 
+def require_alike(what: str, value: object) -> None:
+    """Raise ValueError on every rank where not all have the same."""
+    everyones = gather(str(value))
+    if len(set(everyones)) > 1:
+        told = "; ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(everyones))
+        raise ValueError(f"{what} is not the same on every rank: {shortened(told.split('; '))}")
+
+
 def shortened(problems: list[str]) -> str:
     """The first few of them in one line, and how many more there are."""
     more = len(problems) - _SHOWN

@@ -185,6 +185,8 @@ class ParallelConfig:
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     threads: int | None = None
     """CPU threads to a rank; None: cores / ranks."""
+    gpu_gib: float = 80.0
+    """Memory of a GPU in GiB, for what `plan` says on a machine without one."""
 
 
 @dataclass
@@ -317,8 +319,9 @@ class Config:
         return [stage for stage in STAGES if stage not in unneeded]
 
 
-def load(recipe: str, overrides: list[str]) -> Config:
-    """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate.
+def load(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
+    """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate; `released`: whether
+    folders of pretrained weights have to be there, too.
 
     Raises:
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
@@ -333,7 +336,7 @@ def load(recipe: str, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
-    if found := problems(config):
+    if found := problems(config, released=released):
         raise ValueError("\n".join(found))
     return config
 

@@ -1,7 +1,7 @@
 """FSDP2: trained weights, gradients and moments cut among ranks by torch, along each parameter's first dimension.
 
-With `replicas` (HSDP) the ranks are cut into so many groups, each of which holds all; gradients are then averaged across
-the groups as well.
+With `replicas` (HSDP) the ranks are cut into so many groups, each of which holds all; gradients are then averaged
+across the groups as well.
 """
 
 from __future__ import annotations

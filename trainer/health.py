@@ -1,9 +1,9 @@
 """What a run does about steps that would spoil it, decided alike on every rank.
 
 A step whose loss or gradient norm is not finite, or whose norm is far above what is usual, is skipped: its samples are
-counted, the weights stay. After several in a row the run returns to the last good checkpoint and passes over the data in
-between. All of it is a function of numbers that all ranks share and of a state that every checkpoint holds, so that a run
-that is killed in the middle of it comes out the same.
+counted, the weights stay. After several in a row the run returns to the last good checkpoint and passes over the data
+in between. All of it is a function of numbers that all ranks share and of a state that every checkpoint holds, so that
+a run that is killed in the middle of it comes out the same.
 """
 
 from __future__ import annotations

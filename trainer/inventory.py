@@ -22,8 +22,8 @@ def find(location: Path) -> list[Path]:
     """
     if (location / checkpoint.MANIFEST).exists():
         return [location]
-    for pattern in (".", "checkpoints", "*/checkpoints"):
-        found = [path for folder in sorted(location.glob(pattern)) for path in checkpoint.checkpoints(folder)]
+    for folders in ([location], [location / "checkpoints"], sorted(location.glob("*/checkpoints"))):
+        found = [path for folder in folders for path in checkpoint.checkpoints(folder)]
         if found:
             return found
     raise ValueError(f"{location} holds no checkpoints: give a run directory, a stage's, or a step_… folder")

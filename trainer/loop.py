@@ -13,6 +13,7 @@ from trainer.config import Config, TrainConfig
 from trainer.ema import EMA
 from trainer.feed import Feed
 from trainer.health import Health
+from trainer.memory import out_of_memory
 from trainer.parallel import Parallel
 from trainer.report import Report
 from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
@@ -58,6 +59,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         task = make_task(config, stage)
         task.to(parallel.device)
         feed.require(task)
+        collective.require_alike("the base model", task.base_hash)
         if parallel.main:
             run.claim(config, inputs)
         parallel.wait()
@@ -226,12 +228,17 @@ def _hopeless(health: Health, stage: str, settings: TrainConfig, samples: int) -
 
 @contextmanager
 def _failures_told(config: Config, stage: str, parallel: Parallel) -> Iterator[None]:
-    """What nobody foresaw goes to this rank's log; what does not fit into memory is explained."""
+    """All of them in this rank's log; what does not fit into memory is explained."""
     try:
         yield
     except (ValueError, OSError) as error:
         logger.error("%s: %s", stage, error)
         raise
+    except torch.OutOfMemoryError as error:
+        peak, total = parallel.memory()
+        told = out_of_memory(config, stage, parallel.world_size, peak, total)
+        logger.error("%s: %s\n%s", stage, error, told)
+        raise ValueError(told) from error
     except Exception:
         logger.exception("%s: rank %d failed", stage, parallel.rank)
         raise

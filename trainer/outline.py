@@ -37,8 +37,8 @@ class Outline:
     blocks: list[set[str]]
     """The parameters of each Transformer block."""
     beside: int
-    """Bytes of what lies on the device next to the module, in float32 on every rank: the AudioAE, and parts of the codec
-    that only decode for the log."""
+    """Bytes of what lies on the device next to the module, in float32 on every rank: the AudioAE, and parts of the
+    codec that only decode for the log."""
 
 
 def outline(config: Config, stage: str) -> Outline:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Iterable, Mapping
+import resource
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.ranges import FlatRange
 from trainer.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
+
+_BUCKET = 2**24  # numbers that are put together at once
 
 
 class Parallel:
@@ -43,8 +46,8 @@ class Parallel:
         self.device: torch.device = self.accelerator.device
         if self.world_size % config.replicas:
             raise ValueError(
-                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): take a divisor, such as "
-                f"the number of nodes"
+                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): take a divisor, such "
+                f"as the number of nodes"
             )
         if config.strategy != "ddp" and not dist.is_initialized():  # a single rank: these want a group all the same
             backend = "gloo" if on_cpu else "nccl"
@@ -115,7 +118,7 @@ class Parallel:
         )
 
     def _hold_frozen(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """Frozen weights, one by one, in a dtype and on the device; those that are to be cut are moved when they are."""
+        """Frozen weights, one by one, in a dtype and on the device; those to be cut are moved when they are cut."""
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 held = parameter.data.to(dtype)
@@ -138,14 +141,17 @@ class Parallel:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
     def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
-        """Tensors put together from all ranks' ranges, of which each element is on one rank; on rank 0, in host memory."""
-        tensors = {}
-        for name, part in ranges.items():
-            flat = torch.zeros(math.prod(part.shape), device=self.device)
-            flat[part.start : part.stop] = part.data.to(self.device)
-            flat = self.sum(flat)
+        """Tensors from all ranks' ranges, of which each element is on one rank; on rank 0 alone, in host memory."""
+        tensors: dict[str, Tensor] = {}
+        for names in _buckets({name: math.prod(part.shape) for name, part in ranges.items()}):
+            flats = [torch.zeros(math.prod(ranges[name].shape), device=self.device) for name in names]
+            for name, flat in zip(names, flats, strict=True):
+                part = ranges[name]
+                flat[part.start : part.stop] = part.data.to(self.device)
+            together = self.sum(torch.cat(flats))
             if self.main:
-                tensors[name] = flat.view(part.shape).cpu()
+                whole = together.cpu().split([len(flat) for flat in flats])
+                tensors |= {name: flat.view(ranges[name].shape) for name, flat in zip(names, whole, strict=True)}
         return tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -158,9 +164,31 @@ class Parallel:
             for tensor in tensors:
                 tensor.data.copy_(broadcast(tensor.detach().clone()))
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device's memory that were in use at most, and that there are; of host memory on a CPU."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return torch.cuda.max_memory_allocated(self.device), total
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def wait(self) -> None:
         """Until all ranks are here."""
         self.accelerator.wait_for_everyone()
+
+
+def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in lists that are long enough to be worth a collective, and not so long as to fill the memory."""
+    names: list[str] = []
+    total = 0
+    for name, count in numbers.items():
+        names.append(name)
+        total += count
+        if total >= _BUCKET:
+            yield names
+            names, total = [], 0
+    if names:
+        yield names
 
 
 def _leave_group() -> None:

@@ -1,7 +1,7 @@
 """What a run goes on from, or begins with.
 
-What lies in the run directory decides. A path in `checkpoint.resume` is followed once: a run that is started again by the
-same command goes on from its own newest checkpoint.
+What lies in the run directory decides. A path in `checkpoint.resume` is followed once: a run that is started again by
+the same command goes on from its own newest checkpoint.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from trainer.config import Config, fingerprint, flatten, to_yaml
 from trainer.data.files import file_digest
@@ -124,9 +125,7 @@ class RunDirectory:
         if not (self.path / "config.yaml").exists() or not any(self.checkpoints.glob("step_*")):
             return  # nothing learned yet that could be mixed up
         relevant = self._relevant(config)
-        stored = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-        assert isinstance(stored, dict)
-        before = self._relevant(_flatten_dict(stored))
+        before = self._relevant(_flatten_dict(self._stored_config()))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
             before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
@@ -140,6 +139,15 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} holds a run with other settings: {shown}. Take another run_dir=…, or remove {self.path}"
             )
+
+    def _stored_config(self) -> dict[Any, Any]:
+        path = self.path / "config.yaml"
+        try:
+            stored = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
+        except (OSError, ValueError, YAMLError) as error:
+            raise ValueError(f"{path} can't be read ({error}): take another run_dir=…, or remove {self.path}") from None
+        assert isinstance(stored, dict)
+        return stored
 
     @property
     def status(self) -> dict[str, Any]:
@@ -158,8 +166,13 @@ class RunDirectory:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file, or an empty dict where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A small JSON file, or an empty dict where there is none; raises ValueError where it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""All of a run that a checkpoint holds: trained weights, Adam's moments, moving averages, statistics; under plain names."""
+"""All of a run that a checkpoint holds: trained weights, moments, moving averages, statistics; under plain names."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """How ranks share the trained weights: one small interface, and DDP, the plain case of it.
 
-A strategy holds one module of which some parameters are trained. What differs between strategies is where those lie: this
-rank's part of each, with its Adam moments, is told as flat ranges in float32, under plain names. Checkpoints and the
-moving average know nothing else of a strategy.
+A strategy holds one module of which some parameters are trained. What differs between strategies is where those lie:
+this rank's part of each, with its Adam moments, is told as flat ranges in float32, under plain names. Checkpoints and
+the moving average know nothing else of a strategy.
 
-A step is: `forward` and `backward` for each micro batch, then `step`, which clips by the global norm and asks whether the
-step is to be taken. The learning rate is given anew each time.
+A step is: `forward` and `backward` for each micro batch, then `step`, which clips by the global norm and asks whether
+the step is to be taken. The learning rate is given anew each time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Held:
 
 
 class Computed(nn.Module):
-    """A stage's module in its precision; gives (losses, quantiles) as plain tensors, in which wrappers find the graph."""
+    """A stage's module in its precision; gives (losses, quantiles) as plain tensors, where wrappers seek the graph."""
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of a loss that is the mean over this rank's part of the batch; `last` ends a step's micro batches."""
+        """Gradients of a loss that is the mean over this rank's part of the batch; `last` ends a step's parts."""
 
     @abstractmethod
     def step(self, lr: float, accept: Accept) -> float:
@@ -104,7 +104,7 @@ class Strategy(ABC):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """In it, all ranks may call parts of the module, all the same ones in the same order; there are no gradients."""
+        """In it, all ranks may call parts of the module, the same ones in the same order; there are no gradients."""
         self.computed.eval()
         try:
             with torch.no_grad(), self.computed.autocast(), self._gathered():
@@ -168,8 +168,12 @@ class Replicated(TorchStrategy):
         self._forward: nn.Module = computed
         if world_size > 1:
             device = next(computed.parameters()).device
+            # no sync at the start: the loop made the trained weights alike and the base is every rank's own copy of one
+            # file; DDP would send it around in one more copy
             devices = [device] if device.type == "cuda" else None
-            self._forward = nn.parallel.DistributedDataParallel(computed, device_ids=devices, broadcast_buffers=False)
+            self._forward = nn.parallel.DistributedDataParallel(
+                computed, device_ids=devices, forward_sync_buffers=False, init_sync=False
+            )
         self._begin()
 
     def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class Task(ABC):
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
 
     def to(self, device: torch.device) -> None:
-        """Move all that the stage computes with, except the frozen base: `Parallel.prepare` moves that, as it holds it."""
+        """Move all that the stage computes with, except the frozen base, which `Parallel.prepare` moves."""
         base = frozen_base(self.module)
         for module in self.modules():
             module._apply(lambda value: value if value in base else value.to(device))

@@ -12,15 +12,15 @@ import torch
 from trainer import collective
 
 _SLOW = 1.5  # times the median rank's own time
-_NOTED = 0.05  # of a step: what is below that is nobody's concern
+_NOTED = 0.1  # of a step: what is below that is nobody's concern
 
 
 class StepClock:
     """Times of this rank since the log last asked.
 
-    Collectives make all ranks equally slow. What tells them apart is a rank's *own* time: from the step's start to the end
-    of its forward pass, waiting for data included, before it first waits for others. Under `zero3` and `fsdp2` the forward
-    pass gathers weights from other ranks, so there the wait for data alone tells.
+    Collectives make all ranks equally slow. What tells them apart is a rank's *own* time: from the step's start to the
+    end of its forward pass, waiting for data included, before it first waits for others. Under `zero3` and `fsdp2` the
+    forward pass gathers weights from other ranks, so there the wait for data alone tells.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +65,7 @@ class StepClock:
         self.restart()
         everyone = collective.gather(mine)
         whole, own, waits, _ = zip(*everyone, strict=True)
-        usual = statistics.median(own)
+        usual = statistics.median_low(own)
         slow = [
             {"rank": rank, "host": host, "own": round(time_, 4), "data_wait": round(wait, 4)}
             for rank, (step, time_, wait, host) in enumerate(everyone)
@@ -80,4 +80,4 @@ class StepClock:
 
 
 def _spread(values: tuple[float, ...]) -> list[float]:
-    return [round(value, 5) for value in (min(values), statistics.median(values), max(values))]
+    return [round(value, 5) for value in (min(values), statistics.median_low(values), max(values))]

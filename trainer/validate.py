@@ -11,8 +11,8 @@ from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
 
 
-def problems(config: Config) -> list[str]:
-    """All that is wrong; empty where nothing is."""
+def problems(config: Config, *, released: bool = True) -> list[str]:
+    """All that is wrong; empty where nothing is. `released`: also where folders of pretrained weights are missing."""
     if found := [*_choices(config), *_above_zero(config)]:
         return found  # the rest reckons with these
     return [
@@ -23,6 +23,7 @@ def problems(config: Config) -> list[str]:
         *_codebooks(config),
         *_formulation(config),
         *_folders(config),
+        *(_released(config) if released else ()),
     ]
 
 
@@ -62,6 +63,7 @@ _POSITIVE = (
     "quantizer.beam",
     "parallel.processes",
     "parallel.replicas",
+    "parallel.gpu_gib",
     "health.spike_window",
     "health.rewind_after",
     "log.every",
@@ -128,6 +130,11 @@ def _strategy(config: Config) -> list[str]:
         )
     if parallel.offload == "all" and parallel.strategy in ("zero1", "zero2"):
         found.append(f"parallel.offload=all needs parallel.strategy=zero3: {parallel.strategy} cuts no weights")
+    if parallel.compile and parallel.strategy == "zero3":
+        found.append(
+            "parallel.compile=true does not go with parallel.strategy=zero3, whose hooks inside of each block can't be "
+            "compiled: take fsdp2 with parallel.shard_base=true, or leave it out"
+        )
     for key, value, unset in (("replicas", parallel.replicas, 1), ("shard_base", parallel.shard_base, False)):
         if value != unset and parallel.strategy != "fsdp2":
             found.append(f"parallel.{key}={value} is for parallel.strategy=fsdp2, not {parallel.strategy}")
@@ -229,10 +236,13 @@ def _folders(config: Config) -> list[str]:
             f"data.latents={latents} holds shards itself: move them to its train/, and some that nothing "
             f"is to learn from to its test/, then run `spresso index`; or name it in data.mix"
         )
-    for key, folder in (
-        ("autoencoder.folder", config.autoencoder.folder),
-        ("pretrained.folder", config.pretrained.folder),
-    ):
-        if folder is not None and not Path(folder).is_dir():
-            found.append(f"{key}={folder} is no folder")
     return found
+
+
+def _released(config: Config) -> list[str]:
+    folders = {"autoencoder.folder": config.autoencoder.folder, "pretrained.folder": config.pretrained.folder}
+    return [
+        f"{key}={folder} is no folder"
+        for key, folder in folders.items()
+        if folder is not None and not Path(folder).is_dir()
+    ]

@@ -1,8 +1,8 @@
 """Ends a rank that hangs, with the stacks of all its threads in its log.
 
-A collective that one rank does not come to holds up all of them, each in the same place: so each rank has its own clock,
-and every rank's log tells where it stood. Python's `faulthandler` keeps the clock in a thread of its own that needs
-neither the interpreter's lock nor the stuck thread's help.
+A collective that one rank does not come to holds up all of them, each in the same place: so each rank has its own
+clock, and every rank's log tells where it stood. Python's `faulthandler` keeps the clock in a thread of its own that
+needs neither the interpreter's lock nor the stuck thread's help.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def collective_timeout(seconds: float) -> timedelta | None:
 
 
 def record_flights(folder: Path) -> None:
-    """Have NCCL keep its last collectives, and write them there when one times out. Before the process group is made."""
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    """Have NCCL keep its last collectives, and write them there when one times out. To be called before it starts."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "nccl_flight_"))
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_flight_"))

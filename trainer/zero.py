@@ -177,11 +177,18 @@ def _deepspeed(device_type: str) -> Any:
     return deepspeed
 
 
+def reduce_bucket(learned: int) -> int:
+    """Numbers of gradient that are reduced at once: by default 5·10⁸, all allotted, however few are learned."""
+    return min(learned, 500_000_000)
+
+
 def _settings(
     computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
 ) -> dict[str, Any]:
     cuda = computed.device_type == "cuda"
+    learned = sum(value.numel() for value in computed.parameters() if value.requires_grad)
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": cuda, "contiguous_gradients": True}
+    zero["reduce_bucket_size"] = reduce_bucket(learned)
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if config.offload == "all":

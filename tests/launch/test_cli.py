@@ -246,6 +246,14 @@ def test_no_space_on_the_disk(prepared, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "pretrain/checkpoints").glob("*"))
 
 
+def test_plan_works_where_pretrained_weights_are_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "woosh"]) == 0
+    text = capsys.readouterr().out
+    assert "autoencode: 3000000 samples" in text
+    assert re.search(r"# memory: autoencode\nleft out.*checkpoints/Woosh-Flow", text)
+
+
 def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "demo", "parallel.processes=2", "parallel.micro_batch=2"]) == 0
@@ -253,4 +261,9 @@ def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, cap
     assert "2 rank(s) × 2 clips × 2 accumulated" in text
     assert "2 codebooks of 256: 16 bits a z, 0.1778 kbps" in text
     assert "autoencode:" in text
+    for stage in ("pretrain", "autoencode", "finetune"):
+        table = text.split(f"# memory: {stage}\n")[1].split("# memory")[0]
+        assert re.search(r"^> +ddp( +[\d.]+){9} +fits$", table, re.MULTILINE)
+        assert "the fastest that fits" in table
+    assert max(map(len, text.split("# memory", 1)[1].splitlines())) <= 120
     assert not any(tmp_path.iterdir())

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from models.dit import DiT, DiTConfig
 from models.pretrained import load_dit
 from models.weights import Stored, open_weights, save_weights
-
 from tests.models.test_pretrained import flow_folder
 
 SMALL = DiTConfig(channels=4, width=16, depth=1, heads=2, hidden_width=32)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ import torch.distributed as dist
 from models.dit import DiT
 from models.weights import save_weights
 from trainer import checkpoint
-from trainer.ranges import FlatRange
+from trainer.collective import gather
 from trainer.config import Config, load
 from trainer.ema import EMA
 from trainer.parallel import Parallel
+from trainer.ranges import FlatRange
 from trainer.state import TrainState
 from trainer.tasks import make_task
 
@@ -92,10 +95,12 @@ class Trained:
         ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
         return cls(config, parallel, TrainState(task, strategy, ema, parallel))
 
-    def step(self, *, accepted: bool = True) -> float:
-        """One global batch; its loss over all ranks."""
+    def step(self, *, accepted: bool = True, poisoned: bool = False) -> float:
+        """One global batch; its loss over all ranks. Poisoned, one sample on one rank has a loss that is not finite."""
         parallel, strategy = self.parallel, self.state.strategy
         x0_BCT = torch.randn(BATCH, 128, 63, generator=torch.Generator().manual_seed(self.samples))
+        if poisoned:
+            x0_BCT[-1, 0, 0] = float("nan")
         positions_B = torch.arange(self.samples, self.samples + BATCH)
         mine = slice(parallel.rank, None, parallel.world_size)
         parts = parallel.parts(BATCH)
@@ -106,8 +111,8 @@ class Trained:
                 losses_B, _ = strategy.forward(x0, positions, None)
                 strategy.backward(losses_B.mean() / parts, last=part == parts)
             total += losses_B.detach().double().sum()
-        norm = strategy.step(LR, lambda norm: accepted)
-        assert math.isfinite(norm)
+        norm = strategy.step(LR, lambda norm: accepted and math.isfinite(norm))
+        assert math.isfinite(norm) != poisoned
         self.samples += BATCH
         self.state.ema.update(self.samples, BATCH)
         return float(parallel.sum(total)) / BATCH
@@ -116,50 +121,63 @@ class Trained:
         return [self.step() for _ in range(count)]
 
     def save(self, folder: Path) -> Path:
-        return checkpoint.save(folder, self.samples, self.state.owned(), {"steps": self.samples // BATCH})
+        return checkpoint.save(
+            folder,
+            self.samples,
+            self.state.owned(),
+            {"steps": self.samples // BATCH, "base": self.state.task.base_hash},
+        )
 
     def load(self, path: Path) -> None:
         meta = self.state.load(path)
         self.samples = meta["samples"]
 
+    def copy(self) -> dict[str, torch.Tensor]:
+        """What this rank owns of the state, as it is now."""
+        return {name: part.data.clone() for name, part in self.state.owned().items()}
+
     def whole(self) -> dict[str, torch.Tensor]:
         return self.parallel.whole(self.state.owned())
 
 
-def first(rank: int, world_size: int, port: int, folder: str) -> None:
+def first(rank: int, world_size: int, folder: str) -> None:
     """Every variant from the beginning: its curve, and a checkpoint half-way."""
     results: dict[str, Any] = {}
-    with _group(rank, world_size, port):
-        variants = VARIANTS | LOWER
+    with _group():
+        variants = VARIANTS | (LOWER if world_size < 4 else {})
         if world_size == 4:
             variants = variants | {"fsdp2, replicated": ("parallel.strategy=fsdp2", "parallel.replicas=2")}
         for name, overrides in variants.items():
-            if "accumulated" in name and BATCH == world_size:
+            if "accumulated" in name and world_size == BATCH:
                 continue
             trained = Trained.begin(recipe(Path(folder), *overrides))
             curve = trained.steps()
             path = trained.save(Path(folder) / f"{name} on {world_size}")
             weights = trained.whole()
             curve += trained.steps()
-            before = trained.whole()
+            before = trained.copy()
             trained.step(accepted=False)
-            after = trained.whole()
+            trained.step(poisoned=True)
+            after = trained.copy()
+            trained.step()
+            moved = trained.copy()
             results[name] = {
                 "curve": curve,
                 "shapes": {name: list(value.shape) for name, value in weights.items()},
                 "norms": {name: float(value.norm()) for name, value in weights.items()},
-                "kept when refused": _same(before, after, "param/", "exp_avg"),
+                "kept when refused": all(gather(_same(before, after, "param/", "exp_avg"))),
+                "moved after": not all(gather(_same(after, moved, "param/"))),
+                "finite": all(gather(all(map(_finite, moved.values())))),
                 "held": sum(len(part.data) for part in trained.state.held().values()),
                 "path": str(path),
-                "end": {name: value.tolist() for name, value in before.items() if "bias" in name},
             }
     _write(folder, f"first_{world_size}", rank, results)
 
 
-def resumed(rank: int, world_size: int, port: int, folder: str, paths: list[str]) -> None:
+def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
     """Every strategy from every checkpoint: its state and its curve from there."""
     results: dict[str, Any] = {}
-    with _group(rank, world_size, port):
+    with _group():
         for name in STRATEGIES:
             trained = Trained.begin(recipe(Path(folder), *VARIANTS[name]))
             for path in paths:
@@ -174,21 +192,16 @@ def resumed(rank: int, world_size: int, port: int, folder: str, paths: list[str]
     _write(folder, f"resumed_{world_size}", rank, results)
 
 
-class _group:
-    """Ranks that find each other as under a launcher."""
+@contextmanager
+def _group() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
 
-    def __init__(self, rank: int, world_size: int, port: int) -> None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def __enter__(self) -> None:
-        # DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from deepspeed.accelerator import get_accelerator
-
-        get_accelerator().is_fp16_supported = lambda: True
-
-    def __exit__(self, *error: object) -> None:
+    get_accelerator().is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -213,6 +226,10 @@ def _stored(path: Path, trained: Trained) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _finite(value: torch.Tensor) -> bool:
+    return bool(value.isfinite().all())
+
+
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *kinds: str) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one if name.startswith(kinds))
 
@@ -220,4 +237,3 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *kinds: 
 def _write(folder: str, what: str, rank: int, results: dict[str, Any]) -> None:
     if rank == 0:
         (Path(folder) / f"{what}.json").write_text(json.dumps(results))
-    os._exit(0)  # threads of a process group don't survive the interpreter's own end

@@ -515,3 +515,10 @@ def test_rank_0_alone_prunes(ranks):
     assert first["pruned"] == [str(directory / "equal" / "step_000000000008")]
     assert second["pruned"] == []
     assert [p.name for p in (directory / "equal").iterdir()] == ["step_000000000024"]
+
+
+def test_the_reader_in_the_docs_reads_what_two_ranks_saved(ranks):
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    code: dict = {}
+    exec(page.split("```python")[1].split("```")[0], code)
+    assert same(code["read"](ranks[0] / "uneven" / "step_000000000008"), state())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -161,3 +163,39 @@ def test_learning_rate_is_a_function_of_samples():
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_mend(tiny):
     with pytest.raises(ValueError, match=r"lower pretrain\.lr"):
         train(tiny(*PRETRAIN, "pretrain.lr=1e30", "pretrain.clip_norm=1e30", "pretrain.warmup=0"), "pretrain")
+
+
+def test_a_full_disk_ends_the_run_and_takes_nothing_older(whole, tiny, tmp_path, monkeypatch):
+    """The save is under way while training goes on: the run ends at the first step after it failed, and can go on."""
+    plain, written = checkpoint.write_safetensors, []
+
+    def full(path, *arguments):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        plain(path, *arguments)
+
+    config = tiny(*PRETRAIN)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    with pytest.raises(OSError, match="no space left") as error:
+        train(config, "pretrain")
+    assert error.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    kept = [path.name for path in (tmp_path / "run/pretrain/checkpoints").iterdir()]
+    assert kept == ["step_000000000032"]
+    assert "no space left" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_out_of_memory_is_explained(tiny, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("trainer.strategy.Replicated.forward", full)
+    told = r"(?s)out of memory in pretrain on 1 rank.*predicted.*parallel\.micro_batch=4"
+    with pytest.raises(ValueError, match=told):
+        train(tiny(*PRETRAIN), "pretrain")
+    log = (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    assert "Tried to allocate 20.00 GiB" in log
+    assert "predicted" in log

@@ -1,0 +1,203 @@
+"""One side of `overhead.py` as a rank: python overhead_loops.py ours|plain STRATEGY FOLDER ADDRESS.
+
+`ours` is the real loop; `plain` is what one would write by hand for the same module, batches and settings. Both
+come by a gate once a step, between the backward pass and the optimizer's, where the benchmark has one or the other wait.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from multiprocessing.connection import Client
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from subject import STAGE, LossOnly, recipe
+from torch import Tensor, nn
+
+from trainer.config import Config
+
+SIZE = ("dit.width=512", "dit.depth=8", "dit.hidden_width=2048", "latent_encoder.width=256", "lora.rank=16")
+GLOBAL_BATCH, BLOCK = 16, 8
+RECIPE = (
+    *SIZE,
+    f"autoencode.global_batch={GLOBAL_BATCH}",
+    "autoencode.samples=100000000",
+    f"log.every={GLOBAL_BATCH * BLOCK}",
+    "log.samples_every=0",
+    "checkpoint.every=1000000000",
+)
+PRELOADED = 16
+Step = Callable[[Tensor, Tensor], None]
+
+
+class Gate:
+    """Lets so many steps pass as it is told, then hands over what each took (seconds, of CPU too) and waits."""
+
+    def __init__(self, address: str) -> None:
+        self.told = Client(address)
+        self.left, self.last, self.taken = 0, (0.0, 0.0), list[tuple[float, float]]()
+
+    def __call__(self) -> bool:
+        """Never says stop: at the end the process leaves from here."""
+        now = _now()
+        self.taken.append((now[0] - self.last[0], now[1] - self.last[1]))
+        if not self.left:
+            self.told.send(self.taken)
+            self.left, self.taken = self.told.recv(), []
+            if not self.left:
+                os._exit(0)
+            now = _now()
+        self.left, self.last = self.left - 1, now
+        return False
+
+
+def _now() -> tuple[float, float]:
+    """On the clock, and of CPU by all threads of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def ours(config: Config, gate: Gate) -> None:
+    from trainer.loop import train
+
+    train(config, STAGE, stop=gate)
+
+
+def plain(config: Config, gate: Gate) -> None:
+    from trainer.tasks import make_task
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(config.seed)
+    module = LossOnly(make_task(config, STAGE).module)
+    strategy = config.parallel.strategy
+    step = PLAIN[strategy](module, config, gate)
+    for x0_BCT, positions_B in cycle(preloaded(config)):
+        step(x0_BCT, positions_B)
+
+
+def preloaded(config: Config) -> list[tuple[Tensor, Tensor]]:
+    """The first batches of the same stream, in memory, float32."""
+    from trainer.data.stream import LatentStream
+    from trainer.run import training_sets
+
+    settings = config.stage(STAGE)
+    stream = LatentStream(training_sets(config), crop_frames=settings.crop_frames, global_batch=GLOBAL_BATCH, seed=0)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    starts = islice(range(0, 10**9, GLOBAL_BATCH), PRELOADED)
+    found = [stream.batch(start, rank=rank, world_size=world_size) for start in starts]
+    return [(batch.x0.float(), batch.positions) for batch in found]
+
+
+def plain_ddp(module: nn.Module, config: Config, gate: Gate) -> Step:
+    model = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return _torch_step(model, config, gate)
+
+
+def plain_fsdp2(module: nn.Module, config: Config, gate: Gate) -> Step:
+    """Every block and the rest; the frozen base stays whole on every rank, as ours has it."""
+    from torch.distributed.fsdp import fully_shard
+
+    frozen = {value for value in module.parameters() if not value.requires_grad}
+    for block in blocks(module):
+        fully_shard(block, ignored_params=frozen)
+    return _torch_step(fully_shard(module, ignored_params=frozen), config, gate)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and name.endswith("blocks"):
+            yield from part
+
+
+def _torch_step(model: nn.Module, config: Config, gate: Gate) -> Step:
+    optimizer = adamw(model, config)
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    average = averaging([getattr(value, "_local_tensor", value.data) for value in parameters])
+
+    def step(x0_BCT: Tensor, positions_B: Tensor) -> None:
+        model(x0_BCT, positions_B).mean().backward()
+        gate()
+        nn.utils.clip_grad_norm_(parameters, config.stage(STAGE).clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        average()
+
+    return step
+
+
+def plain_zero(module: nn.Module, config: Config, gate: Gate, *, stage: int) -> Step:
+    import logging
+
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    trained = sum(value.numel() for value in module.parameters() if value.requires_grad)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.stage(STAGE).clip_norm,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": trained,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    engine, optimizer, *_ = deepspeed.initialize(model=module, optimizer=adamw(module, config), config=settings)
+    masters = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    average = averaging([master.data for master in masters])
+
+    def step(x0_BCT: Tensor, positions_B: Tensor) -> None:
+        engine.backward(engine(x0_BCT, positions_B).mean())
+        gate()
+        engine.step()
+        average()
+
+    return step
+
+
+PLAIN: dict[str, Callable[[nn.Module, Config, Gate], Step]] = {
+    "ddp": plain_ddp,
+    "zero1": lambda *arguments: plain_zero(*arguments, stage=1),
+    "zero2": lambda *arguments: plain_zero(*arguments, stage=2),
+    "zero3": lambda *arguments: plain_zero(*arguments, stage=3),
+    "fsdp2": plain_fsdp2,
+}
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Weight decay on matrices alone, as ours."""
+    settings = config.stage(STAGE)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), fused=True)
+
+
+def averaging(values: list[Tensor]) -> Callable[[], None]:
+    """A moving average of these."""
+    averages = [value.clone() for value in values]
+    return lambda: torch._foreach_lerp_(averages, values, 0.01)
+
+
+def main() -> None:
+    side, strategy, folder, address = sys.argv[1:]
+    config = recipe(Path(folder), *RECIPE, f"parallel.strategy={strategy}", f"run_dir={folder}/{strategy}")
+    {"ours": ours, "plain": plain}[side](config, Gate(address))
+
+
+if __name__ == "__main__":
+    main()

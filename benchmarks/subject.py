@@ -1,0 +1,94 @@
+"""What `checkpoint.py` and `overhead.py` measure on: step 1 (g, f and LoRA on a frozen D), D of random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.dit import DiT
+from models.pretrained import load_autoencoder
+from models.weights import save_weights
+from trainer.config import Config, load
+from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
+from trainer.tasks import Task, make_task
+
+STAGE, FRAMES, CHANNELS = "autoencode", 63, 128
+COMMON = (
+    *("parallel.device=cpu", "parallel.threads=1", "parallel.processes=2"),
+    *("dit.heads=16", "latent_encoder.heads=8", "latent_encoder.encoder_depth=2"),
+    *(f"autoencode.crop_frames={FRAMES}", "autoencode.clip_norm=1.0"),
+)
+
+
+def recipe(folder: Path, *overrides: str) -> Config:
+    """The tiny recipe, larger, on what lies in a folder."""
+    here = [f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", f"data.latents={folder / 'latents'}"]
+    return load("tiny", [*here, *COMMON, *overrides], released=False)
+
+
+def make_base(folder: Path, config: Config) -> int:
+    """A frozen D whose output is not zero, as a trained one's is not; returns how many parameters it has."""
+    (folder / "base").mkdir(parents=True)
+    torch.manual_seed(1)
+    dit = DiT(config.dit)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    save_weights(folder / "base" / "dit.safetensors", dit.state_dict(), dataclasses.asdict(dit.config))
+    return sum(parameter.numel() for parameter in dit.parameters())
+
+
+def make_latents(folder: Path, config: Config, samples: int = 1024) -> None:
+    """A training set and a held-out one, of noise."""
+    autoencoder = load_autoencoder(**dataclasses.asdict(config.autoencoder))
+    info = SetInfo(
+        ae_identity=autoencoder.identity(),
+        ae_options=dataclasses.asdict(config.autoencoder),
+        sample_rate=autoencoder.sample_rate,
+        hop=autoencoder.hop,
+        latent_channels=CHANNELS,
+        clip_seconds=config.data.clip_seconds,
+    )
+    for name, count in (("train", samples), ("test", 64)):
+        with ShardWriter(folder / "latents" / name) as writer:
+            for number in range(count):
+                x0_CT = np.random.default_rng(number).standard_normal((CHANNELS, 100)).astype(np.float16)
+                writer.write(f"{number:06d}", x0_CT, {"caption": "a sound"})
+        shards = {shard: scan_shard(folder / "latents" / name / shard) for shard in writer.names}
+        write_index(folder / "latents" / name, info, shards)
+
+
+def task_of(config: Config) -> Task:
+    """Step 1's task; nothing of it is zero, or f would keep gradients from g and LoRA at first."""
+    torch.manual_seed(0)
+    task = make_task(config, STAGE)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in task.learned.values():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return task
+
+
+class LossOnly(nn.Module):
+    """The task's module as any trainer takes it: a tensor of losses (b,) comes out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
+        return self.module(x0_BCT, positions_B).losses
+
+
+def batches(global_batch: int, rank: int, world_size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """One rank's part (x0, positions) of one global batch after another, the same however many ranks there are."""
+    while True:
+        x0_BCT = torch.randn(global_batch, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(start))
+        positions_B = torch.arange(start, start + global_batch)
+        yield x0_BCT[rank::world_size], positions_B[rank::world_size]
+        start += global_batch

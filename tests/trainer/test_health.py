@@ -1,0 +1,169 @@
+"""Steps that would spoil a run: skipped, gone back from, written down; and the same after any interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.test_loop import PRETRAIN, stop_after, tensors
+from trainer import checkpoint
+from trainer.config import HealthConfig
+from trainer.feed import Feed
+from trainer.health import Health
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.parallel import Parallel
+from trainer.tasks import _Denoiser
+
+RUN = (*PRETRAIN, "pretrain.samples=128", "checkpoint.every=16", "checkpoint.keep_last=3", "health.rewind_after=3")
+
+
+def judge(health: Health, *steps: tuple[float, float]) -> list[bool]:
+    return [health.accepts(8 * number, loss, norm) for number, (loss, norm) in enumerate(steps)]
+
+
+def test_what_is_not_finite_is_not_accepted():
+    health = Health(HealthConfig(), scaled=False)
+    bad = [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
+    assert judge(health, (1.0, 1.0), *bad) == [True, False, False, False, False]
+    assert not health.good
+    faults = [step["why"].split()[1] for step in health.skipped]
+    assert faults == ["loss", "loss", "gradient", "gradient"]
+    assert health.accepts(40, 1.0, 1.0)
+    assert health.good
+
+
+def test_a_spike_is_far_above_the_median_of_what_was_accepted():
+    health = Health(HealthConfig(spike=10, spike_window=16), scaled=False)
+    assert judge(health, (1.0, 99.0), *[(1.0, 1.0)] * 6) == [True] * 7  # the first ones tell nothing yet
+    assert judge(health, (1.0, 9.9), (1.0, 10.1), (1.0, 10.1), (1.0, 1.0)) == [True, False, False, True]
+    assert "10 times its median" in Health.__dict__["_fault"](health, 1.0, 10.4)
+    assert judge(Health(HealthConfig(spike=0), scaled=False), *[(1.0, 1.0)] * 64, (1.0, 1e9))[-1]
+
+
+def test_hopeless_after_so_many_in_a_row():
+    health = Health(HealthConfig(rewind_after=3), scaled=False)
+    judge(health, (math.nan, 1.0), (math.nan, 1.0), (1.0, 1.0), (math.nan, 1.0), (math.nan, 1.0))
+    assert not health.hopeless
+    judge(health, (math.nan, 1.0))
+    assert health.hopeless
+    health.rewound(0)
+    assert (health.good, health.hopeless, health.rewinds) == (True, False, 1)
+
+
+def test_overflow_of_fp16_lowers_the_scale_and_is_no_incident():
+    health = Health(HealthConfig(), scaled=True)
+    start = health.scale
+    assert judge(health, (1.0, math.inf), (1.0, math.nan), (1.0, 1.0)) == [False, False, True]
+    assert health.scale == start / 4
+    assert health.good
+    assert judge(health, (math.nan, math.nan)) == [False]
+    assert not health.good  # a loss that is not finite is not the scale's fault
+    judge(health, *[(1.0, 1.0)] * 2000)
+    assert health.scale == start / 2
+    health.scale = 1.0
+    assert judge(health, (1.0, math.inf)) == [False]
+    assert not health.good
+
+
+def test_its_state_goes_through_json():
+    settings = HealthConfig(spike_window=8)
+    health, again = Health(settings, scaled=True), Health(settings, scaled=True)
+    judge(health, *[(1.0, 1.0)] * 20, (1.0, math.inf), (math.nan, 1.0), (1.0, 50.0))
+    health.rewinds = 2
+    again.restore(json.loads(json.dumps(health.state())))
+    assert again.state() == health.state()
+    assert len(again.norms) == 8
+    unscaled = Health(settings, scaled=False)
+    unscaled.restore(health.state())
+    assert unscaled.scale == 1.0
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the loss of some positions of the stream not a number; tells which were trained on."""
+    seen: set[int] = set()
+
+    def make(*positions: int) -> set[int]:
+        plain = _Denoiser.forward
+
+        def forward(self, x0_BCT, positions_B, mask_BT=None):
+            result = plain(self, x0_BCT, positions_B, mask_BT)
+            if self.training:
+                seen.update(positions_B.tolist())
+            bad_B = torch.isin(positions_B, torch.tensor(positions))
+            return result._replace(losses=torch.where(bad_B, float("nan"), 1.0) * result.losses)
+
+        monkeypatch.setattr(_Denoiser, "forward", forward)
+        return seen
+
+    return make
+
+
+def incidents(run: Path) -> list[dict]:
+    return json.loads((run / "pretrain/incident.json").read_text())
+
+
+def test_a_bad_step_is_skipped_and_its_samples_are_named(tiny, tmp_path, poison):
+    poison(43)
+    config = tiny(*RUN, "checkpoint.every=8", "checkpoint.keep_last=9", "pretrain.samples=64")
+    assert train(config, "pretrain") == "done"
+    [incident] = incidents(tmp_path / "run")
+    assert (incident["what"], incident["samples"], incident["position"]) == ("skipped a step", 40, 40)
+    assert incident["why"] == "the loss is not finite"
+    feed = Feed(config, config.pretrain, Parallel(config.parallel), errors=tmp_path / "errors.jsonl")
+    assert incident["sample_ids"] == feed.samples_at(40)
+    assert sum(map(len, incident["sample_ids"].values())) == 8
+    # its samples count, its weights don't change; no checkpoint of a run in trouble
+    folder = tmp_path / "run/pretrain/checkpoints"
+    assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(folder)] == [8, 16, 24, 32, 40, 56, 64]
+    assert checkpoint.read_manifest(folder / "step_000000000064")["meta"]["steps"] == 7
+
+
+def test_a_run_in_trouble_goes_back_and_passes_over_the_data(tiny, tmp_path, poison):
+    seen = poison(41, 50, 62)  # the steps at 40, 48 and 56
+    config = tiny(*RUN)
+    assert train(config, "pretrain") == "done"
+    *skipped, back = incidents(tmp_path / "run")
+    assert [incident["samples"] for incident in skipped] == [40, 48, 56]
+    assert (back["what"], back["from_samples"], back["samples"], back["position"]) == ("went back", 64, 32, 64)
+    stage = tmp_path / "run/pretrain"
+    last = checkpoint.latest(stage / "checkpoints")
+    meta = checkpoint.read_manifest(last)["meta"]
+    assert (meta["samples"], meta["passed_over"], meta["steps"]) == (128, 32, 16)
+    assert meta["health"]["rewinds"] == 1
+    assert max(seen) == 128 + 32 - 1
+    curve = [line["samples"] for line in read_metrics(stage / "metrics.jsonl") if line["kind"] == "train"]
+    assert curve == list(range(8, 129, 8))
+
+
+@pytest.mark.parametrize("steps", [7, 8, 10])
+def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, steps):
+    """Stopped after the second skipped step, after the third, and some steps after having gone back."""
+    poison(41, 50, 62)
+    assert train(tiny(*RUN, run_dir=tmp_path / "straight"), "pretrain") == "done"
+    config = tiny(*RUN)
+    assert train(config, "pretrain", stop=stop_after(steps)) == "stopped"
+    assert train(config, "pretrain") == "done"
+    ours, theirs = (checkpoint.latest(tmp_path / run / "pretrain/checkpoints") for run in ("run", "straight"))
+    assert all(torch.equal(value, tensors(theirs)[name]) for name, value in tensors(ours).items())
+    what = [(incident["what"], incident["position"]) for incident in incidents(tmp_path / "run")]
+    assert what == [(incident["what"], incident["position"]) for incident in incidents(tmp_path / "straight")]
+
+
+def test_trouble_before_the_first_checkpoint_ends_the_run(tiny, poison):
+    poison(*range(16))
+    with pytest.raises(ValueError, match=r"before the first checkpoint.*lower pretrain\.lr"):
+        train(tiny(*RUN, "health.rewind_after=2"), "pretrain")
+
+
+def test_a_run_does_not_go_back_for_ever(tiny, tmp_path, poison):
+    poison(*range(40, 4000))
+    with pytest.raises(ValueError, match="after going back 2 times"):
+        train(tiny(*RUN, "health.max_rewinds=2"), "pretrain")
+    assert [incident["what"] for incident in incidents(tmp_path / "run")].count("went back") == 2
+    assert checkpoint.latest(tmp_path / "run/pretrain/checkpoints").name == "step_000000000032"

@@ -1,0 +1,231 @@
+"""What a rank holds of a stage's weights, gradients and moments under each strategy, in bytes, reckoned from shapes.
+
+The rank is the first, whose parts are never the smaller ones. Where DDP, FSDP2 and DeepSpeed 0.19 keep what was read in
+them; `tests/trainer/test_memory.py` holds it against live ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import ParallelConfig
+from trainer.outline import Outline
+from trainer.strategy import DTYPES
+from trainer.zero import reduce_bucket
+
+PERSISTENT = 100_000
+"""ZeRO-3 keeps a parameter whole that has no more numbers than this; DeepSpeed's default."""
+REUSED = 500_000_000
+"""Numbers whose way through forward and backward pass is within DeepSpeed's default reuse distance of 10⁹: ZeRO-3
+brings them together once a micro batch and keeps them between the passes."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """One way to share the work: the settings under `parallel` that decide what a rank holds."""
+
+    strategy: str = "ddp"
+    shard_base: bool = False
+    offload: str = "none"
+    checkpoint_activations: bool = False
+
+    @classmethod
+    def of(cls, config: ParallelConfig) -> Sharing:
+        """The recipe's."""
+        return cls(*(getattr(config, item.name) for item in dataclasses.fields(cls)))
+
+    @property
+    def settings(self) -> list[str]:
+        """As `key=value`, those alone that differ from the defaults, the strategy always."""
+        flags = [name for name in ("shard_base", "checkpoint_activations") if getattr(self, name)]
+        offload = [] if self.offload == "none" else [f"offload={self.offload}"]
+        return [
+            f"parallel.{each}" for each in (f"strategy={self.strategy}", *offload, *(f"{flag}=true" for flag in flags))
+        ]
+
+    @property
+    def short(self) -> str:
+        """The same in few words, whether blocks are computed again aside."""
+        words = [self.strategy, *(["base cut"] if self.shard_base else [])]
+        return " ".join([*words, *([] if self.offload == "none" else [f"offload={self.offload}"])])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on the device, by what they are, and in host memory."""
+
+    base: int = 0
+    """Frozen weights, and models that only listen."""
+    trained: int = 0
+    """Trained weights: float32 masters, and copies in the lower precision where the strategy keeps them."""
+    gradients: int = 0
+    moments: int = 0
+    ema: int = 0
+    activations: int = 0
+    buffers: int = 0
+    """For what is on its way between ranks: buckets of gradients, weights brought together for a while."""
+    step: int = 0
+    """Needed only during the optimizer's step, when there are no activations and no buffers."""
+    host: int = 0
+    """In host memory: what is offloaded."""
+
+    def with_activations(self, activations: int) -> Parts:
+        """And what the step needs counted as a buffer, where the pass before it has needed less."""
+        buffers = max(self.buffers, self.step - activations)
+        return dataclasses.replace(self, activations=activations, buffers=buffers)
+
+    @property
+    def total(self) -> int:
+        """On the device, were all parts at their largest together: a little more than is ever seen."""
+        return sum(getattr(self, name) for name in ON_DEVICE)
+
+
+ON_DEVICE = ("base", "trained", "gradients", "moments", "ema", "activations", "buffers")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where and with what."""
+
+    count: int
+    replicas: int
+    precision: str
+    accumulated: bool
+    """Whether a step is more than one micro batch."""
+    cuda: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes to a number that is computed with."""
+        return DTYPES[self.precision].itemsize
+
+
+def held(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
+    """All but the activations."""
+    reckon = {"ddp": _ddp, "zero1": _zero_1_2, "zero2": _zero_1_2, "zero3": _zero_3, "fsdp2": _fsdp2}[sharing.strategy]
+    parts = reckon(outline, sharing, ranks)
+    return dataclasses.replace(parts, base=parts.base + outline.beside)
+
+
+def _ddp(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
+    trained = _numbers(outline.trained.values())
+    return Parts(
+        base=ranks.width * _numbers(outline.frozen.values()),
+        trained=4 * trained,
+        gradients=4 * trained,
+        moments=8 * trained,
+        ema=4 * trained,
+        buffers=4 * trained if ranks.count > 1 else 0,  # the reducer's buckets
+    )
+
+
+def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
+    """Weights are flattened, matrices and vectors apart, and padded to equal partitions of an even size."""
+    width, bucket = ranks.width, reduce_bucket(_numbers(outline.trained.values()))
+    groups = [
+        _numbers(shape for shape in outline.trained.values() if (len(shape) > 1) == matrices)
+        for matrices in (True, False)
+    ]
+    partitions = [2 * _parts(group, 2 * ranks.count) for group in groups]
+    part, owned = sum(partitions), sum(map(min, partitions, groups))
+    whole = part * ranks.count
+    # gradients stay whole where they are reduced only once: at the last micro batch, on a CPU after it
+    gathering = whole if sharing.strategy == "zero1" and (ranks.accumulated or not ranks.cuda) else 0
+    parts = Parts(
+        base=width * _numbers(outline.frozen.values()),
+        trained=width * whole + 4 * part,
+        gradients=width * (part + gathering),
+        moments=8 * part,
+        ema=4 * owned,
+        # a second bucket while the first one is on its way, and a float32 copy of it where it is lower
+        buffers=bucket * (width * (2 if ranks.cuda else 1) + (4 if width < 4 else 0)),
+        step=4 * part,
+    )
+    if sharing.offload == "none":
+        return parts
+    # masters, moments, gradients for them, a pinned copy on the way back, averages; and sums over micro batches
+    host = (4 + 8 + 4 + width) * part + 4 * owned + (width * whole if ranks.accumulated else 0)
+    return dataclasses.replace(
+        parts, trained=width * whole, gradients=width * gathering, moments=0, ema=0, step=0, host=host
+    )
+
+
+def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
+    """Each parameter is cut by itself; small ones stay whole as well. On one rank the part is the whole."""
+    width, alone = ranks.width, ranks.count == 1
+    frozen, trained = ([shape.numel() for shape in each.values()] for each in (outline.frozen, outline.trained))
+    cut_frozen, cut_trained = (sum(_parts(size, ranks.count) for size in sizes) for sizes in (frozen, trained))
+    kept_frozen, kept_trained = (
+        0 if alone else sum(size for size in sizes if size <= PERSISTENT) for sizes in (frozen, trained)
+    )
+    large = sum(frozen) + sum(trained) - kept_frozen - kept_trained
+    gathered = 0 if alone else min(large, REUSED + max(_block_sizes(outline), default=0))
+    parts = Parts(
+        base=width * (cut_frozen + kept_frozen),
+        trained=width * (cut_trained + kept_trained) + 4 * cut_trained,
+        gradients=width * cut_trained,
+        moments=8 * cut_trained,
+        ema=4 * cut_trained,
+        buffers=4 * reduce_bucket(sum(trained)) + width * gathered,
+        step=4 * cut_trained if width < 4 else 0,
+    )
+    if sharing.offload == "none":
+        return parts
+    # masters, moments, averages, gradients for the masters and as they come
+    host = (4 + 8 + 4 + 4 + width) * cut_trained
+    on_device = dataclasses.replace(
+        parts, trained=parts.trained - 4 * cut_trained, gradients=0, moments=0, ema=0, step=0
+    )
+    if sharing.offload == "optimizer":
+        return dataclasses.replace(on_device, host=host)
+    host += width * (cut_frozen + cut_trained)
+    return dataclasses.replace(on_device, base=width * kept_frozen, trained=width * kept_trained, host=host)
+
+
+def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
+    """Each parameter is cut along its first dimension; blocks are brought together one by one, the next one ahead."""
+    width, shards = ranks.width, ranks.count // ranks.replicas
+    trained = _numbers(outline.trained.values())
+    cut = sum(_rows(shape, shards) for shape in outline.trained.values())
+    frozen = _numbers(outline.frozen.values())
+    base = sum(_rows(shape, shards) for shape in outline.frozen.values()) if sharing.shard_base else frozen
+    blocks = _block_sizes(outline, trained_only=not sharing.shard_base)
+    largest = max(blocks, default=0)
+    outside = trained + (frozen if sharing.shard_base else 0) - sum(blocks)
+    reduced = max([*_block_sizes(outline, trained_only=True), _outside(outline)])
+    return Parts(
+        base=width * base,
+        trained=4 * cut,
+        gradients=4 * (cut + (trained if ranks.accumulated else 0)),  # whole until the last micro batch
+        moments=8 * cut,
+        ema=4 * cut,
+        # what lies in no block stays; two blocks, and a third as it comes in; gradients as they leave, in float32
+        buffers=width * (outside + 3 * largest) + (4 + width) * reduced,
+    )
+
+
+def _block_sizes(outline: Outline, *, trained_only: bool = False) -> list[int]:
+    shapes = outline.trained if trained_only else outline.trained | outline.frozen
+    return [_numbers(shapes[name] for name in block if name in shapes) for block in outline.blocks]
+
+
+def _outside(outline: Outline) -> int:
+    """Trained numbers that lie in no block."""
+    return _numbers(outline.trained.values()) - sum(_block_sizes(outline, trained_only=True))
+
+
+def _numbers(shapes: Iterable[torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes)
+
+
+def _parts(count: int, parts: int) -> int:
+    """The size of equal parts, the last one padded."""
+    return -(-count // parts)
+
+
+def _rows(shape: torch.Size, shards: int) -> int:
+    return _parts(shape[0], shards) * (shape.numel() // shape[0]) if shape else 1
