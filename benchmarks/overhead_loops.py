@@ -1,7 +1,7 @@
 """One side of `overhead.py` as a rank: python overhead_loops.py ours|plain STRATEGY FOLDER ADDRESS.
 
 `ours` is the real loop; `plain` is what one would write by hand for the same module, batches and settings. Both
-come by a gate once a step, between the backward pass and the optimizer's, where the benchmark has one or the other wait.
+come by a gate once a step, between the backward pass and the optimizer's, where one or the other is made to wait.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.activations import Activations
 from trainer.config import TRAINED_STAGES, Config
-from trainer.ledger import ON_DEVICE
-from trainer.memory import GIB, Estimate, Row, gpu_memory
+from trainer.memory.activations import Activations
+from trainer.memory.estimate import GIB, Estimate, Row, gpu_memory
+from trainer.memory.ledger import ON_DEVICE
 from trainer.strategy import DTYPES
 from trainer.text import aligned, size
 

@@ -13,7 +13,7 @@ from trainer.config import Config, TrainConfig
 from trainer.ema import EMA
 from trainer.feed import Feed
 from trainer.health import Health
-from trainer.memory import out_of_memory
+from trainer.memory.estimate import out_of_memory
 from trainer.parallel import Parallel
 from trainer.report import Report
 from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
@@ -234,7 +234,10 @@ def _failures_told(config: Config, stage: str, parallel: Parallel) -> Iterator[N
     except (ValueError, OSError) as error:
         logger.error("%s: %s", stage, error)
         raise
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            logger.exception("%s: rank %d failed", stage, parallel.rank)
+            raise
         peak, total = parallel.memory()
         told = out_of_memory(config, stage, parallel.world_size, peak, total)
         logger.error("%s: %s\n%s", stage, error, told)
@@ -242,6 +245,10 @@ def _failures_told(config: Config, stage: str, parallel: Parallel) -> Iterator[N
     except Exception:
         logger.exception("%s: rank %d failed", stage, parallel.rank)
         raise
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _millions(numbers: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.config import ParallelConfig
-from trainer.outline import Outline
+from trainer.memory.outline import Outline
 from trainer.strategy import DTYPES
 from trainer.zero import reduce_bucket
 

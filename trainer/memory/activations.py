@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.dit import DiTConfig
 from trainer.config import Config
-from trainer.outline import stage_module
+from trainer.memory.outline import stage_module
 from trainer.strategy import DTYPES, Computed, blocks_of, recompute
 
 Kind = tuple[tuple[int, ...], torch.dtype]

@@ -1,7 +1,7 @@
 """What each rank will hold, before a run: a row for every strategy, and the fastest that fits; and what mends a lack.
 
-Weights, gradients, moments and buffers are reckoned from shapes (`trainer.ledger`), activations are measured on tensors
-without numbers (`trainer.activations`). Nothing is allocated, and no GPU is needed.
+Weights, gradients, moments and buffers are reckoned from shapes (`ledger`), activations are measured on tensors without
+numbers (`activations`). Nothing is allocated, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from trainer.activations import Activations, Pass, activations
 from trainer.config import Config, ParallelConfig
-from trainer.ledger import ON_DEVICE, Parts, Ranks, Sharing, held
-from trainer.outline import outline
+from trainer.memory.activations import Activations, Pass, activations
+from trainer.memory.ledger import ON_DEVICE, Parts, Ranks, Sharing, held
+from trainer.memory.outline import outline
 from trainer.text import aligned, size
 
 GIB = 2**30
