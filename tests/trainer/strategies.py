@@ -21,10 +21,11 @@ from models.dit import DiT
 from models.weights import save_weights
 from trainer import checkpoint
 from trainer.collective import gather
-from trainer.config import Config, load
+from trainer.config import CheckpointConfig, Config, load
 from trainer.ema import EMA
 from trainer.parallel import Parallel
 from trainer.ranges import FlatRange
+from trainer.saver import Saver
 from trainer.state import TrainState
 from trainer.tasks import make_task
 
@@ -88,6 +89,7 @@ class Trained:
         with torch.no_grad():  # f begins at zero, and g and LoRA would have no gradient for two steps
             for parameter in task.learned.values():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+        task.to(parallel.device)
         strategy = parallel.prepare(task.module, settings)
         if config.parallel.precision == "fp16":
             strategy.scale = 256.0
@@ -104,7 +106,8 @@ class Trained:
         positions_B = torch.arange(self.samples, self.samples + BATCH)
         mine = slice(parallel.rank, None, parallel.world_size)
         parts = parallel.parts(BATCH)
-        total = torch.zeros((), dtype=torch.float64)
+        x0_BCT, positions_B = x0_BCT.to(parallel.device), positions_B.to(parallel.device)
+        total = torch.zeros((), dtype=torch.float64, device=parallel.device)
         chunks = zip(x0_BCT[mine].chunk(parts), positions_B[mine].chunk(parts), strict=True)
         for part, (x0, positions) in enumerate(chunks, start=1):
             with strategy.reducing(last=part == parts):
@@ -121,12 +124,10 @@ class Trained:
         return [self.step() for _ in range(count)]
 
     def save(self, folder: Path) -> Path:
-        return checkpoint.save(
-            folder,
-            self.samples,
-            self.state.owned(),
-            {"steps": self.samples // BATCH, "base": self.state.task.base_hash},
-        )
+        meta = {"steps": self.samples // BATCH, "base": self.state.task.base_hash}
+        with Saver(folder, CheckpointConfig()) as saver:
+            saver.save(self.samples, self.state.owned(), meta)
+        return checkpoint.checkpoints(folder)[-1]
 
     def load(self, path: Path) -> None:
         meta = self.state.load(path)
@@ -143,7 +144,7 @@ class Trained:
 def first(rank: int, world_size: int, folder: str) -> None:
     """Every variant from the beginning: its curve, and a checkpoint half-way."""
     results: dict[str, Any] = {}
-    with _group():
+    with group():
         variants = VARIANTS | (LOWER if world_size < 4 else {})
         if world_size == 4:
             variants = variants | {"fsdp2, replicated": ("parallel.strategy=fsdp2", "parallel.replicas=2")}
@@ -177,7 +178,7 @@ def first(rank: int, world_size: int, folder: str) -> None:
 def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
     """Every strategy from every checkpoint: its state and its curve from there."""
     results: dict[str, Any] = {}
-    with _group():
+    with group():
         for name in STRATEGIES:
             trained = Trained.begin(recipe(Path(folder), *VARIANTS[name]))
             for path in paths:
@@ -193,12 +194,13 @@ def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
 
 
 @contextmanager
-def _group() -> Iterator[None]:
+def group() -> Iterator[None]:
     """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.accelerator import get_accelerator
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True
+        get_accelerator().is_fp16_supported = lambda: True
     try:
         yield
     finally:
