@@ -62,6 +62,10 @@ class System(ABC):
     def load(self, path: Path) -> None:
         """Everything back."""
 
+    def stood(self, saving: float) -> float:
+        """Seconds that training stood still for the last save, whose call took so many."""
+        return saving
+
     def settle(self, path: Path) -> None:
         """Until a save is on the disk."""
         if self.rank == 0:
@@ -99,6 +103,7 @@ class Ours(System):
     def step(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
         losses_B, _ = self.strategy.forward(x0_BCT, positions_B, None)
         self.strategy.backward(losses_B.mean(), last=True)
+        self.saver.copied()  # as the loop does
         self.strategy.step(LR, lambda norm: True)
         self.steps += 1
         self.ema.update(self.steps * GLOBAL_BATCH, GLOBAL_BATCH)
@@ -106,7 +111,10 @@ class Ours(System):
 
     def save(self, path: Path) -> None:
         meta = {"steps": self.steps, "base": self.base}
-        self.saver.save(int(path.name.removeprefix("step_")), self.state.owned(), meta)
+        self.saver.save(int(path.name.removeprefix("step_")), self.state.owned, meta)
+
+    def stood(self, saving: float) -> float:
+        return self.saver.stalled  # in the call, and where a step waited for the copy
 
     def settle(self, path: Path) -> None:
         self.saver.wait()
@@ -307,8 +315,9 @@ def save(system: System, folder: Path) -> dict[str, Any]:
         with appearing(path) as seconds_until:
             start = time.perf_counter()
             system.save(path)
-            stalls.append(most(time.perf_counter() - start))
+            stood = time.perf_counter() - start
             losses, at = training.steps(BESIDE), training.samples - BESIDE * GLOBAL_BATCH
+            stalls.append(most(system.stood(stood)))
             extra.append(sum(training.seconds) - BESIDE * usual)
             if isinstance(system, Ours):
                 system.settle(path)

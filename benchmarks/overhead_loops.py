@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 
 SIZE = ("dit.width=512", "dit.depth=8", "dit.hidden_width=2048", "latent_encoder.width=256", "lora.rank=16")
-GLOBAL_BATCH, BLOCK = 16, 8
+GLOBAL_BATCH, BLOCK = 16, 5
 RECIPE = (
     *SIZE,
     f"autoencode.global_batch={GLOBAL_BATCH}",

@@ -215,7 +215,8 @@ def _plan(options: argparse.Namespace) -> None:
     from launch.plan import plan
     from trainer.config import load
 
-    print(plan(load(options.recipe, options.overrides, released=False)))
+    for line in plan(load(options.recipe, options.overrides, released=False)):
+        print(line, flush=True)
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from trainer.config import TRAINED_STAGES, Config, to_yaml
 
 
-def plan(config: Config) -> str:
-    """The resolved config, the arithmetic of batches and bits, and what each rank of each stage would hold."""
-    from launch.memory import memory
+def plan(config: Config) -> Iterator[str]:
+    """Lines: the resolved config, the arithmetic of batches and bits, and what each rank of each stage would hold."""
+    yield from ("# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config), "")
+    from launch.memory import memory  # this takes seconds, and what follows some more
 
-    return "\n".join(
-        [
-            "# resolved config",
-            to_yaml(config),
-            "# stages",
-            *_stages(config),
-            "",
-            "# codec",
-            *_codec(config),
-            "",
-            *memory(config),
-        ]
-    )
+    yield from memory(config)
 
 
 def _stages(config: Config) -> list[str]:

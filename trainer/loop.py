@@ -106,7 +106,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 nonlocal saved_at
                 if saved_at != samples:
                     counts = {"steps": steps, "passed_over": passed_over, "health": health.state()}
-                    saver.save(samples, state.owned(), facts | counts | more)
+                    saver.save(samples, state.owned, facts | counts | more)
                     saved_at = samples
 
             def go_back() -> tuple[int, int, int]:
@@ -156,6 +156,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                     saver.wait()  # raises
 
                 # The step, if it is a sound one; its learning rate a pure function of samples seen.
+                saver.copied()
                 loss, lr = loss_sum / settings.global_batch, learning_rate(settings, samples)
                 grad_norm = strategy.step(lr, lambda norm: health.accepts(samples, loss, norm))  # noqa: B023
                 report.clock.end()

@@ -30,21 +30,19 @@ class FlatRange:
     @property
     def stop(self) -> int:
         """One past the last element."""
-        return self.start + len(self.data)
+        return self.start + self.data.numel()
 
 
 def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
     """All of every tensor: what one process saves, and what every rank of DDP loads."""
-    return equal_ranges(tensors, rank=0, world_size=1)
+    for name, tensor in tensors.items():
+        assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
+    return {name: FlatRange(tensor.detach().view(-1), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
     """What this rank writes of tensors that every rank holds, as in DDP: one of `world_size` equal parts."""
-    whole = {}
-    for name, tensor in tensors.items():
-        assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
-        whole[name] = FlatRange(tensor.detach().view(-1), tuple(tensor.shape))
-    return share(whole, index=rank, copies=world_size)
+    return share(whole_ranges(tensors), index=rank, copies=world_size)
 
 
 def share(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
@@ -52,11 +50,14 @@ def share(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[s
 
     The ranges laid end to end are cut into `copies` equal parts. Each part of a range is a view; some are empty.
     """
-    total = sum(len(held.data) for held in ranges.values())
+    if copies == 1:
+        return dict(ranges)
+    numbers = {name: held.data.numel() for name, held in ranges.items()}
+    total = sum(numbers.values())
     first, last = total * index // copies, total * (index + 1) // copies
     parts, position = {}, 0
     for name, held in ranges.items():
-        start, stop = (min(max(cut - position, 0), len(held.data)) for cut in (first, last))
+        start, stop = (min(max(cut - position, 0), numbers[name]) for cut in (first, last))
         parts[name] = FlatRange(held.data[start:stop], held.shape, held.start + start)
-        position += len(held.data)
+        position += numbers[name]
     return parts

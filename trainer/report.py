@@ -65,6 +65,7 @@ class Report:
                 grad_norm=grad_norm,
                 samples_per_second=round(1 / seconds, 2),
                 data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
+                peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
                 **times,
             )
             self.run.write_status("running", samples=samples, of=self.settings.samples, loss=loss)

@@ -1,11 +1,17 @@
-"""Checkpoints written beside training: training stands still for a copy to host memory, no longer."""
+"""Checkpoints written beside training.
+
+Nothing of what is saved changes until the next optimizer step: so the copy to host memory is made beside that step's
+forward and backward pass, and written beside those after it. Training stands still where the copy is not done by then.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +22,15 @@ from trainer.config import CheckpointConfig
 from trainer.ranges import FlatRange
 
 _PATIENCE = 60.0  # seconds that a failing run waits for the save under way
+
+
+@dataclass(frozen=True)
+class _Order:
+    samples: int
+    tensors: Callable[[], Mapping[str, FlatRange]]
+    meta: Mapping[str, Any]
+    ready: torch.cuda.Event | None
+    """When the device has come to what is to be copied."""
 
 
 class Saver:
@@ -30,23 +45,35 @@ class Saver:
         """Seconds that training stood still for the last save."""
         self._group = collective.own_group()
         self._host = _HostMemory()
-        self._thread: threading.Thread | None = None
+        self._copied, self._written = threading.Event(), threading.Event()
+        self._copied.set()
+        self._written.set()
         self._error: Exception | None = None
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name="checkpoint", daemon=True).start()
 
-    def save(self, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> None:
-        """Copy this rank's ranges and have them written; see `checkpoint.save`. All ranks.
+    def save(self, samples: int, tensors: Callable[[], Mapping[str, FlatRange]], meta: Mapping[str, Any]) -> None:
+        """Have a checkpoint made of what `tensors` gives on each rank; that may change once `copied` returns.
+
+        All ranks.
 
         Raises:
             OSError, ValueError: what the save before failed with.
         """
         start = time.perf_counter()
         self.wait()
-        copies = self._host.copy(tensors)
-        self._thread = threading.Thread(
-            target=self._write, args=(samples, copies, dict(meta)), name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        self._copied.clear()
+        self._written.clear()
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        self._orders.put(_Order(samples, tensors, dict(meta), ready))
         self.stalled = time.perf_counter() - start
+
+    def copied(self) -> None:
+        """Until the copy is made: to be called before anything that is saved changes."""
+        if not self._copied.is_set():
+            start = time.perf_counter()
+            self._copied.wait()
+            self.stalled += time.perf_counter() - start
 
     @property
     def failed(self) -> bool:
@@ -59,20 +86,26 @@ class Saver:
         Raises:
             OSError, ValueError: what the save failed with, the same on every rank.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._written.wait()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
+    def _serve(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                copies = self._host.copy(order.tensors(), order.ready)
+                self._copied.set()
+                self._write(order.samples, copies, order.meta)
+            except Exception as error:  # raised in the training's thread, by `wait`
+                self._error = error
+            self._copied.set()
+            self._written.set()
+
     def _write(self, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> None:
         keep = self.settings
-        try:
-            checkpoint.save(self.directory, samples, tensors, meta, group=self._group)
-            checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
-        except Exception as error:  # raised in the training's thread, by `wait`
-            self._error = error
+        checkpoint.save(self.directory, samples, tensors, meta, group=self._group)
+        checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
 
     def __enter__(self) -> Self:
         return self
@@ -80,10 +113,11 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._orders.put(None)
         if error is None:
             self.wait()
-        elif self._thread is not None:
-            self._thread.join(_PATIENCE)  # a rank that died would be waited for without end
+        else:
+            self._written.wait(_PATIENCE)  # a rank that died would be waited for without end
 
 
 class _HostMemory:
@@ -91,19 +125,23 @@ class _HostMemory:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
+        self.stream: torch.cuda.Stream | None = None
 
-    def copy(self, tensors: Mapping[str, FlatRange]) -> dict[str, FlatRange]:
+    def copy(self, tensors: Mapping[str, FlatRange], ready: torch.cuda.Event | None) -> dict[str, FlatRange]:
         """The ranges as they are now."""
-        total = sum(len(owned.data) for owned in tensors.values())
-        devices = {owned.data.device for owned in tensors.values() if owned.data.is_cuda}
-        if len(self.memory) < total:
-            self.memory = torch.empty(total, pin_memory=bool(devices))
+        total = sum(owned.data.numel() for owned in tensors.values())
+        if self.memory.numel() < total:
+            self.memory = torch.empty(total, pin_memory=ready is not None)
+        if ready is not None:
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_event(ready)
         copies, start = {}, 0
-        for name, owned in tensors.items():
-            here = self.memory[start : start + len(owned.data)]
-            here.copy_(owned.data, non_blocking=True)
-            copies[name] = FlatRange(here, owned.shape, owned.start)
-            start += len(owned.data)
-        for device in devices:
-            torch.cuda.synchronize(device)
+        with torch.cuda.stream(self.stream):  # does nothing where there is none
+            for name, owned in tensors.items():
+                here = self.memory[start : start + owned.data.numel()]
+                here.copy_(owned.data, non_blocking=True)
+                copies[name] = FlatRange(here, owned.shape, owned.start)
+                start += owned.data.numel()
+        if self.stream is not None:
+            self.stream.synchronize()
         return copies

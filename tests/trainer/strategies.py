@@ -126,7 +126,7 @@ class Trained:
     def save(self, folder: Path) -> Path:
         meta = {"steps": self.samples // BATCH, "base": self.state.task.base_hash}
         with Saver(folder, CheckpointConfig()) as saver:
-            saver.save(self.samples, self.state.owned(), meta)
+            saver.save(self.samples, self.state.owned, meta)
         return checkpoint.checkpoints(folder)[-1]
 
     def load(self, path: Path) -> None:

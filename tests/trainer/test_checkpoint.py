@@ -9,6 +9,7 @@ import pickletools
 import resource
 import signal
 import stat
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def test_round_trip_is_exact_and_carries_meta(tmp_path):
     tensors = blank()
     meta = checkpoint.load(path, whole_ranges(tensors))
     assert same(tensors, state())
+    assert abs(meta.pop("time") - time.time()) < 60
     assert meta == {**META, "samples": 1234, "world_size": 1}
     assert checkpoint.verify(path) == []
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "rank_00000.safetensors"]
@@ -361,10 +363,12 @@ def test_damaged_checkpoints_neither_count_nor_are_lost(tmp_path):
     assert len(list(tmp_path.glob("damaged_step_*"))) == 2
 
 
-def pruned(directory: Path, saved: list[int], **rule) -> list[int]:
-    """What stays when each is saved in turn and the rule is applied after each."""
+def pruned(directory: Path, saved: list[int], losses: dict[int, float] | None = None, **rule) -> list[int]:
+    """What stays when each is saved in turn, with its loss where it has one, and the rule is applied after each."""
     for samples in saved:
-        save(directory, samples, {"w": torch.zeros(1)})
+        loss = (losses or {}).get(samples)
+        meta = META if loss is None else META | {"held_out_loss": loss}
+        checkpoint.save(directory, samples, whole_ranges({"w": torch.zeros(1)}), meta)
         checkpoint.prune(directory, **rule)
     return [checkpoint.samples_of(path) for path in checkpoint.checkpoints(directory)]
 
@@ -373,7 +377,8 @@ def test_prune_keeps_the_last_the_best_and_every_nth(tmp_path):
     steps = list(range(10, 130, 10))
     assert pruned(tmp_path / "last", steps, last=2) == [110, 120]
     assert pruned(tmp_path / "every", steps, last=2, every=40) == [40, 80, 110, 120]
-    assert pruned(tmp_path / "best", steps, last=1, best={30, 70}) == [30, 70, 120]
+    losses = {30: 0.1, 70: 0.2, 40: 0.3}
+    assert pruned(tmp_path / "best", steps, losses, last=1, best=2) == [30, 70, 120]
     assert {p.name[:5] for p in (tmp_path / "every").iterdir()} == {"step_"}
 
 

@@ -41,7 +41,8 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 def test_what_training_changes_after_a_save_is_not_in_it(tmp_path, slow):
     tensors = state(0)
     with Saver(tmp_path, CheckpointConfig()) as saver:
-        saver.save(8, whole_ranges(tensors), META)
+        saver.save(8, lambda: whole_ranges(tensors), META)
+        saver.copied()
         for tensor in tensors.values():
             tensor.fill_(-1)
         assert checkpoint.checkpoints(tmp_path) == []  # training goes on, nothing is written yet
@@ -49,15 +50,33 @@ def test_what_training_changes_after_a_save_is_not_in_it(tmp_path, slow):
     assert same(load(tmp_path / "step_000000000008"), state(0))
 
 
+def test_what_is_to_be_copied_may_be_waited_for(tmp_path):
+    gate, tensors = threading.Event(), state(0)
+
+    def late():
+        assert gate.wait(30)
+        return whole_ranges(tensors)
+
+    with Saver(tmp_path, CheckpointConfig()) as saver:
+        saver.save(8, late, META)
+        assert saver.stalled < 0.1
+        threading.Timer(0.3, gate.set).start()
+        saver.copied()
+        assert saver.stalled > 0.2
+        for tensor in tensors.values():
+            tensor.fill_(-1)
+    assert same(load(tmp_path / "step_000000000008"), state(0))
+
+
 def test_one_save_waits_for_the_one_before(tmp_path, slow):
     with Saver(tmp_path, CheckpointConfig(keep_last=2)) as saver:
-        saver.save(8, whole_ranges(state(0)), META)
+        saver.save(8, lambda: whole_ranges(state(0)), META)
         threading.Timer(0.3, slow.set).start()
         start = time.perf_counter()
-        saver.save(16, whole_ranges(state(1)), META)
+        saver.save(16, lambda: whole_ranges(state(1)), META)
         assert time.perf_counter() - start > 0.25
         assert saver.stalled > 0.25
-        saver.save(24, whole_ranges(state(2)), META)
+        saver.save(24, lambda: whole_ranges(state(2)), META)
     assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(tmp_path)] == [16, 24]
     assert same(load(tmp_path / "step_000000000016"), state(1))
     assert same(load(tmp_path / "step_000000000024"), state(2))
@@ -65,23 +84,23 @@ def test_one_save_waits_for_the_one_before(tmp_path, slow):
 
 def test_a_failed_save_is_told_once_and_the_next_may_succeed(tmp_path):
     with Saver(tmp_path, CheckpointConfig()) as saver:
-        saver.save(8, whole_ranges(state(0)), META)
+        saver.save(8, lambda: whole_ranges(state(0)), META)
         saver.wait()
         with small_disk():
-            saver.save(16, whole_ranges(state(1)), META)
+            saver.save(16, lambda: whole_ranges(state(1)), META)
             while not saver.failed:
                 time.sleep(0.01)
         with pytest.raises(OSError, match=r"could not save .*untouched"):
             saver.wait()
         assert not saver.failed
-        saver.save(24, whole_ranges(state(2)), META)
+        saver.save(24, lambda: whole_ranges(state(2)), META)
     assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(tmp_path)] == [8, 24]
 
 
 def test_a_failing_run_lets_the_save_under_way_end(tmp_path, slow):
     threading.Timer(0.3, slow.set).start()
     saver = Saver(tmp_path, CheckpointConfig())
-    saver.save(8, whole_ranges(state(0)), META)
+    saver.save(8, lambda: whole_ranges(state(0)), META)
     saver.__exit__(KeyError, KeyError(), None)
     assert same(load(tmp_path / "step_000000000008"), state(0))
 
@@ -94,7 +113,8 @@ def two_ranks(rank: int, root: str) -> None:
         for samples in range(8, 48, 8):
             for tensor in tensors.values():
                 tensor.fill_(samples)
-            saver.save(samples, equal_ranges(tensors, rank=rank, world_size=2), META)
+            saver.save(samples, lambda: equal_ranges(tensors, rank=rank, world_size=2), META)
+            saver.copied()
             for number in range(samples):
                 total = torch.tensor([float(number)])
                 dist.all_reduce(total)
@@ -102,7 +122,7 @@ def two_ranks(rank: int, root: str) -> None:
     problem = ""
     try:
         with Saver(directory / "full", CheckpointConfig()) as saver, small_disk(256 if rank == 1 else -1):
-            saver.save(8, equal_ranges(tensors, rank=rank, world_size=2), META)
+            saver.save(8, lambda: equal_ranges(tensors, rank=rank, world_size=2), META)
             saver.wait()
     except OSError as error:
         problem = str(error)
