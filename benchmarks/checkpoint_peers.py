@@ -111,7 +111,7 @@ class Ours(System):
 
     def save(self, path: Path) -> None:
         meta = {"steps": self.steps, "base": self.base}
-        self.saver.save(int(path.name.removeprefix("step_")), self.state.owned, meta)
+        self.saver.save(int(path.name.removeprefix("step_")), self.state.owned(), meta)
 
     def stood(self, saving: float) -> float:
         return self.saver.stalled  # in the call, and where a step waited for the copy

@@ -22,8 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
+        from launch.preemption import INTERRUPTED
+
         print("spresso: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         if "SPRESSO_DEBUG" in os.environ:
             raise

@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from launch.preemption import MISTAKE, SIGNALS, STOPPED, StopFlag
+from launch.preemption import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from trainer.config import Config
 from trainer.run import stage_folder
 
@@ -51,10 +51,10 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
         while not context.join():
             pass
     except multiprocessing.ProcessExitedException as error:
-        if error.exit_code == STOPPED:
+        if error.exit_code == STOPPED or (asked and -error.exit_code in SIGNALS):  # before it could listen
             _join_all(context)
             return "stopped"
-        if error.exit_code != MISTAKE:  # of which the rank itself has said why
+        if error.exit_code not in (MISTAKE, INTERRUPTED):  # of which the rank itself has said why
             how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
             log = stage_folder(config, stage) / "logs" / f"rank_{error.error_index}.log"
             print(f"spresso: rank {error.error_index} {how}, and the others with it; see {log}", file=sys.stderr)
@@ -80,13 +80,15 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    import torch.distributed as dist
-
-    from trainer.loop import train
-
     try:
         with StopFlag() as stop:
+            import torch.distributed as dist
+
+            from trainer.loop import train
+
             outcome = train(config, stage, stop=stop)
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
         print(f"spresso: rank {rank}: {error}", file=sys.stderr)
         _leave(MISTAKE)

@@ -131,12 +131,19 @@ def train(config: Config, stage: str) -> str:
     """A trained stage; nothing where it has ended already with these settings."""
     directory = RunDirectory(stage_folder(config, stage), stage)
     directory.require_same(config, stage_inputs(config, stage))
-    if directory.done(config):
+    if directory.done(config) and _goes_on(config, directory):
         say(f"  done before: {directory.export}")
         return "done"
     from launch.local import train_here
 
     return train_here(config, stage)
+
+
+def _goes_on(config: Config, directory: RunDirectory) -> bool:
+    """Whether nothing else is asked for than to go on from where the run is."""
+    from trainer.resume import followed
+
+    return config.checkpoint.resume == "auto" or followed(directory, config.checkpoint.resume)
 
 
 def evaluate(config: Config) -> None:

@@ -9,6 +9,7 @@ from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 MISTAKE = 2  # exit status: the user is told what to mend
+INTERRUPTED = 130  # exit status: a second Ctrl-C
 STOPPED = 75  # exit status (sysexits' EX_TEMPFAIL): saved, and the same command goes on from there
 _ONE_PRESS = 1.0  # seconds: a terminal's Ctrl-C reaches each rank twice, from the terminal and from its parent
 

@@ -28,7 +28,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +172,18 @@ def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None
         last: how many of the newest stay, at least 1.
         best: how many with the lowest `held_out_loss` in their `meta` stay too.
         every: the first checkpoint at or after each multiple of so many samples stays too.
+
+    The newest whose `meta` has `good` set stays as well: the one that a run in trouble returns to.
     """
     if last < 1:
         raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
     if collective.rank() != 0:
         return []
     paths = checkpoints(directory)
-    kept = {*paths[-last:], *_best(paths, best)}
+    metas = {path: _meta(path) for path in paths}
+    good = [path for path in paths if metas[path].get("good")]
+    rated = [path for path in paths if metas[path].get("held_out_loss") is not None]
+    kept = {*paths[-last:], *good[-1:], *sorted(rated, key=lambda path: metas[path]["held_out_loss"])[:best]}
     if every:
         newest_first = {samples_of(path) // every: path for path in reversed(paths)}
         kept |= {path for multiple, path in newest_first.items() if multiple > 0}
@@ -187,21 +191,22 @@ def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None
 
 
 def discard(paths: Iterable[Path]) -> list[Path]:
-    """Deletes these checkpoints."""
+    """Deletes these checkpoints. What can't be deleted is no checkpoint any more, and the next save tries again."""
     deleted = list(paths)
     for path in deleted:
-        shutil.rmtree(_set_aside(path))
+        try:
+            shutil.rmtree(_set_aside(path))
+        except OSError as error:
+            log.warning("%s could not be deleted: %s", path, error)
     return deleted
 
 
-def _best(paths: list[Path], count: int) -> list[Path]:
-    """Those with the lowest loss on held-out clips; one that can't be read is not among them."""
-    losses = {}
-    for path in paths if count else []:
-        with suppress(ValueError, OSError):
-            losses[path] = read_manifest(path)["meta"].get("held_out_loss")
-    known = [path for path, loss in losses.items() if loss is not None]
-    return sorted(known, key=lambda path: losses[path])[:count]
+def _meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing where it is damaged."""
+    try:
+        return read_manifest(path)["meta"]
+    except (ValueError, OSError):
+        return {}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Feed:
     def begin(self, position: int) -> None:
         """Go on with the global batch that begins there."""
         self.close()
+        self.waited = 0.0
         parallel = self.parallel
         self._batches = self.stream.iterate(
             position,
@@ -74,9 +75,8 @@ class Feed:
 
     def samples_at(self, position: int) -> dict[str, list[int]]:
         """The ids of the whole global batch there, by the sets' locations."""
-        batch = self.stream.batch(position)
         ids: dict[str, list[int]] = {}
-        for number, id_ in zip(batch.sets.tolist(), batch.ids.tolist(), strict=True):
+        for number, id_ in self.stream.dealt(position):
             ids.setdefault(self.stream.sets[number].location, []).append(id_)
         return ids
 

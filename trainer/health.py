@@ -67,6 +67,7 @@ class Health:
             "norms": list(self.norms),
             "skipped": list(self.skipped),
             "rewinds": self.rewinds,
+            "scaled": self.scaled,
             "scale": self.scale,
             "steps_at_scale": self._steps_at_scale,
         }
@@ -75,7 +76,7 @@ class Health:
         """Go on from a checkpoint's, which may be of another precision."""
         self.norms = deque(state["norms"], maxlen=self.settings.spike_window)
         self.skipped, self.rewinds = list(state["skipped"]), state["rewinds"]
-        if self.scaled and state["scale"] > 1:
+        if self.scaled and state["scaled"]:
             self.scale, self._steps_at_scale = state["scale"], state["steps_at_scale"]
 
     def _fault(self, loss: float, norm: float) -> str | None:
@@ -83,14 +84,17 @@ class Health:
             return "the loss is not finite"
         if not math.isfinite(norm):
             return "the gradient is not finite"
-        usual = statistics.median(self.norms) if len(self.norms) >= self.settings.spike_window // 4 else 0.0
+        known = len(self.norms) >= max(1, self.settings.spike_window // 4)
+        usual = statistics.median(self.norms) if known else 0.0
         if self.settings.spike and usual and norm > self.settings.spike * usual:
             return f"the gradient norm is {norm / usual:.0f} times its median"
         return None
 
     def _overflowed(self, loss: float, norm: float) -> bool:
         """Halve the scale where it was too large, double it where it was small enough for long."""
-        if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
+        if not math.isfinite(loss) or (not math.isfinite(norm) and self.scale <= 1):
+            return False
+        if not math.isfinite(norm):
             self.scale, self._steps_at_scale = self.scale / 2, 0
             return True
         self._steps_at_scale += 1

@@ -43,7 +43,7 @@ def listing(paths: Iterable[Path]) -> str:
             [
                 str(path),
                 f"{meta['samples']}",
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(meta["time"])),
+                _when(meta),
                 writer(meta),
                 size(_bytes(manifest)),
                 "" if loss is None else f"{loss:.4f}",
@@ -76,10 +76,11 @@ def explanation(path: Path) -> str:
     known = {
         "stage": meta.pop("stage", "?"),
         "samples": f"{meta.pop('samples')} in {meta.pop('steps', '?')} steps",
-        "written": f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(meta.pop('time')))} by {writer(meta)}",
+        "written": f"{_when(meta)} by {writer(meta)}",
         "size": f"{size(_bytes(manifest))} in {len(manifest['files'])} files",
     }
-    meta.pop("strategy", None), meta.pop("world_size", None)
+    for told in ("strategy", "world_size", "time"):
+        meta.pop(told, None)
     rest = {name: str(value) for name, value in meta.items() if value not in ("", None)}
     if health.get("skipped") or health.get("rewinds"):
         rest["health"] = f"went back {health['rewinds']} times, {len(health['skipped'])} steps skipped in a row"
@@ -121,6 +122,10 @@ def part_of(kind: str, name: str) -> str:
 def writer(meta: Mapping[str, Any]) -> str:
     """The strategy and the number of ranks that wrote it."""
     return f"{meta.get('strategy', '?')} on {meta['world_size']} rank{'s' if meta['world_size'] > 1 else ''}"
+
+
+def _when(meta: Mapping[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(meta["time"])) if "time" in meta else "?"
 
 
 def _bytes(manifest: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_
 from trainer.saver import Saver
 from trainer.state import TrainState, export
 from trainer.tasks import make_task
-from trainer.watchdog import Watchdog, collective_timeout, record_flights
+from trainer.watchdog import Watchdog, collective_timeout
 
 logger = logging.getLogger("spresso")
 
@@ -45,8 +45,8 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
     run = RunDirectory(stage_folder(config, stage), stage)
 
     # Where: ranks, device, precision.
-    record_flights(run.path / "logs")
-    parallel = Parallel(config.parallel, timeout=collective_timeout(health_settings.hang_seconds))
+    timeout = collective_timeout(health_settings.hang_seconds)
+    parallel = Parallel(config.parallel, timeout=timeout)
     log = run.path / "logs" / f"rank_{parallel.rank}.log"
     log_to(log, show=parallel.main)
     with Watchdog(log, health_settings.hang_seconds) as watchdog, _failures_told(config, stage, parallel):
@@ -73,15 +73,19 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
             parallel.broadcast(task.statistics.values())
             parallel.broadcast(task.learned.values())
         strategy = parallel.prepare(task.module, settings)
+        parallel.give_up_after(timeout)
         values = {name: held.value.data for name, held in strategy.held().items()}
         ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
         state = TrainState(task, strategy, ema, parallel)
         health = Health(health_settings, scaled=config.parallel.precision == "fp16")
         samples = steps = passed_over = 0
+        unsaved = False
         if source is not None:
             meta = state.load(source)
-            samples, steps, passed_over = meta["samples"], meta["steps"], meta["passed_over"]
-            health.restore(meta["health"])
+            samples, steps, passed_over = meta["samples"], meta["steps"], meta.get("passed_over", 0)
+            unsaved = meta.get("unsaved", False)
+            if "health" in meta:
+                health.restore(meta["health"])
             logger.info(
                 "%s: %s",
                 stage,
@@ -93,7 +97,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 ),
             )
 
-        saved_at = samples if source is not None and source.parent == run.checkpoints else -1
+        saved_at = -1
         facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
 
@@ -103,18 +107,24 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         ):
 
             def save(**more: float) -> None:
-                nonlocal saved_at
+                # Good is what was due, in good health. A stop's save is not: a run would go back to where it stopped.
+                nonlocal saved_at, unsaved
                 if saved_at != samples:
+                    good = unsaved and health.good
+                    unsaved = unsaved and not good
                     counts = {"steps": steps, "passed_over": passed_over, "health": health.state()}
-                    saver.save(samples, state.owned, facts | counts | more)
+                    counts |= {"good": good, "unsaved": unsaved}
+                    saver.save(samples, state.owned(), facts | counts | more)
                     saved_at = samples
 
             def go_back() -> tuple[int, int, int]:
                 """To the last good checkpoint: samples and steps of then, and how much of the stream is passed over."""
+                nonlocal saved_at
                 saver.wait()
-                good = checkpoint.latest(run.checkpoints, wanted=lambda meta: not meta["health"]["skipped"])
+                good = checkpoint.latest(run.checkpoints, wanted=lambda meta: meta.get("good", True))
                 if good is None or health.rewinds >= health_settings.max_rewinds:
-                    raise ValueError(_hopeless(health, stage, settings, samples))
+                    raise ValueError(_hopeless(health, stage, settings, samples, start_only=good is None))
+                saved_at = -1
                 spoiled = [path for path in checkpoint.checkpoints(run.checkpoints) if path > good]
                 collective.on_rank_0(lambda: checkpoint.discard(spoiled))
                 then, position, times = state.load(good), samples + passed_over, health.rewinds
@@ -130,9 +140,14 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 *(settings.global_batch, config.parallel.strategy, parallel.world_size),
             )
             report.begin(samples, fresh=source is None)
+            if source is not None and source in checkpoint.checkpoints(run.checkpoints):
+                saved_at = samples
+            elif source is not None:  # another run's: from here on it is this one's
+                unsaved = True
+                save()
             task.module.train()
             feed.begin(samples + passed_over)
-            stopping = unsaved = False
+            stopping = False
             while samples < settings.samples and not stopping:
                 # One global batch, cut into this rank's micro batches; gradients are reduced in the last.
                 strategy.scale = health.scale
@@ -159,8 +174,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 saver.copied()
                 loss, lr = loss_sum / settings.global_batch, learning_rate(settings, samples)
                 grad_norm = strategy.step(lr, lambda norm: health.accepts(samples, loss, norm))  # noqa: B023
-                report.clock.end()
-                report.skipped(health, feed, samples + passed_over)
+                report.step(samples, health, feed, samples + passed_over)
                 before, samples, steps = samples, samples + settings.global_batch, steps + health.taken
                 ema.update(samples, settings.global_batch)
                 watchdog.beat()
@@ -172,9 +186,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 # What is due by samples seen: a line of the log, listening samples, a checkpoint.
                 ended = samples >= settings.samples
                 if _due(before, samples, config.log.every) or ended:
-                    report.line(samples, lr=lr, grad_norm=grad_norm, waited=feed.waited)
-                    feed.waited = 0.0
-                    parallel.expect_steps(health_settings.hang_seconds)
+                    report.line(samples, lr=lr, grad_norm=grad_norm, feed=feed, saver=saver)
                 with watchdog.patient():
                     if _due(before, samples, config.log.samples_every) and not (ended or stopping):
                         report.listen(samples)
@@ -189,6 +201,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 save()
                 saver.wait()
                 if samples < settings.samples:
+                    strategy.close()
                     if parallel.main:
                         run.write_status("stopped", samples=samples, of=settings.samples)
                         logger.info("%s: stopped at %d samples, saved", stage, samples)
@@ -196,6 +209,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                     return "stopped"
                 report.listen(samples)
                 weights = state.averaged_weights()
+                strategy.close()
                 if parallel.main:
                     exported = export(make_task(config, stage), weights, task.statistics, run.export)
                     run.write_status("done", samples=samples, of=settings.samples, export=exported)
@@ -217,13 +231,14 @@ def _due(before: int, now: int, every: int) -> bool:
     return every > 0 and now // every > before // every
 
 
-def _hopeless(health: Health, stage: str, settings: TrainConfig, samples: int) -> str:
+def _hopeless(health: Health, stage: str, settings: TrainConfig, samples: int, *, start_only: bool) -> str:
     why = health.skipped[-1]["why"]
-    gone_back = f", after going back {health.rewinds} times" if health.rewinds else " before the first checkpoint"
+    gone_back = f", after going back {health.rewinds} times" if health.rewinds else ""
+    gone_back += ", and there is no checkpoint to go back to" if start_only else ""
     return (
         f"{stage} comes to nothing at {samples} samples: {len(health.skipped)} steps in a row were skipped{gone_back}, "
         f"the last because {why}: lower {stage}.lr (now {settings.lr:g}) and start again in another run_dir; "
-        f"incident.json names the samples, and the last checkpoint is from before"
+        f"incident.json names the samples"
     )
 
 

@@ -135,10 +135,10 @@ class Parallel:
         total, *counts = self.sum(values).tolist()
         return total, [count > 0 for count in counts]
 
-    def expect_steps(self, seconds: float) -> None:
-        """From now on a collective on GPUs that takes longer is given up, and NCCL tells what it was."""
-        if seconds and self.device.type == "cuda" and self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+    def give_up_after(self, timeout: timedelta) -> None:
+        """Let all groups wait that long, those too that a strategy made for itself."""
+        for group in list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else ():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
         """Tensors from all ranks' ranges, of which each element is on one rank; on rank 0 alone, in host memory."""

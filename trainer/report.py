@@ -17,6 +17,7 @@ from trainer.metrics import LossSums, Metrics
 from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.run import RunDirectory, write_atomically
+from trainer.saver import Saver
 from trainer.strategy import Strategy
 from trainer.tasks import Task
 from trainer.timing import StepClock
@@ -50,10 +51,11 @@ class Report:
         self.told_at = samples
         self.clock.restart()
 
-    def line(self, samples: int, *, lr: float, grad_norm: float, waited: float) -> None:
+    def line(self, samples: int, *, lr: float, grad_norm: float, feed: Feed, saver: Saver) -> None:
         """A line of the log: what was gathered since the last."""
         loss, by_bin = self.losses.read(self.parallel)
-        times = self.clock.read(waited)
+        times = self.clock.read(feed.waited)
+        feed.waited = 0.0
         seconds = times["step_seconds"][1] / self.settings.global_batch
         if self.metrics is not None:
             self.metrics.write(
@@ -65,6 +67,7 @@ class Report:
                 grad_norm=grad_norm,
                 samples_per_second=round(1 / seconds, 2),
                 data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
+                save_stall_seconds=round(saver.stalled, 4),
                 peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
                 **times,
             )
@@ -93,9 +96,10 @@ class Report:
             for name, audio in decoded:
                 self.metrics.listen(name, audio, samples)
 
-    def skipped(self, health: Health, feed: Feed, position: int) -> None:
-        """Write down which samples a step was skipped at, and why."""
-        if self.parallel.main and not health.good:
+    def step(self, samples: int, health: Health, feed: Feed, position: int) -> None:
+        """The step after so many samples has ended; where it was skipped, write down why, and which samples it had."""
+        self.clock.end()
+        if self.parallel.main and not health.good and health.skipped[-1]["samples"] == samples:
             step = health.skipped[-1]
             logger.warning("the step after %(samples)d samples is skipped: %(why)s (loss %(loss)s)", step)
             self._incident("skipped a step", **step, position=position, sample_ids=feed.samples_at(position))

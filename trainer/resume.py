@@ -61,16 +61,23 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
                 f"another run_dir=…, remove {run.path}, or leave it out to go on"
             )
         return None
-    path = Path(choice)
-    if newest is not None and read_json(run.path / _FOLLOWED).get("path") == str(path.absolute()):
-        return newest  # followed before
+    if newest is not None and followed(run, choice):
+        return newest
+    path = Path(choice).resolve()
     _require_fit(path, run, identity)
-    for other in checkpoint.checkpoints(run.checkpoints):
-        if other.absolute() != path.absolute():
+    ours = {other.resolve(): other for other in checkpoint.checkpoints(run.checkpoints)}
+    path_here = ours.get(path, path)
+    for other in ours.values():
+        if path not in ours or checkpoint.samples_of(other) > checkpoint.samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is left behind as %s: the run goes on from %s", other.name, left.name, path)
-    write_atomically(run.path / _FOLLOWED, json.dumps({"path": str(path.absolute())}))
-    return path
+    write_atomically(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
+    return path_here
+
+
+def followed(run: RunDirectory, choice: str) -> bool:
+    """Whether the run went on from this path before."""
+    return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
 
 
 def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
@@ -98,6 +105,7 @@ def start(task: Task, location: str) -> None:
             raise ValueError(f"checkpoint.start_from={path} can't be used: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
+        _require_base(task, path, checkpoint.read_manifest(path)["meta"].get("base", ""))
         checkpoint.load(path, whole_ranges(wanted), partly=True)
     elif path.is_dir():
         _copy_export(task, path)
@@ -108,7 +116,8 @@ def start(task: Task, location: str) -> None:
 
 @torch.no_grad()
 def _copy_export(task: Task, folder: Path) -> None:
-    theirs = task.read_export(folder)
+    theirs, base_hash = task.read_export(folder)
+    _require_base(task, folder, base_hash)
     for name, ours in {**task.learned, **task.statistics}.items():
         if name not in theirs:
             raise ValueError(f"checkpoint.start_from={folder} has no {name}, which the stage {task.stage} learns")
@@ -117,6 +126,14 @@ def _copy_export(task: Task, folder: Path) -> None:
                 f"checkpoint.start_from={folder}: {name} has shape {tuple(theirs[name].shape)}, not {tuple(ours.shape)}"
             )
         ours.data.copy_(theirs[name])
+
+
+def _require_base(task: Task, path: Path, base_hash: str) -> None:
+    if task.base_hash and base_hash != task.base_hash:
+        raise ValueError(
+            f"checkpoint.start_from={path} was trained on a base model with the hash {base_hash[:12]}, and this one "
+            f"has {task.base_hash[:12]}: give that base with pretrained.folder=…"
+        )
 
 
 def told(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:

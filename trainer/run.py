@@ -125,6 +125,8 @@ class RunDirectory:
         if not (self.path / "config.yaml").exists() or not any(self.checkpoints.glob("step_*")):
             return  # nothing learned yet that could be mixed up
         relevant = self._relevant(config)
+        if config.checkpoint.start_from is None:
+            relevant.pop("checkpoint.start_from")  # the run has begun: with what, needn't be said again
         before = self._relevant(_flatten_dict(self._stored_config()))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
@@ -132,6 +134,7 @@ class RunDirectory:
         differing = [
             f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
             for key in sorted(before.keys() | relevant.keys())
+            if not (key == "checkpoint.start_from" and key not in relevant)
             if before.get(key) != relevant.get(key)
         ]
         if differing:

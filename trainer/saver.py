@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,10 +27,10 @@ _PATIENCE = 60.0  # seconds that a failing run waits for the save under way
 @dataclass(frozen=True)
 class _Order:
     samples: int
-    tensors: Callable[[], Mapping[str, FlatRange]]
+    tensors: Mapping[str, FlatRange]
     meta: Mapping[str, Any]
     ready: torch.cuda.Event | None
-    """When the device has come to what is to be copied."""
+    """When this rank's GPU has come to what is to be copied; None without one."""
 
 
 class Saver:
@@ -50,12 +50,11 @@ class Saver:
         self._written.set()
         self._error: Exception | None = None
         self._orders: SimpleQueue[_Order | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name="checkpoint", daemon=True).start()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        threading.Thread(target=self._serve, args=(device,), name="checkpoint", daemon=True).start()
 
-    def save(self, samples: int, tensors: Callable[[], Mapping[str, FlatRange]], meta: Mapping[str, Any]) -> None:
-        """Have a checkpoint made of what `tensors` gives on each rank; that may change once `copied` returns.
-
-        All ranks.
+    def save(self, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> None:
+        """Have a checkpoint made of this rank's ranges, which may change once `copied` returns. All ranks.
 
         Raises:
             OSError, ValueError: what the save before failed with.
@@ -91,20 +90,28 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _serve(self) -> None:
+    def _serve(self, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own, and begins with the first
         while (order := self._orders.get()) is not None:
             try:
-                copies = self._host.copy(order.tensors(), order.ready)
-                self._copied.set()
-                self._write(order.samples, copies, order.meta)
+                self._write(order)
             except Exception as error:  # raised in the training's thread, by `wait`
                 self._error = error
-            self._copied.set()
             self._written.set()
 
-    def _write(self, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> None:
+    def _write(self, order: _Order) -> None:
+        copies: dict[str, FlatRange] = {}
+
+        def copy() -> None:
+            try:
+                copies.update(self._host.copy(order.tensors, order.ready))
+            finally:
+                self._copied.set()
+
+        collective.together(copy, self._group)
+        checkpoint.save(self.directory, order.samples, copies, order.meta, group=self._group)
         keep = self.settings
-        checkpoint.save(self.directory, samples, tensors, meta, group=self._group)
         checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
 
     def __enter__(self) -> Self:

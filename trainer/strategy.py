@@ -102,6 +102,9 @@ class Strategy(ABC):
     def set_steps(self, steps: int) -> None:
         """Steps taken so far, for Adam's bias correction."""
 
+    def close(self) -> None:  # noqa: B027
+        """Let go of all memory: a process may train several stages."""
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """In it, all ranks may call parts of the module, the same ones in the same order; there are no gradients."""

@@ -80,8 +80,8 @@ class Task(ABC):
         """Write what others load; returns its hash."""
 
     @abstractmethod
-    def read_export(self, folder: Path) -> dict[str, Tensor]:
-        """The weights in what a stage exported, under the names that `learned` and `statistics` have."""
+    def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
+        """Weights in what a stage exported, under the names that `learned` and `statistics` have; the base's hash."""
 
     def sampling(self) -> Sampling:
         """The recipe's."""
@@ -203,9 +203,9 @@ class Pretrain(Task):
         save_weights(folder / "dit.safetensors", state, shapes | formulation)
         return hash_state(shapes, state)
 
-    def read_export(self, folder: Path) -> dict[str, Tensor]:
+    def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
         """D's weights, of our own `pretrain` or of a release."""
-        return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}
+        return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}, ""
 
 
 class _CodecTask(Task):
@@ -241,9 +241,10 @@ class _CodecTask(Task):
         self.codec.config.sampling = self.sampling()
         return self.codec.save_pretrained(folder, base=self._base, card=self._card())
 
-    def read_export(self, folder: Path) -> dict[str, Tensor]:
+    def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
         """A codec's weights, of whatever stage."""
-        return SPresso.from_pretrained(folder).state_dict()
+        codec = SPresso.from_pretrained(folder)
+        return codec.state_dict(), codec.base_hash
 
     def _card(self) -> str:
         latent, codec = self.codec.config.latent_encoder, self.codec

@@ -20,7 +20,7 @@ class StepClock:
 
     Collectives make all ranks equally slow. What tells them apart is a rank's *own* time: from the step's start to the
     end of its forward pass, waiting for data included, before it first waits for others. Under `zero3` and `fsdp2` the
-    forward pass gathers weights from other ranks, so there the wait for data alone tells.
+    forward pass gathers weights from other ranks, so there the wait for data alone tells, and a slow GPU stays unseen.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,11 +29,11 @@ class StepClock:
 
     def restart(self) -> None:
         """Forget what was."""
-        self.since, self.steps, self.own = time.perf_counter(), 0, 0.0
+        self.steps, self.whole, self.own = 0, 0.0, 0.0
 
     def begin(self) -> None:
         """A step begins; nothing of the one before is under way on the device."""
-        self._begun = self._mark()
+        self._host_begun, self._begun = time.perf_counter(), self._mark()
 
     def computed(self) -> None:
         """Its forward pass has ended, for the host at least."""
@@ -46,6 +46,7 @@ class StepClock:
             self.own += self._begun.elapsed_time(self._computed) / 1000
         else:
             self.own += self._computed - self._begun
+        self.whole += time.perf_counter() - self._host_begun
         self.steps += 1
 
     def _mark(self) -> Any:
@@ -61,15 +62,14 @@ class StepClock:
         All ranks. Begins anew.
         """
         steps = max(1, self.steps)
-        mine = ((time.perf_counter() - self.since) / steps, self.own / steps, waited / steps, os.uname().nodename)
+        mine = (self.whole / steps, self.own / steps, waited / steps, os.uname().nodename)
         self.restart()
         everyone = collective.gather(mine)
-        whole, own, waits, _ = zip(*everyone, strict=True)
-        usual = statistics.median_low(own)
+        whole, own, waits, hosts = zip(*everyone, strict=True)
         slow = [
-            {"rank": rank, "host": host, "own": round(time_, 4), "data_wait": round(wait, 4)}
-            for rank, (step, time_, wait, host) in enumerate(everyone)
-            if time_ > _SLOW * usual and time_ - usual > _NOTED * step
+            {"rank": rank, "host": host, "own": round(own[rank], 4), "data_wait": round(waits[rank], 4)}
+            for rank, host in enumerate(hosts)
+            if any(_stands_out(times, rank, whole[rank]) for times in (own, waits))
         ]
         return {
             "step_seconds": _spread(whole),
@@ -77,6 +77,11 @@ class StepClock:
             "data_wait_seconds": _spread(waits),
             "slow_ranks": slow,
         }
+
+
+def _stands_out(times: tuple[float, ...], rank: int, step: float) -> bool:
+    usual = statistics.median_low(times)
+    return times[rank] > _SLOW * usual and times[rank] - usual > _NOTED * step
 
 
 def _spread(values: tuple[float, ...]) -> list[float]:

@@ -79,6 +79,16 @@ _POSITIVE = (
 )
 
 
+_NOT_NEGATIVE = (
+    "health.spike",
+    "health.max_rewinds",
+    "health.hang_seconds",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
+    "log.samples_every",
+)
+
+
 def _choices(config: Config) -> list[str]:
     flat = flatten(config)
     return [
@@ -108,6 +118,11 @@ def _ranges(config: Config) -> list[str]:
         f"data.mix: the share {share} of {folder} is not above 0"
         for folder, share in config.data.mix.items()
         if share < 1
+    ]
+    found += [
+        f"{key}={value} must not be below zero"
+        for key, value in flatten(config).items()
+        if key in _NOT_NEGATIVE and value is not None and value < 0
     ]
     for name in TRAINED_STAGES:
         stage = config.stage(name)

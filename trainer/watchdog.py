@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,8 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 _PATIENT = 6  # times longer: the first step compiles and connects; decoding and loading are not steps
-_AFTER_NCCL = 1.25  # by then NCCL's own watchdog has written its flight recorder
+_BEFORE = 0.9  # of the time: when the collectives are told, while Python may still run
 
 
 class Watchdog:
@@ -25,7 +29,9 @@ class Watchdog:
 
     def __init__(self, log: Path, seconds: float) -> None:
         """`log` is appended to; 0 seconds: no watch is kept."""
-        self.log, self.seconds, self.patience = log, _AFTER_NCCL * seconds, float(_PATIENT)
+        self.log, self.seconds, self.patience = log, seconds, float(_PATIENT)
+        self._left = threading.Event()
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder keeps so many collectives
 
     def beat(self, *, patience: float = 1.0) -> None:
         """All is well up to now; the next call may take `patience` times as long as a step."""
@@ -45,30 +51,47 @@ class Watchdog:
 
     def _arm(self) -> None:
         if self.seconds:
-            faulthandler.dump_traceback_later(self.seconds * self.patience, exit=True, file=self._file)
+            limit = self.seconds * self.patience
+            faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
+            self._last_moment = time.monotonic() + _BEFORE * limit
+
+    def _record_flights(self) -> None:
+        """Shortly before the end, in a thread: which collectives were under way, where there is NCCL."""
+        while not self._left.wait(min(1.0, 0.05 * self.seconds)):
+            if time.monotonic() > self._last_moment:
+                _dump_flights(self.log.with_name(self.log.stem + "_collectives.json"))
+                return
 
     def __enter__(self) -> Self:
         if self.seconds:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.log.open("a")
+            self._faults = not faulthandler.is_enabled()
+            if self._faults:
+                faulthandler.enable(self._file)  # NCCL's own watchdog aborts
             self._arm()
+            if torch.cuda.is_available():
+                threading.Thread(target=self._record_flights, name="flights", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.seconds:
+            self._left.set()
             faulthandler.cancel_dump_traceback_later()
+            if self._faults:
+                faulthandler.disable()
             self._file.close()
 
 
-def collective_timeout(seconds: float) -> timedelta | None:
-    """After how long a collective itself gives up; None: torch's default."""
-    return timedelta(seconds=seconds * _PATIENT) if seconds else None
+def collective_timeout(seconds: float) -> timedelta:
+    """After how long a collective itself gives up: later than any watchdog."""
+    return timedelta(seconds=seconds * 2 * _PATIENT) if seconds else timedelta(days=30)
 
 
-def record_flights(folder: Path) -> None:
-    """Have NCCL keep its last collectives, and write them there when one times out. To be called before it starts."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_flight_"))
+def _dump_flights(path: Path) -> None:
+    """What NCCL's flight recorder has of the last collectives, as JSON."""
+    from torch._C import _distributed_c10d
+
+    path.write_bytes(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]

@@ -100,10 +100,19 @@ class Zero(Strategy):
         for state in self.base.state.values():
             state["step"].fill_(steps)
 
+    def close(self) -> None:
+        """See `Strategy`. DeepSpeed's hooks keep the engine for good, so what it holds is emptied."""
+        self.engine.destroy()
+        self.base.state.clear()
+        if self.stage == 3:
+            parts = [getattr(parameter, "ds_tensor", None) for parameter in self.computed.parameters()]
+            _empty([*parts, *self.computed.parameters(), *vars(self.optimizer).values()])
+
     def _range_12(self, parameter: Any, kind: str | None) -> FlatRange:
         mapping = parameter._hp_mapping
         if mapping is None:
-            return FlatRange(torch.zeros(0), tuple(parameter.shape))
+            here = self.optimizer.single_partition_of_fp32_groups[0].device
+            return FlatRange(torch.zeros(0, device=here), tuple(parameter.shape))
         return FlatRange(
             mapping.get_hp_fragment(kind).detach(), tuple(parameter.shape), mapping.lp_fragment_address.start
         )
@@ -131,6 +140,15 @@ class Zero(Strategy):
             value = held.value
             value.data.copy_(initial[name].view(-1)[value.start : value.stop])
         self.refresh()
+
+
+def _empty(value: Any) -> None:
+    """Give back the memory of all tensors in nested lists and the like."""
+    if isinstance(value, Tensor):
+        value.data, value.grad = torch.empty(0, dtype=value.dtype, device=value.device), None
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            _empty(each)
 
 
 class _GatedAdamW(torch.optim.AdamW):

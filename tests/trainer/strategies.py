@@ -5,6 +5,7 @@ The model is the autoencode stage of the tiny recipe: g, f and LoRA on a frozen 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -126,7 +127,7 @@ class Trained:
     def save(self, folder: Path) -> Path:
         meta = {"steps": self.samples // BATCH, "base": self.state.task.base_hash}
         with Saver(folder, CheckpointConfig()) as saver:
-            saver.save(self.samples, self.state.owned, meta)
+            saver.save(self.samples, self.state.owned(), meta)
         return checkpoint.checkpoints(folder)[-1]
 
     def load(self, path: Path) -> None:
@@ -191,6 +192,22 @@ def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
                     "curve": trained.steps(),
                 }
     _write(folder, f"resumed_{world_size}", rank, results)
+
+
+def let_go(rank: int, folder: str) -> None:
+    """Bytes of living tensors after each of three engines in a row, as a process has that trains several stages."""
+    left: dict[str, list[int]] = {}
+    with group():
+        for name in STRATEGIES:
+            for _ in range(3):
+                trained = Trained.begin(recipe(Path(folder), *VARIANTS[name]))
+                trained.steps(1)
+                trained.state.strategy.close()
+                del trained
+                gc.collect()
+                tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+                left.setdefault(name, []).append(sum(each.untyped_storage().nbytes() for each in tensors))
+    _write(folder, "let_go", rank, left)
 
 
 @contextmanager

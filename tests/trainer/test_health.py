@@ -17,6 +17,7 @@ from trainer.health import Health
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.parallel import Parallel
+from trainer.run import RunDirectory
 from trainer.tasks import _Denoiser
 
 RUN = (*PRETRAIN, "pretrain.samples=128", "checkpoint.every=16", "checkpoint.keep_last=3", "health.rewind_after=3")
@@ -68,6 +69,9 @@ def test_overflow_of_fp16_lowers_the_scale_and_is_no_incident():
     health.scale = 1.0
     assert judge(health, (1.0, math.inf)) == [False]
     assert not health.good
+    again = Health(HealthConfig(), scaled=True)
+    again.restore(health.state())
+    assert again.scale == 1.0
 
 
 def test_its_state_goes_through_json():
@@ -141,13 +145,26 @@ def test_a_run_in_trouble_goes_back_and_passes_over_the_data(tiny, tmp_path, poi
     assert curve == list(range(8, 129, 8))
 
 
-@pytest.mark.parametrize("steps", [7, 8, 10])
-def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, steps):
-    """Stopped after the second skipped step, after the third, and some steps after having gone back."""
-    poison(41, 50, 62)
-    assert train(tiny(*RUN, run_dir=tmp_path / "straight"), "pretrain") == "done"
-    config = tiny(*RUN)
-    assert train(config, "pretrain", stop=stop_after(steps)) == "stopped"
+@pytest.mark.parametrize(
+    ("bad", "every", "stops"),
+    [
+        ((41, 50, 62), 16, (5,)),  # before it, where nothing was due
+        ((41, 50, 62), 16, (7,)),  # after the second skipped step
+        ((41, 50, 62), 32, (7, 1, 3)),  # after the second, the third, and where the second was
+        ((41, 50, 62), 16, (10,)),  # some steps after having gone back
+        ((41, 57, 65, 73), 16, (6,)),  # after a step that was skipped where a checkpoint was due
+    ],
+)
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, bad, every, stops, keep_last):
+    poison(*bad)
+    settings = (*RUN, f"checkpoint.every={every}", f"checkpoint.keep_last={keep_last}")
+    assert train(tiny(*settings, run_dir=tmp_path / "straight"), "pretrain") == "done"
+    config = tiny(*settings)
+    for steps in stops:
+        assert train(config, "pretrain", stop=stop_after(steps)) == "stopped"
+        status = RunDirectory(tmp_path / "run/pretrain", "pretrain").status
+        assert checkpoint.newest(tmp_path / "run/pretrain/checkpoints").name == f"step_{status['samples']:012d}"
     assert train(config, "pretrain") == "done"
     ours, theirs = (checkpoint.latest(tmp_path / run / "pretrain/checkpoints") for run in ("run", "straight"))
     assert all(torch.equal(value, tensors(theirs)[name]) for name, value in tensors(ours).items())
@@ -157,7 +174,7 @@ def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, st
 
 def test_trouble_before_the_first_checkpoint_ends_the_run(tiny, poison):
     poison(*range(16))
-    with pytest.raises(ValueError, match=r"before the first checkpoint.*lower pretrain\.lr"):
+    with pytest.raises(ValueError, match=r"no checkpoint to go back to.*lower pretrain\.lr"):
         train(tiny(*RUN, "health.rewind_after=2"), "pretrain")
 
 

@@ -71,10 +71,35 @@ def test_an_older_checkpoint_is_followed_once(copied, whole, tiny, tmp_path):
     assert losses(copied) == losses(whole)
 
 
+def test_only_newer_checkpoints_are_left_behind(copied, tiny, tmp_path):
+    """The path leads there by a detour, as the same place often has several names on a cluster."""
+    (tmp_path / "link").symlink_to(copied)
+    path = tmp_path / "link/autoencode/../pretrain/checkpoints/step_000000000064"
+    assert train(tiny(*KEPT, f"checkpoint.resume={path}"), "pretrain") == "done"
+    assert steps_in(copied) == [32, 64, 96]
+    [left] = (copied / "pretrain/checkpoints").glob("left_step_*")
+    assert left.name.startswith("left_step_000000000096_")
+    # what was left behind may be followed too
+    assert train(tiny(*KEPT, f"checkpoint.resume={left}"), "pretrain") == "done"
+    assert steps_in(copied) == [96]
+
+
+def test_a_stage_that_has_ended_still_follows(copied, tiny):
+    with pytest.raises(ValueError, match="resume=never"):
+        pipeline.train(tiny(*KEPT, "checkpoint.resume=never"), "pretrain")
+    path = copied / "pretrain/checkpoints/step_000000000032"
+    config = tiny(*KEPT, f"checkpoint.resume={path}")
+    assert pipeline.train(config, "pretrain") == "done"
+    log = copied / "pretrain/logs/rank_0.log"
+    assert log.read_text().count("resumed from") == 1
+    assert pipeline.train(config, "pretrain") == "done"  # done before, and followed before
+    assert log.read_text().count("resumed from") == 1
+
+
 def test_another_runs_checkpoint_of_the_same_config(whole, tiny, tmp_path):
     path = whole / "pretrain/checkpoints/step_000000000064"
     assert train(tiny(*KEPT, f"checkpoint.resume={path}"), "pretrain") == "done"
-    assert steps_in(tmp_path / "run") == [96]
+    assert steps_in(tmp_path / "run") == [64, 96]  # the other's is this run's own from here on
     assert min(losses(tmp_path / "run")) == 72
     ours, theirs = (tensors(run / "pretrain/checkpoints/step_000000000096") for run in (tmp_path / "run", whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -138,10 +163,11 @@ def test_a_run_starts_from_anothers_weights_alone(whole, tiny, tmp_path, kind):
         if name.startswith("ema/"):
             assert torch.equal(ours[f"param/{name.removeprefix('ema/')}"], value)
     assert f"begins with the weights of {source}" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
-    # a restart goes on from the run's own; other weights are another run
+    # a restart goes on from the run's own, with or without being told of the weights; others are another run
     assert train(dataclasses.replace(config), "pretrain") == "done"
+    assert train(tiny(*KEPT, "pretrain.lr=0", "pretrain.samples=16"), "pretrain") == "done"
     with pytest.raises(ValueError, match=r"other settings: checkpoint\.start_from"):
-        train(tiny(*KEPT, "pretrain.lr=0", "pretrain.samples=16"), "pretrain")
+        train(tiny(*KEPT, f"checkpoint.start_from={tmp_path}", "pretrain.lr=0", "pretrain.samples=24"), "pretrain")
 
 
 def test_a_stage_starts_from_the_stage_before(whole, tiny, copied):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.trainer import ranks
-from tests.trainer.strategies import LOWER, STEPS, STRATEGIES, VARIANTS, first, make_base, recipe, resumed
+from tests.trainer.strategies import LOWER, STEPS, STRATEGIES, VARIANTS, first, let_go, make_base, recipe, resumed
 from trainer.tasks import make_task
 
 WORLD_SIZES = (1, 2, 4)
@@ -106,6 +106,14 @@ def test_a_rank_holds_its_part_of_moments_and_averages(begun, name, part):
     """Padding and whole rows allow some more."""
     whole = begun[name, 1]["held"]
     assert part * whole * 0.9 <= begun[name, 4]["held"] <= part * whole * 1.25
+
+
+def test_an_engine_that_is_closed_lets_go_of_its_memory(folder):
+    assert ranks.run(let_go, 1, str(folder)) == [0]
+    left = json.loads((folder / "let_go.json").read_text())
+    assert left.keys() == set(STRATEGIES)
+    for name, after in left.items():
+        assert after[-1] <= after[0] + 100_000, (name, after)  # one of them holds more than two million bytes
 
 
 @pytest.mark.parametrize("loaded_on", WORLD_SIZES)

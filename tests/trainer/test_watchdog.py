@@ -41,7 +41,7 @@ def test_a_rank_that_hangs_ends_all_of_them_and_every_log_tells_where(prepared, 
     assert time.monotonic() - start < 60
     logs = [(tmp_path / f"pretrain/logs/rank_{rank}.log").read_text() for rank in range(2)]
     for log in logs:
-        assert "Timeout (0:00:02.5" in log
+        assert "Timeout (0:00:02" in log
         assert "most recent call first" in log
         assert "loop.py" in log
     assert "in hold_up" in logs[1]
@@ -50,8 +50,10 @@ def test_a_rank_that_hangs_ends_all_of_them_and_every_log_tells_where(prepared, 
     assert RunDirectory(tmp_path / "pretrain", "pretrain").status["state"] == "running"
 
 
-def test_a_slow_rank_is_named(prepared, tmp_path):
-    assert ranks.run(work, 2, str(tmp_path), str(prepared), 0.3, "log.every=32") == [0, 0]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_slow_rank_is_named(prepared, tmp_path, strategy):
+    overrides = ("log.every=32", f"parallel.strategy={strategy}")
+    assert ranks.run(work, 2, str(tmp_path), str(prepared), 0.3, *overrides) == [0, 0]
     lines = [line for line in read_metrics(tmp_path / "pretrain/metrics.jsonl") if line["kind"] == "train"]
     assert len(lines) == 3
     for line in lines[1:]:

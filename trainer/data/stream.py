@@ -155,6 +155,11 @@ class LatentStream:
             out = self._buffer(size, pinned=False)
         return self._read(self._deal(positions), out)
 
+    def dealt(self, samples_seen: int) -> list[tuple[int, int]]:
+        """Number of the set, and id in it, of each sample of the global batch there, as planned; reads none of them."""
+        deal = self._deal(samples_seen + np.arange(self.global_batch))
+        return list(zip(self._set_of(deal).tolist(), deal.ids.tolist(), strict=True))
+
     def iterate(
         self,
         samples_seen: int,
@@ -279,14 +284,16 @@ class LatentStream:
         for number, rows in _groups(deal.readers, len(self._readers)):
             crop = Crop(deal.positions[rows], deal.places[rows], ids[rows], rows)
             ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
-        sets = np.searchsorted(self._first_reader, deal.readers, side="right") - 1
         return Batch(
             x0,
             torch.from_numpy(deal.positions),
             torch.from_numpy(ids),
-            torch.from_numpy(sets),
+            torch.from_numpy(self._set_of(deal)),
             mask=None if mask is None or mask.all() else torch.from_numpy(mask),
         )
+
+    def _set_of(self, deal: _Deal) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_reader, deal.readers, side="right") - 1
 
 
 @dataclass(frozen=True)
