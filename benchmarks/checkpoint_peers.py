@@ -113,8 +113,10 @@ class Ours(System):
         meta = {"steps": self.steps, "base": self.base}
         self.saver.save(int(path.name.removeprefix("step_")), self.state.owned(), meta)
 
+        self.called = self.saver.stalled
+
     def stood(self, saving: float) -> float:
-        return self.saver.stalled  # in the call, and where a step waited for the copy
+        return saving + self.saver.stalled - self.called  # with what a step waited for the copy
 
     def settle(self, path: Path) -> None:
         self.saver.wait()

@@ -43,6 +43,7 @@ class Sharded(TorchStrategy):
                 fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=whole)
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
+        self._starts = {name: _start(value) for name, value in self.learned.items()}
         self._begin()
 
     def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,13 +58,13 @@ class Sharded(TorchStrategy):
 
     def held(self) -> dict[str, Held]:
         """See `Strategy`."""
-        return {
-            name: Held(
-                _local_range(value),
-                {kind: _local_range(self.optimizer.state[value][kind]) for kind in MOMENTS},
-            )
-            for name, value in self.learned.items()
-        }
+        ranges = {}
+        with torch.no_grad():
+            for name, value in self.learned.items():
+                state, start = self.optimizer.state[value], self._starts[name]
+                moments = {kind: _local_range(state[kind], start) for kind in MOMENTS}
+                ranges[name] = Held(_local_range(value, start), moments)
+        return ranges
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -84,11 +85,14 @@ def _mesh(device: str, world_size: int, replicas: int) -> DeviceMesh:
     return init_device_mesh(device, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def _local_range(value: Tensor) -> FlatRange:
-    """The rows that this rank holds, as a range of the flattened tensor."""
+def _start(value: Tensor) -> int:
+    """Where in the flattened tensor the rows begin that this rank holds; found out once, as it takes a while."""
     assert isinstance(value, DTensor)
-    local = value.to_local().detach()
     _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-    row = math.prod(value.shape[1:])
-    start = min(offset[0] * row if offset else 0, value.numel())
-    return FlatRange(local.reshape(-1), tuple(value.shape), start if local.numel() else 0)
+    start = offset[0] * math.prod(value.shape[1:]) if offset else 0
+    return start if value.to_local().numel() else 0
+
+
+def _local_range(value: Tensor, start: int) -> FlatRange:
+    assert isinstance(value, DTensor)
+    return FlatRange(value.to_local().view(-1), tuple(value.shape), start)

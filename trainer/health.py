@@ -72,8 +72,10 @@ class Health:
             "steps_at_scale": self._steps_at_scale,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's, which may be of another precision."""
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint's, which may be of another precision, or of a version that had none."""
+        if state is None:
+            return
         self.norms = deque(state["norms"], maxlen=self.settings.spike_window)
         self.skipped, self.rewinds = list(state["skipped"]), state["rewinds"]
         if self.scaled and state["scaled"]:

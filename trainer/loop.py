@@ -84,8 +84,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
             meta = state.load(source)
             samples, steps, passed_over = meta["samples"], meta["steps"], meta.get("passed_over", 0)
             unsaved = meta.get("unsaved", False)
-            if "health" in meta:
-                health.restore(meta["health"])
+            health.restore(meta.get("health"))
             logger.info(
                 "%s: %s",
                 stage,
@@ -125,10 +124,10 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 if good is None or health.rewinds >= health_settings.max_rewinds:
                     raise ValueError(_hopeless(health, stage, settings, samples, start_only=good is None))
                 saved_at = -1
-                spoiled = [path for path in checkpoint.checkpoints(run.checkpoints) if path > good]
-                collective.on_rank_0(lambda: checkpoint.discard(spoiled))
+                later = [path for path in checkpoint.checkpoints(run.checkpoints) if path.name > good.name]
+                collective.on_rank_0(lambda: checkpoint.discard(later))
                 then, position, times = state.load(good), samples + passed_over, health.rewinds
-                health.restore(then["health"])
+                health.restore(then.get("health"))
                 health.rewound(times)
                 feed.begin(position)
                 report.went_back(then["samples"], position, health, from_=samples, to=good.name)
@@ -193,7 +192,6 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                     unsaved = unsaved or _due(before, samples, config.checkpoint.every) or ended
                     if unsaved and not stopping and health.good:
                         save(held_out_loss=report.measure(samples))
-                        unsaved = False
 
             # The end: all of it saved; listen, export the averaged weights, say so.
             with watchdog.patient():
