@@ -186,11 +186,12 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 ended = samples >= settings.samples
                 if _due(before, samples, config.log.every) or ended:
                     report.line(samples, lr=lr, grad_norm=grad_norm, feed=feed, saver=saver)
-                with watchdog.patient():
-                    if _due(before, samples, config.log.samples_every) and not (ended or stopping):
+                if _due(before, samples, config.log.samples_every) and not (ended or stopping):
+                    with watchdog.patient():
                         report.listen(samples)
-                    unsaved = unsaved or _due(before, samples, config.checkpoint.every) or ended
-                    if unsaved and not stopping and health.good:
+                unsaved = unsaved or _due(before, samples, config.checkpoint.every) or ended
+                if unsaved and not stopping and health.good:
+                    with watchdog.patient():
                         save(held_out_loss=report.measure(samples))
 
             # The end: all of it saved; listen, export the averaged weights, say so.

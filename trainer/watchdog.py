@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 _PATIENT = 6  # times longer: the first step compiles and connects; decoding and loading are not steps
+_RARELY = 0.05  # of the time: the clock is not set again within it, as that starts a thread each time
 _BEFORE = 0.9  # of the time: when the collectives are told, while Python may still run
 
 
@@ -31,6 +32,7 @@ class Watchdog:
         """`log` is appended to; 0 seconds: no watch is kept."""
         self.log, self.seconds, self.patience = log, seconds, float(_PATIENT)
         self._left = threading.Event()
+        self._armed_at = self._limit = 0.0
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder keeps so many collectives
 
     def beat(self, *, patience: float = 1.0) -> None:
@@ -50,10 +52,10 @@ class Watchdog:
             self._arm()
 
     def _arm(self) -> None:
-        if self.seconds:
-            limit = self.seconds * self.patience
+        now, limit = time.monotonic(), self.seconds * self.patience
+        if limit and (limit != self._limit or now - self._armed_at > _RARELY * limit):
             faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
-            self._last_moment = time.monotonic() + _BEFORE * limit
+            self._armed_at, self._limit, self._last_moment = now, limit, now + _BEFORE * limit
 
     def _record_flights(self) -> None:
         """Shortly before the end, in a thread: which collectives were under way, where there is NCCL."""

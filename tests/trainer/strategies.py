@@ -48,6 +48,7 @@ LOWER = {
     for name in STRATEGIES
     for precision in ("bf16", "fp16")
 }
+COMPILED = {"ddp, compiled": ("parallel.compile=true",)}
 BATCH, STEPS, LR = 4, 3, 2e-3
 
 
@@ -146,7 +147,7 @@ def first(rank: int, world_size: int, folder: str) -> None:
     """Every variant from the beginning: its curve, and a checkpoint half-way."""
     results: dict[str, Any] = {}
     with group():
-        variants = VARIANTS | (LOWER if world_size < 4 else {})
+        variants = VARIANTS | (LOWER if world_size < 4 else {}) | (COMPILED if world_size == 1 else {})
         if world_size == 4:
             variants = variants | {"fsdp2, replicated": ("parallel.strategy=fsdp2", "parallel.replicas=2")}
         for name, overrides in variants.items():

@@ -76,6 +76,10 @@ def test_lower_precision_stays_near(begun, reference, name, world_size):
     assert curve == pytest.approx(reference, rel=1e-2)
 
 
+def test_compiled_blocks_give_the_same_curve(begun, reference):
+    assert begun["ddp, compiled", 1]["curve"] == pytest.approx(reference, rel=1e-5)
+
+
 def test_replicas_of_sharded_groups_give_the_same_curve(begun, reference):
     assert begun["fsdp2, replicated", 4]["curve"] == pytest.approx(reference, rel=1e-6)
 

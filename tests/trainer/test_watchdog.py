@@ -72,8 +72,8 @@ def sleep_watched(rank: int, log: str) -> None:
         watchdog.beat()
         with watchdog.patient():
             time.sleep(0.6)
-        for _ in range(6):
-            time.sleep(0.1)
+        for _ in range(60):
+            time.sleep(0.01)
             watchdog.beat()
     time.sleep(0.5)
     with Watchdog(Path(log), 0.0):
