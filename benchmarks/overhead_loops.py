@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer.config import Config
 
-SIZE = ("dit.width=512", "dit.depth=8", "dit.hidden_width=2048", "latent_encoder.width=256", "lora.rank=16")
+SIZE = ("dit.width=384", "dit.depth=4", "dit.hidden_width=1536", "latent_encoder.width=256", "lora.rank=16")
 GLOBAL_BATCH, BLOCK = 16, 5
 RECIPE = (
     *SIZE,

@@ -13,6 +13,8 @@ from launch.preemption import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from trainer.config import Config
 from trainer.run import stage_folder
 
+_GRACE = 5.0  # seconds for the other ranks to leave by themselves once one has left
+
 
 def train_here(config: Config, stage: str) -> str:
     """Train a stage to its end; returns "done", or "stopped" where a signal asked to leave, be it in the last step.
@@ -48,7 +50,7 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        while not context.join():
+        while not context.join(grace_period=_GRACE):
             pass
     except multiprocessing.ProcessExitedException as error:
         if error.exit_code == STOPPED or (asked and -error.exit_code in SIGNALS):  # before it could listen

@@ -12,7 +12,7 @@ import torch
 from trainer import collective
 
 _SLOW = 1.5  # times the median rank's own time
-_NOTED = 0.1  # of a step: what is below that is nobody's concern
+_NOTED, _LEAST = 0.1, 0.05  # of a step, and seconds: what is below that is nobody's concern
 
 
 class StepClock:
@@ -81,7 +81,7 @@ class StepClock:
 
 def _stands_out(times: tuple[float, ...], rank: int, step: float) -> bool:
     usual = statistics.median_low(times)
-    return times[rank] > _SLOW * usual and times[rank] - usual > _NOTED * step
+    return times[rank] > _SLOW * usual and times[rank] - usual > max(_NOTED * step, _LEAST)
 
 
 def _spread(values: tuple[float, ...]) -> list[float]:

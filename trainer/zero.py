@@ -38,12 +38,12 @@ class Zero(Strategy):
         options = _settings(computed, settings, config, stage=stage, parts=parts, micro=micro)
         if stage == 3:
             _cut(deepspeed, computed, options)
+        log = logging.getLogger("DeepSpeed")
+        log.setLevel(logging.ERROR)  # it warns of every optimizer but its own
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=computed,
-            optimizer=base,
-            config=options,
-            dist_init_required=False,
+            model=computed, optimizer=base, config=options, dist_init_required=False
         )
+        log.setLevel(logging.WARNING)
         self._make_state()
         self._restore(initial)
 

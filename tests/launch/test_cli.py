@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(trained):
     log = (trained / "log.txt").read_text()
     for stage in ("pretrain", "autoencode", "quantize"):
         assert f"done before: runs/tiny/{stage}/export" in log
-    assert "finetune: resumed from step_" in log
+    assert re.search(r"finetune: resumed from \S+/step_", log)
     assert "open " in log
     assert "Continuous z" in (trained / "output.txt").read_text()
     for stage in TRAINED_STAGES:
@@ -113,6 +113,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(trained, tmp_path):
     status = (tmp_path / "runs/tiny/pretrain/status.json").read_text()
     samples = int(re.search(r'"samples": (\d+)', status)[1])
     assert (tmp_path / f"runs/tiny/pretrain/checkpoints/step_{samples:012d}").is_dir()
+
+
+def test_a_rank_that_is_killed_takes_the_others_along_and_is_named(trained, tmp_path):
+    shared = [f"data.latents={trained / 'runs/tiny/latents'}", f"data.audio={trained / 'runs/tiny/audio'}"]
+    command = ("train", "tiny", "stage=pretrain", *QUICK, *shared, "pretrain.samples=100000", "checkpoint.every=64")
+    process = spresso(*command, "parallel.processes=2", cwd=tmp_path)
+    wait_for(tmp_path / "runs/tiny/pretrain/checkpoints", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1, log
+    assert re.search(r"spresso: rank \d was killed by SIGKILL, and the others with it; see \S+/logs/rank_\d\.log", log)
 
 
 def test_encode_and_decode_files(trained, monkeypatch, capsys):
