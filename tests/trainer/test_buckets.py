@@ -18,7 +18,8 @@ from trainer.data.order import Buckets
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.stream import Batch, LatentStream
-from trainer.loop import _stream
+from trainer.feed import Feed
+from trainer.parallel import Parallel
 from trainer.tasks import make_task
 
 CHANNELS, CROP, BUCKETS = 3, 12, (4, 8)
@@ -153,7 +154,7 @@ def uneven(tiny, tmp_path) -> Config:
 def test_what_is_padded_counts_in_no_loss(uneven, tmp_path):
     settings = uneven.pretrain
     task = make_task(uneven, "pretrain")
-    batches = _stream(uneven, settings, errors=tmp_path / "errors.jsonl")
+    batches = Feed(uneven, settings, Parallel(uneven.parallel), errors=tmp_path / "errors.jsonl").stream
     padded = next(
         batch for step in range(99) if (batch := batches.batch(step * settings.global_batch)).mask is not None
     )
