@@ -67,8 +67,8 @@ def require_alike(what: str, value: object) -> None:
     """Raise ValueError on every rank where not all have the same."""
     everyones = gather(str(value))
     if len(set(everyones)) > 1:
-        told = "; ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(everyones))
-        raise ValueError(f"{what} is not the same on every rank: {shortened(told.split('; '))}")
+        told = [f"rank {rank}: {value[:12]}" for rank, value in enumerate(everyones)]
+        raise ValueError(f"{what} is not the same on every rank: {shortened(told)}")
 
 
 def shortened(problems: list[str]) -> str:

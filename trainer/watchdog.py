@@ -35,9 +35,9 @@ class Watchdog:
         self._armed_at = self._limit = 0.0
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder keeps so many collectives
 
-    def beat(self, *, patience: float = 1.0) -> None:
-        """All is well up to now; the next call may take `patience` times as long as a step."""
-        self.patience = patience
+    def beat(self) -> None:
+        """All is well up to now."""
+        self.patience = 1.0
         self._arm()
 
     @contextmanager
