@@ -21,6 +21,7 @@ from subject import STAGE, LossOnly, recipe
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.stop import Stop
 
 SIZE = ("dit.width=384", "dit.depth=4", "dit.hidden_width=1536", "latent_encoder.width=256", "lora.rank=16")
 GLOBAL_BATCH, BLOCK = 16, 5
@@ -36,7 +37,7 @@ PRELOADED = 16
 Step = Callable[[Tensor, Tensor], None]
 
 
-class Gate:
+class Gate(Stop):
     """Lets so many steps pass as it is told, then hands over what each took (seconds, of CPU too) and waits."""
 
     def __init__(self, address: str) -> None:

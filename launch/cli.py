@@ -9,6 +9,10 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 _OVERRIDES = (
     "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
@@ -53,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
         ("evaluate", _stage("evaluate"), "figures of the trained codec on held-out clips"),
         ("page", _page, "the page to listen to"),
         ("plan", _plan, "the resolved config, the batches, the memory of each rank; starts nothing"),
+        ("sbatch", _sbatch, "one script for plain sbatch: all stages in one job, or stage=… alone"),
     ):
         sub = _command(commands, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
@@ -61,11 +66,15 @@ def parser() -> argparse.ArgumentParser:
         if name == "prepare":
             sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
         if name in ("run", "train"):
+            sub.add_argument("--dry-run", action="store_true", help="cluster=slurm: print what sbatch would be given")
+        if name in ("run", "train"):
             sub.add_argument(
                 "--resume",
                 metavar="auto|never|PATH",
                 help="from the run's newest whole checkpoint (auto, the default), from PATH, or refuse to go on",
             )
+
+    _of_runs(commands)
 
     checkpoint = _command(commands, "checkpoint", _checkpoint, "what checkpoints a run has, and what is in them")
     checkpoint.add_argument(
@@ -103,6 +112,23 @@ def parser() -> argparse.ArgumentParser:
     )
     _codec_options(decode)
     return top
+
+
+def _of_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands about runs that are under way, on a cluster or here."""
+    run = "a run's directory, or its name under runs/"
+    status = _command(commands, "status", _status, "what runs, where, how far, and when it will be done")
+    status.add_argument("run", nargs="?", metavar="RUN", help=f"{run}; default: all under runs/, in short")
+    logs = _command(commands, "logs", _logs, "what a run writes")
+    logs.add_argument("run", metavar="RUN", help=run)
+    logs.add_argument("--stage", help="(default: the one that runs, or ran last)")
+    logs.add_argument("--rank", type=int, help="(default: 0)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it is written, until Ctrl-C")
+    for name, command, help_ in (
+        ("cancel", _cancel, "end all jobs of a run; those that train save first"),
+        ("requeue", _requeue, "have a run's job save, leave its nodes and wait for new ones; or submit it anew"),
+    ):
+        _command(commands, name, command, help_).add_argument("run", metavar="RUN", help=run)
 
 
 def _command(
@@ -158,9 +184,72 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from launch import pipeline
-    from trainer.config import load
+    from trainer.recipe import load
 
-    return _outcome(pipeline.run(load(options.recipe, _overrides(options))))
+    config = load(options.recipe, _overrides(options))
+    if config.cluster.kind == "slurm":
+        return _submit(config, None, dry=options.dry_run)
+    return _outcome(pipeline.run(config))
+
+
+def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
+    from launch import submission
+
+    if not dry:
+        submission.run(config, only=stage)
+        return 0
+    for name, text in submission.scripts(config, only=stage):
+        print(f"# ---- {name}\n{text}")
+    return 0
+
+
+def _sbatch(options: argparse.Namespace) -> None:
+    from launch import submission
+    from trainer.config import STAGES
+    from trainer.recipe import load
+
+    stage, overrides = _named_stage(options.overrides)
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"stage={stage} is none of {', '.join(STAGES)}")
+    print(submission.whole_script(load(options.recipe, overrides), only=stage))
+
+
+def _named_stage(overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The stage that `stage=…` names, and the other overrides."""
+    named = [override.removeprefix("stage=") for override in overrides if override.startswith("stage=")]
+    return named[-1] if named else None, [item for item in overrides if not item.startswith("stage=")]
+
+
+def _status(options: argparse.Namespace) -> None:
+    from launch import status
+
+    print(status.report(status.resolve(options.run) if options.run else None))
+
+
+def _logs(options: argparse.Namespace) -> None:
+    from launch import status
+
+    status.logs(status.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
+
+
+def _cancel(options: argparse.Namespace) -> None:
+    from launch import status
+
+    print(status.cancel(status.resolve(options.run)), file=sys.stderr)
+
+
+def _requeue(options: argparse.Namespace) -> None:
+    from launch import status
+
+    run = status.resolve(options.run)
+    told = status.requeue(run)
+    if told is not None:
+        print(told, file=sys.stderr)
+        return
+    from launch import submission
+    from trainer.recipe import load
+
+    submission.run(load(str(run / "config.yaml"), []))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -170,14 +259,16 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def _train(options: argparse.Namespace) -> int:
     from launch import pipeline
-    from trainer.config import TRAINED_STAGES, load
+    from trainer.config import TRAINED_STAGES
+    from trainer.recipe import load
 
-    given = _overrides(options)
-    named = [override.removeprefix("stage=") for override in given if override.startswith("stage=")]
-    if len(named) != 1 or named[0] not in TRAINED_STAGES:
+    stage, overrides = _named_stage(_overrides(options))
+    if stage not in TRAINED_STAGES:
         raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
-    overrides = [override for override in given if not override.startswith("stage=")]
-    return _outcome(pipeline.train(load(options.recipe, overrides), named[0]))
+    config = load(options.recipe, overrides)
+    if config.cluster.kind == "slurm":
+        return _submit(config, stage, dry=options.dry_run)
+    return _outcome(pipeline.train(config, stage))
 
 
 def _outcome(outcome: str) -> int:
@@ -191,7 +282,7 @@ def _outcome(outcome: str) -> int:
 
 def _prepare(options: argparse.Namespace) -> None:
     from launch import pipeline
-    from trainer.config import load
+    from trainer.recipe import load
 
     part, slash, parts = (options.part or "0/1").partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
@@ -202,7 +293,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:
     def command(options: argparse.Namespace) -> None:
         from launch import pipeline
-        from trainer.config import load
+        from trainer.recipe import load
 
         pipeline.run_stage(load(options.recipe, options.overrides), name)
 
@@ -215,7 +306,7 @@ def _page(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from launch.plan import plan
-    from trainer.config import load
+    from trainer.recipe import load
 
     for line in plan(load(options.recipe, options.overrides, released=False)):
         print(line, flush=True)

@@ -6,9 +6,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from launch import owner
+from launch.attempt import TOKEN
 from launch.preemption import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from trainer.config import Config
 from trainer.run import stage_folder
@@ -22,13 +25,27 @@ def train_here(config: Config, stage: str) -> str:
     Where a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise
     `parallel.processes` ranks are started here.
     """
-    if "RANK" in os.environ or config.parallel.processes == 1:
+    folder = stage_folder(config, stage)
+    launched = "RANK" in os.environ  # by something that starts many of us: whether to is for it to know
+    if not launched:
+        owner.take(folder, owner.by_hand())
+    try:
+        if not launched and config.parallel.processes > 1:
+            return _train_ranks(config, stage, config.parallel.processes)
         from trainer.loop import train
 
         with StopFlag() as stop:
-            outcome = train(config, stage, stop=stop)
+            outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
             return "stopped" if stop() else outcome
-    return _train_ranks(config, stage, config.parallel.processes)
+    finally:
+        if not launched:
+            owner.release(folder, os.environ.pop(TOKEN))
+
+
+def _permitted(config: Config, stage: str) -> Callable[[], None]:
+    """Raises once another start of the run has taken over."""
+    folder = stage_folder(config, stage)
+    return (lambda: owner.require(folder)) if TOKEN in os.environ else (lambda: None)
 
 
 def _train_ranks(config: Config, stage: str, ranks: int) -> str:
@@ -88,7 +105,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
 
             from trainer.loop import train
 
-            outcome = train(config, stage, stop=stop)
+            outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:

@@ -6,6 +6,7 @@ import functools
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -127,8 +128,8 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
         say(f"  {len(report.problems)} left out, see {config.data.latents}/report.json")
 
 
-def train(config: Config, stage: str) -> str:
-    """A trained stage; nothing where it has ended already with these settings."""
+def train(config: Config, stage: str, how: Callable[[Config, str], str] | None = None) -> str:
+    """A trained stage, here or as `how` does it; nothing where it has ended already with these settings."""
     directory = RunDirectory(stage_folder(config, stage), stage)
     directory.require_same(config, stage_inputs(config, stage))
     if directory.done(config) and _goes_on(config, directory):
@@ -136,7 +137,7 @@ def train(config: Config, stage: str) -> str:
         return "done"
     from launch.local import train_here
 
-    return train_here(config, stage)
+    return (how or train_here)(config, stage)
 
 
 def _goes_on(config: Config, directory: RunDirectory) -> bool:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from launch import pipeline
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.recipe import load
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

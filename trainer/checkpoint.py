@@ -58,6 +58,7 @@ def save(
     meta: Mapping[str, Any],
     *,
     group: dist.ProcessGroup | None = None,
+    permitted: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `directory/step_{samples}`, in place of one of that name. All ranks.
 
@@ -71,6 +72,7 @@ def save(
         meta: what else to know of the run, as JSON has it (hashes, code version, …). Rank 0's is kept, with `samples`,
             `time` (seconds since 1970) and `world_size` added.
         group: see `collective`.
+        permitted: raises on rank 0 where this run may no longer write, as another start of it has taken over.
 
     Returns:
         The checkpoint's path, once it is whole.
@@ -83,7 +85,7 @@ def save(
     final = directory / f"step_{samples:012d}"
     temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
-        collective.on_rank_0(lambda: _begin(temporary), group)
+        collective.on_rank_0(lambda: _begin(temporary, permitted), group)
         written = collective.together(lambda: _write(temporary, tensors), group)
         manifest = {
             "format": FORMAT,
@@ -91,7 +93,7 @@ def save(
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
         }
-        collective.on_rank_0(lambda: _commit(temporary, final, manifest), group)
+        collective.on_rank_0(lambda: _commit(temporary, final, manifest, permitted), group)
     except OSError as error:
         if collective.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -228,8 +230,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _begin(temporary: Path) -> None:
+def _begin(temporary: Path, permitted: Callable[[], None]) -> None:
     """Makes the temporary directory, after clearing what dead attempts left."""
+    permitted()
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -267,8 +270,9 @@ def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, 
                 part.data[start - part.start : stop - part.start].copy_(stored)
 
 
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], permitted: Callable[[], None]) -> None:
     """Makes the whole checkpoint appear under its name."""
+    permitted()
     manifest = json.loads(json.dumps(manifest))  # as a reader will see it, when it comes to the checksum
     (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
     _sync(temporary / MANIFEST)

@@ -1,27 +1,20 @@
-"""The schema of a recipe: dataclasses that OmegaConf fills from YAML and `key=value` overrides.
-
-`load` merges them, refuses unknown keys, and asks `trainer.validate` for everything that is wrong.
-"""
+"""The schema of a recipe: dataclasses, filled by `trainer.recipe` and looked at by `trainer.validate`."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from models.dit import DiTConfig
 from models.latent_encoder import LatentEncoderConfig
+from trainer.cluster import ClusterConfig
 from trainer.data.remote import CacheSettings
 
-RECIPES = Path(__file__).resolve().parents[1] / "configs"
 TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "finetune")
 STAGES = ("synth", "prepare", *TRAINED_STAGES, "evaluate", "page")
 
@@ -293,6 +286,7 @@ class Config:
     quantize: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0))
     finetune: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -319,37 +313,6 @@ class Config:
         return [stage for stage in STAGES if stage not in unneeded]
 
 
-def load(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
-    """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate; `released`: whether
-    folders of pretrained weights have to be there, too.
-
-    Raises:
-        ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
-            the message holds every problem, a line each.
-    """
-    from trainer.validate import problems
-
-    schema = OmegaConf.structured(Config)
-    try:
-        merged = OmegaConf.merge(schema, _read_recipe(find_recipe(recipe)), _parse(overrides))
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, schema)) from None
-    assert isinstance(config, Config)
-    if found := problems(config, released=released):
-        raise ValueError("\n".join(found))
-    return config
-
-
-def find_recipe(recipe: str) -> Path:
-    """Path of a recipe given by path or by name."""
-    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ValueError(f"no recipe {recipe!r}: give a YAML file, or one of {', '.join(known)}")
-
-
 def to_yaml(config: Config) -> str:
     """The resolved config; a run can be started from it alone."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -367,38 +330,3 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def fingerprint(values: dict[str, Any]) -> str:
     """Short hash of plain values, the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_recipe(path: Path) -> DictConfig:
-    try:
-        recipe = OmegaConf.load(path)
-    except Exception as error:  # the YAML library's own errors share no useful base class
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, DictConfig):
-        raise ValueError(f"{path} holds no keys: a recipe is a mapping such as `name: demo`")
-    return recipe
-
-
-def _parse(overrides: list[str]) -> DictConfig:
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override!r} is no override: write key=value, such as autoencode.lr=1e-4")
-    parsed = []
-    for override in overrides:
-        try:
-            parsed.append(OmegaConf.from_dotlist([override]))
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    merged = OmegaConf.merge(*parsed) if parsed else OmegaConf.create()
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
-    key = error.full_key or ""
-    text = str(error.msg or error).splitlines()[0]
-    if "not in" not in text:
-        return f"{key}: {text}"
-    known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {key}: the nearest known one is {near[0]}"

@@ -11,14 +11,20 @@ from trainer.config import Config, TrainConfig
 from trainer.data.stream import Batch, LatentStream, Shuffle
 from trainer.parallel import Parallel
 from trainer.run import training_sets
+from trainer.stop import Stop
 from trainer.tasks import Task
 
 
 class Feed:
     """This rank's micro batches, from any position of the stream on."""
 
-    def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel, *, errors: Path) -> None:
+    def __init__(
+        self, config: Config, settings: TrainConfig, parallel: Parallel, *, errors: Path, stop: Stop | None = None
+    ) -> None:
         data = config.data
+        self.stop = stop or Stop()
+        self.gave_up = False
+        """Whether a batch did not come before this rank was asked to leave: the step that it was for is void."""
         self.parallel, self.readers = parallel, data.readers
         self.parts = parallel.parts(settings.global_batch)
         """Micro batches to a global batch on this rank."""
@@ -34,7 +40,7 @@ class Feed:
         )
         self.waited = 0.0
         """Seconds spent waiting for batches since the log last asked."""
-        self._batches: Generator[Batch] | None = None
+        self._batches: Generator[Batch | None] | None = None
 
     def require(self, task: Task) -> None:
         """Raise ValueError where the latents are another autoencoder's than the task's."""
@@ -57,14 +63,22 @@ class Feed:
             local_ranks=parallel.local_ranks,
             parts=self.parts,
             threads=self.readers,
+            give_up=self.stop,
         )
 
     def next(self) -> Batch:
-        """The next micro batch; it holds until the one after is asked for."""
+        """The next micro batch; it holds until the one after is asked for.
+
+        Where it does not come, and this rank is asked to leave, it is a blank one: the other ranks wait for this one in
+        the step's collectives, and come to know in the last that the step is void.
+        """
         assert self._batches is not None
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = None if self.gave_up else next(self._batches)
         self.waited += time.perf_counter() - start
+        if batch is None:
+            self.gave_up = True
+            return self.stream.blank(self.stream.global_batch // (self.parallel.world_size * self.parts))
         return batch
 
     def from_the_beginning(self) -> Iterator[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class Clips:
         """What the AudioAE makes of the clips: the ceiling."""
         return self._named("original", task.autoencoder.decode(self.x0_BCT))
 
-    def decoded(self, task: Task, strategy: Strategy) -> list[tuple[str, Tensor]]:
-        """What the model makes of them. All ranks."""
+    def decoded(self, task: Task, strategy: Strategy, between: Callable[[], None]) -> list[tuple[str, Tensor]]:
+        """What the model makes of them; `between` is called between the sampler's steps. All ranks."""
         with strategy.together():
-            audio = task.sample(self.x0_BCT, seeds=self.ids)
+            audio = task.sample(self.x0_BCT, seeds=self.ids, progress=lambda done, total: between())
         return self._named("decoded", audio)
 
     def _named(self, kind: str, audio_B1S: Tensor) -> list[tuple[str, Tensor]]:
@@ -62,11 +62,14 @@ class HeldOutLoss:
         self.counted_B = (index_B < len(ids)).double()
         self.x0_BCT, self.positions_B = x0_BCT[index_B % len(ids)], positions_B[index_B % len(ids)]
 
-    def __call__(self, strategy: Strategy) -> float:
-        """The mean, on all ranks, which call it together."""
-        device = self.parallel.device
+    def __call__(self, strategy: Strategy, between: Callable[[], None]) -> float:
+        """The mean, on all ranks, which call it together; `between` is called after each batch."""
+        device, losses = self.parallel.device, []
         with strategy.together():
-            losses_B = torch.cat([strategy.forward(*batch, None)[0].double().cpu() for batch in self._batches(device)])
+            for batch in self._batches(device):
+                losses.append(strategy.forward(*batch, None)[0].double().cpu())
+                between()
+        losses_B = torch.cat(losses)
         sums = torch.stack([(losses_B * self.counted_B).sum(), self.counted_B.sum()]).to(device)
         total, count = self.parallel.sum(sums).tolist()
         return total / count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -19,19 +19,24 @@ from trainer.report import Report
 from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
 from trainer.saver import Saver
 from trainer.state import TrainState, export
+from trainer.stop import Stop
 from trainer.tasks import make_task
 from trainer.watchdog import Watchdog, collective_timeout
 
 logger = logging.getLogger("spresso")
 
+_MARGIN = 1.5  # times the last save's seconds are what the next may take
 
-def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: False) -> str:
+
+def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Callable[[], None] = lambda: None) -> str:
     """Train one stage to its end, from where it was left.
 
     Args:
         config: the whole recipe.
         stage: `pretrain`, `autoencode`, `quantize` or `finetune`.
-        stop: asked at each step; when it says so on any rank, all ranks save together and leave.
+        stop: asked at each step, and between the parts of what takes longer; when it says so on any rank, all ranks
+            save together and leave.
+        permitted: raises on rank 0 where this run may no longer write, as another start of it has taken over.
 
     Returns:
         "done" or "stopped".
@@ -41,8 +46,8 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
             comes to nothing, or the device has too little memory; says what mends it.
         OSError: a checkpoint could not be written; the older ones are untouched.
     """
-    settings, health_settings = config.stage(stage), config.health
-    run = RunDirectory(stage_folder(config, stage), stage)
+    settings, health_settings, stop = config.stage(stage), config.health, stop or Stop()
+    run = RunDirectory(stage_folder(config, stage), stage, permitted=permitted)
 
     # Where: ranks, device, precision.
     timeout = collective_timeout(health_settings.hang_seconds)
@@ -50,7 +55,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
     log = run.path / "logs" / f"rank_{parallel.rank}.log"
     log_to(log, show=parallel.main)
     with Watchdog(log, health_settings.hang_seconds) as watchdog, _failures_told(config, stage, parallel):
-        feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl")
+        feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
 
@@ -101,8 +106,9 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
 
         with (
-            Saver(run.checkpoints, config.checkpoint) as saver,
-            Report(config, run, task, strategy, ema, parallel) as report,
+            Saver(run.checkpoints, config.checkpoint, permitted=permitted) as saver,
+            Report(config, run, task, strategy, ema, parallel, stop) as report,
+            closing(feed),
         ):
 
             def save(**more: float) -> None:
@@ -146,6 +152,7 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                 save()
             task.module.train()
             feed.begin(samples + passed_over)
+            saver.took = run.status.get("save_seconds", 0.0)
             stopping = False
             while samples < settings.samples and not stopping:
                 # One global batch, cut into this rank's micro batches; gradients are reduced in the last.
@@ -158,16 +165,18 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                         mask = None if batch.mask is None else batch.mask.to(parallel.device)
                         x0_BCT, positions_B = batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device)
                         losses_B, quantiles_B = strategy.forward(x0_BCT, positions_B, mask)
+                        report.losses.add(losses_B.detach(), quantiles_B)
+                        batch_loss += losses_B.detach().double().sum()
                         if last:
                             report.clock.computed()
+                            # What all ranks have to know: the loss, who is to leave or has no batch, whose save failed
+                            agreed = parallel.agree(batch_loss, stop(), feed.gave_up, saver.failed)
                         strategy.backward(losses_B.mean() / feed.parts, last=last)
-                    report.losses.add(losses_B.detach(), quantiles_B)
-                    batch_loss += losses_B.detach().double().sum()
-
-                # What all ranks have to know alike: the batch's loss, who wants to leave, whose save failed.
-                loss_sum, (stopping, failed) = parallel.agree(batch_loss, stop(), saver.failed)
+                loss_sum, (stopping, void, failed) = agreed()
                 if failed:
                     saver.wait()  # raises
+                if void:
+                    break
 
                 # The step, if it is a sound one; its learning rate a pure function of samples seen.
                 saver.copied()
@@ -188,25 +197,26 @@ def train(config: Config, stage: str, *, stop: Callable[[], bool] = lambda: Fals
                     report.line(samples, lr=lr, grad_norm=grad_norm, feed=feed, saver=saver)
                 if _due(before, samples, config.log.samples_every) and not (ended or stopping):
                     with watchdog.patient():
-                        report.listen(samples)
+                        stopping = not report.listen(samples)
                 unsaved = unsaved or _due(before, samples, config.checkpoint.every) or ended
                 if unsaved and not stopping and health.good:
                     with watchdog.patient():
-                        save(held_out_loss=report.measure(samples))
+                        held_out_loss = report.measure(samples)
+                        stopping = held_out_loss is None
+                        if held_out_loss is not None:
+                            save(held_out_loss=held_out_loss)
 
             # The end: all of it saved; listen, export the averaged weights, say so.
             with watchdog.patient():
-                feed.close()
-                save()
+                if not parallel.any(stop.hurried(_MARGIN * saver.took)):
+                    save()
                 saver.wait()
-                if samples < settings.samples:
+                if samples < settings.samples or not report.listen(samples):
                     strategy.close()
                     if parallel.main:
-                        run.write_status("stopped", samples=samples, of=settings.samples)
-                        logger.info("%s: stopped at %d samples, saved", stage, samples)
+                        report.stopped(samples, saved=saved_at == samples, took=saver.took)
                     parallel.wait()
                     return "stopped"
-                report.listen(samples)
                 weights = state.averaged_weights()
                 strategy.close()
                 if parallel.main:

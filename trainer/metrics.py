@@ -61,6 +61,7 @@ class Metrics:
 
     def write(self, kind: str, samples: int, **values: Any) -> None:
         """A line of metrics.jsonl, and its numbers in TensorBoard against samples seen."""
+        self.run.permitted()
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -10,7 +10,7 @@ import atexit
 import math
 import os
 import resource
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 
 import torch
@@ -128,12 +128,26 @@ class Parallel:
         """Sum over ranks."""
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def agree(self, number: Tensor, *flags: bool) -> tuple[float, list[bool]]:
-        """The sum of a number over ranks, and whether each flag is set on any rank; one collective, the same on all."""
+    def agree(self, number: Tensor, *flags: bool) -> Callable[[], tuple[float, list[bool]]]:
+        """The sum of a number over ranks, and whether each flag is set on any rank; one collective, the same on all.
+
+        It is begun at once, and waited for when what is returned is called: beside other work it costs nothing.
+        """
         values = torch.tensor([0.0, *map(float, flags)], dtype=torch.float64, device=self.device)
         values[0] = number
-        total, *counts = self.sum(values).tolist()
-        return total, [count > 0 for count in counts]
+        under_way = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+
+        def agreed() -> tuple[float, list[bool]]:
+            if under_way is not None:
+                under_way.wait()
+            total, *counts = values.tolist()
+            return total, [count > 0 for count in counts]
+
+        return agreed
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank. All ranks."""
+        return self.agree(torch.zeros((), device=self.device), flag)()[1][0]
 
     def give_up_after(self, timeout: timedelta) -> None:
         """Let all groups wait that long, those too that a strategy made for itself."""

@@ -18,6 +18,7 @@ from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.run import RunDirectory, write_atomically
 from trainer.saver import Saver
+from trainer.stop import Leaving, Stop
 from trainer.strategy import Strategy
 from trainer.tasks import Task
 from trainer.timing import StepClock
@@ -29,9 +30,16 @@ class Report:
     """Gathered by all ranks together, written by the first."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, task: Task, strategy: Strategy, ema: EMA, parallel: Parallel
+        self,
+        config: Config,
+        run: RunDirectory,
+        task: Task,
+        strategy: Strategy,
+        ema: EMA,
+        parallel: Parallel,
+        stop: Stop,
     ) -> None:
-        self.config, self.run, self.task, self.parallel = config, run, task, parallel
+        self.config, self.run, self.task, self.parallel, self.stop = config, run, task, parallel, stop
         self.strategy, self.ema = strategy, ema
         self.settings = config.stage(task.stage)
         self.clock = StepClock(parallel.device)
@@ -71,7 +79,9 @@ class Report:
                 peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
                 **times,
             )
-            self.run.write_status("running", samples=samples, of=self.settings.samples, loss=loss)
+            self.run.write_status(
+                "running", samples=samples, of=self.settings.samples, loss=loss, save_seconds=round(saver.took, 2)
+            )
             for slow in times["slow_ranks"]:
                 logger.warning(
                     "rank %(rank)d on %(host)s is slow: %(own).3f s a step of its own, %(data_wait).3f s of them "
@@ -80,21 +90,39 @@ class Report:
                 )
         self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
 
-    def measure(self, samples: int) -> float:
-        """The averaged weights' loss on held-out clips."""
-        with self.ema.applied():
-            loss = self.held_out(self.strategy)
+    def measure(self, samples: int) -> float | None:
+        """The averaged weights' loss on held-out clips; None where the run is to leave first."""
+        try:
+            with self.ema.applied():
+                loss = self.held_out(self.strategy, self._between)
+        except Leaving:
+            return None
         if self.metrics is not None:
             self.metrics.write("held_out", samples, loss=loss)
         return loss
 
-    def listen(self, samples: int) -> None:
-        """What the averaged weights make of a few held-out clips."""
-        with self.ema.applied():
-            decoded = self.clips.decoded(self.task, self.strategy)
+    def listen(self, samples: int) -> bool:
+        """What the averaged weights make of a few held-out clips; False where the run is to leave first."""
+        try:
+            with self.ema.applied():
+                decoded = self.clips.decoded(self.task, self.strategy, self._between)
+        except Leaving:
+            return False
         if self.metrics is not None:
             for name, audio in decoded:
                 self.metrics.listen(name, audio, samples)
+        return True
+
+    def _between(self) -> None:
+        """Raise Leaving on all ranks if one of them was asked to leave."""
+        if self.parallel.any(self.stop()):
+            raise Leaving
+
+    def stopped(self, samples: int, *, saved: bool, took: float) -> None:
+        """The run leaves before its end. On rank 0."""
+        self.run.write_status("stopped", samples=samples, of=self.settings.samples, save_seconds=round(took, 2))
+        how = "saved" if saved else f"not saved: that took {took:.1f} s the last time, and there are fewer left"
+        logger.info("%s: stopped at %d samples, %s", self.task.stage, samples, how)
 
     def step(self, samples: int, health: Health, feed: Feed, position: int) -> None:
         """The step after so many samples has ended; where it was skipped, write down why, and which samples it had."""

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -20,6 +21,10 @@ from trainer.data.files import file_digest
 from trainer.data.shard_set import ShardSet, open_set, open_training_set
 
 logger = logging.getLogger("spresso")
+
+COPIED_FROM = "COPIED_FROM"
+"""Beside code that was set aside for a job: the commit that it was, and its changes."""
+_ROOT = Path(__file__).resolve().parents[1]
 
 _RUN = (
     "seed",
@@ -81,8 +86,9 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
 class RunDirectory:
     """`config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders for the rest."""
 
-    def __init__(self, path: Path, stage: str) -> None:
-        self.path, self.stage = path, stage
+    def __init__(self, path: Path, stage: str, *, permitted: Callable[[], None] = lambda: None) -> None:
+        """`permitted` raises where this process may no longer write, as another start of the run has taken over."""
+        self.path, self.stage, self.permitted = path, stage, permitted
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
@@ -99,6 +105,7 @@ class RunDirectory:
             ValueError: names what differs, and the mend.
         """
         self.require_same(config, inputs)
+        self.permitted()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=2))
         write_atomically(self.path / "config.yaml", to_yaml(config))
@@ -159,6 +166,7 @@ class RunDirectory:
 
     def write_status(self, state: str, **facts: Any) -> None:
         """`state` is running, stopped or done."""
+        self.permitted()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         write_atomically(self.path / "status.json", json.dumps(status, indent=2))
 
@@ -189,14 +197,23 @@ def write_atomically(path: Path, text: str) -> None:
 def environment() -> str:
     """Python, packages, git commit and uncommitted changes."""
     packages = sorted({f"{item.metadata['Name']}=={item.version}" for item in distributions()}, key=str.lower)
-    root = Path(__file__).resolve().parents[1]
-    commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
-    return "\n".join([f"python {sys.version}", f"commit {commit or 'unknown'}", *packages, "", diff])
+    return "\n".join([f"python {sys.version}", f"commit {code_version()}", *packages, "", local_changes()])
 
 
 def code_version() -> str:
     """The git commit of this code, or `unknown` where it was installed without one."""
-    return _git(Path(__file__).resolve().parents[1], "rev-parse", "HEAD") or "unknown"
+    return _copied().partition("\n")[0] or _git("rev-parse", "HEAD") or "unknown"
+
+
+def local_changes() -> str:
+    """What of this code is not committed, as a diff."""
+    return _copied().partition("\n")[2] or _git("diff", "HEAD")
+
+
+def _copied() -> str:
+    """Of code that was set aside for a job: commit and changes of the checkout that it was copied from."""
+    path = _ROOT / COPIED_FROM
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 def log_to(path: Path, *, show: bool) -> None:
@@ -214,11 +231,11 @@ def log_to(path: Path, *, show: bool) -> None:
         logger.addHandler(logging.StreamHandler(sys.stderr))
 
 
-def _git(root: Path, *arguments: str) -> str:
-    if not (root / ".git").exists():
+def _git(*arguments: str) -> str:
+    if not (_ROOT / ".git").exists():
         return ""
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

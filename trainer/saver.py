@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -39,10 +39,16 @@ class Saver:
     Use it in a `with`: on leaving it waits for the save under way.
     """
 
-    def __init__(self, directory: Path, settings: CheckpointConfig) -> None:
+    def __init__(
+        self, directory: Path, settings: CheckpointConfig, *, permitted: Callable[[], None] = lambda: None
+    ) -> None:
+        """`permitted` raises where this process may no longer write."""
         self.directory, self.settings = directory, settings
+        self.permitted = permitted
         self.stalled = 0.0
         """Seconds that training stood still for the last save."""
+        self.took = 0.0
+        """Seconds that the last save took until it was whole."""
         self._group = collective.own_group()
         self._host = _HostMemory()
         self._copied, self._written = threading.Event(), threading.Event()
@@ -94,8 +100,10 @@ class Saver:
         if device is not None:
             torch.cuda.set_device(device)  # each thread has its own, and begins with the first
         while (order := self._orders.get()) is not None:
+            begun = time.perf_counter()
             try:
                 self._write(order)
+                self.took = time.perf_counter() - begun
             except Exception as error:  # raised in the training's thread, by `wait`
                 self._error = error
             self._written.set()
@@ -110,7 +118,7 @@ class Saver:
                 self._copied.set()
 
         collective.together(copy, self._group)
-        checkpoint.save(self.directory, order.samples, copies, order.meta, group=self._group)
+        checkpoint.save(self.directory, order.samples, copies, order.meta, group=self._group, permitted=self.permitted)
         keep = self.settings
         checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
 

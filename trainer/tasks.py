@@ -26,6 +26,8 @@ from trainer.data.stream import Batch
 from trainer.randomness import integers, keys, normal, uniform
 from trainer.run import base_model, stage_folder
 
+Progressed = Callable[[int, int], None] | None
+
 
 class Losses(NamedTuple):
     """Per-sample losses (b,) and where in the noise levels' distribution each sample lay, in (0, 1), (b,)."""
@@ -72,8 +74,8 @@ class Task(ABC):
         return [self.module, self.autoencoder]
 
     @abstractmethod
-    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
-        """Audio (B, 1, samples) that the model makes of held-out latents."""
+    def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
+        """Audio (B, 1, samples) that the model makes of held-out latents; `progress(done, total)` after each step."""
 
     @abstractmethod
     def export(self, folder: Path) -> str:
@@ -187,12 +189,12 @@ class Pretrain(Task):
         self.dit = DiT(config.dit)
         self.module = _Denoiser(config, stage, self.dit)
 
-    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
+    def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
         """Unconditional samples of the same length."""
         noise = [torch.randn(x0_BCT.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise_BCT = torch.stack(noise).to(x0_BCT.device)
         diffusion = make_diffusion(self.config.diffusion.name, **self.config.diffusion.options)
-        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=self.sampling())
+        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=self.sampling(), progress=progress)
         return self.autoencoder.decode(x0_BCT)
 
     def export(self, folder: Path) -> str:
@@ -228,13 +230,14 @@ class _CodecTask(Task):
     def _base(self) -> Path:
         return base_model(self.config)
 
-    def sample(self, x0_BCT: Tensor, seeds: list[int]) -> Tensor:
+    def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
         """Decoded from z, or from z_q at the highest rate once D is trained on it."""
         z_frames = x0_BCT.shape[-1] // self.codec.config.latent_encoder.pooling
         z_BZN = self.codec.x0_to_z(x0_BCT, z_frames)
         if self.codec.quantizer is not None:
             z_BZN = self.codec.quantizer.decode(self.codec.quantizer.encode(z_BZN.transpose(1, 2))).transpose(1, 2)
-        return self.codec.z_to_audio(z_BZN, self.codec.noise(seeds, z_frames), sampling=self.sampling())
+        noise = self.codec.noise(seeds, z_frames)
+        return self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling(), progress=progress)
 
     def export(self, folder: Path) -> str:
         """The whole codec as it is after this stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.diffusion import make_diffusion
-from trainer.config import TRAINED_STAGES, Config, flatten
+from trainer.config import STAGES, TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
@@ -18,6 +18,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
     return [
         *_ranges(config),
         *_strategy(config),
+        *config.cluster.problems(STAGES),
         *config.latent_encoder.problems(),
         *_crops(config),
         *_codebooks(config),

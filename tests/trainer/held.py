@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from models.dit import DiT
 from models.weights import save_weights
-from trainer.config import Config, load
+from trainer.config import Config
 from trainer.ema import EMA
 from trainer.parallel import Parallel
+from trainer.recipe import load
 from trainer.strategy import Strategy, TorchStrategy
 from trainer.tasks import make_task
 

@@ -22,10 +22,11 @@ from models.dit import DiT
 from models.weights import save_weights
 from trainer import checkpoint
 from trainer.collective import gather
-from trainer.config import CheckpointConfig, Config, load
+from trainer.config import CheckpointConfig, Config
 from trainer.ema import EMA
 from trainer.parallel import Parallel
 from trainer.ranges import FlatRange
+from trainer.recipe import load
 from trainer.saver import Saver
 from trainer.state import TrainState
 from trainer.tasks import make_task

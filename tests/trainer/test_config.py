@@ -4,28 +4,29 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer import config as schema
+from trainer import recipe
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path):
-    assert schema.load("demo", []).name == "demo"
+    assert recipe.load("demo", []).name == "demo"
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nfinetune: {lr: 1e-5}\n")
-    config = schema.load(str(path), ["finetune.samples=7", "data.synth_hours=1"])
+    config = recipe.load(str(path), ["finetune.samples=7", "data.synth_hours=1"])
     assert (config.name, config.run_dir, config.finetune.lr, config.finetune.samples) == ("mine", "runs/mine", 1e-5, 7)
 
 
 def test_every_recipe_of_the_house_is_valid(monkeypatch):
     # pretrained weights are the user's to fetch, latents are still to be made
     monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "latents")
-    recipes = sorted(schema.RECIPES.glob("*.yaml"))
+    recipes = sorted(recipe.RECIPES.glob("*.yaml"))
     assert recipes
-    for recipe in recipes:
-        schema.load(str(recipe), [])
+    for path in recipes:
+        recipe.load(str(path), [])
 
 
 def test_unknown_recipe_names_the_known_ones():
     with pytest.raises(ValueError, match=r"no recipe .demmo.*demo"):
-        schema.load("demmo", [])
+        recipe.load("demmo", [])
 
 
 @pytest.mark.parametrize(
@@ -34,17 +35,17 @@ def test_unknown_recipe_names_the_known_ones():
 )
 def test_unknown_key_names_the_nearest(override, nearest):
     with pytest.raises(ValueError, match=f"unknown key {override.split('=')[0]}.*{nearest}$"):
-        schema.load("demo", [override])
+        recipe.load("demo", [override])
 
 
 def test_value_of_another_type_names_its_key():
     with pytest.raises(ValueError, match=r"finetune\.samples"):
-        schema.load("demo", ["finetune.samples=many"])
+        recipe.load("demo", ["finetune.samples=many"])
 
 
 def test_override_without_a_value():
     with pytest.raises(ValueError, match="key=value"):
-        schema.load("demo", ["finetune"])
+        recipe.load("demo", ["finetune"])
 
 
 def test_all_problems_are_found_at_once():
@@ -57,7 +58,7 @@ def test_all_problems_are_found_at_once():
         "diffusion.options={logit_men: 1}",
     ]
     with pytest.raises(ValueError, match="crop_frames") as error:
-        schema.load("demo", overrides)
+        recipe.load("demo", overrides)
     text = str(error.value)
     for mend in ("take 99 or 108", "128 or 256", "rates holds 99", "/nowhere", "multiple of 3", "logit_men"):
         assert mend in text
@@ -82,24 +83,24 @@ def test_all_problems_are_found_at_once():
 )
 def test_what_would_fail_late_is_refused_at_once(overrides, mend):
     with pytest.raises(ValueError, match=mend):
-        schema.load("demo", overrides)
+        recipe.load("demo", overrides)
 
 
 def test_resolved_config_starts_the_same_run(tmp_path):
-    config = schema.load("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
+    config = recipe.load("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
     path = tmp_path / "config.yaml"
     path.write_text(schema.to_yaml(config))
-    assert schema.load(str(path), []) == config
+    assert recipe.load(str(path), []) == config
     assert OmegaConf.load(path).data.latents == "/tmp/elsewhere/latents"
 
 
 def test_stages_follow_from_what_is_given(tmp_path):
-    assert schema.load("demo", []).stages == list(schema.STAGES)
-    given = schema.load("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
+    assert recipe.load("demo", []).stages == list(schema.STAGES)
+    given = recipe.load("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
     assert given.stages == ["prepare", "autoencode", "quantize", "finetune", "evaluate", "page"]
 
 
 def test_fingerprint_changes_with_any_value():
-    first, second = (schema.flatten(schema.load("demo", [f"seed={seed}"])) for seed in (0, 1))
+    first, second = (schema.flatten(recipe.load("demo", [f"seed={seed}"])) for seed in (0, 1))
     assert schema.fingerprint(first) != schema.fingerprint(second)
     assert schema.fingerprint(first) == schema.fingerprint(dict(reversed(first.items())))

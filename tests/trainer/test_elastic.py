@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from tests.trainer import ranks
 from tests.trainer.test_loop import losses, stop_after
-from trainer.config import load
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.recipe import load
 
 LENGTH = ("autoencode.samples=96", "log.every=8", "log.samples_every=40", "checkpoint.every=32", "sampling.steps=2")
 SETTINGS = ("pretrain.samples=64", *LENGTH, "parallel.threads=1", "parallel.device=cpu")

@@ -13,8 +13,8 @@ import torch
 from tests.trainer import ranks
 from tests.trainer.test_loop import losses, tensors
 from trainer import checkpoint
-from trainer.config import load
 from trainer.loop import train
+from trainer.recipe import load
 
 SAMPLES = 640
 RUN = (f"pretrain.samples={SAMPLES}", "log.every=8", "log.samples_every=0", "log.held_out=4", "log.clips=1")

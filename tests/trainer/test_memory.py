@@ -12,11 +12,12 @@ import torch
 from models.dit import DiTConfig
 from models.weights import save_weights
 from tests.trainer.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
-from trainer.config import Config, load
+from trainer.config import Config
 from trainer.memory.activations import Pass, _of_depth, activations, measure
 from trainer.memory.estimate import GIB, SPEED, Change, Estimate, Row, cheapest, fastest, gpu_memory, out_of_memory
 from trainer.memory.ledger import ON_DEVICE, Parts, Sharing, held
 from trainer.memory.outline import outline
+from trainer.recipe import load
 from trainer.strategy import Computed, blocks_of, recompute
 from trainer.tasks import make_task
 

@@ -19,8 +19,8 @@ from models.codec import SPresso
 from models.weights import load_weights, save_weights
 from tests.trainer.test_loop import PRETRAIN, losses, stop_after, tensors
 from trainer import checkpoint
-from trainer.config import load
 from trainer.loop import train
+from trainer.recipe import load
 from trainer.tasks import make_task
 
 KEPT = (*PRETRAIN, "checkpoint.keep_last=9")

@@ -9,10 +9,10 @@ import pytest
 
 from tests.trainer import ranks
 from tests.trainer.test_loop import PRETRAIN
-from trainer.config import load
 from trainer.data.stream import LatentStream
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.recipe import load
 from trainer.run import RunDirectory
 from trainer.watchdog import Watchdog
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
@@ -21,6 +21,7 @@ from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
 
 _DEALT = 4096  # samples whose places are computed at once
+_LOOK_UP = 0.25  # seconds between two looks whether to wait on for a batch
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,11 @@ class LatentStream:
         parts: int = 1,
         ahead: int = 2,
         threads: int = 1,
-    ) -> Generator[Batch]:
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Generator[Batch | None]:
         """All of a rank's micro-batches from there on, without end, read ahead by threads (0: none, and not ahead).
+
+        One that has not come when `give_up` says so is waited for no longer: None is given, and nothing after it.
 
         Remote shards are fetched ahead too, as far as the half of the cache reaches that is for what comes, shared
         among the node's `local_ranks`.
@@ -189,8 +193,16 @@ class LatentStream:
             for number, item in enumerate(work):
                 if threads:
                     under_way.append(pool.submit(self._read, *item))
-                yield under_way.popleft().result() if threads else self._read(*item)
+                batch = _awaited(under_way.popleft(), give_up) if threads else self._read(*item)
+                yield batch
+                if batch is None:
+                    return
                 fetch(number // parts)
+
+    def blank(self, size: int) -> Batch:
+        """A micro-batch in which there is nothing."""
+        x0_BCT, zeros_B = self._buffer(size, pinned=False).zero_(), torch.zeros(size, dtype=torch.int64)
+        return Batch(x0_BCT, zeros_B, zeros_B, zeros_B)
 
     @contextmanager
     def _fetch_ahead(
@@ -316,3 +328,15 @@ def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[n
     if count == 1:
         return [(0, np.arange(len(numbers)))]
     return [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()]
+
+
+def _awaited(batch: Future[Batch], give_up: Callable[[], bool]) -> Batch | None:
+    """What was read, None where that is given up."""
+    while True:
+        try:
+            return batch.result(timeout=_LOOK_UP)
+        except TimeoutError:
+            if batch.done():
+                return batch.result()  # the reader's own time-out
+            if give_up():
+                return None

@@ -1,0 +1,129 @@
+"""What each task of a SLURM job runs: `python -m launch.job STAGE`, with the submission in SPRESSO_SUBMISSION.
+
+Every task ends with a note of how (see `launch.attempt`); what becomes of the job is decided by the batch script when
+all of them have ended (`launch.batch`). A task leaves with status 0 unless it failed: srun takes the others down with
+one that does not, and they may still be saving.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from launch import owner
+from launch.attempt import Attempt
+from launch.notice import Notice
+from launch.preemption import MISTAKE
+from launch.ranks import Task
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+SUBMISSION, RUN, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_RUN", "SPRESSO_GRACE", "SPRESSO_PARTS"
+"""Environment variables that the batch script sets: folders, seconds, and in how many parts `prepare` is cut."""
+
+_FAILED = 1
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+"""Errors of the system that come again until a person does something."""
+
+
+def main() -> None:
+    """One task, from its environment; does not return."""
+    stage = sys.argv[1]
+    folder = Path(os.environ[RUN]) / stage
+    attempt, task = Attempt.here(folder), Task.here()
+
+    def leave(why: str) -> NoReturn:
+        attempt.note(task.rank, "left", why=why)
+        print(f"spresso: rank {task.rank} leaves: {why}", file=sys.stderr)
+        _exit(0)
+
+    notice = Notice(os.environ["SLURM_JOB_ID"], grace=float(os.environ[GRACE]), leave=leave, at_once=_at_once(stage))
+    with notice:
+        try:
+            outcome = _work(stage, task, notice)
+            attempt.note(task.rank, outcome, why=notice.why)
+            status = 0
+        except Exception as error:
+            outcome, status = _failed(error, folder)
+            attempt.note(task.rank, outcome, type=type(error).__name__, message=str(error))
+            if outcome != "mistake":
+                traceback.print_exc()
+            elif task.rank == 0:
+                print(f"spresso: {error}", file=sys.stderr)
+    _exit(status)
+
+
+def _at_once(stage: str) -> bool:
+    """Whether a stage asks for no flag: what it did so far is kept, and it goes on from there."""
+    return stage not in ("pretrain", "autoencode", "quantize", "finetune")
+
+
+def _work(stage: str, task: Task, notice: Notice) -> str:
+    """Do this task's share of a stage; returns "done", "stopped" or "idle"."""
+    from launch import pipeline
+    from trainer.config import TRAINED_STAGES
+    from trainer.recipe import load
+
+    config = load(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
+    if stage in TRAINED_STAGES:
+        return pipeline.train(config, stage, how=lambda config, stage: _train(config, stage, task, notice))
+    if task.rank > 0:
+        return "idle"
+    if stage == "prepare":
+        pipeline.prepare_latents(
+            config, part=int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), parts=int(os.environ.get(PARTS, "1"))
+        )
+        return "done"
+    return pipeline.run_stage(config, stage)
+
+
+def _train(config: Config, stage: str, task: Task, notice: Notice) -> str:
+    from launch.ranks import share
+    from trainer.loop import train
+
+    ranks, micro = share(config, stage, task.count)
+    if task.rank >= ranks:
+        return "idle"
+    if task.rank == 0 and ranks < task.count:
+        batch = config.stage(stage).global_batch
+        print(f"spresso: {ranks} of {task.count} ranks are used: {stage}.global_batch={batch} divides among them")
+    config.parallel.processes, config.parallel.micro_batch = ranks, micro
+    task.join(ranks)
+    folder = Path(os.environ[RUN]) / stage
+    outcome = train(config, stage, stop=notice, permitted=lambda: owner.require(folder))
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return outcome
+
+
+def _failed(error: Exception, folder: Path) -> tuple[str, int]:
+    """What kind of failure it is, and the exit status."""
+    try:
+        owner.require(folder)
+    except owner.Superseded:
+        if not _at_once(folder.name):
+            return "superseded", 0
+    except (ValueError, OSError):
+        pass
+    lasting = isinstance(error, OSError) and error.errno in _LASTING
+    if lasting or isinstance(error, ValueError | ImportError):
+        return "mistake", MISTAKE
+    return "failed", _FAILED
+
+
+def _exit(status: int) -> NoReturn:
+    """At once: the threads of a process group don't survive the interpreter's own end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""A real SLURM of several nodes on this one machine: up in a second, with no trace of it when it is down.
+
+    with SlurmCluster(nodes=4) as cluster:
+        job = cluster.submit("--nodes=2", "--wrap=srun hostname")
+        cluster.wait_for(job, "COMPLETED", timeout=20)
+
+Where it may (as root, with the capabilities), each node is a host of its own: network, host name, processes, /dev/shm.
+Elsewhere all slurmds share this machine, with a port each. Needs no systemd, no cgroups, nothing in /etc, and as many
+can be up at a time as one likes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from tests.cluster import slurm_conf
+from tests.cluster.slurm_conf import Place
+from tests.cluster.slurm_nodes import (
+    PATH,
+    ClusterError,
+    HostNode,
+    Network,
+    Node,
+    PortNode,
+    free_port,
+    kill_slurmd,
+    namespaces_refused,
+    run,
+    start_bound,
+    stop,
+    until,
+)
+
+_PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "setpriv")
+_PATIENCE = 20.0  # seconds for a command; one whose controller does not answer tries for nine
+_TAIL = 25  # lines of each log
+
+
+def available() -> str | None:
+    """Why there can be no cluster here; None where there can."""
+    missing = [program for program in _PROGRAMS if shutil.which(program, path=PATH) is None]
+    if missing:
+        return f"no {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge iproute2 procps"
+    return None
+
+
+class SlurmCluster:
+    """Nodes `node1`, `node2`, …, with the partitions `main` (default), `nograce`, and `high`, which preempts both.
+
+    Jobs are requeued when they are preempted, after `grace_seconds` in `main` and without grace in `nograce`. There is
+    no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s; a process that
+    ignores SIGTERM is killed after 5; a silent node is DOWN after about 25.
+
+    Time limits: the controller looks every 30 s, counted from its start, and no setting changes that. `expire` lets a
+    job's limit pass without waiting for the minute that is the least.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 4,
+        cpus: int = 4,
+        memory_mb: int = 4000,
+        *,
+        grace_seconds: int = 20,
+        user_signal: bool = False,
+        mode: str | None = None,
+        extra_conf: str = "",
+    ):
+        """Starts nothing yet; `with` does, which has to be in the main thread.
+
+        Args:
+            nodes: how many.
+            cpus: of each; need not exist.
+            memory_mb: of each; need not exist.
+            grace_seconds: between the signal to a preempted job in `main` and its end.
+            user_signal: that signal is the job's own, given with --signal, and not SIGTERM.
+            mode: "netns", "ports", or the better one of those that are possible here.
+            extra_conf: more lines for slurm.conf.
+        """
+        self.mode = mode or ("ports" if namespaces_refused() else "netns")
+        self.names = [f"node{number}" for number in range(1, nodes + 1)]
+        self._settings: dict[str, Any] = {"cpus": cpus, "memory_mb": memory_mb, "grace_seconds": grace_seconds}
+        self._settings |= {"user_signal": user_signal, "extra": extra_conf, "own_hosts": self.mode == "netns"}
+        self._down = ExitStack()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What commands such as sbatch need to find this cluster."""
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def __enter__(self) -> Self:
+        try:
+            self._up()
+        except BaseException:
+            self._down.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._down.close()
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        """Until all nodes are idle. Raises ClusterError, with the logs."""
+        try:
+            until(self._all_idle, timeout, f"{len(self.names)} idle nodes")
+        except ClusterError as error:
+            raise ClusterError(f"{error}\n{self.logs()}") from None
+
+    def command(self, *command: str, timeout: float = _PATIENCE) -> str:
+        """What a command of SLURM prints, stripped. Raises ClusterError if it fails or takes too long."""
+        return run(*command, timeout=timeout, environment=self.environment).strip()
+
+    def submit(self, *arguments: str) -> str:
+        """The number of the job that sbatch makes of them."""
+        return self.command("sbatch", "--parsable", *arguments)
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """All that the controller knows of a job; of an array, of its first element. Raises ClusterError."""
+        line = self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()[0]
+        return dict(re.findall(r"(\S+?)=(.*?)(?= [\w:/]+=|$)", line))
+
+    def state(self, job_id: str) -> str:
+        """Of a job: PENDING, RUNNING, COMPLETING, COMPLETED …"""
+        return self.job(job_id)["JobState"]
+
+    def wait_for(self, job_id: str, states: str | Collection[str], timeout: float = 60) -> dict[str, str]:
+        """The job, once it is in one of the states. Raises ClusterError, with the logs."""
+        wanted = {states} if isinstance(states, str) else set(states)
+        last: dict[str, str] = {}
+
+        def reached() -> bool:
+            last.update(self.job(job_id))
+            return last["JobState"] in wanted
+
+        try:
+            until(reached, timeout, f"job {job_id} to be {' or '.join(sorted(wanted))}")
+        except ClusterError as error:
+            raise ClusterError(f"{error}; it is {last.get('JobState')}: {last}\n{self.logs()}") from None
+        return last
+
+    def expire(self, job_id: str, seconds: int = 1) -> None:
+        """Let a running job's time limit come in so many seconds, though it is noticed only at the next look."""
+        self.command("scontrol", "update", f"JobId={job_id}", f"EndTime=now+{seconds}")
+
+    def down_node(self, name: str) -> None:
+        """Set it DOWN: its jobs are requeued at once, and nothing starts there."""
+        self.command("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+
+    def resume_node(self, name: str) -> None:
+        """Undo `down_node`."""
+        self.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
+    def cut_power(self, name: str) -> None:
+        """SIGKILL to everything on the node."""
+        self._nodes[name].cut_power()
+
+    def kill_slurmd(self, name: str) -> None:
+        """SIGKILL to its daemon alone; the jobs there go on."""
+        kill_slurmd(self._nodes[name])
+
+    def boot(self, name: str) -> None:
+        """Start a node again, or only its slurmd where that alone was killed."""
+        self._nodes[name].boot()
+
+    def partition(self, name: str) -> None:
+        """Pull the node's network cable. Raises ClusterError where nodes have none."""
+        self._cables().link(name, "down")
+
+    def heal(self, name: str) -> None:
+        """Put the cable back."""
+        self._cables().link(name, "up")
+
+    def logs(self) -> str:
+        """The last lines of what the daemons wrote."""
+        return "\n".join(self._tails())
+
+    def _up(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self._down.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        for name in ("state", "log", *(f"spool/{node}" for node in self.names)):
+            (self.folder / name).mkdir(parents=True)
+        self._network = self._connect() if self.mode == "netns" else None
+        controller = Place(slurm_conf.hostname(), self._network.address if self._network else "127.0.0.1", free_port())
+        places = [self._place(number) for number in range(1, len(self.names) + 1)]
+        self._write_files(controller, places)
+        self._start_munged()
+        self._start_controller(controller)
+        self._nodes = {place.name: self._make(place) for place in places}
+        for node in self._nodes.values():
+            self._down.callback(node.stop)
+            node.boot()
+        self.wait_ready()
+
+    def _connect(self) -> Network:
+        network = Network(self.folder / "log" / "network.err")
+        self._down.callback(network.close)
+        return network
+
+    def _place(self, number: int) -> Place:
+        if self._network is None:
+            return Place(f"node{number}", "127.0.0.1", free_port())
+        return Place(f"node{number}", f"{self._network.subnet}.{number}", slurm_conf.SLURMD_PORT)
+
+    def _make(self, place: Place) -> Node:
+        environment = {**_clean_environment(), **self.environment}
+        if self._network is None:
+            return PortNode(place, self.folder, environment)
+        return HostNode(place, self.folder, environment, self._network)
+
+    def _write_files(self, controller: Place, places: list[Place]) -> None:
+        conf = slurm_conf.slurm_conf(self.folder, controller, places, **self._settings)
+        files = {"slurm.conf": conf, "cgroup.conf": slurm_conf.CGROUP_CONF}
+        files |= {"hosts": slurm_conf.hosts([controller, *places]), "nsswitch.conf": slurm_conf.nsswitch()}
+        for name, text in files.items():
+            (self.folder / name).write_text(text)
+        (self.folder / "munge.key").write_bytes(os.urandom(1024))
+        (self.folder / "munge.key").chmod(0o600)
+
+    def _start_munged(self) -> None:
+        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munge.seed"}
+        options = [f"--{option}={self.folder / name}" for option, name in files.items()]
+        # --force: as root, and in a folder that is closed to others; --origin: else it looks for this host's address
+        self._daemon("munged", "--foreground", "--force", "--origin=127.0.0.1", *options, log="munged.err")
+        until(self._munge_answers, 10, "munged")
+
+    def _munge_answers(self) -> bool:
+        try:
+            run("munge", "--no-input", f"--socket={self.folder / 'munge.socket'}", timeout=5)
+        except ClusterError:
+            return False
+        return True
+
+    def _start_controller(self, place: Place) -> None:
+        process = self._daemon("slurmctld", "-D", log="slurmctld.err")
+
+        def listening() -> bool:
+            if process.poll() is not None:
+                raise ClusterError(f"slurmctld ended with {process.returncode}\n{self.logs()}")
+            with socket.socket() as probe:
+                return probe.connect_ex((place.address, place.port)) == 0
+
+        until(listening, 20, "slurmctld")
+
+    def _daemon(self, *command: str, log: str) -> subprocess.Popen[bytes]:
+        environment = {**_clean_environment(), **self.environment}
+        process = start_bound(*command, log=self.folder / "log" / log, environment=environment)
+        self._down.callback(stop, process)
+        return process
+
+    def _all_idle(self) -> bool:
+        try:
+            count = self.command("sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D", timeout=10)
+        except ClusterError:
+            return False
+        return count == str(len(self.names))
+
+    def _cables(self) -> Network:
+        if self._network is None:
+            raise ClusterError("nodes have no network of their own here")
+        return self._network
+
+    def _tails(self) -> Iterator[str]:
+        for path in sorted((self.folder / "log").iterdir()):
+            lines = path.read_text(errors="replace").splitlines()
+            if lines and not (path.suffix == ".err" and path.with_suffix(".log").exists()):  # which has the same
+                yield f"--- {path.name}"
+                yield from lines[-_TAIL:]
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's, without what it would have inherited from a job of another SLURM."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}

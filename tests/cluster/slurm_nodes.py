@@ -1,0 +1,285 @@
+"""The nodes of `slurm_cluster`: hosts made of Linux namespaces, or only slurmds with a port each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import slurm_conf
+from tests.cluster.slurm_conf import Place
+
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+"""Debian keeps daemons, and ip, where not every user's PATH leads."""
+_COUNTER = itertools.count()
+_NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+class ClusterError(RuntimeError):
+    """The cluster did not do what it was asked for."""
+
+
+def run(*command: str, text: str = "", timeout: float = 20, environment: Mapping[str, str] | None = None) -> str:
+    """What a command prints, given `text` to read.
+
+    Raises:
+        ClusterError: it failed, and what it said, or it took too long.
+    """
+    said: dict[str, Any] = {"input": text, "capture_output": True, "text": True, "timeout": timeout}
+    try:
+        done = subprocess.run(command, env={**os.environ, "PATH": PATH, **(environment or {})}, **said)
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"no answer in {timeout:.0f} s from: {' '.join(command)}") from None
+    if done.returncode:
+        problem = done.stderr.strip() or done.stdout.strip()
+        raise ClusterError(f"{' '.join(command)} failed with {done.returncode}: {problem}")
+    return done.stdout
+
+
+def start(*command: str, log: Path, environment: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
+    """A daemon, in a session of its own so that the Ctrl-C that ends the tests does not get there first."""
+    program = shutil.which(command[0], path=PATH) or command[0]
+    with log.open("ab") as errors:
+        given = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors, "start_new_session": True} | options
+        return subprocess.Popen([program, *command[1:]], env={**environment, "PATH": PATH}, **given)
+
+
+def start_bound(*command: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A daemon that ends when this process does, even killed; or the thread does, so the main one has to ask."""
+    return start("setpriv", "--pdeathsig", "KILL", *command, **options)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill a daemon that was started here, and what is in its session."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """What the condition gives once that is true; polls. Raises ClusterError."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"waited {timeout:.0f} s for {what}")
+        time.sleep(0.02)
+    return value
+
+
+def processes() -> Iterator[int]:
+    """All that run now. Not zombies: the first process of a container may never reap them."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and _read(entry / "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"]):
+            yield int(entry.name)
+
+
+@functools.cache
+def namespaces_refused() -> str:
+    """Why nodes cannot be hosts of their own here; empty where they can."""
+    if os.geteuid() != 0:
+        return "not root"
+    try:
+        run(*_NAMESPACES, "ip", "link", "add", "probe", "type", "bridge")
+    except (ClusterError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def free_port() -> int:
+    """One below those that the kernel gives to outgoing connections, which would be taken by the time it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+
+
+class Network:
+    """A switch, and this machine's cable to it.
+
+    The switch is in a network namespace of its own: no firewall of this machine is asked, and when its process ends,
+    there is nothing left of it or of any cable.
+    """
+
+    def __init__(self, log: Path):
+        self.subnet = self._free_subnet()
+        self.address = f"{self.subnet}.254"
+        self._cable = f"sl{os.getpid()}x{next(_COUNTER)}"
+        holder = ["unshare", "--net", "sh", "-c", "echo on; exec sleep infinity"]
+        self._switch = start_bound(*holder, log=log, environment={}, stdout=subprocess.PIPE)
+        assert self._switch.stdout
+        self._switch.stdout.readline()
+        self._ip("link add switch type bridge", "link set switch up")
+        run("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "host", "netns", str(self._switch.pid))
+        run("ip", "address", "add", f"{self.address}/24", "dev", self._cable)
+        run("ip", "link", "set", self._cable, "up")
+        self._ip("link set host master switch up")
+
+    def plug(self, name: str, pid: int) -> None:
+        """A cable from the switch into the network namespace of a process, where it is eth0."""
+        self._ip(f"link add {name} type veth peer name eth0 netns {pid}", f"link set {name} master switch up")
+
+    def link(self, name: str, state: str) -> None:
+        """Take a node's cable `down` or `up`."""
+        self._ip(f"link set {name} {state}")
+
+    def close(self) -> None:
+        """Remove all of it."""
+        stop(self._switch)
+        assert self._switch.stdout
+        self._switch.stdout.close()
+        run("ip", "-force", "-batch", "-", text=f"link delete {self._cable}\n", timeout=10)
+
+    def _ip(self, *lines: str) -> None:
+        target = f"--net=/proc/{self._switch.pid}/ns/net"
+        run("nsenter", target, "ip", "-batch", "-", text="\n".join(lines) + "\n")
+
+    def _free_subnet(self) -> str:
+        """Of 198.18.0.0/15, which is set aside for tests of networks."""
+        taken = run("ip", "-4", "-oneline", "address") + run("ip", "-4", "route")
+        every = [f"198.{a}.{b}" for a in (18, 19) for b in range(256)]
+        return random.SystemRandom().choice([subnet for subnet in every if f"{subnet}." not in taken])
+
+
+class HostNode:
+    """A node with network, host name, processes and /dev/shm of its own."""
+
+    def __init__(self, place: Place, folder: Path, environment: Mapping[str, str], network: Network):
+        self.name, self._place, self._folder, self._network = place.name, place, folder, network
+        self._environment = environment
+        self._power: subprocess.Popen[bytes] | None = None
+
+    def boot(self) -> None:
+        """Switch it on, where it is not, and start its slurmd."""
+        if self._power is None or self._power.poll() is not None:
+            self._power = self._switch_on()
+        assert self._power.stdin
+        self._power.stdin.write(b"\n")
+
+    def processes(self) -> list[int]:
+        """What runs on it."""
+        if self._power is None or self._power.poll() is not None:
+            return []
+        space = _namespace(self._power.pid, "pid_for_children")
+        return [pid for pid in processes() if _namespace(pid, "pid") == space]
+
+    def cut_power(self) -> None:
+        """Everything on it ends at once, and its connections do not: the others hear nothing from it any more."""
+        if self._power is None or self._power.poll() is not None:
+            return
+        self._network.link(self.name, "down")
+        self.stop()
+
+    def stop(self) -> None:
+        """End it."""
+        if self._power is None:
+            return
+        for pid in self.processes():  # the first process of them takes all others with it
+            _kill(pid)
+        self._power.wait(10)
+        for pipe in (self._power.stdin, self._power.stdout):
+            assert pipe
+            pipe.close()
+        self._power = None
+
+    def _switch_on(self) -> subprocess.Popen[bytes]:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        init = ["bash", "-c", slurm_conf.NODE, "init", str(self._folder), self.name, self._place.address]
+        log = self._folder / "log" / f"{self.name}.err"
+        power = start(*_NAMESPACES, *init, log=log, environment=self._environment, **pipes)
+        assert power.stdin
+        assert power.stdout
+        if not power.stdout.readline():
+            raise ClusterError(f"{self.name} does not come up: {log.read_text()}")
+        self._network.plug(self.name, power.pid)
+        power.stdin.write(b"\n")
+        return power
+
+
+class PortNode:
+    """A slurmd among others on this machine."""
+
+    def __init__(self, place: Place, folder: Path, environment: Mapping[str, str]):
+        self.name, self._folder = place.name, folder
+        self._environment = {**environment, "SLURMD_NODENAME": self.name}  # as tasks have it
+        self._slurmd: subprocess.Popen[bytes] | None = None
+
+    def boot(self) -> None:
+        """Start its slurmd, where it does not run."""
+        if self._slurmd is None or self._slurmd.poll() is not None:
+            log = self._folder / "log" / f"{self.name}.err"
+            self._slurmd = start_bound("slurmd", "-D", "-N", self.name, log=log, environment=self._environment)
+
+    def processes(self) -> list[int]:
+        """slurmd, its slurmstepds, their tasks: told by their environment, and whatever descends from those."""
+        wanted = {f"SLURMD_NODENAME={self.name}", f"SLURM_CONF={self._environment['SLURM_CONF']}"}
+        everything = {pid: _parent(pid) for pid in processes()}
+        mine = {pid for pid in everything if wanted <= set(_read(Path(f"/proc/{pid}/environ")).split("\0"))}
+        while more := {pid for pid, parent in everything.items() if parent in mine} - mine:
+            mine |= more
+        return sorted(mine - {os.getpid()})
+
+    def cut_power(self) -> None:
+        """Everything on it ends. Its connections are closed, as this machine goes on: a gentle power cut."""
+        self.stop()
+
+    def stop(self) -> None:
+        """End it: looks again as long as there is something, as a slurmd that is dying may start one more process."""
+        until(self._nothing_left, 10, f"the end of {self.name}'s processes")
+        if self._slurmd is not None:
+            self._slurmd.wait(10)
+
+    def _nothing_left(self) -> bool:
+        left = self.processes()
+        for pid in left:
+            _kill(pid)
+        return not left
+
+
+Node = HostNode | PortNode
+
+
+def kill_slurmd(node: Node) -> None:
+    """Kill the daemon of a node, and none of the jobs there."""
+    until(lambda: not [_kill(pid) for pid in node.processes() if _command(pid) == "slurmd"], 10, "slurmd's end")
+
+
+def _command(pid: int) -> str:
+    return _read(Path(f"/proc/{pid}/comm")).strip()
+
+
+def _parent(pid: int) -> int:
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def _namespace(pid: int, kind: str) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # gone, or another user's
+        return ""
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
