@@ -61,7 +61,8 @@ def _end(attempt: Attempt, status: int) -> int:
         print(f"spresso: {held.told} has taken over, this start of it is over", file=sys.stderr)
         return 0
     where = place(folder)
-    verdict = judge(status, _notes(attempt, status), ended(history(folder), attempt.job), where)
+    past = ended(history(folder), attempt.job)
+    verdict = judge(status, _notes(attempt, status), past, where, tasks=int(os.environ.get("SLURM_NTASKS", "0")))
     entry = {"ended": time.time(), **_who(attempt), "place": where, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     print(

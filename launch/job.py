@@ -36,9 +36,16 @@ def main() -> None:
     stage = sys.argv[1]
     folder = Path(os.environ[RUN]) / stage
     attempt, task = Attempt.here(folder), Task.here()
+    os.environ.setdefault("OMP_NUM_THREADS", str(task.threads))
+
+    def note(outcome: str, **facts: str) -> None:
+        try:
+            attempt.note(task.rank, outcome, **facts)
+        except OSError as error:  # a full disk, most likely
+            print(f"spresso: rank {task.rank} is {outcome} {facts}, and can't note it: {error}", file=sys.stderr)
 
     def leave(why: str) -> NoReturn:
-        attempt.note(task.rank, "left", why=why)
+        note("left", why=why)
         print(f"spresso: rank {task.rank} leaves: {why}", file=sys.stderr)
         _exit(0)
 
@@ -46,11 +53,11 @@ def main() -> None:
     with notice:
         try:
             outcome = _work(stage, task, notice)
-            attempt.note(task.rank, outcome, why=notice.why)
+            note(outcome, why=notice.why)
             status = 0
         except Exception as error:
             outcome, status = _failed(error, folder)
-            attempt.note(task.rank, outcome, type=type(error).__name__, message=str(error))
+            note(outcome, type=type(error).__name__, message=str(error))
             if outcome != "mistake":
                 traceback.print_exc()
             elif task.rank == 0:
@@ -93,6 +100,7 @@ def _train(config: Config, stage: str, task: Task, notice: Notice) -> str:
         batch = config.stage(stage).global_batch
         print(f"spresso: {ranks} of {task.count} ranks are used: {stage}.global_batch={batch} divides among them")
     config.parallel.processes, config.parallel.micro_batch = ranks, micro
+    config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage
     outcome = train(config, stage, stop=notice, permitted=lambda: owner.require(folder))

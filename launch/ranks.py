@@ -47,6 +47,12 @@ class Task:
             "LOCAL_WORLD_SIZE": str(min(ranks - first, node_count)),
         }
 
+    @property
+    def threads(self) -> int:
+        """CPU threads that are this task's own."""
+        own = os.environ.get("SLURM_CPUS_PER_TASK")
+        return int(own or max(1, len(os.sched_getaffinity(0)) // self.local_counts[int(os.environ["SLURM_NODEID"])]))
+
 
 def local_counts(text: str) -> list[int]:
     """`2(x3),1` → 2, 2, 2, 1."""

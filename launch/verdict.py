@@ -29,6 +29,8 @@ def judge(
     notes: Mapping[int, Mapping[str, Any]],
     past: Sequence[Mapping[str, Any]],
     place: int | None,
+    *,
+    tasks: int = 0,
 ) -> Verdict:
     """Judge a start by what its ranks left behind.
 
@@ -37,6 +39,7 @@ def judge(
         notes: of the ranks that left one.
         past: the starts before, oldest first, as `history` has them.
         place: samples of the newest checkpoint, where the next start goes on; None for a stage that has none.
+        tasks: how many ranks there were; 0: not known.
     """
     by_outcome: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for rank, note in notes.items():
@@ -44,8 +47,9 @@ def judge(
 
     if mistakes := by_outcome.get("mistake"):
         return Verdict(OVER, _first(mistakes)["message"], failure="mistake")
-    if failed := by_outcome.get("failed"):
-        rank, note = _cause(failed)
+    failed = by_outcome.get("failed", [])
+    if own := [item for item in failed if not _echo(item[1])]:
+        rank, note = min(own, key=lambda item: item[1]["time"])
         failure = f"{note['type']}: {note['message'].splitlines()[0] if note['message'] else ''}"
         told = f"rank {rank} on {note['host']}: {failure}"
         if _same_before(past, failure, place, times=1):
@@ -58,7 +62,7 @@ def judge(
     leaving = [*by_outcome.get("stopped", ()), *by_outcome.get("left", ())]
     if status == 0 and leaving:
         return _go_on(past, place, _first(leaving).get("why", "was asked to leave"), "")
-    lost = f"a rank ended without a word (srun's status {status}{_signal(status)})"
+    lost = f"{_missing(notes, tasks)} ended without a word (srun's status {status}{_signal(status)})"
     if _same_before(past, lost, place, times=_LOST_TIMES - 1):
         return Verdict(OVER, f"{lost}, {_LOST_TIMES} times in a row at the same place", lost)
     return _go_on(past, place, lost, lost)
@@ -83,18 +87,18 @@ def _same_before(past: Sequence[Mapping[str, Any]], failure: str, place: int | N
     return len(recent) == times
 
 
-def _cause(failed: list[tuple[int, Mapping[str, Any]]]) -> tuple[int, Mapping[str, Any]]:
-    """The earliest failure that is no mere echo of another rank's end."""
-    own = [item for item in failed if not _echo(item[1])]
-    return min(own or failed, key=lambda item: item[1]["time"])
-
-
 def _echo(note: Mapping[str, Any]) -> bool:
+    """Whether it is only what another rank's end looks like."""
     return note["type"] in _PEERS or any(word in note["message"] for word in _PEER_WORDS)
 
 
 def _first(notes: list[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any]:
     return min(notes, key=lambda item: item[1]["time"])[1]
+
+
+def _missing(notes: Mapping[int, Any], tasks: int) -> str:
+    ranks = [str(rank) for rank in range(tasks) if rank not in notes]
+    return f"rank {', '.join(ranks)}" if 0 < len(ranks) < 9 else "a rank"
 
 
 def _signal(status: int) -> str:

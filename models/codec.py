@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,6 +29,9 @@ from models.loudness import level
 from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
 from models.quantizer import Quantizer, make_quantizer
 from models.weights import write_safetensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 FORMAT = 1
 ADAPTER = "default"
@@ -78,6 +80,8 @@ class SPresso(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.dit = dit.requires_grad_(False)
         self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
+        from peft import inject_adapter_in_model  # here: it takes longer to import than torch, and not all need it
+
         inject_adapter_in_model(lora_config(config.lora), self.dit, adapter_name=ADAPTER)
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
@@ -326,6 +330,8 @@ class SPresso(nn.Module):
 
 def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
     """PEFT's own config of `rank` and `alpha`."""
+    from peft import LoraConfig
+
     return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(DiT.lora_targets))
 
 

@@ -84,6 +84,16 @@ def processes() -> Iterator[int]:
 
 
 @functools.cache
+def _own_clock() -> bool:
+    """Whether a host made of namespaces can have an uptime of its own."""
+    try:
+        run(*_NAMESPACES, "--time", "true")
+    except ClusterError:
+        return False
+    return True
+
+
+@functools.cache
 def namespaces_refused() -> str:
     """Why nodes cannot be hosts of their own here; empty where they can."""
     if os.geteuid() != 0:
@@ -132,6 +142,10 @@ class Network:
         """A cable from the switch into the network namespace of a process, where it is eth0."""
         self._ip(f"link add {name} type veth peer name eth0 netns {pid}", f"link set {name} master switch up")
 
+    def unplug(self, name: str) -> None:
+        """Take the cable away."""
+        self._ip(f"link delete {name}")
+
     def link(self, name: str, state: str) -> None:
         """Take a node's cable `down` or `up`."""
         self._ip(f"link set {name} {state}")
@@ -167,7 +181,8 @@ class HostNode:
         if self._power is None or self._power.poll() is not None:
             self._power = self._switch_on()
         assert self._power.stdin
-        self._power.stdin.write(b"\n")
+        if not slurmds(self):
+            self._power.stdin.write(b"\n")
 
     def processes(self) -> list[int]:
         """What runs on it."""
@@ -180,7 +195,7 @@ class HostNode:
         """Everything on it ends at once, and its connections do not: the others hear nothing from it any more."""
         if self._power is None or self._power.poll() is not None:
             return
-        self._network.link(self.name, "down")
+        self._network.unplug(self.name)
         self.stop()
 
     def stop(self) -> None:
@@ -199,7 +214,9 @@ class HostNode:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         init = ["bash", "-c", slurm_conf.NODE, "init", str(self._folder), self.name, self._place.address]
         log = self._folder / "log" / f"{self.name}.err"
-        power = start(*_NAMESPACES, *init, log=log, environment=self._environment, **pipes)
+        now = _read(Path("/proc/uptime")).partition(".")[0]
+        clock = ["--time", "--boottime", f"-{now}"] if _own_clock() else []  # that is how the controller sees a boot
+        power = start(*_NAMESPACES, *clock, *init, log=log, environment=self._environment, **pipes)
         assert power.stdin
         assert power.stdout
         if not power.stdout.readline():
@@ -252,13 +269,14 @@ class PortNode:
 Node = HostNode | PortNode
 
 
+def slurmds(node: Node) -> list[int]:
+    """The daemon of a node, and the short-lived processes that it starts before they are something else."""
+    return [pid for pid in node.processes() if _read(Path(f"/proc/{pid}/comm")).strip() == "slurmd"]
+
+
 def kill_slurmd(node: Node) -> None:
     """Kill the daemon of a node, and none of the jobs there."""
-    until(lambda: not [_kill(pid) for pid in node.processes() if _command(pid) == "slurmd"], 10, "slurmd's end")
-
-
-def _command(pid: int) -> str:
-    return _read(Path(f"/proc/{pid}/comm")).strip()
+    until(lambda: not [_kill(pid) for pid in slurmds(node)], 10, f"the end of {node.name}'s slurmd")
 
 
 def _parent(pid: int) -> int:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from models.codec import ADAPTER, SPresso, lora_config
@@ -90,6 +89,8 @@ def stage_module(config: Config, stage: str, dit: DiTConfig) -> nn.Module:
 
 def _codec(config: Config, dit_config: DiTConfig) -> Any:
     """The parts of an SPresso, all frozen; it would hash its weights, and there are none."""
+    from peft import inject_adapter_in_model
+
     dit = DiT(dit_config)
     inject_adapter_in_model(lora_config(dataclasses.asdict(config.lora)), dit, adapter_name=ADAPTER)
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit_config.channels)

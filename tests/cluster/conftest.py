@@ -1,0 +1,53 @@
+"""A SLURM of four nodes that the tests here share; what its daemons wrote is shown with a test that fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm_cluster import SlurmCluster, available
+
+_CLUSTER = pytest.StashKey[SlurmCluster]()
+
+
+@pytest.fixture(scope="session")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 12 MiB; mounted before the nodes are up, or they would not see it."""
+    folder = tmp_path_factory.mktemp("small_disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
+    yield folder
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(pytestconfig: pytest.Config, small_disk: Path) -> Iterator[SlurmCluster]:
+    """Brought up once, and what commands such as sbatch talk to; a test leaves it with idle nodes and no jobs.
+
+    Skips the test where there is no SLURM, but fails with CI set.
+    """
+    if problem := available():
+        if os.environ.get("CI"):
+            raise RuntimeError(problem)
+        pytest.skip(problem)
+    with SlurmCluster() as cluster, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
+            patch.delenv(name)  # of a job of another SLURM that the tests may be in
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        pytestconfig.stash[_CLUSTER] = cluster
+        yield cluster
+        del pytestconfig.stash[_CLUSTER]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    cluster = item.config.stash.get(_CLUSTER, None)
+    if report.failed and cluster is not None and "cluster" in getattr(item, "fixturenames", ()):
+        report.sections.append(("SLURM", cluster.logs()))
+    return report

@@ -1,0 +1,104 @@
+"""Faults for the ranks of a job: Python imports this at its start where its folder is in PYTHONPATH.
+
+SPRESSO_FAULT says which, as JSON: `what`, on which `rank`, `at` which position of the stream; `mark`, a file that is
+made when it strikes, and with `once` it strikes no more when that is there.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FAULT = json.loads(os.environ.get("SPRESSO_FAULT", "{}"))
+
+
+def strike() -> bool:
+    """Whether this is the moment."""
+    mark = Path(FAULT["mark"])
+    if FAULT.get("once") and mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+def in_feed(module):
+    """When a rank asks for the batch there."""
+    begin, next_ = module.Feed.begin, module.Feed.next
+
+    def begun(feed, position):
+        feed.fault_at = position
+        begin(feed, position)
+
+    def asked(feed):
+        position, feed.fault_at = feed.fault_at, feed.fault_at + feed.stream.global_batch
+        if position == FAULT["at"] and strike():
+            if FAULT["what"] == "raise":
+                raise ArithmeticError("this sample is one too many")
+            if FAULT["what"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if FAULT["what"] == "hang":
+                time.sleep(10**6)
+        return next_(feed)
+
+    module.Feed.begin, module.Feed.next = begun, asked
+
+
+def in_stream(module):
+    """When the thread reads the batch there."""
+    read = module.LatentStream._read
+
+    def stalled(stream, deal, out):
+        if min(deal.positions) >= FAULT["at"] and strike():
+            time.sleep(10**6)
+        return read(stream, deal, out)
+
+    module.LatentStream._read = stalled
+
+
+def in_evaluation(module):
+    """A second for each of its batches."""
+    batches = module.HeldOutLoss._batches
+
+    def slow(loss, device):
+        for batch in batches(loss, device):
+            strike()
+            time.sleep(1)
+            yield batch
+
+    module.HeldOutLoss._batches = slow
+
+
+PATCHES = {
+    **dict.fromkeys(("raise", "kill", "hang"), ("trainer.feed", in_feed)),
+    "stall": ("trainer.data.stream", in_stream),
+    "slow_evaluation": ("trainer.held_out", in_evaluation),
+}
+
+
+class Patcher(importlib.abc.MetaPathFinder):
+    """Patches a module once it is loaded."""
+
+    def __init__(self, name, patch):
+        self.name, self.patch = name, patch
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_patch(module):
+            load(module)
+            self.patch(module)
+
+        spec.loader.exec_module = load_and_patch
+        return spec
+
+
+if FAULT and str(FAULT.get("rank", 0)) == os.environ.get("SLURM_PROCID"):
+    sys.meta_path.insert(0, Patcher(*PATCHES[FAULT["what"]]))

@@ -1,0 +1,241 @@
+"""Whatever happens to a job, its run is that of one to which nothing did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import pipeline
+from tests.cluster.runs import LONG, SETTINGS, Run, assert_undisturbed
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.recorded import recorded_sounds
+from trainer.loop import train
+from trainer.recipe import load
+
+SHORT = 1800
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of recorded sounds."""
+    folder = tmp_path_factory.mktemp("recorded")
+    sounds = folder / "audio"
+    sounds.mkdir()
+    for number, path in enumerate(recorded_sounds(folder)[:80]):
+        (sounds / f"{number:03d}{path.suffix}").symlink_to(path)
+    pipeline.prepare_latents(load("tiny", [f"run_dir={folder}", f"data.audio={sounds}", "data.workers=1"]))
+    return folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run on one rank, here, that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = [*SETTINGS, f"run_dir={folder}", f"data.latents={latents}", f"pretrain.samples={LONG}"]
+    assert train(load("tiny", settings), "pretrain") == "done"
+    run = Run.__new__(Run)
+    run.stage = folder / "pretrain"
+    return run.curve()
+
+
+@pytest.fixture
+def start(cluster: SlurmCluster, latents: Path, tmp_path: Path) -> Iterator[Start]:
+    """Submit a run; at the end no job, no process of it is left, and all nodes are idle."""
+    runs = []
+
+    def submit(*overrides: str, fault: dict[str, object] | None = None, folder: str = "run") -> Run:
+        run = Run(cluster, tmp_path / folder, latents, *overrides, fault=fault)
+        runs.append(run)
+        run.submit()
+        return run
+
+    yield submit
+    cluster.command("scancel", "--user", str(os.getuid()))
+    cluster.wait_ready(60)
+    assert [pid for run in runs for pid in run.ranks()] == []
+
+
+def test_preempted_with_grace_it_loses_nothing(start: Start, undisturbed: dict[int, float]):
+    run = start("cluster.partition=main")
+    run.reach(300)
+    run.preempt()
+    [first] = run.starts(1)
+    assert (first["why"], first["then"]) == ("was preempted", "requeued")
+    assert first["place"] == run.samples > 300
+    run.end()
+    assert_undisturbed(run, undisturbed)
+
+
+def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undisturbed: dict[int, float]):
+    run = start(f"pretrain.samples={SHORT}", "cluster.partition=nograce")
+    run.reach(300)
+    run.preempt()
+    run.end()
+    # SLURM killed the batch script: the next start says what became of this one
+    first, _ = run.ended()
+    assert first["place"] >= 300
+    assert "SLURM requeued it" in first["why"]
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_time_limit_again_and_again(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    run = start("cluster.time=1", "cluster.grace_seconds=40")
+    hits = 0
+    while cluster.state(run.job) != "COMPLETED":
+        started = len(run.ended())
+        run._until(lambda: len(run.ended()) > started or cluster.state(run.job) == "COMPLETED", 150, "a limit")  # noqa: B023
+        hits += any(entry["why"] == "the time limit is near" for entry in run.ended()[started:])
+    assert hits >= 3
+    assert all(entry["then"] in ("requeued", "done") for entry in run.ended())
+    assert_undisturbed(run, undisturbed)
+
+
+def test_cancelled_it_saves_and_stays_away(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    run = start(f"pretrain.samples={SHORT}")
+    run.reach(300)
+    cluster.command("scancel", run.job)
+    seen = run.samples
+    run.end("CANCELLED")
+    run._until(lambda: not run.ranks(), 20, "no rank left")
+    assert max(int(path.name[5:]) for path in run.stage.glob("checkpoints/step_*")) >= seen
+    time.sleep(2)
+    assert cluster.state(run.job) == "CANCELLED"
+    run.submit()
+    run.end()
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    run = start()
+    run.reach(700)
+    cluster.cut_power("node2")
+    try:
+        run._until(lambda: cluster.state(run.job) == "PENDING" or len(run.ended()) > 0, 90, "the death to be noticed")
+        run.end()
+    finally:
+        cluster.boot("node2")
+        cluster.command("scontrol", "update", "NodeName=node2", "State=RESUME")  # it stays away for having rebooted
+    assert_undisturbed(run, undisturbed)
+
+
+def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
+    run = start(f"pretrain.samples={SHORT}")
+    run.reach(700)
+    victim = max(run.ranks())
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    [first] = run.starts(1)
+    assert time.monotonic() - killed < 15
+    assert first["then"] == "requeued"
+    assert "ended without a word" in first["why"]
+    run.end()
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_rank_that_raises_once(start: Start, undisturbed: dict[int, float]):
+    run = start(f"pretrain.samples={SHORT}", fault={"what": "raise", "rank": 2, "at": 708, "once": True})
+    run.end()
+    first, last = run.ended()
+    assert "rank 2 on node2: ArithmeticError: this sample is one too many" in first["why"]
+    assert (first["then"], first["place"], last["then"]) == ("requeued", 600, "done")
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_rank_that_raises_at_the_same_sample_each_time(start: Start):
+    run = start(f"pretrain.samples={SHORT}", fault={"what": "raise", "rank": 2, "at": 708})
+    run.end("FAILED")
+    first, second = run.ended()
+    assert (first["then"], second["then"]) == ("requeued", "over")
+    assert "it would come again" in second["why"]
+    assert (run.stage / "owner.json").exists() is False
+
+
+def test_a_rank_that_hangs(start: Start, undisturbed: dict[int, float]):
+    fault = {"what": "hang", "rank": 1, "at": 708, "once": True}
+    run = start(f"pretrain.samples={SHORT}", "health.hang_seconds=5", fault=fault)
+    run.end()
+    assert run.ended()[0]["then"] == "requeued"
+    assert "asked" in (run.stage / "logs" / "rank_1.log").read_text()  # where it stood
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_rank_that_hangs_when_there_is_notice(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    fault = {"what": "hang", "rank": 1, "at": 708, "once": True}
+    run = start(f"pretrain.samples={SHORT}", fault=fault)
+    run._until(run.mark.exists, 60, "the fault")
+    run.preempt()
+    [first] = run.starts(1)
+    assert "no step ended in the" in first["why"]
+    assert first["place"] == 600
+    run.end()
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_a_batch_that_does_not_come_when_there_is_notice(start: Start, undisturbed: dict[int, float], cluster):
+    fault = {"what": "stall", "rank": 3, "at": 708, "once": True}
+    run = start(f"pretrain.samples={SHORT}", fault=fault)
+    run.reach(708)
+    asked = time.monotonic()
+    cluster.command("scancel", "--signal=USR2", run.job)
+    [first] = run.starts(1)
+    assert time.monotonic() - asked < 10
+    assert first["place"] == 708  # the step that the batch was for is void, and all before it is saved
+    run.end()
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
+def test_notice_in_the_middle_of_an_evaluation(start: Start, undisturbed: dict[int, float], cluster: SlurmCluster):
+    fault = {"what": "slow_evaluation", "rank": 1, "at": 0}
+    run = start(f"pretrain.samples={SHORT}", "log.held_out=200", "parallel.micro_batch=2", fault=fault)
+    run._until(run.mark.exists, 60, "an evaluation")
+    asked = time.monotonic()
+    cluster.command("scancel", "--signal=USR2", run.job)
+    [first] = run.starts(1)
+    assert time.monotonic() - asked < 8  # all of it takes 25 seconds
+    assert first["place"] == run.samples == 600
+    cluster.command("scancel", run.job)
+
+
+def test_other_numbers_of_nodes_each_time(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    run = start("cluster.nodes=1-4", "cluster.tasks_per_node=1")
+    for down, samples in (("node3", "node4"), 1000), (("node2", "node3"), 2500), ((), 4000):
+        run.reach(samples)
+        cluster.command("scancel", "--signal=USR2", run.job)
+        run._until(lambda: cluster.state(run.job) == "PENDING", 30, "to be requeued")
+        for name in down:
+            cluster.command("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+        run._until(lambda: cluster.state(run.job) == "RUNNING", 60, "to come back")
+        for name in down:
+            cluster.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
+    run.end()
+    assert_undisturbed(run, undisturbed)
+
+
+def test_a_full_disk_during_a_save(start: Start, small_disk: Path, latents: Path, cluster, undisturbed):
+    run = Run(cluster, small_disk / "run", latents, f"pretrain.samples={SHORT}", "checkpoint.keep_last=1")
+    ballast = small_disk / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(65536))
+            except OSError:
+                pass
+
+    run.submit()
+    run.reach(700)
+    fill()
+    run.end("FAILED")
+    kept = [path.name for path in run.stage.glob("checkpoints/step_*")]
+    assert kept == ["step_000000000600"]
+    ballast.unlink()
+    run.submit()
+    run.end()
+    assert_undisturbed(run, undisturbed, SHORT)
