@@ -1,0 +1,164 @@
+"""Asked to leave at a bad moment: in an evaluation, while data does not come, without time, after being replaced."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer import checkpoint
+from trainer.data.stream import LatentStream
+from trainer.held_out import Clips, HeldOutLoss
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.stop import Stop
+
+PRETRAIN = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32")
+
+
+class Asked(Stop):
+    """A stop that something else sets."""
+
+    now = False
+    in_a_hurry = False
+
+    def __call__(self) -> bool:
+        return self.now
+
+    def hurried(self, seconds: float) -> bool:
+        return self.in_a_hurry
+
+
+@pytest.fixture
+def stop() -> Asked:
+    return Asked()
+
+
+@pytest.fixture
+def whole(tiny, tmp_path) -> dict[int, float]:
+    """The losses of a run that nobody asked to leave."""
+    assert train(tiny(*PRETRAIN, run_dir=tmp_path / "whole"), "pretrain") == "done"
+    return losses(tmp_path / "whole")
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = read_metrics(run_dir / "pretrain" / "metrics.jsonl")
+    return {line["samples"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def saved(run_dir: Path) -> list[int]:
+    return [checkpoint.samples_of(path) for path in checkpoint.checkpoints(run_dir / "pretrain" / "checkpoints")]
+
+
+def test_an_evaluation_is_given_up_and_the_step_before_it_saved(tiny, tmp_path, stop, whole, monkeypatch):
+    batches = []
+    of = HeldOutLoss._batches
+
+    def counted(loss, device):
+        for batch in of(loss, device):
+            batches.append(batch)
+            stop.now = len(batches) == 2
+            yield batch
+
+    monkeypatch.setattr(HeldOutLoss, "_batches", counted)
+    config = tiny(*PRETRAIN, "parallel.micro_batch=4", "log.held_out=32")
+    assert train(config, "pretrain", stop=stop) == "stopped"
+    assert len(batches) == 2
+    assert saved(tmp_path / "run") == [32]
+    stop.now = False
+    assert train(config, "pretrain", stop=stop) == "done"
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("samples_every", [32, 0], ids=["in the middle", "at the end"])
+def test_listening_is_given_up(tiny, tmp_path, stop, whole, monkeypatch, samples_every):
+    decoded = Clips.decoded
+
+    def asked_meanwhile(clips, task, strategy, between):
+        stop.now = True
+        return decoded(clips, task, strategy, between)
+
+    monkeypatch.setattr(Clips, "decoded", asked_meanwhile)
+    config = tiny(*PRETRAIN, f"log.samples_every={samples_every}")
+    assert train(config, "pretrain", stop=stop) == "stopped"
+    assert saved(tmp_path / "run")[-1] == (samples_every or 96)
+    monkeypatch.undo()
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_batch_that_does_not_come_makes_the_step_void(tiny, tmp_path, stop, whole, monkeypatch):
+    go_on, read = threading.Event(), LatentStream._read
+
+    def stalled(stream, deal, out):
+        if min(deal.positions) >= 40 and not go_on.is_set():
+            stop.now = True
+            go_on.wait(60)
+        return read(stream, deal, out)
+
+    monkeypatch.setattr(LatentStream, "_read", stalled)
+    config = tiny(*PRETRAIN, "parallel.micro_batch=4")
+    assert train(config, "pretrain", stop=stop) == "stopped"
+    assert not go_on.is_set()  # nobody waited for the reader
+    go_on.set()
+    assert saved(tmp_path / "run")[-1] == 40
+    stop.now = False
+    assert train(config, "pretrain", stop=stop) == "done"
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+def test_without_time_the_last_checkpoint_counts_and_the_log_says_so(tiny, tmp_path, stop, whole):
+    class AtStep(Asked):
+        left = 7
+        in_a_hurry = True
+
+        def __call__(self) -> bool:
+            self.left -= sys._getframe(1).f_code.co_name == "train"
+            return self.left <= 0
+
+    config = tiny(*PRETRAIN)
+    assert train(config, "pretrain", stop=AtStep()) == "stopped"
+    assert saved(tmp_path / "run") == [32]
+    assert "stopped at 56 samples, not saved" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+def test_how_long_a_save_takes_is_known_after_a_restart(tiny):
+    class Told(Asked):
+        def hurried(self, seconds: float) -> bool:
+            self.seconds = seconds
+            return False
+
+    first, second = Told(), Told()
+    first.now = second.now = True
+    config = tiny(*PRETRAIN)
+    for stop in (first, second):
+        assert train(config, "pretrain", stop=stop) == "stopped"
+    assert first.seconds == 0 < second.seconds
+
+
+def test_who_was_replaced_writes_nothing_more(tiny, tmp_path, whole):
+    class Replaced(RuntimeError):
+        pass
+
+    def written() -> dict[Path, int]:
+        paths = [*(tmp_path / "run/pretrain").glob("*.json*"), *(tmp_path / "run/pretrain/checkpoints").glob("step_*")]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    calls, then = [], {}
+
+    def permitted() -> None:
+        calls.append(1)
+        if len(calls) > 12:
+            then.setdefault("written", written())
+            raise Replaced("another start has taken over")
+
+    config = tiny(*PRETRAIN)
+    with pytest.raises((Replaced, OSError), match="taken over"):
+        train(config, "pretrain", permitted=permitted)
+    assert then["written"] == written()
+    assert train(config, "pretrain") == "done"
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
