@@ -38,7 +38,7 @@ def judge(
         status: srun's exit status.
         notes: of the ranks that left one.
         past: the starts before, oldest first, as `history` has them.
-        place: samples of the newest checkpoint, where the next start goes on; None for a stage that has none.
+        place: samples of the newest checkpoint, where the next start goes on; None where it can't be told.
         tasks: how many ranks there were; 0: not known.
     """
     by_outcome: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -74,8 +74,8 @@ def _go_on(past: Sequence[Mapping[str, Any]], place: int | None, why: str, failu
     if place is not None and len(standing) == _STANDSTILL - 1:
         return Verdict(
             OVER,
-            f"{why}; {_STANDSTILL} starts in a row got no further than {place} samples: give jobs more time "
-            f"(cluster.time), or save more often (checkpoint.every)",
+            f"{why}; {_STANDSTILL} starts in a row got no further{f' than {place} samples' if place else ''}: give jobs "
+            f"more time (cluster.time), or save more often (checkpoint.every)",
             failure or "standstill",
         )
     return Verdict(REQUEUE, why, failure)

@@ -124,6 +124,25 @@ def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCl
     assert_undisturbed(run, undisturbed)
 
 
+def test_a_node_that_is_cut_off_and_trains_on(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    if cluster.mode != "netns":
+        pytest.skip("nodes that share this machine's network can't be cut off")
+    run = start("cluster.nodes=1", fault={"what": "slow", "rank": 0, "seconds": 0.3})
+    run.reach(300)
+    before = set(run.ranks())
+    cut_off = cluster.job(run.job)["NodeList"]
+    cluster.partition(cut_off)
+    try:
+        run._until(lambda: cluster.state(run.job) == "PENDING", 90, "it to be missed")
+        run._until(lambda: len(set(run.ranks()) - before) >= 2, 60, "the next start")
+        run._until(lambda: not before & set(run.ranks()), 30, "the first start's ranks to end")
+        run.end()
+    finally:
+        cluster.heal(cut_off)
+        cluster.command("scontrol", "update", f"NodeName={cut_off}", "State=RESUME")
+    assert_undisturbed(run, undisturbed)
+
+
 def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
     run = start(f"pretrain.samples={SHORT}")
     run.reach(700)

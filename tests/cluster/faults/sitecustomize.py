@@ -35,7 +35,9 @@ def in_feed(module):
 
     def asked(feed):
         position, feed.fault_at = feed.fault_at, feed.fault_at + feed.stream.global_batch
-        if position == FAULT["at"] and strike():
+        if FAULT["what"] == "slow" and "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(FAULT["seconds"])
+        if position == FAULT.get("at") and strike():
             if FAULT["what"] == "raise":
                 raise ArithmeticError("this sample is one too many")
             if FAULT["what"] == "kill":
@@ -73,7 +75,7 @@ def in_evaluation(module):
 
 
 PATCHES = {
-    **dict.fromkeys(("raise", "kill", "hang"), ("trainer.feed", in_feed)),
+    **dict.fromkeys(("raise", "kill", "hang", "slow"), ("trainer.feed", in_feed)),
     "stall": ("trainer.data.stream", in_stream),
     "slow_evaluation": ("trainer.held_out", in_evaluation),
 }
