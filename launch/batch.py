@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import owner, queue
+from launch import jobs, owner, queue
 from launch.attempt import TOKEN, Attempt, history, record
-from launch.job import RUN
+from launch.job import RUN, SUBMISSION
 from launch.preemption import MISTAKE
 from launch.ranks import rendezvous
 from launch.verdict import DONE, OVER, REQUEUE, judge
@@ -47,6 +47,7 @@ def _begin(attempt: Attempt) -> int:
     _close_before(attempt)
     if folder.name in _TRAINED:
         owner.take(folder, owner.by_job(attempt))
+    _make_known(attempt)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
     settings = {TOKEN: attempt.token, **rendezvous(attempt.token)}
@@ -73,6 +74,15 @@ def _end(attempt: Attempt, status: int) -> int:
     if folder.name in _TRAINED:
         owner.release(folder, attempt.token)
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
+
+
+def _make_known(attempt: Attempt) -> None:
+    """Add the job to those of the run, where it was handed to sbatch by hand."""
+    root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job.partition("_")[0]
+    known = jobs.submitted(root).get(stage)
+    if known is None or known.job != job:
+        log = str(root / "logs" / f"job_{job}.out")
+        jobs.keep(root, [jobs.Submitted(stage, job, os.environ.get(SUBMISSION, ""), log, time.time())])
 
 
 def _close_before(attempt: Attempt) -> None:

@@ -227,9 +227,9 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from launch import status
+    from launch import logs, status
 
-    status.logs(status.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
+    logs.logs(status.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
 
 
 def _cancel(options: argparse.Namespace) -> None:

@@ -61,7 +61,7 @@ def take(folder: Path, owner: Owner) -> None:
         ValueError: a living process or job holds it.
     """
     held = holder(folder)
-    if held is not None and _lives(held, folder, owner):
+    if held is not None and not _same(held, owner) and lives(held, folder):
         raise ValueError(
             f"{folder} is held by {held.told}, which is alive: wait for it, or end it"
             + (f" with `scancel {held.job}`" if held.job else "")
@@ -94,9 +94,14 @@ def require(folder: Path) -> None:
         raise Superseded(f"{folder} was taken over by {held.told if held else 'nobody known'}: nothing more is written")
 
 
-def _lives(held: Owner, folder: Path, newcomer: Owner) -> bool:
-    if held.token == newcomer.token or (held.job and held.job == newcomer.job and held.restart < newcomer.restart):
-        return False
+def _same(held: Owner, newcomer: Owner) -> bool:
+    """Whether it is the newcomer itself, or an earlier start of its job."""
+    earlier = bool(held.job) and held.job == newcomer.job and held.restart < newcomer.restart
+    return held.token == newcomer.token or earlier
+
+
+def lives(held: Owner, folder: Path) -> bool:
+    """Whether a holder is alive, as far as can be told from here."""
     if held.job:
         try:
             return bool(queue.alive([held.job]))

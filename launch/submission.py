@@ -7,14 +7,13 @@ job that was handed over.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import preflight, queue
+from launch.jobs import Submitted, keep, submitted
 from launch.pipeline import say, shared_latents
 from launch.slurm import Job
 from trainer.cluster import ClusterConfig
@@ -23,19 +22,6 @@ from trainer.recipe import RECIPES
 from trainer.run import COPIED_FROM, RunDirectory, code_version, local_changes, stage_folder
 
 _PACKAGES = ("models", "trainer", "launch", "configs")
-_JOBS = "jobs.jsonl"
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A job that was handed over."""
-
-    stage: str
-    """Or several, with commas."""
-    job: str
-    submission: str
-    log: str
-    time: float
 
 
 def run(config: Config, *, only: str | None = None) -> list[Submitted]:
@@ -53,22 +39,21 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
     require_idle(root, stages)
     submission = _set_aside(config, root)
     preflight.check(config, stages, submission, _jobs(config, stages, root, submission))
-    submitted: list[Submitted] = []
+    handed_over: list[Submitted] = []
     try:
         for stage in stages:
-            after = [submitted[-1].job] if submitted else []
+            after = [handed_over[-1].job] if handed_over else []
             job = _job(config, [stage], root, submission, after)
             number = job.hand_over()
-            submitted.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
+            handed_over.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
             say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {told(job.cluster)}")
     except ValueError:
-        if submitted:
-            queue.cancel(*(item.job for item in submitted))
+        if handed_over:
+            queue.cancel(*(item.job for item in handed_over))
         raise
-    with (root / _JOBS).open("a") as file:
-        file.writelines(json.dumps(asdict(item)) + "\n" for item in submitted)
+    keep(root, handed_over)
     say(f"`spresso status {config.run_dir}` says how it goes, `spresso logs {config.run_dir} -f` what it does")
-    return submitted
+    return handed_over
 
 
 def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]:
@@ -84,15 +69,6 @@ def whole_script(config: Config, *, only: str | None = None) -> str:
     stages = [only] if only else config.stages
     submission = _set_aside(config, root)
     return _job(config, stages, root, submission, []).text
-
-
-def submitted(root: Path) -> dict[str, Submitted]:
-    """The last job of each stage."""
-    path, found = root / _JOBS, {}
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        item = Submitted(**json.loads(line))
-        found[item.stage] = item
-    return found
 
 
 def require_idle(root: Path, stages: Sequence[str]) -> None:
