@@ -85,13 +85,18 @@ class Job(SlurmExecutor):
             ValueError: sbatch refuses it, and why.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.make_folders()
         try:
             return self._submit_command(self._command).job_id
         except (FailedJobError, FailedSubmissionError) as error:
             raise ValueError(f"sbatch refuses the job of {', '.join(self.stages)}: {error}") from None
         except FileNotFoundError:
             raise ValueError("there is no sbatch here: run this on a login node of the cluster") from None
+
+    def make_folders(self) -> None:
+        """Those of the logs: SLURM makes none, and a job without them fails without a word."""
+        for folder in (self.log.parent, *(self.run / stage / "logs" for stage in self.stages)):
+            folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def affinity(cls) -> int:

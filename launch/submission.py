@@ -68,7 +68,9 @@ def whole_script(config: Config, *, only: str | None = None) -> str:
     root = Path(config.run_dir).resolve()
     stages = [only] if only else config.stages
     submission = _set_aside(config, root)
-    return _job(config, stages, root, submission, []).text
+    job = _job(config, stages, root, submission, [])
+    job.make_folders()
+    return job.text
 
 
 def require_idle(root: Path, stages: Sequence[str]) -> None:

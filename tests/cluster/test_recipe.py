@@ -38,7 +38,7 @@ def test_each_stage_is_a_job_after_the_one_before(jobs: dict[str, str], cluster:
     assert "has jobs that wait or run" in again.stderr
     cluster.wait_for(jobs["page"], "COMPLETED", timeout=240)
     assert (folder / "run" / "page" / "index.html").exists()
-    report = json.loads((folder / "run" / "evaluate" / "report.json").read_text())
+    report = json.loads((folder / "run" / "evaluate" / "evaluation.json").read_text())
     assert report
 
 

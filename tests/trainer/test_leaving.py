@@ -7,12 +7,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer import checkpoint
 from trainer.data.stream import LatentStream
 from trainer.held_out import Clips, HeldOutLoss
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.ranges import whole_ranges
 from trainer.stop import Stop
 
 PRETRAIN = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32")
@@ -94,6 +96,7 @@ def test_a_batch_that_does_not_come_makes_the_step_void(tiny, tmp_path, stop, wh
 
     def stalled(stream, deal, out):
         if min(deal.positions) >= 40 and not go_on.is_set():
+            go_on.wait(1)  # until the loop is there, too: it is read ahead
             stop.now = True
             go_on.wait(60)
         return read(stream, deal, out)
@@ -152,13 +155,27 @@ def test_who_was_replaced_writes_nothing_more(tiny, tmp_path, whole):
 
     def permitted() -> None:
         calls.append(1)
-        if len(calls) > 12:
+        if len(calls) > 8:
             then.setdefault("written", written())
             raise Replaced("another start has taken over")
 
-    config = tiny(*PRETRAIN)
-    with pytest.raises((Replaced, OSError), match="taken over"):
+    config = tiny(*PRETRAIN[:2], "checkpoint.every=1000")  # a save checks in a thread of its own
+    with pytest.raises(Replaced):
         train(config, "pretrain", permitted=permitted)
     assert then["written"] == written()
     assert train(config, "pretrain") == "done"
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("checks", [0, 1], ids=["before it begins", "while it is written"])
+def test_a_save_of_who_was_replaced_does_not_appear(tmp_path, checks):
+    left = iter(range(checks))
+
+    def permitted() -> None:
+        if next(left, None) is None:
+            raise RuntimeError("another start has taken over")
+
+    tensors = whole_ranges({"weight": torch.ones(3)})
+    with pytest.raises(OSError, match="taken over"):
+        checkpoint.save(tmp_path, 8, tensors, {}, permitted=permitted)
+    assert checkpoint.checkpoints(tmp_path) == []

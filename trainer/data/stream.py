@@ -187,14 +187,13 @@ class LatentStream:
         buffers = [self._buffer(size) for _ in range(ahead + 1)]
         work = zip(self._deals(samples_seen, rank, world_size, size), cycle(buffers), strict=False)
         fetching = self._fetch_ahead(samples_seen, rank, world_size, local_ranks)
-        with fetching as fetch, _Readers(threads or 1, "latents") as pool, self._interrupted_at_the_end():
+        with fetching as fetch, _Readers(threads or 1, give_up) as pool, self._interrupted_at_the_end():
             fetch(0)
             under_way = deque(pool.submit(self._read, *item) for item in islice(work, ahead))
             for number, item in enumerate(work):
                 if threads:
                     under_way.append(pool.submit(self._read, *item))
                 batch = _awaited(under_way.popleft(), give_up) if threads else self._read(*item)
-                pool.patient = batch is not None
                 yield batch
                 if batch is None:
                     return
@@ -332,12 +331,14 @@ def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[n
 
 
 class _Readers(ThreadPoolExecutor):
-    """Ends with its `with`, and waits for its threads unless they are known to hang."""
+    """Ends with its `with`, and waits for its threads, which may hang, unless that is given up."""
 
-    patient = True
+    def __init__(self, threads: int, give_up: Callable[[], bool]) -> None:
+        super().__init__(threads, "latents")
+        self.give_up = give_up
 
     def __exit__(self, *error: object) -> None:
-        self.shutdown(wait=self.patient, cancel_futures=True)
+        self.shutdown(wait=not self.give_up(), cancel_futures=True)
 
 
 def _awaited(batch: Future[Batch], give_up: Callable[[], bool]) -> Batch | None:

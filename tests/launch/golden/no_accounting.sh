@@ -1,0 +1,261 @@
+# ---- synth
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --job-name=tiny.synth
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/synth/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# synth
+settings=$(/home/me/.venv/bin/python -m launch.batch begin synth) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/synth/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job synth
+/home/me/.venv/bin/python -m launch.batch end synth $? || exit $?
+exit 0
+
+# ---- prepare
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<synth>'
+#SBATCH --job-name=tiny.prepare
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/prepare/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# prepare
+settings=$(/home/me/.venv/bin/python -m launch.batch begin prepare) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/prepare/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job prepare
+/home/me/.venv/bin/python -m launch.batch end prepare $? || exit $?
+exit 0
+
+# ---- pretrain
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<prepare>'
+#SBATCH --job-name=tiny.pretrain
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/pretrain/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# pretrain
+settings=$(/home/me/.venv/bin/python -m launch.batch begin pretrain) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job pretrain
+/home/me/.venv/bin/python -m launch.batch end pretrain $? || exit $?
+exit 0
+
+# ---- autoencode
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<pretrain>'
+#SBATCH --job-name=tiny.autoencode
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/autoencode/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# autoencode
+settings=$(/home/me/.venv/bin/python -m launch.batch begin autoencode) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job autoencode
+/home/me/.venv/bin/python -m launch.batch end autoencode $? || exit $?
+exit 0
+
+# ---- quantize
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<autoencode>'
+#SBATCH --job-name=tiny.quantize
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/quantize/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# quantize
+settings=$(/home/me/.venv/bin/python -m launch.batch begin quantize) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/quantize/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job quantize
+/home/me/.venv/bin/python -m launch.batch end quantize $? || exit $?
+exit 0
+
+# ---- finetune
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<quantize>'
+#SBATCH --job-name=tiny.finetune
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/finetune/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# finetune
+settings=$(/home/me/.venv/bin/python -m launch.batch begin finetune) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job finetune
+/home/me/.venv/bin/python -m launch.batch end finetune $? || exit $?
+exit 0
+
+# ---- evaluate
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<finetune>'
+#SBATCH --job-name=tiny.evaluate
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/evaluate/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# evaluate
+settings=$(/home/me/.venv/bin/python -m launch.batch begin evaluate) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/evaluate/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job evaluate
+/home/me/.venv/bin/python -m launch.batch end evaluate $? || exit $?
+exit 0
+
+# ---- page
+#!/bin/bash
+
+# Parameters
+#SBATCH --chdir=/home/me
+#SBATCH --dependency='afterok:<evaluate>'
+#SBATCH --job-name=tiny.page
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/tiny/page/logs/job_%j.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@60
+
+# setup
+export PYTHONSAFEPATH=1
+export SPRESSO_RUN=/home/me/runs/tiny
+export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
+export SPRESSO_GRACE=60
+export SPRESSO_PARTS=1
+export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+
+# page
+settings=$(/home/me/.venv/bin/python -m launch.batch begin page) || exit $?
+eval "$settings"
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/page/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job page
+/home/me/.venv/bin/python -m launch.batch end page $? || exit $?
+exit 0

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import batch, owner, queue
+from launch.attempt import TOKEN, Attempt, history
+from launch.job import RUN
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def start(slurm, tmp_path, monkeypatch):
+    """A start of job 12 as its script and tasks see it."""
+    slurm.answer("scontrol", 'case "$1" in show) echo localhost;; esac')
+    monkeypatch.delenv(TOKEN, raising=False)
+    for name, value in {
+        **{RUN: str(tmp_path / "run"), "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"},
+        **{"SLURM_JOB_NUM_NODES": "2", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def make(restart: int = 0) -> Attempt:
+        if restart:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return Attempt(tmp_path / "run" / "pretrain", "12", restart)
+
+    return make
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.batch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+
+
+def checkpoint(attempt: Attempt, samples: int) -> None:
+    (attempt.stage_folder / "checkpoints" / f"step_{samples:012d}").mkdir(parents=True)
+
+
+def test_a_start_from_its_beginning_to_its_requeue(start, slurm, monkeypatch):
+    monkeypatch.setattr(batch, "_PAUSE", 0.0)
+    attempt = start()
+    begun = script("begin", "pretrain")
+    assert begun.returncode == 0, begun.stderr
+    settings = dict(line.removeprefix("export ").split("=") for line in begun.stdout.splitlines())
+    assert settings[TOKEN] == "12_0"
+    assert settings["MASTER_ADDR"] == "localhost"
+    assert 10_000 <= int(settings["MASTER_PORT"]) < 32_000
+    assert owner.holder(attempt.stage_folder).job == "12"
+    known = json.loads((attempt.stage_folder.parent / "jobs.jsonl").read_text())
+    assert (known["stage"], known["job"]) == ("pretrain", "12")
+
+    checkpoint(attempt, 600)
+    for rank in range(2):
+        attempt.note(rank, "stopped", why="was preempted")
+    slurm.answer("scontrol", "echo 'slurm_update error: try again' >&2; exit 1", time=2)
+    assert batch._end(attempt, 0) == 0
+    assert slurm.calls("scontrol")[1:] == ["requeue 12", "requeue 12"]  # the first of them was refused
+    last = history(attempt.stage_folder)[-1]
+    assert (last["then"], last["place"], last["why"]) == ("requeued", 600, "was preempted")
+
+
+def test_it_ends_with_the_status_of_its_outcome(start, slurm):
+    attempt = start()
+    owner.take(attempt.stage_folder, owner.by_job(attempt))
+    attempt.note(0, "done")
+    assert script("end", "pretrain", "0").returncode == 0
+    assert owner.holder(attempt.stage_folder) is None
+    attempt.note(0, "mistake", type="ValueError", message="lower lr")
+    ended = script("end", "pretrain", "2")
+    assert (ended.returncode, ended.stderr) == (2, "spresso: pretrain: over: lower lr\n")
+    assert not [call for call in slurm.calls("scontrol") if call.startswith("requeue")]
+
+
+def test_who_was_replaced_decides_nothing(start, slurm):
+    attempt = start()
+    owner.take(attempt.stage_folder, owner.by_job(Attempt(attempt.stage_folder, "12", 1)))
+    attempt.note(0, "stopped", why="a signal")
+    ended = script("end", "pretrain", "0")
+    assert ended.returncode == 0
+    assert "has taken over" in ended.stderr
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_start_whose_script_was_killed_is_closed_by_the_next(start, slurm):
+    first = start()
+    assert script("begin", "pretrain").returncode == 0
+    checkpoint(first, 600)
+    start(restart=1)
+    assert script("begin", "pretrain").returncode == 0
+    _, closed, begun = history(first.stage_folder)
+    assert (closed["restart"], closed["then"], closed["place"]) == (0, "requeued", 600)
+    assert "SLURM requeued it" in closed["why"]
+    assert begun["restart"] == 1
+
+
+def test_a_living_other_job_is_not_replaced(start, slurm):
+    attempt = start()
+    owner.take(attempt.stage_folder, owner.by_job(Attempt(attempt.stage_folder, "11", 0)))
+    slurm.answer("squeue", "echo '11|11|RUNNING|n1|None'")
+    begun = script("begin", "pretrain")
+    assert (begun.returncode, begun.stdout) == (2, "")
+    assert "held by job 11, which is alive" in begun.stderr
+
+
+def test_an_element_of_an_array_is_requeued_by_its_name(start, monkeypatch):
+    start()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    attempt = Attempt.here(Path(os.environ[RUN]) / "prepare")
+    assert attempt.token == "20_3_0"
+    asked = []
+    monkeypatch.setattr(queue, "control", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(batch, "_PAUSE", 0.0)
+    attempt.note(0, "left", why="SIGTERM came")
+    assert batch._end(attempt, 0) == 0
+    assert asked == [("requeue", "20_3")]
+
+
+def test_a_requeue_that_is_refused_for_good_is_told(start, monkeypatch, capsys):
+    attempt = start()
+    monkeypatch.setattr(batch, "_PERSISTENCE", 0.1)
+    monkeypatch.setattr(batch, "_PAUSE", 0.05)
+
+    def refused(*arguments: str) -> None:
+        raise queue.QueueError("not allowed")
+
+    monkeypatch.setattr(queue, "control", refused)
+    attempt.note(0, "stopped", why="the time limit is near")
+    assert batch._end(attempt, 0) == 1
+    assert "`spresso requeue RUN` starts it again" in capsys.readouterr().err
+    assert history(attempt.stage_folder)[-1]["why"] == "could not be requeued: not allowed"

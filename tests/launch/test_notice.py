@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from launch.notice import meaning
+
+NOW = 1_800_000_000.0
+RUNNING = {"JobState": "RUNNING", "PreemptTime": "None"}
+
+
+def at(seconds: float) -> str:
+    return datetime.fromtimestamp(NOW + seconds).isoformat()
+
+
+def meant(number: int, job: dict[str, str]):
+    return meaning(number, job, now=NOW, grace=120, kill_wait=30)
+
+
+@pytest.mark.parametrize(
+    ("number", "job", "why", "seconds"),
+    [
+        (signal.SIGUSR2, {**RUNNING, "EndTime": at(100)}, "the time limit is near", (80, 95)),
+        (signal.SIGUSR2, {**RUNNING, "EndTime": at(9000)}, "was asked to come back later", (8000, 9000)),
+        (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(20)}, "was preempted", (10, 19)),
+        (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(0)}, "was preempted", (20, 30)),
+        (signal.SIGTERM, {"JobState": "COMPLETING", "EndTime": at(0)}, "was cancelled", (20, 30)),
+        (signal.SIGTERM, {**RUNNING, "EndTime": at(9000)}, "was told to end, or another rank died", (5, 11)),
+        (signal.SIGUSR2, {}, "a signal from SLURM, whose controller does not answer", (60, 120)),
+        (signal.SIGTERM, {}, "a signal from SLURM, whose controller does not answer", (15, 30)),
+    ],
+)
+def test_what_a_signal_means_is_the_controllers_to_tell(number, job, why, seconds):
+    told = meant(number, job)
+    assert told.why == why
+    assert seconds[0] <= told.seconds <= seconds[1]
+
+
+PROGRAM = """
+import ctypes, os, signal, sys, time
+from launch import notice
+from launch.preemption import StopFlag
+notice.queue.show = lambda job: {"JobState": "RUNNING", "PreemptTime": "2027-01-01T00:00:00", "EndTime": END}
+notice.queue.kill_wait = lambda: 5.0
+from datetime import datetime, timedelta
+END = (datetime.now() + timedelta(seconds=2.4)).isoformat()
+def leave(why):
+    print("left", why, flush=True)
+    os._exit(7)
+with notice.Notice("1", grace=5, leave=leave, at_once=AT_ONCE) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    BODY
+print("ended", flush=True)
+"""
+
+
+def run(body: str, *, at_once: bool = False) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.replace("BODY", body).replace("AT_ONCE", str(at_once))
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"PYTHONPATH": root})
+
+
+def test_it_leaves_for_a_rank_that_hangs_where_python_runs_no_handler():
+    ended = run("ctypes.CDLL(None).usleep(20_000_000)")
+    assert ended.returncode == 7
+    assert "left was preempted, and no step ended" in ended.stdout
+
+
+def test_it_does_not_where_the_loop_has_left_in_time():
+    ended = run("time.sleep(0.5); assert stop(); assert not stop.hurried(0.5); assert stop.hurried(60)")
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
+
+
+def test_what_has_no_loop_leaves_at_once():
+    ended = run("ctypes.CDLL(None).usleep(20_000_000)", at_once=True)
+    assert (ended.returncode, ended.stdout) == (7, "left SIGTERM came\n")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from launch import queue
+from launch.queue import JobState, QueueError
+
+
+def test_states_of_jobs_and_of_an_array(slurm):
+    slurm.answer(
+        "squeue", "printf '12|12|RUNNING|node[1-2]|None\\n13|13_0|PENDING||Dependency\\n13|13_1|COMPLETED|n3|None\\n'"
+    )
+    slurm.answer("sacct", "echo 'slurm accounting is disabled' >&2; exit 1")
+    found = queue.states(["12", "13", "14"])
+    assert found["12"] == [JobState("12", "RUNNING", "node[1-2]")]
+    assert found["13"] == [JobState("13_0", "PENDING", "", "Dependency"), JobState("13_1", "COMPLETED", "n3")]
+    assert found["14"] == [JobState("14", "GONE")]
+    assert len(slurm.calls("squeue")) == 1
+    assert queue.alive(["12", "13", "14"]) == ["12", "13"]
+
+
+def test_a_job_that_the_queue_has_forgotten_is_accounting_s(slurm):
+    slurm.answer("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    slurm.answer("sacct", "echo 'CANCELLED by 0'")
+    assert queue.states(["12"])["12"][0].state == "CANCELLED"
+    slurm.answer("sacct", "echo RUNNING")  # it is late
+    assert not queue.states(["12"])["12"][0].alive
+
+
+def test_a_controller_that_is_down_is_no_answer(slurm):
+    slurm.answer("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(QueueError, match="Unable to contact"):
+        queue.states(["12"])
+
+
+def test_no_slurm_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(QueueError, match="no squeue here"):
+        queue.alive(["12"])
+
+
+def test_what_the_controller_knows(slurm):
+    slurm.answer("scontrol", "echo 'JobId=12 JobState=RUNNING PreemptTime=None EndTime=2026-11-25T11:00:00'")
+    assert queue.show("12") == {
+        **{"JobId": "12", "JobState": "RUNNING", "PreemptTime": "None"},
+        "EndTime": "2026-11-25T11:00:00",
+    }
+    slurm.answer("scontrol", "echo 'KillWait                = 45 sec'")
+    assert queue.kill_wait() == 45
+    slurm.answer("scontrol", "echo 'NodeName=n1 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=n1'")
+    assert queue.address_of("n1") == "10.1.2.3"

@@ -1,0 +1,99 @@
+"""What sbatch is given. `SPRESSO_REWRITE=1 pytest tests/launch/test_slurm.py` writes the golden scripts anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import submission
+from trainer.recipe import RECIPES, load
+
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTERS = sorted(path.stem for path in (RECIPES / "cluster").glob("*.yaml"))
+
+
+def scripts(run_dir: Path, *overrides: str) -> dict[str, str]:
+    return dict(submission.scripts(load("tiny", [f"run_dir={run_dir}", *overrides])))
+
+
+def options(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return dict((line + "=").split("=", 1) for line in lines)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_scripts_of_the_example_clusters(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    made = scripts(tmp_path / "runs" / "tiny", f"cluster={cluster}")
+    text = "\n".join(f"# ---- {stage}\n{script}" for stage, script in made.items())
+    text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/home/me/.venv/bin/python")
+    path = GOLDEN / f"{cluster}.sh"
+    if os.environ.get("SPRESSO_REWRITE"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+    for script in made.values():
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_every_option_of_sbatch_and_srun_is_reachable(tmp_path):
+    given = {
+        "options.exclusive": "true",
+        "options.gres": "'gpu:a100:4'",
+        "options.mail_type": "FAIL",
+        "srun.container-image": "/images/x.sqsh",
+        "srun.no-container-mount-home": "true",
+        "setup": "[module load cuda]",
+        "environment.NCCL_DEBUG": "INFO",
+        "account": "audio",
+        "qos": "low",
+        "constraint": "h100",
+        "mem": "200G",
+        "time": "2-12",
+    }
+    made = scripts(tmp_path, "cluster=slurm", *(f"cluster.{key}={value}" for key, value in given.items()))
+    script = made["autoencode"]
+    found = options(script)
+    assert found["exclusive"] == ""
+    assert (found["gres"], found["mail-type"]) == ("gpu:a100:4=", "FAIL=")
+    assert (found["mem"], found["time"]) == ("200G=", "2-12=")
+    assert (found["account"], found["qos"], found["constraint"]) == ("audio=", "low=", "h100=")
+    assert "--container-image=/images/x.sqsh --no-container-mount-home" in script
+    assert (
+        script.index("module load cuda") < script.index("export NCCL_DEBUG=INFO") < script.index("launch.batch begin")
+    )
+
+
+def test_jobs_come_back_whatever_the_cluster_s_defaults_are(tmp_path):
+    for script in scripts(tmp_path, "cluster=slurm", "cluster.grace_seconds=300").values():
+        found = options(script)
+        assert found["requeue"] == ""
+        assert (found["signal"], found["open-mode"]) == ("USR2@300=", "append=")
+        assert "--kill-on-bad-exit=1" in script
+
+
+def test_stages_have_their_own(tmp_path):
+    made = scripts(tmp_path, "cluster=preemptible", "cluster.stages.finetune.time=60")
+    assert options(made["pretrain"])["nodes"] == "2-8="
+    assert (options(made["prepare"])["array"], options(made["prepare"])["partition"]) == ("0-15=", "cpu=")
+    assert "exclusive" in options(made["pretrain"])
+    assert "exclusive" not in options(made["prepare"])
+    assert options(made["finetune"])["time"] == "60="
+    assert (options(made["evaluate"])["gpus-per-node"], options(made["evaluate"])["nodes"]) == ("1=", "1=")
+
+
+def test_one_script_for_all_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load("tiny", ["cluster=slurm", "cluster.nodes=2"])
+    script = submission.whole_script(config)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    at = [script.index(f"launch.job {stage}\n") for stage in config.stages]
+    assert at == sorted(at)
+    assert (tmp_path / "runs/tiny/submissions/0001/code/launch/job.py").exists()
+    assert options(script)["nodes"] == "2="
+    assert "--nodes=1 --ntasks=1" in next(line for line in script.splitlines() if "launch.job prepare" in line)
+    assert "--ntasks=1" not in next(line for line in script.splitlines() if "launch.job pretrain" in line)

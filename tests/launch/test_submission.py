@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import jobs, preflight, submission
+from trainer.recipe import load
+
+ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
+FREE = "echo 'spresso: all is there'"
+
+
+@pytest.fixture
+def config(slurm, tmp_path, monkeypatch):
+    """The tiny recipe for a cluster on which all goes well."""
+    monkeypatch.chdir(tmp_path)
+    slurm.answer("sbatch", ACCEPTED)
+    slurm.answer("srun", FREE)
+    return load("tiny", ["cluster=slurm", "cluster.gpus_per_node=0"])
+
+
+def test_each_job_waits_for_the_one_before(config, slurm, tmp_path):
+    handed_over = submission.run(config)
+    assert [item.stage for item in handed_over] == config.stages
+    handed = [call for call in slurm.calls("sbatch") if "test-only" not in call]
+    scripts = [next((tmp_path / "runs/tiny/submissions/0001/jobs").glob(f"{item.job}_*.sh")) for item in handed_over]
+    assert len(handed) == len(scripts)
+    for before, script in zip(handed_over, scripts[1:], strict=False):
+        assert f"#SBATCH --dependency=afterok:{before.job}\n" in script.read_text()
+        assert "--kill-on-invalid-dep=yes" in script.read_text()
+    assert jobs.submitted(tmp_path / "runs/tiny") == {item.stage: item for item in handed_over}
+
+
+def test_what_is_refused_half_way_leaves_nothing_in_the_queue(config, slurm, tmp_path):
+    tested = len(config.stages)
+    slurm.answer("sbatch", "echo 'Batch job submission failed: too many jobs' >&2; exit 1", time=tested + 3)
+    with pytest.raises(ValueError, match=r"refuses the job of pretrain: .*too many jobs"):
+        submission.run(config)
+    assert slurm.calls("scancel") == [f"{100 + tested + 1} {100 + tested + 2}"]
+    assert jobs.submitted(tmp_path / "runs/tiny") == {}
+
+
+def test_a_run_that_is_under_way_is_not_handed_over_again(config, slurm):
+    [first] = submission.run(config, only="synth")
+    slurm.answer("squeue", f"echo '{first.job}|{first.job}|PENDING||Priority'")
+    with pytest.raises(ValueError, match=rf"wait or run: {first.job} \(synth\).*spresso cancel"):
+        submission.run(config)
+    slurm.answer("squeue", f"echo '{first.job}|{first.job}|FAILED||None'")
+    submission.run(config)
+
+
+def test_all_that_is_wrong_is_said_at_once_and_nothing_handed_over(config, slurm, tmp_path, monkeypatch):
+    slurm.answer("sbatch", "echo 'allocation failure: Invalid partition' >&2; exit 1")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match="Invalid partition") as raised:
+        submission.run(config)
+    told = str(raised.value).splitlines()
+    assert "free, and the checkpoints take" in told[0]
+    assert len(told) == 1 + len(config.stages)
+    assert list((tmp_path / "runs/tiny/submissions").iterdir()) == []
+    assert all("--test-only" in call for call in slurm.calls("sbatch"))
+
+
+def test_what_the_first_stage_builds_on_has_to_be_there(config, slurm):
+    with pytest.raises(ValueError, match="latents"):
+        submission.run(config, only="autoencode")
+
+
+def test_a_checkpoint_that_is_damaged_is_found_before(config, slurm, tmp_path):
+    damaged = tmp_path / "runs/tiny/pretrain/checkpoints/step_000000000008"
+    damaged.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole"):
+        submission.run(config)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("echo 'spresso: missing'; echo \"a compute node can't import torch\"", "can't import torch"),
+        ("echo 'bash: module: command not found' >&2; exit 127", "check on a compute node failed.*module"),
+    ],
+)
+def test_a_compute_node_that_lacks_something(config, slurm, answer, problem):
+    slurm.answer("srun", answer)
+    with pytest.raises(ValueError, match=problem):
+        submission.run(config)
+
+
+def test_where_no_node_is_free_the_look_is_left_out(config, slurm, capsys):
+    slurm.answer("srun", "echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1")
+    submission.run(config, only="synth")
+    assert "not looked at on a compute node: none was free" in capsys.readouterr().err
+
+
+def test_what_a_node_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPRESSO_RUN", str(tmp_path / "elsewhere"))
+    assert "does not see" in preflight.look(gpus=False)[0]
+    monkeypatch.setenv("SPRESSO_RUN", str(tmp_path))
+    monkeypatch.setattr(preflight, "_NEEDED", ("json", "no_such_package"))
+    [problem] = preflight.look(gpus=False)
+    assert "can't import no_such_package" in problem
+
+
+def test_a_job_uses_the_code_as_it_was(config, tmp_path):
+    submission.run(config, only="synth")
+    code = tmp_path / "runs/tiny/submissions/0001/code"
+    (code / "COPIED_FROM").write_text("abc123\nchanges")
+    # from a checkout that has another trainer/run.py in its folder, as an edited one would
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "run.py").write_text("raise SystemExit('edited')")
+    program = "from trainer import run; print(run.__file__, run.code_version(), run.local_changes())"
+    environment = os.environ | {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [str(code / "trainer" / "run.py"), "abc123", "changes"]
+
+
+def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    with pytest.raises((ValueError, OSError), match=r"there is no s(batch|queue) here"):
+        submission.run(load("tiny", ["cluster=slurm"]))
