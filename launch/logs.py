@@ -21,12 +21,12 @@ def logs(run: Path, *, stage: str | None, rank: int | None, follow: bool) -> Non
     """
     path = log_of(run, stage, rank)
     _show(f"== {path}")
-    lines = path.read_text("utf-8", "replace").splitlines()
-    _show(*lines[-_LINES:])
+    content = path.read_bytes()
+    _show(*content.decode("utf-8", "replace").splitlines()[-_LINES:])
     if not follow:
         return
     try:
-        for line in followed(run, stage, rank, path):
+        for line in followed(run, stage, rank, path, len(content)):
             _show(line)
     except KeyboardInterrupt:
         return
@@ -49,9 +49,9 @@ def log_of(run: Path, stage: str | None, rank: int | None) -> Path:
     return max((newest / "logs").glob("*"), key=lambda path: path.stat().st_mtime)
 
 
-def followed(run: Path, stage: str | None, rank: int | None, path: Path) -> Iterator[str]:
-    """Lines as they are written to that log, and to the next stage's when that has one; without end."""
-    at, rest = path.stat().st_size, ""
+def followed(run: Path, stage: str | None, rank: int | None, path: Path, at: int) -> Iterator[str]:
+    """Lines of that log from a byte on, as they are written, then of the next stage's when there is one; no end."""
+    rest = ""
     while True:
         if path.stat().st_size < at:  # it was begun anew
             at, rest = 0, ""

@@ -178,7 +178,7 @@ def test_a_log_is_followed_into_the_next_stage(run, monkeypatch):
         second.write_text("three\n")
 
     threading.Thread(target=write).start()
-    lines = logs.followed(run, None, None, first)
+    lines = logs.followed(run, None, None, first, len("before\n"))
     assert [next(lines) for _ in range(2)] == ["one", "two"]
     assert next(lines).endswith("autoencode/logs/rank_0.log")
     assert next(lines) == "three"
