@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
+from launch.plan import ranks_of
 from trainer.config import TRAINED_STAGES, Config
 from trainer.memory.activations import Activations
 from trainer.memory.estimate import GIB, Estimate, Row, gpu_memory
@@ -37,7 +39,9 @@ def memory(config: Config) -> Iterator[str]:
             yield from (f"{stage}.samples=0: fitted without a gradient", "")
             continue
         try:
-            estimate = Estimate(config, stage, config.parallel.processes)
+            ranks, micro = ranks_of(config, stage)
+            here = dataclasses.replace(config.parallel, processes=ranks, micro_batch=micro)
+            estimate = Estimate(dataclasses.replace(config, parallel=here), stage, ranks)
         except (ValueError, OSError) as error:
             yield from (f"left out, as the sizes of the models are not known here: {error}", "")
             continue

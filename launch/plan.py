@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launch.ranks import share
 from trainer.config import TRAINED_STAGES, Config, to_yaml
+from trainer.run import RunDirectory, stage_folder
 
 
 def plan(config: Config) -> Iterator[str]:
@@ -13,17 +15,57 @@ def plan(config: Config) -> Iterator[str]:
     from launch.memory import memory  # this takes seconds, and what follows some more
 
     yield from memory(config)
+    yield from ("# run directory", *_run_directory(config), "")
+    if config.cluster.kind == "slurm":
+        from launch import submission
+
+        for stage, text in submission.scripts(config):
+            yield from (f"# script: {stage}", text)
+
+
+def ranks_of(config: Config, stage: str) -> tuple[int, int]:
+    """How many ranks a trained stage has (at least, where a cluster gives 2-8 nodes), and clips to a micro batch."""
+    if config.cluster.kind == "local":
+        ranks = config.parallel.processes
+        return ranks, config.parallel.micro_batch or config.stage(stage).global_batch // ranks
+    cluster = config.cluster.of(stage)
+    return share(config, stage, cluster.least_nodes * cluster.ranks_per_node)
+
+
+def checkpoint_bytes(config: Config, stage: str) -> int:
+    """What the checkpoints that are kept take, and one more that is being written; 0 where that can't be told yet."""
+    from trainer.memory.outline import outline
+
+    if config.stage(stage).samples == 0:
+        return 0
+    try:
+        trained = sum(shape.numel() for shape in outline(config, stage).trained.values())
+    except (ValueError, OSError):  # the sizes are those of weights that an earlier stage makes
+        return 0
+    return 16 * trained * (config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
+
+
+def _run_directory(config: Config) -> Iterator[str]:
+    """What each stage would go on from, and the disk that its checkpoints take."""
+    from trainer import checkpoint
+    from trainer.text import size
+
+    for stage in config.stages:
+        if stage not in TRAINED_STAGES:
+            continue
+        directory = RunDirectory(stage_folder(config, stage), stage)
+        there = checkpoint.checkpoints(directory.checkpoints)
+        state = "has ended" if directory.done(config) else f"goes on from {there[-1].name}" if there else "begins"
+        yield f"{stage}: {state}; its checkpoints take {size(checkpoint_bytes(config, stage))}"
 
 
 def _stages(config: Config) -> list[str]:
-    ranks = config.parallel.processes
     lines = []
     for stage in config.stages:
         if stage not in TRAINED_STAGES:
             lines.append(f"{stage}")
             continue
-        settings = config.stage(stage)
-        micro = config.parallel.micro_batch or settings.global_batch // ranks
+        settings, (ranks, micro) = config.stage(stage), ranks_of(config, stage)
         steps = -(-settings.samples // settings.global_batch)
         lines.append(
             f"{stage}: {settings.samples} samples = {steps} steps × {settings.global_batch} "

@@ -83,19 +83,12 @@ def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 
 def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
-    """Whether the checkpoints that are kept, and one more, fit."""
+    """Whether the checkpoints fit."""
+    from launch.plan import checkpoint_bytes
     from trainer.config import TRAINED_STAGES
-    from trainer.memory.outline import outline
     from trainer.text import size
 
-    needed = 0
-    for stage in stages:
-        if stage in TRAINED_STAGES and config.stage(stage).samples:
-            try:
-                trained = sum(shape.numel() for shape in outline(config, stage).trained.values())
-            except (ValueError, OSError):  # pretrained weights that an earlier stage makes
-                continue
-            needed += 16 * trained * (config.checkpoint.keep_last + config.checkpoint.keep_best + 1)
+    needed = sum(checkpoint_bytes(config, stage) for stage in stages if stage in TRAINED_STAGES)
     folder = Path(config.run_dir).resolve()
     free = shutil.disk_usage(folder).free
     if needed > free:
