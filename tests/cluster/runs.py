@@ -29,7 +29,7 @@ SETTINGS = (
         "checkpoint.every=600",
     ),
 )
-LONG = 6000
+LONG = 4800
 
 
 class Run:

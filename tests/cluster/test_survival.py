@@ -17,7 +17,7 @@ from tests.recorded import recorded_sounds
 from trainer.loop import train
 from trainer.recipe import load
 
-SHORT = 1800
+SHORT = 1200
 Start = Callable[..., Run]
 
 
@@ -85,7 +85,8 @@ def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undi
 
 
 def test_a_time_limit_again_and_again(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
-    run = start("cluster.time=1", "cluster.grace_seconds=40")
+    slow = {"what": "slow", "rank": 0, "seconds": 0.15, "always": True}
+    run = start("cluster.time=1", "cluster.grace_seconds=40", fault=slow)
     hits = 0
     while cluster.state(run.job) != "COMPLETED":
         started = len(run.ended())
@@ -223,7 +224,7 @@ def test_notice_in_the_middle_of_an_evaluation(start: Start, undisturbed: dict[i
 
 def test_other_numbers_of_nodes_each_time(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     run = start("cluster.nodes=1-4", "cluster.tasks_per_node=1")
-    for down, samples in (("node3", "node4"), 1000), (("node2", "node3"), 2500), ((), 4000):
+    for down, samples in (("node3", "node4"), 800), (("node2", "node3"), 2000), ((), 3200):
         run.reach(samples)
         cluster.command("scancel", "--signal=USR2", run.job)
         run._until(lambda: cluster.state(run.job) == "PENDING", 30, "to be requeued")

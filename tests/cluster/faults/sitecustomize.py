@@ -1,7 +1,8 @@
 """Faults for the ranks of a job: Python imports this at its start where its folder is in PYTHONPATH.
 
 SPRESSO_FAULT says which, as JSON: `what`, on which `rank`, `at` which position of the stream; `mark`, a file that is
-made when it strikes, and with `once` it strikes no more when that is there.
+made when it strikes, and with `once` it strikes no more when that is there. `slow` is every step of a job's first start,
+or with `always` of each.
 """
 
 import importlib.abc
@@ -35,7 +36,7 @@ def in_feed(module):
 
     def asked(feed):
         position, feed.fault_at = feed.fault_at, feed.fault_at + feed.stream.global_batch
-        if FAULT["what"] == "slow" and "SLURM_RESTART_COUNT" not in os.environ:
+        if FAULT["what"] == "slow" and ("SLURM_RESTART_COUNT" not in os.environ or FAULT.get("always")):
             time.sleep(FAULT["seconds"])
         if position == FAULT.get("at") and strike():
             if FAULT["what"] == "raise":
