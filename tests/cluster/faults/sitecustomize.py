@@ -1,8 +1,8 @@
 """Faults for the ranks of a job: Python imports this at its start where its folder is in PYTHONPATH.
 
 SPRESSO_FAULT says which, as JSON: `what`, on which `rank`, `at` which position of the stream; `mark`, a file that is
-made when it strikes, and with `once` it strikes no more when that is there. `slow` is every step of a job's first start,
-or with `always` of each.
+made when it strikes, and with `once` it strikes no more when that is there. What is `slow` is each step of a job's
+first start, or with `always` of every start.
 """
 
 import importlib.abc
