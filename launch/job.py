@@ -100,6 +100,8 @@ def _train(config: Config, stage: str, task: Task, notice: Notice) -> str:
         batch = config.stage(stage).global_batch
         print(f"spresso: {ranks} of {task.count} ranks are used: {stage}.global_batch={batch} divides among them")
     config.parallel.processes, config.parallel.micro_batch = ranks, micro
+    if "SLURM_RESTART_COUNT" in os.environ and config.checkpoint.resume == "never":
+        config.checkpoint.resume = "auto"  # what is there is this job's own
     config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage

@@ -9,6 +9,7 @@ leaves for such a rank before the cluster kills it, so that the batch script is 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -62,7 +63,6 @@ class Notice(StopFlag):
         super().__init__()
         self.job, self.grace, self.leave, self.at_once = job, grace, leave, at_once
         self._gone_by = float("inf")
-        self._over = threading.Event()
 
     def hurried(self, seconds: float) -> bool:
         """Whether something that takes so long does not fit into what is left."""
@@ -79,26 +79,33 @@ class Notice(StopFlag):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._writer)
         super().__exit__(kind, error, traceback)
 
     def _watch(self, reader: int) -> None:
-        with os.fdopen(reader, "rb", buffering=0) as signals:
-            while (came := signals.read(1)) and came[0] not in self.signals:
-                pass
-        if not came:
-            return
+        """Until the `with` has ended, or the time has come to leave."""
+        while True:
+            left = self._gone_by - time.monotonic()
+            if not select.select([reader], [], [], None if left == float("inf") else max(0.0, left))[0]:
+                self.leave(f"{self.why}, and no step ended in time")
+            came = os.read(reader, 1)
+            if not came:
+                os.close(reader)
+                return
+            if came[0] in self.signals:
+                self._heed(came[0])
+
+    def _heed(self, number: int) -> None:
+        """Set the flag, and how long there is, which a later signal may shorten."""
         came_at = time.monotonic()
         self.ask_to_leave()
         if self.at_once:
-            self.leave(f"{signal.Signals(came[0]).name} came")
-        meant = self._meaning(came[0])
-        self.why, self._gone_by = meant.why, came_at + meant.seconds
-        print(f"spresso: {meant.why}; {meant.seconds:.0f} s to save and leave", file=sys.stderr, flush=True)
-        if not self._over.wait(max(0.0, self._gone_by - time.monotonic())):
-            self.leave(f"{meant.why}, and no step ended in the {meant.seconds:.0f} s that there were")
+            self.leave(f"{signal.Signals(number).name} came")
+        meant = self._meaning(number)
+        if came_at + meant.seconds < self._gone_by:
+            self.why, self._gone_by = meant.why, came_at + meant.seconds
+            print(f"spresso: {meant.why}; {meant.seconds:.0f} s to save and leave", file=sys.stderr, flush=True)
 
     def _meaning(self, number: int) -> Meaning:
         try:

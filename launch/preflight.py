@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 15  # seconds to wait for a node that is free
 _PATIENCE = 180.0  # seconds for the imports there
+_WHERE = ("gres", "reservation", "nodelist", "exclude")  # options of sbatch that say on which nodes
 _NEEDED = ("torch", "accelerate", "deepspeed", "peft", "safetensors", "omegaconf", "trainer.recipe")
 
 
@@ -44,7 +45,7 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
     for job in jobs:
         found += _accepted(job)
     if not found:
-        problem, unseen = _on_a_node(jobs[0])
+        problem, unseen = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node))
         found += [problem] if problem else []
         if unseen:
             say(f"  {unseen}")
@@ -116,10 +117,14 @@ def _accepted(job: Job) -> Iterator[str]:
 
 def _on_a_node(job: Job) -> tuple[str, str]:
     """What is wrong on a compute node; and what could not be seen."""
+    from launch.slurm import flags
+
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
-    if cluster.gpus_per_node:
+    given = {key.replace("_", "-"): value for key, value in cluster.options.items()}
+    options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
+    if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")
     python = cluster.python or shlex.quote(sys.executable)
     lines = [*job.parameters["setup"], f"exec {python} -m launch.preflight {int(cluster.gpus_per_node > 0)}"]

@@ -147,9 +147,11 @@ class Job(SlurmExecutor):
         options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}  # srun does not take sbatch's
         if stage not in TRAINED_STAGES:
             options |= {"nodes": 1, "ntasks": 1}
-        return _flags(options | {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.srun.items()})
+        return flags(options | self.cluster.srun)
 
 
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    given = {key: value for key, value in options.items() if value is not None and value is not False}
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """As words of a command line; what is None or false is left out."""
+    named = {key.replace("_", "-").lstrip("-"): value for key, value in options.items()}
+    given = {key: value for key, value in named.items() if value is not None and value is not False}
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]

@@ -52,6 +52,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
             queue.cancel(*(item.job for item in handed_over))
         raise
     keep(root, handed_over)
+    (root / "config.yaml").write_text(to_yaml(config))
     say(f"`spresso status {config.run_dir}` says how it goes, `spresso logs {config.run_dir} -f` what it does")
     return handed_over
 
@@ -70,6 +71,7 @@ def whole_script(config: Config, *, only: str | None = None) -> str:
     submission = _set_aside(config, root)
     job = _job(config, stages, root, submission, [])
     job.make_folders()
+    (root / "config.yaml").write_text(to_yaml(config))
     return job.text
 
 
@@ -134,5 +136,4 @@ def _set_aside(config: Config, root: Path) -> Path:
         shutil.copytree(source / package, folder / "code" / package, ignore=ignored)
     (folder / "code" / COPIED_FROM).write_text(f"{code_version()}\n{local_changes()}")
     (folder / "config.yaml").write_text(to_yaml(config))
-    (root / "config.yaml").write_text(to_yaml(config))
     return folder

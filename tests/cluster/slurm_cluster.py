@@ -17,8 +17,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,8 +127,11 @@ class SlurmCluster:
 
     def job(self, job_id: str) -> dict[str, str]:
         """All that the controller knows of a job; of an array, of its first element. Raises ClusterError."""
-        line = self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()[0]
-        return dict(re.findall(r"(\S+?)=(.*?)(?= [\w:/]+=|$)", line))
+        return _parse(self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()[0])
+
+    def node(self, name: str) -> dict[str, str]:
+        """All that the controller knows of a node: State, Reason …"""
+        return _parse(self.command("scontrol", "--oneliner", "show", "node", name))
 
     def state(self, job_id: str) -> str:
         """Of a job: PENDING, RUNNING, COMPLETING, COMPLETED …"""
@@ -168,8 +173,17 @@ class SlurmCluster:
         kill_slurmd(self._nodes[name])
 
     def boot(self, name: str) -> None:
-        """Start a node again, or only its slurmd where that alone was killed."""
+        """Start a node again, or only its slurmd where that alone was killed, until the controller knows.
+
+        It requeues what ran there before a power cut, and leaves the node DOWN, as unexpectedly rebooted; that is then
+        resumed here. In mode "ports" it cannot tell, as the uptime is this machine's: wait until it has noticed the
+        power cut, or it takes the jobs there for running for another 100 s.
+        """
+        began = int(time.time())
         self._nodes[name].boot()
+        until(lambda: self._started(name) >= began, 20, f"{name} to register")
+        if "rebooted" in self.node(name).get("Reason", ""):
+            self.resume_node(name)
 
     def partition(self, name: str) -> None:
         """Pull the node's network cable. Raises ClusterError where nodes have none."""
@@ -263,6 +277,10 @@ class SlurmCluster:
             return False
         return count == str(len(self.names))
 
+    def _started(self, name: str) -> float:
+        said = self.node(name).get("SlurmdStartTime", "None")
+        return 0 if said == "None" else datetime.fromisoformat(said).timestamp()
+
     def _cables(self) -> Network:
         if self._network is None:
             raise ClusterError("nodes have no network of their own here")
@@ -274,6 +292,10 @@ class SlurmCluster:
             if lines and not (path.suffix == ".err" and path.with_suffix(".log").exists()):  # which has the same
                 yield f"--- {path.name}"
                 yield from lines[-_TAIL:]
+
+
+def _parse(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(.*?)(?= +[\w:/]+=|$)", line))
 
 
 def _clean_environment() -> dict[str, str]:

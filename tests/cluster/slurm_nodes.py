@@ -21,6 +21,7 @@ from tests.cluster.slurm_conf import Place
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 """Debian keeps daemons, and ip, where not every user's PATH leads."""
+_BOOT = 3.0  # seconds that a host is off at least; the controller would not notice a boot within the same second
 _COUNTER = itertools.count()
 _NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
@@ -173,12 +174,13 @@ class HostNode:
 
     def __init__(self, place: Place, folder: Path, environment: Mapping[str, str], network: Network):
         self.name, self._place, self._folder, self._network = place.name, place, folder, network
-        self._environment = environment
+        self._environment, self._off_at = environment, -_BOOT
         self._power: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
         """Switch it on, where it is not, and start its slurmd."""
         if self._power is None or self._power.poll() is not None:
+            time.sleep(max(0.0, self._off_at + _BOOT - time.monotonic()))
             self._power = self._switch_on()
         assert self._power.stdin
         if not slurmds(self):
@@ -197,6 +199,7 @@ class HostNode:
             return
         self._network.unplug(self.name)
         self.stop()
+        self._off_at = time.monotonic()
 
     def stop(self) -> None:
         """End it."""

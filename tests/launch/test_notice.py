@@ -81,3 +81,12 @@ def test_it_does_not_where_the_loop_has_left_in_time():
 def test_what_has_no_loop_leaves_at_once():
     ended = run("ctypes.CDLL(None).usleep(20_000_000)", at_once=True)
     assert (ended.returncode, ended.stdout) == (7, "left SIGTERM came\n")
+
+
+def test_a_later_signal_may_shorten_the_time():
+    later = "END, soon = (datetime.now() + timedelta(seconds=900)).isoformat(), END; "
+    body = later + "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.3); assert not stop.hurried(600); END = soon; "
+    body += "os.kill(os.getpid(), signal.SIGTERM); ctypes.CDLL(None).usleep(20_000_000)"
+    ended = run(body)
+    assert ended.returncode == 7, ended.stderr
+    assert "left was preempted" in ended.stdout
