@@ -168,6 +168,10 @@ class SlurmCluster:
         """SIGKILL to everything on the node."""
         self._nodes[name].cut_power()
 
+    def processes(self, name: str) -> list[int]:
+        """All that runs on the node, by the numbers that this machine gives them."""
+        return self._nodes[name].processes()
+
     def kill_slurmd(self, name: str) -> None:
         """SIGKILL to its daemon alone; the jobs there go on."""
         kill_slurmd(self._nodes[name])
@@ -272,7 +276,9 @@ class SlurmCluster:
 
     def _all_idle(self) -> bool:
         try:
-            count = self.command("sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D", timeout=10)
+            count = self.command(
+                "sinfo", "--noheader", "--responding", "--partition=main", "--states=idle", "--format=%D", timeout=10
+            )
         except ClusterError:
             return False
         return count == str(len(self.names))

@@ -56,7 +56,7 @@ def slurm_conf(
     host = "" if own_hosts else f"NodeHostname={controller.name} "
     lines = [
         _CONF.format(folder=folder, user=pwd.getpwuid(os.geteuid()).pw_name, c=controller, per_cpu=memory_mb // cpus),
-        f"SlurmctldParameters={'preempt_send_user_signal' if user_signal else ''}" if user_signal else "",
+        "SlurmctldParameters=preempt_send_user_signal" if user_signal else "",
         *(
             f"NodeName={n.name} {host}NodeAddr={n.address} Port={n.port} CPUs={cpus} RealMemory={memory_mb}"
             for n in nodes

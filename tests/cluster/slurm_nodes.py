@@ -133,6 +133,13 @@ class Network:
         self._switch = start_bound(*holder, log=log, environment={}, stdout=subprocess.PIPE)
         assert self._switch.stdout
         self._switch.stdout.readline()
+        try:
+            self._lay_cable()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lay_cable(self) -> None:
         self._ip("link add switch type bridge", "link set switch up")
         run("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "host", "netns", str(self._switch.pid))
         run("ip", "address", "add", f"{self.address}/24", "dev", self._cable)
@@ -156,7 +163,8 @@ class Network:
         stop(self._switch)
         assert self._switch.stdout
         self._switch.stdout.close()
-        run("ip", "-force", "-batch", "-", text=f"link delete {self._cable}\n", timeout=10)
+        with contextlib.suppress(ClusterError):  # the kernel does it too, but sometime
+            run("ip", "link", "delete", self._cable)
 
     def _ip(self, *lines: str) -> None:
         target = f"--net=/proc/{self._switch.pid}/ns/net"
@@ -181,7 +189,7 @@ class HostNode:
         """Switch it on, where it is not, and start its slurmd."""
         if self._power is None or self._power.poll() is not None:
             time.sleep(max(0.0, self._off_at + _BOOT - time.monotonic()))
-            self._power = self._switch_on()
+            self._switch_on()
         assert self._power.stdin
         if not slurmds(self):
             self._power.stdin.write(b"\n")
@@ -213,20 +221,20 @@ class HostNode:
             pipe.close()
         self._power = None
 
-    def _switch_on(self) -> subprocess.Popen[bytes]:
+    def _switch_on(self) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         init = ["bash", "-c", slurm_conf.NODE, "init", str(self._folder), self.name, self._place.address]
         log = self._folder / "log" / f"{self.name}.err"
         now = _read(Path("/proc/uptime")).partition(".")[0]
         clock = ["--time", "--boottime", f"-{now}"] if _own_clock() else []  # that is how the controller sees a boot
         power = start(*_NAMESPACES, *clock, *init, log=log, environment=self._environment, **pipes)
+        self._power = power  # whatever comes of it, it is stopped
         assert power.stdin
         assert power.stdout
         if not power.stdout.readline():
             raise ClusterError(f"{self.name} does not come up: {log.read_text()}")
         self._network.plug(self.name, power.pid)
         power.stdin.write(b"\n")
-        return power
 
 
 class PortNode:
