@@ -34,7 +34,7 @@ def cluster(pytestconfig: pytest.Config, small_disk: Path) -> Iterator[SlurmClus
         if os.environ.get("CI"):
             raise RuntimeError(problem)
         pytest.skip(problem)
-    with SlurmCluster() as cluster, pytest.MonkeyPatch.context() as patch:
+    with SlurmCluster(grace_seconds=12) as cluster, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
             patch.delenv(name)  # of a job of another SLURM that the tests may be in
         for name, value in cluster.environment.items():

@@ -58,8 +58,8 @@ def available() -> str | None:
 class SlurmCluster:
     """Nodes `node1`, `node2`, …, with the partitions `main` (default), `nograce`, and `high`, which preempts both.
 
-    Jobs are requeued when they are preempted, after `grace_seconds` in `main` and without grace in `nograce`. There is
-    no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s; a process that
+    Jobs are requeued when they are preempted, after `grace_seconds` or up to 15 s more in `main`, and without grace in
+    `nograce`. There is no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s; a process that
     ignores SIGTERM is killed after 5; a silent node is DOWN after about 25.
 
     Time limits: the controller looks every 30 s, counted from its start, and no setting changes that. `expire` lets a
@@ -153,7 +153,10 @@ class SlurmCluster:
         return last
 
     def expire(self, job_id: str, seconds: int = 1) -> None:
-        """Let a running job's time limit come in so many seconds, though it is noticed only at the next look."""
+        """Let a running job's time limit come in so many seconds, also if it has none; seen at a look, within 30 s.
+
+        With at least 31 there is a look before the one that ends the job, and the signal of --signal comes at that.
+        """
         self.command("scontrol", "update", f"JobId={job_id}", f"EndTime=now+{seconds}")
 
     def down_node(self, name: str) -> None:
