@@ -165,7 +165,8 @@ def page(config: Config) -> Path:
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in TRAINED_STAGES}
-    shutil.rmtree(stage_folder(config, "page"), ignore_errors=True)  # sounds of an older evaluation
+    for name in ("audio", "images"):  # of an older evaluation
+        shutil.rmtree(stage_folder(config, "page") / name, ignore_errors=True)
     index = write_page(
         report,
         stage_folder(config, "page"),

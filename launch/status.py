@@ -2,242 +2,286 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch import owner, queue
-from launch.attempt import history
+from launch import queue
 from launch.batch import place
-from launch.jobs import Submitted, submitted
+from launch.jobs import submitted
+from launch.stage import SILENCE, STAGES, Stage, count, span
+from launch.verdict import DONE, OVER, REQUEUE
 from trainer.text import aligned
 
-_STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "finetune", "evaluate", "page")
-_TAIL = 65_536  # bytes of a metrics.jsonl: the last lines are in them, however long it is
-_HEADER = ("run", "stage", "job", "state", "nodes", "samples", "of", "per s", "loss", "saved", "starts", "ready", "")
+_HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
+_RIGHT = (4, 5, 6)
+_WIDTH = 120
+_INDENT = " " * 14  # below the row of a stage, right of its name
+_NODES = 14  # characters of a list of nodes, which the lines on a run's starts have in full
+_WAITS = {
+    "": "waits",
+    "Priority": "waits behind others",
+    "Resources": "waits for nodes",
+    "BeginTime": "back in a moment",
+    "DependencyNeverSatisfied": "never: one before failed",
+    "JobHeldUser": "held, by scontrol hold",
+    "JobHeldAdmin": "held by the cluster",
+}
 
 
-@dataclass
-class Stage:
-    """A stage of a run that was begun or handed over."""
-
-    folder: Path
-    job: Submitted | None
-    states: list[queue.JobState] = field(default_factory=list)
-
-    @property
-    def status(self) -> dict[str, Any]:
-        """What the training says of itself."""
-        return _read(self.folder / "status.json")
-
-    @property
-    def ended(self) -> list[dict[str, Any]]:
-        """What became of its starts."""
-        return [entry for entry in history(self.folder) if "then" in entry]
-
-    @property
-    def state(self) -> str:
-        """In a word or two: of its job, or of what is known without one."""
-        told = self.status.get("state")
-        if self.states:
-            kinds = sorted({state.state for state in self.states})
-            if len(self.states) > 1:
-                return ", ".join(f"{sum(each.state == kind for each in self.states)} {kind.lower()}" for kind in kinds)
-            if self.states[0].alive:
-                return kinds[0].lower()
-            return (told if told == "done" else self._last) if kinds == ["GONE"] else kinds[0].lower()
-        held = owner.holder(self.folder)
-        if told == "running" or (held is not None and told != "done"):
-            return "running" if held is not None and owner.lives(held, self.folder) else "died"
-        return told or self._last
-
-    @property
-    def _last(self) -> str:
-        """What became of the last start that has ended."""
-        return self.ended[-1]["then"] if self.ended else "unknown"
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs or will."""
-        return any(state.alive for state in self.states) or (not self.states and self.state == "running")
-
-
-def runs(root: Path = Path("runs")) -> list[Path]:
-    """The run directories below a folder."""
-    found = {path.parent for pattern in ("*/config.yaml", "*/jobs.jsonl") for path in root.glob(pattern)}
-    return sorted(found | {path.parent.parent for stage in _STAGES for path in root.glob(f"*/{stage}/status.json")})
+def runs() -> list[Path]:
+    """The run directories under runs/, and those elsewhere one level down that have the config of a run."""
+    own = [path for path in Path("runs").glob("*/") if _is_run(path)]
+    others = [path.parent for path in Path().glob("[!.]*/[!.]*/config.yaml") if _is_run(path.parent)]
+    return sorted({*own, *others})
 
 
 def resolve(text: str) -> Path:
     """A run's directory, given by path or by its name under runs/; raises ValueError naming those there are."""
-    for path in (Path(text), Path("runs") / text):
-        if path.is_dir():
-            return path.resolve()
+    folders = [path.resolve() for path in (Path(text), Path("runs") / text) if path.is_dir()]
+    if folders:
+        return next((path for path in folders if _is_run(path)), folders[0])
     known = ", ".join(path.name for path in runs()) or "none"
     raise ValueError(f"there is no run {text}: give its directory, or the name of one under runs/ ({known})")
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / "jobs.jsonl").exists() or any(Stage(folder / name, None).begun for name in STAGES)
+
+
 def report(run: Path | None) -> str:
-    """All runs under runs/ in a table; or one, with what became of each of its starts."""
-    folders = [run] if run is not None else runs()
-    stages = {folder: stages_of(folder) for folder in folders}
-    word = ask_the_queue([stage for each in stages.values() for stage in each])
-    rows = [_row(folder, stage) for folder, each in stages.items() for stage in each]
-    if not rows:
-        return "no run has begun" + (f" in {run}" if run else " under runs/")
-    told = [aligned([_HEADER, *rows], right=(5, 6, 7, 8, 10)), *([word] if word else [])]
+    """All runs in a table; or one, with what became of each of its starts."""
+    stages, problems = {}, []
+    for folder in [run] if run is not None else runs():
+        try:
+            stages[folder] = stages_of(folder)
+        except ValueError as error:  # one damaged run is not to hide the others
+            problems.append(str(error))
+    # a job that its script has declared over needs no question; each that SLURM has forgotten would cost one more
+    asked = [stage for each in stages.values() for stage in each if not stage.over]
+    if word := ask_the_queue(asked):
+        problems.append(textwrap.shorten(f"from the run directories alone: {word}", _WIDTH, placeholder=" …"))
+    told = [_table(stages)] if any(stages.values()) else [f"nothing has begun under {_shown(run or Path('runs'))}"]
     if run is not None:
-        told += [line for stage in stages[run] for line in _starts(stage)]
-    return "\n".join(told)
+        starts = [line for stage in stages.get(run, ()) for line in _starts(stage)]
+        told += ["", *starts] if starts else []
+    return "\n".join([*told, *problems])
 
 
 def stages_of(run: Path) -> list[Stage]:
-    """Those that were begun or handed over, in order."""
-    jobs = submitted(run)
-    begun = [name for name in _STAGES if name in jobs or (run / name / "status.json").exists()]
-    return [Stage(run / name, jobs.get(name)) for name in begun]
+    """Those that were begun or handed over, in order. Raises ValueError where the list of jobs can't be read."""
+    try:
+        jobs = submitted(run)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): mend or remove the line") from None
+    return [stage for name in STAGES if (stage := Stage(run / name, jobs.get(name))).job or stage.begun]
 
 
 def ask_the_queue(stages: Sequence[Stage]) -> str:
     """Fill in what SLURM says of the stages' jobs, in one question; returns what to tell where it says nothing."""
-    jobs = [stage.job.job for stage in stages if stage.job is not None]
+    numbers = list(dict.fromkeys(stage.job.job for stage in stages if stage.job is not None))
     try:
-        found = queue.states(jobs)
+        found = queue.states(numbers)
     except queue.QueueError as error:
-        return f"SLURM says nothing of the jobs: {str(error).splitlines()[0]}"
+        return f"SLURM does not answer: {str(error).splitlines()[0].rpartition(' failed: ')[2]}"
     for stage in stages:
         if stage.job is not None:
-            stage.states = found[stage.job.job]
+            stage.elements = found[stage.job.job]
     return ""
 
 
 def cancel(run: Path) -> str:
     """End all jobs of a run, those that wait first; returns which. Raises ValueError where none is alive."""
-    living = [state for stage in _known(run) for state in stage.states if state.alive]
+    living = _living(run)
     if not living:
-        raise ValueError(f"no job of {run} is alive")
-    waiting = [state.job for state in living if state.state == "PENDING"]
-    others = [state.job for state in living if state.state != "PENDING"]
-    for jobs in (waiting, others):
-        if jobs:
-            queue.cancel(*jobs)
-    saving = f"; {', '.join(others)} may take a little, as training saves first" if others else ""
-    return f"cancelled: {', '.join(waiting + others)}{saving}"
+        by_hand = _by_hand(run)
+        how = f"; it is trained by {by_hand}, which Ctrl-C or `kill` ends" if by_hand else ""
+        raise ValueError(f"{_shown(run)} has no job that waits or runs{how}")
+    waiting = [job for job, (_, each) in living.items() if any(state.state == "PENDING" for state in each)]
+    others = [job for job, (_, each) in living.items() if any(state.state != "PENDING" for state in each)]
+    waiting.reverse()  # the last of a chain first: SLURM itself would take it out after the one before
+    if waiting:
+        queue.cancel("--state=PENDING", *waiting)
+    queue.cancel(*living)  # also one that has started since it was asked
+    told = [*(job for job in waiting if job not in others), *others]
+    saving = f"; {_named(living, others)}: what trains saves before it ends" if others else ""
+    return f"cancelled {_named(living, told)}{saving}"
 
 
 def requeue(run: Path) -> str | None:
-    """Have a running job save, leave and wait again; returns what was done, None where no job is alive."""
-    living = [state for stage in _known(run) for state in stage.states if state.alive]
-    running = [state.job for state in living if state.state == "RUNNING"]
+    """Have a running job save, leave and wait again; returns what was done, None where no job is alive.
+
+    Raises:
+        ValueError: SLURM does not answer, or the run is trained without it.
+    """
+    living = _living(run)
+    running = [state.job for _, each in living.values() for state in each if state.state == "RUNNING"]
     for job in running:
-        queue.cancel("--signal=USR2", job)
+        queue.cancel("--signal=USR2", job)  # to its steps: the script stays, and requeues the job
     if running:
         return f"told to save, leave and come back: {', '.join(running)}"
-    return f"they wait already: {', '.join(state.job for state in living)}" if living else None
+    if living:
+        return f"nothing to do, it waits or ends already: {_named(living, living)}"
+    if by_hand := _by_hand(run):
+        raise ValueError(f"{_shown(run)} is trained by {by_hand}, and not by a job that could be requeued")
+    return None
 
 
-def _known(run: Path) -> list[Stage]:
-    stages = stages_of(run)
+def _living(run: Path) -> dict[str, tuple[str, list[queue.JobState]]]:
+    """The run's jobs that are alive, by number: whose they are, and the living parts of each. A job may be several's.
+
+    Here all are asked about, as somebody may have requeued one that was over. Raises ValueError without an answer.
+    """
+    stages, found = stages_of(run), dict[str, tuple[str, list[queue.JobState]]]()
     if word := ask_the_queue(stages):
         raise ValueError(word)
-    return stages
+    for stage in stages:
+        if stage.job is not None and stage.living:
+            names = [found[stage.job.job][0], stage.folder.name] if stage.job.job in found else [stage.folder.name]
+            found[stage.job.job] = (", ".join(names), stage.living)
+    return found
 
 
-def _row(run: Path, stage: Stage) -> tuple[str, ...]:
-    status, line = stage.status, last_line(stage.folder / "metrics.jsonl")
-    speed, training = line.get("samples_per_second"), stage.alive and status.get("state") == "running"
-    seen, of, ended = status.get("samples"), status.get("of"), stage.ended
-    left = of - seen if seen is not None and of is not None else 0
-    ready = _clock(time.time() + left / speed) if training and speed and left else ""
-    waits = next((state for state in stage.states if state.state == "PENDING"), None)
-    return (
-        run.name,
-        stage.folder.name,
-        stage.job.job if stage.job else "",
-        stage.state,
-        " ".join(dict.fromkeys(state.nodes for state in stage.states if state.alive and state.nodes)),
-        _count(seen),
-        _count(of),
-        f"{speed:g}" if speed and training else "",
-        f"{line['loss']:.4f}" if "loss" in line else "",
-        _age(stage.folder),
-        str(len(ended) + bool(stage.alive and status)) if ended else "",
-        ready,
-        _because(waits) if waits else (ended[-1]["why"][:70] if ended and ended[-1]["then"] != "done" else ""),
+def _by_hand(run: Path) -> str:
+    """The living process that trains a run without SLURM; empty where there is none."""
+    return next((stage.by_hand for stage in stages_of(run) if stage.by_hand and stage.state == "running"), "")
+
+
+def _named(living: dict[str, tuple[str, list[queue.JobState]]], jobs: Sequence[str] | dict[str, Any]) -> str:
+    return ", ".join(f"{job} ({living[job][0]})" for job in jobs)
+
+
+def _table(stages: dict[Path, list[Stage]]) -> str:
+    rows: list[tuple[str, ...]] = [_HEADER]
+    above, below = [list[str]()], [list[str]()]
+    for run, each in stages.items():
+        for number, stage in enumerate(each):
+            rows.append(_row(stage, each[:number]))
+            above.append([] if number else [_shown(run)])
+            below.append([line for text in _remarks(stage) for line in _wrapped(text, _INDENT)])
+    lines = aligned(rows, right=_RIGHT).split("\n")
+    return "\n".join(
+        text for three in zip(above, lines, below, strict=True) for text in (*three[0], three[1], *three[2])
     )
 
 
-def _because(waits: queue.JobState) -> str:
-    words = {
-        "Dependency": "waits for the stage before",
-        "BeginTime": "requeued a moment ago",
-        "Resources": "waits for nodes",
-        "Priority": "waits for nodes, others come first",
-    }
-    return words.get(waits.reason, f"waits: {waits.reason}")
+def _row(stage: Stage, before: Sequence[Stage]) -> tuple[str, ...]:
+    status, line, parts = stage.status, stage.line, stage.parts
+    seen, of = status.get("samples"), status.get("of")
+    where = " ".join(dict.fromkeys(state.nodes for state in stage.living if state.nodes))
+    if stage.by_hand and stage.holder is not None:
+        where = stage.holder.host
+    samples = f"{count(seen)} of {count(of)}" if of and seen is not None else ""
+    return (
+        f"  {stage.folder.name}",
+        f"pid {stage.holder.pid}" if stage.by_hand and stage.holder else stage.job.job if stage.job else "",
+        stage.state,
+        where if len(where) <= _NODES else f"{where[: _NODES - 1]}…",
+        f"{parts['done']} of {sum(parts.values())} parts" if parts else samples,
+        f"{line['samples_per_second']:.4g}" if stage.speaks and line.get("samples_per_second") else "",
+        f"{line['loss']:.4f}" if isinstance(line.get("loss"), int | float) else "",
+        _age(stage.folder),
+        _expected(stage, before),
+    )
+
+
+def _expected(stage: Stage, before: Sequence[Stage]) -> str:
+    """When it will be done, or why that can't be said."""
+    if stage.state == "pending":
+        waits = next((state for state in stage.living if state.state == "PENDING"), None)
+        if waits is None:
+            return ""
+        if waits.reason == "Dependency":
+            names = [other.folder.name for other in before if other.living or other.state == "running?"]
+            return f"waits for {names[-1] if names else 'the stage before'}"
+        return _WAITS.get(waits.reason, f"waits: {waits.reason}")
+    if not stage.runs:
+        return "never began" if stage.state == "gone" and not stage.of_this_job else ""
+    if not stage.speaks:
+        return "starts up" if stage.holder else ""  # of those that train, which alone have a holder and lines
+    if (quiet := time.time() - stage.line["time"]) > SILENCE:
+        return f"silent for {span(quiet)}"
+    left, speed = stage.status.get("of", 0) - stage.line["samples"], stage.line.get("samples_per_second")
+    return _clock(max(time.time(), stage.line["time"] + max(0, left) / speed)) if speed else ""
+
+
+def _remarks(stage: Stage) -> Iterator[str]:
+    """What there is to tell of a stage beyond its row."""
+    kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
+    if len(kinds) > 1:
+        yield f"parts: {', '.join(kinds)}"
+    whys = {then: [_why(entry) for entry in stage.of_this_job if entry.get("then") == then] for then in (REQUEUE, OVER)}
+    times = "once" if len(whys[REQUEUE]) == 1 else f"{len(whys[REQUEUE])} times"
+    if stage.state == "failed" and whys[OVER]:
+        yield f"over{f', after it was requeued {times}' if whys[REQUEUE] else ''}: {whys[OVER][-1]}"
+    elif whys[REQUEUE]:
+        yield f"requeued {times}{', the last' if times != 'once' else ''}: {whys[REQUEUE][-1]}"
+    if stage.state == "died":
+        yield f"{stage.by_hand} is dead: the same command goes on from the last checkpoint"
+    if stage.state == "gone" and stage.of_this_job:
+        yield "SLURM has forgotten the job, and it did not say how it ended"
+    if stage.state == "silent":
+        yield f"no word for {span(time.time() - stage.spoke)}"
+    if stage.damaged:
+        yield stage.damaged
+
+
+def _why(entry: dict[str, Any]) -> str:
+    return entry.get("why") or "not told why"
 
 
 def _starts(stage: Stage) -> Iterator[str]:
-    """A line for each start that has ended."""
-    begun = {(entry["job"], entry["restart"]): entry for entry in history(stage.folder) if "began" in entry}
-    for entry in stage.ended:
-        first = begun.get((entry["job"], entry["restart"]), {})
-        nodes = f" on {first['nodes']}" if first.get("nodes") else ""
-        at = f" at {entry['place']} samples" if entry.get("place") else ""
-        why = f": {entry['why']}" if entry.get("why") else ""
-        span = f"{_clock(first['began'])} – {_clock(entry['ended'])}" if first else _clock(entry["ended"])
-        yield f"{stage.folder.name}, job {entry['job']}, {span}{nodes}: {entry['then']}{at}{why}"
+    """What became of each start, in full."""
+    closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
+    opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
+    for key in dict.fromkeys((entry["job"], entry["restart"]) for entry in stage.history):
+        first, last = opened.get(key, {}), closed.get(key, {})
+        when = f"from {_clock(first['began'])}" if first else ""
+        when += f" to {_clock(last['ended'])}" if last.get("ended") else ""
+        words = (f"{stage.folder.name}, job {key[0]}", first.get("nodes", ""), when.strip())
+        yield from _wrapped(f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}", "")
 
 
-def last_line(path: Path) -> dict[str, Any]:
-    """The last whole `train` line of a metrics.jsonl; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-        except ValueError:  # torn
-            continue
-        if isinstance(line, dict) and line.get("kind") == "train":
-            return line
-    return {}
+def _outcome(stage: Stage, key: tuple[str, int], last: dict[str, Any]) -> str:
+    if not last:
+        return "goes on" if _goes_on(stage, key) else "ended without a word: cancelled, killed, or its node is lost"
+    at = f" at {count(last['place'])} samples" if last.get("place") and last["then"] != DONE else ""
+    return f"{last['then']}{at}{': ' if last.get('why') else ''}{last.get('why', '')}"
+
+
+def _goes_on(stage: Stage, key: tuple[str, int]) -> bool:
+    """Whether a start that has no end is the one under way."""
+    newest = max(entry["restart"] for entry in stage.history if entry["job"] == key[0])
+    running = [state.job for state in stage.living if state.state != "PENDING"]
+    return key[1] == newest and (key[0] in running or stage.state == "running?")
 
 
 def _age(folder: Path) -> str:
     """Of the newest checkpoint."""
     newest = place(folder)
     path = folder / "checkpoints" / f"step_{newest or 0:012d}" / "manifest.json"
-    return f"{span(time.time() - path.stat().st_mtime)} ago" if newest and path.exists() else ""
+    try:
+        return f"{span(time.time() - path.stat().st_mtime)} ago" if newest else ""
+    except OSError:  # removed just now, or damaged
+        return ""
 
 
-def span(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`, `4 days`."""
-    for unit, size, until in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
-        if seconds / size < until:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86400:.0f} days"
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def _shown(run: Path) -> str:
+    """As one would write it here."""
+    here = Path.cwd()
+    return str(run.relative_to(here)) if run.is_absolute() and run.is_relative_to(here) and run != here else str(run)
 
 
 def _clock(moment: float) -> str:
-    """The hour, and the day where it is another."""
+    """Local time: the hour, with the weekday or the date where it is another day."""
     then, now = datetime.fromtimestamp(moment), datetime.now()
-    return then.strftime("%H:%M" if then.date() == now.date() else "%d %b %H:%M")
-
-
-def _count(number: int | None) -> str:
-    return "" if number is None else f"{number:_}".replace("_", "\u202f")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+    if then.date() == now.date():
+        return then.strftime("%H:%M")
+    return then.strftime("%a %H:%M" if 0 < moment - now.timestamp() < 6 * 86400 else "%d %b %H:%M")

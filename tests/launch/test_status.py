@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from launch import logs, owner, status
-from launch.attempt import record
+from launch import owner, status
+from launch.attempt import record, write_json
 from launch.jobs import Submitted, keep
+from launch.stage import STAGES, elements_of, last_line, span
+from trainer import config
 
 ROOT = Path(__file__).parents[2]
 NOW = time.time()
@@ -20,165 +21,301 @@ NOW = time.time()
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A run of which pretrain has ended, autoencode runs, quantize waits for it, and finetune has failed before."""
+    """A run of which pretrain has ended, autoencode runs after it was preempted, and quantize waits for it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPRESSO_ATTEMPT", raising=False)
     folder = tmp_path / "runs" / "mine"
     begin(folder / "pretrain", "done", 96, 96)
-    begin(folder / "autoencode", "running", 3000, 9000, line={"samples_per_second": 50.0, "loss": 1.25})
+    begin(folder / "autoencode", "running", 3000, 9000, samples_per_second=50.0, loss=1.25)
     newest = folder / "autoencode" / "checkpoints" / "step_000000002400"
     newest.mkdir(parents=True)
     (newest / "manifest.json").write_text("{}")
     os.utime(newest / "manifest.json", (NOW - 240, NOW - 240))
-    for number, (stage, job) in enumerate((("pretrain", "1"), ("autoencode", "2"), ("quantize", "3"))):
-        keep(folder, [Submitted(stage, job, "", "", NOW + number)])
-    who = {"job": "2", "restart": 0}
-    record(folder / "autoencode", {**who, "began": NOW - 900, "nodes": "n[1-4]"})
-    record(
-        folder / "autoencode", {**who, "ended": NOW - 500, "place": 1200, "then": "requeued", "why": "was preempted"}
-    )
+    for stage, job in (("pretrain", "1"), ("autoencode", "2"), ("quantize", "3")):
+        keep(folder, [Submitted(stage, job, "", f"{folder}/{stage}/logs/job_%j.out", NOW)])
+    started(folder / "pretrain", "1", 0, "n1")
+    ended(folder / "pretrain", "1", 0, "done")
+    started(folder / "autoencode", "2", 0, "n[1-4]")
+    ended(folder / "autoencode", "2", 0, "requeued", "was preempted", place=1200)
+    started(folder / "autoencode", "2", 1, "n[1-2]")
     return folder
 
 
-def begin(folder: Path, state: str, samples: int, of: int, line: dict | None = None) -> None:
+def begin(folder: Path, state: str, samples: int, of: int, *, at: float = NOW, **values: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "status.json").write_text(json.dumps({"state": state, "samples": samples, "of": of}))
-    lines = [json.dumps({"kind": "train", "samples": samples, **(line or {})}), '{"kind": "held_out", "loss": 3}']
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tra']))
+    lines = [{"kind": "train", "samples": samples, "time": at, **values}, {"kind": "held_out", "loss": 3}]
+    (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"kind": "tra']))
+
+
+def started(folder: Path, job: str, restart: int, nodes: str) -> None:
+    record(folder, {"began": NOW - 900, "job": job, "restart": restart, "nodes": nodes})
+
+
+def ended(folder: Path, job: str, restart: int, then: str, why: str = "", place: int = 96) -> None:
+    record(folder, {"ended": NOW - 500, "job": job, "restart": restart, "place": place, "then": then, "why": why})
 
 
 def queue_says(slurm, *lines: str) -> None:
-    slurm.answer("squeue", "\n".join(f"echo '{line}'" for line in lines))
+    slurm.answer("squeue", "\n".join(f"echo '{line}'" for line in lines) or ":")
 
 
 def row(report: str, stage: str) -> list[str]:
-    [line] = [line for line in report.splitlines() if line.split()[1:2] == [stage]]
+    [line] = [line for line in report.splitlines() if line.startswith(f"  {stage} ")]
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def below(report: str, stage: str) -> str:
+    """What is told under a stage's row."""
+    lines = report.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"  {stage} ")) + 1
+    last = next((n for n in range(first, len(lines)) if not lines[n].startswith(" " * 14)), len(lines))
+    return " ".join(line.strip() for line in lines[first:last])
 
 
 def test_where_each_stage_is(run, slurm):
     queue_says(slurm, "2|2|RUNNING|n[1-2]|None", "3|3|PENDING||Dependency")
     told = status.report(None)
-    assert row(told, "pretrain")[2:4] == ["1", "done"]
-    running = row(told, "autoencode")
-    assert running[2:5] == ["2", "running", "n[1-2]"]
-    assert running[5:10] == ["3\u202f000", "9\u202f000", "50", "1.2500", "4 min ago"]
-    assert running[10] == "2"
-    assert running[-1] == "was preempted"
-    assert abs(_minutes(running[11]) - _minutes(time.strftime("%H:%M", time.localtime(time.time() + 120)))) <= 1
-    assert row(told, "quantize")[2:] == ["3", "pending", "waits for the stage before"]
+    assert told.splitlines()[1] == "runs/mine"
+    assert row(told, "pretrain") == ["pretrain", "1", "done", "96 of 96"]
+    ready = {time.strftime("%H:%M", time.localtime(NOW + 120 + late)) for late in (0, 5)}
+    *running, end = row(told, "autoencode")
+    assert running == ["autoencode", "2", "running", "n[1-2]", "3,000 of 9,000", "50", "1.2500", "4 min ago"]
+    assert end.split()[-1] in ready
+    assert below(told, "autoencode") == "requeued once: was preempted"
+    assert row(told, "quantize") == ["quantize", "3", "pending", "waits for autoencode"]
+    assert slurm.calls("squeue")[0].endswith("--jobs=2,3")
     assert len(slurm.calls("squeue")) == 1
-    assert max(map(len, told.splitlines())) <= 140
+    assert not slurm.calls("sacct")  # what its own script has declared over is not asked about
+    assert max(map(len, told.splitlines())) <= 120
 
 
-def _minutes(clock: str) -> int:
-    hours, minutes = clock.split(":")
-    return int(hours) * 60 + int(minutes)
+def test_large_numbers_fit_as_well(run, slurm):
+    begin(run / "autoencode", "running", 1_310_400, 20_000_000, samples_per_second=212.34, loss=1.25)
+    queue_says(slurm, "2|2|RUNNING|gpu[001-016,020,033-047]|None", "3|3|PENDING||Priority")
+    told = status.report(None)
+    assert row(told, "autoencode")[3:6] == ["gpu[001-016,0…", "1,310,400 of 20,000,000", "212.3"]
+    assert row(told, "quantize")[3:] == ["waits behind others"]
+    assert max(map(len, told.splitlines())) <= 120
 
 
 def test_one_run_with_all_that_became_of_it(run, slurm):
     queue_says(slurm, "2|2|RUNNING|n[1-2]|None")
     told = status.report(status.resolve("mine"))
-    assert "on n[1-4]: requeued at 1200 samples: was preempted" in told
+    assert "pretrain, job 1, n1, from" in told
+    assert ": requeued at 1,200 samples: was preempted\n" in told
+    assert told.splitlines()[-1].startswith("autoencode, job 2, n[1-2], from")
+    assert told.splitlines()[-1].endswith(": goes on")
 
 
-def test_an_array(run, slurm):
-    keep(run, [Submitted("prepare", "9", "", "", NOW)])
-    (run / "prepare").mkdir()
-    queue_says(slurm, "9|9_0|COMPLETED|n1|None", "9|9_1|RUNNING|n2|None", "9|9_[2-3]|PENDING||Resources")
-    assert row(status.report(run), "prepare")[3] == "1 completed, 1 pending, 1 running"
+def test_a_start_without_an_end_that_is_not_under_way(run, slurm):
+    queue_says(slurm, "2|2|CANCELLED||None")
+    told = status.report(run)
+    assert row(told, "autoencode")[2] == "cancelled"
+    assert "ended without a word" in told
 
 
-def test_without_slurm_it_works_from_the_directory(run, monkeypatch):
-    monkeypatch.setenv("PATH", "")
+def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
+    why = (
+        "rank 2 on n1: ArithmeticError: one too many; the same at the same place as before, so it would come again " * 2
+    )
+    ended(run / "autoencode", "2", 1, "over", why)
+    queue_says(slurm, "3|3|PENDING||DependencyNeverSatisfied")
     told = status.report(None)
-    assert "SLURM says nothing of the jobs: there is no squeue here" in told
-    assert row(told, "pretrain")[3] == "done"
+    assert row(told, "autoencode")[2] == "failed"
+    assert below(told, "autoencode") == f"over, after it was requeued once: {why.strip()}"
+    assert row(told, "quantize")[3:] == ["never: one before failed"]
+    assert max(map(len, told.splitlines())) <= 120
+
+
+def test_a_start_that_has_not_come_to_a_line_yet_promises_no_end(run, slurm):
+    begin(run / "autoencode", "running", 3000, 9000, at=NOW - 600, samples_per_second=50.0)
+    owner.take(run / "autoencode", owner.Owner("2_1", "n1", 1, "", "2", 1))
+    queue_says(slurm, "2|2|RUNNING|n1|None")
+    assert row(status.report(None), "autoencode")[3:] == ["n1", "3,000 of 9,000", "4 min ago", "starts up"]
+
+
+def test_a_training_that_has_fallen_silent(run, slurm):
+    begin(run / "autoencode", "running", 3000, 9000, at=NOW - 7200, samples_per_second=50.0)
+    queue_says(slurm, "2|2|RUNNING|n1|None")
+    assert row(status.report(None), "autoencode")[-1] == "silent for 2 h"
+
+
+def test_a_job_that_slurm_has_forgotten(run, slurm):
+    queue_says(slurm)
+    told = status.report(None)
+    assert row(told, "autoencode")[2] == "gone"
+    assert "forgotten" in below(told, "autoencode")
+
+
+def test_an_array(run, slurm, tmp_path):
+    (tmp_path / "submission" / "jobs").mkdir(parents=True)
+    (tmp_path / "submission" / "jobs" / "9_submission.sh").write_text("#!/bin/bash\n#SBATCH --array=0-15\n")
+    keep(run, [Submitted("prepare", "9", str(tmp_path / "submission"), "logs/job_%A_%a.out", NOW)])
+    for part, then in (("0", "done"), ("1", "done"), ("2", "over")):  # long forgotten by SLURM
+        ended(run / "prepare", f"9_{part}", 0, then, "x")
+    started(run / "prepare", "9_4", 0, "n1")
+    queue_says(slurm, "9|9_3|COMPLETED|n1|None", "9|9_4|RUNNING|n2|None", "9|9_[5-7,9,...]|PENDING||Resources")
+    told = status.report(None)
+    assert row(told, "prepare") == ["prepare", "9", "running", "n2", "3 of 16 parts"]
+    assert below(told, "prepare") == "parts: 3 done, 1 failed, 11 pending, 1 running"
+    queue_says(slurm, "9|9|CANCELLED||None", "9|9_4|CANCELLED||None")
+    assert below(status.report(None), "prepare") == "parts: 2 done, 13 cancelled, 1 failed over: x"
+
+
+def test_an_array_of_which_nothing_is_known_but_what_slurm_says(run, slurm):
+    keep(run, [Submitted("prepare", "9", "", "", NOW)])
+    queue_says(slurm, "9|9_0|COMPLETED|n1|None", "9|9_[1-15]|PENDING||Resources")
+    assert row(status.report(None), "prepare")[2:] == ["pending", "1 of 16 parts", "waits for nodes"]
+
+
+def test_numbers_of_an_array():
+    assert elements_of("12_[0-2,7%4]") == ["0", "1", "2", "7"]
+    assert elements_of("12_[0-6:3]") == ["0", "3", "6"]
+    assert (elements_of("12_3"), elements_of("12")) == (["3"], [])
+
+
+def test_one_job_for_all_stages(run, slurm):
+    """As `spresso sbatch` makes it: what it has done is done, though it runs."""
+    keep(run, [Submitted(stage, "30", "", f"{run}/logs/job_30.out", NOW) for stage in ("pretrain", "autoencode")])
+    started(run / "pretrain", "30", 0, "n1")
+    ended(run / "pretrain", "30", 0, "done")
+    started(run / "autoencode", "30", 0, "n1")
+    queue_says(slurm, "30|30|RUNNING|n1|None")
+    told = status.report(None)
+    assert (row(told, "pretrain")[2], row(told, "autoencode")[2]) == ("done", "running")
+    assert status.requeue(run) == "told to save, leave and come back: 30"
+    assert status.cancel(run).startswith("cancelled 30 (pretrain, autoencode)")
+    assert slurm.calls("scancel") == ["--signal=USR2 30", "30"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_slurm_it_works_from_the_directory(run, slurm, monkeypatch, there):
+    slurm.answer("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    if not there:
+        monkeypatch.setenv("PATH", "")
+    write_json(run / "autoencode" / "owner.json", owner.Owner("2_1", "n1", 1, "", "2", 1).__dict__)
+    told = status.report(None)
+    why = "Unable to contact slurm controller" if there else "there is no squeue here"
+    assert f"from the run directories alone: SLURM does not answer: {why}" in told
+    assert [row(told, stage)[2] for stage in ("pretrain", "autoencode", "quantize")] == [
+        "done",
+        "running?",
+        "submitted",
+    ]
+    assert len(slurm.calls("squeue")) == there  # a controller that is down is waited for once
+    for path in (run / "autoencode").rglob("*.json*"):
+        os.utime(path, (NOW - 7200, NOW - 7200))
+    assert below(status.report(None), "autoencode").endswith("no word for 2 h")
 
 
 def test_a_run_by_hand(run, slurm, tmp_path):
     folder = tmp_path / "runs" / "by_hand" / "pretrain"
-    begin(folder, "running", 10, 100)
+    folder.mkdir(parents=True)
     owner.take(folder, owner.by_hand())
-    assert "running" in _line(status.report(None), "by_hand")
+    me = owner.by_hand()
+    assert row(status.report(folder.parent), "pretrain")[1:] == [f"pid {me.pid}", "running", me.host, "starts up"]
+    begin(folder, "running", 10, 100, at=time.time() + 1, samples_per_second=1.0, loss=2.0)
+    assert row(status.report(folder.parent), "pretrain")[4:7] == ["10 of 100", "1", "2.0000"]
+    with pytest.raises(ValueError, match="no job that waits or runs; it is trained by process"):
+        status.cancel(folder.parent)
+    with pytest.raises(ValueError, match="is trained by process"):
+        status.requeue(folder.parent)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    (folder / "owner.json").unlink()
-    owner.take(folder, owner.Owner("x", owner.by_hand().host, child.pid, "1"))
-    assert "died" in _line(status.report(None), "by_hand")
-    os.environ.pop("SPRESSO_ATTEMPT", None)
+    write_json(folder / "owner.json", owner.Owner("x", owner.by_hand().host, child.pid, "1").__dict__)
+    told = status.report(folder.parent)
+    assert row(told, "pretrain")[1:3] == [f"pid {child.pid}", "died"]
+    assert f"process {child.pid}" in below(told, "pretrain")
+    assert status.requeue(folder.parent) is None
+    assert not slurm.calls("squeue")
 
 
-def _line(report: str, run: str) -> str:
-    return next(line for line in report.splitlines() if line.startswith(run))
+def test_a_run_by_hand_after_one_on_the_cluster(run, slurm):
+    owner.take(run / "quantize", owner.by_hand())
+    queue_says(slurm, "3|3|FAILED||None")
+    assert row(status.report(None), "quantize")[1:3] == [f"pid {os.getpid()}", "running"]
 
 
-def test_an_unknown_run_names_those_there_are(run):
-    with pytest.raises(ValueError, match=r"no run yours.*\(mine\)"):
+def test_torn_lines_and_damaged_files(run, slurm, tmp_path):
+    queue_says(slurm, "2|2|RUNNING|n1|None")
+    with (run / "autoencode" / "attempts" / "history.jsonl").open("a") as file:
+        file.write('{"ended": 1, "jo')
+    (run / "autoencode" / "owner.json").write_text("{")
+    begin(tmp_path / "runs" / "other" / "pretrain", "done", 1, 1)
+    (tmp_path / "runs" / "other" / "jobs.jsonl").write_text('{"stage": "pre')
+    told = status.report(None)
+    assert "owner.json is damaged" in below(told, "autoencode")
+    assert "other/jobs.jsonl is damaged" in told
+    with pytest.raises(ValueError, match=r"jobs\.jsonl is damaged"):
+        status.cancel(tmp_path / "runs" / "other")
+
+
+def test_only_the_end_of_a_long_metrics_file_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"kind": "train", "samples": 7, "time": 1.0})
+    with path.open("w") as file:
+        file.seek(2**31)  # sparse
+        file.write(f'\n{line}\n{{"kind": "train", "sam')
+    begun = time.monotonic()
+    assert last_line(path)["samples"] == 7
+    assert time.monotonic() - begun < 0.5
+
+
+def test_runs_elsewhere_and_unknown_ones(run, tmp_path):
+    begin(tmp_path / "out" / "try2" / "pretrain", "done", 1, 1)
+    assert status.runs() == [Path("runs/mine")]
+    (tmp_path / "out" / "try2" / "config.yaml").touch()
+    assert status.runs() == [Path("out/try2"), Path("runs/mine")]
+    (tmp_path / "mine").mkdir()  # no run
+    assert status.resolve("mine") == run
+    with pytest.raises(ValueError, match=r"no run yours.*\(try2, mine\)"):
         status.resolve("yours")
+    assert status.report(tmp_path / "mine") == "nothing has begun under mine"
+
+
+def test_the_stages_are_those_of_a_recipe():
+    assert STAGES == config.STAGES
 
 
 def test_nothing_heavy_is_imported_for_it(run):
-    program = "import sys; from launch import status; status.report(None); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", program]
+    program = "import sys; from launch import logs, status; status.report(None); print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "False"
 
 
 def test_those_that_wait_are_cancelled_first(run, slurm):
-    queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency")
-    assert status.cancel(run).startswith("cancelled: 3, 2; 2 may take a little")
-    assert slurm.calls("scancel") == ["3", "2"]
+    keep(run, [Submitted("finetune", "4", "", "", NOW)])
+    queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency", "4|4|PENDING||Dependency")
+    told = status.cancel(run)
+    assert (
+        told == "cancelled 4 (finetune), 3 (quantize), 2 (autoencode); 2 (autoencode): what trains saves before it ends"
+    )
+    assert slurm.calls("scancel") == ["--state=PENDING 4 3", "2 3 4"]
     queue_says(slurm, "2|2|CANCELLED||None", "3|3|CANCELLED||None")
-    with pytest.raises(ValueError, match="is alive"):
+    with pytest.raises(ValueError, match="no job that waits or runs"):
         status.cancel(run)
 
 
 def test_a_running_job_is_told_to_come_back_and_one_that_waits_is_left(run, slurm):
     queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency")
-    assert "come back: 2" in status.requeue(run)
+    assert status.requeue(run) == "told to save, leave and come back: 2"
     assert slurm.calls("scancel") == ["--signal=USR2 2"]
     queue_says(slurm, "3|3|PENDING||Dependency")
-    assert "wait already: 3" in status.requeue(run)
+    assert status.requeue(run) == "nothing to do, it waits or ends already: 3 (quantize)"
     queue_says(slurm, "2|2|FAILED||None")
     assert status.requeue(run) is None
+    assert len(slurm.calls("scancel")) == 1
 
 
-def test_the_log_of_a_rank_or_of_the_job_before_there_is_one(run, capsys):
-    folder = run / "autoencode" / "logs"
-    folder.mkdir()
-    (folder / "job_2.out").write_text("module: command not found\n")
-    logs.logs(run, stage=None, rank=None, follow=False)
-    assert "module: command not found" in capsys.readouterr().out
-    for rank in (0, 1):
-        (folder / f"rank_{rank}.log").write_text("".join(f"rank {rank} line {number}\n" for number in range(100)))
-    logs.logs(run, stage="autoencode", rank=1, follow=False)
-    shown = capsys.readouterr().out
-    assert "rank 1 line 99" in shown
-    assert "line 39\n" not in shown
-    with pytest.raises(ValueError, match="no log of rank 7; there are: 0 to 1"):
-        logs.logs(run, stage=None, rank=7, follow=False)
-    with pytest.raises(ValueError, match=r"no logs of finetune.*autoencode"):
-        logs.logs(run, stage="finetune", rank=None, follow=False)
+def test_nothing_is_cancelled_blindly(run, slurm):
+    slurm.answer("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ValueError, match="does not answer"):
+        status.cancel(run)
+    with pytest.raises(ValueError, match="does not answer"):
+        status.requeue(run)
 
 
-def test_a_log_is_followed_into_the_next_stage(run, monkeypatch):
-    monkeypatch.setattr(logs, "_PAUSE", 0.01)
-    first = run / "pretrain" / "logs" / "rank_0.log"
-    first.parent.mkdir()
-    first.write_text("before\n")
-
-    def write() -> None:
-        with first.open("a") as file:
-            for part in ("one\ntw", "o\n"):
-                file.write(part)
-                file.flush()
-                time.sleep(0.1)
-        second = run / "autoencode" / "logs" / "rank_0.log"
-        second.parent.mkdir()
-        second.write_text("three\n")
-
-    threading.Thread(target=write).start()
-    lines = logs.followed(run, None, None, first, len("before\n"))
-    assert [next(lines) for _ in range(2)] == ["one", "two"]
-    assert next(lines).endswith("autoencode/logs/rank_0.log")
-    assert next(lines) == "three"
+def test_ages():
+    assert [span(seconds) for seconds in (4, 200, 7200, 300_000)] == ["4 s", "3 min", "2 h", "3 days"]
