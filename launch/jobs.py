@@ -24,6 +24,7 @@ class Submitted:
 
 def keep(root: Path, jobs: Sequence[Submitted]) -> None:
     """Add them, as the last of their stages."""
+    root.mkdir(parents=True, exist_ok=True)
     with (root / _FILE).open("a") as file:
         file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import batch, owner, queue
-from launch.attempt import TOKEN, Attempt, history
+from launch.attempt import TOKEN, Attempt, history, record
 from launch.job import RUN
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +136,56 @@ def test_a_requeue_that_is_refused_for_good_is_told(start, monkeypatch, capsys):
     assert batch._end(attempt, 0) == 1
     assert "`spresso requeue RUN` starts it again" in capsys.readouterr().err
     assert history(attempt.stage_folder)[-1]["why"] == "could not be requeued: not allowed"
+
+
+def raised(attempt: Attempt) -> None:
+    attempt.note(0, "failed", type="KeyError", message="x")
+
+
+def lines(attempt: Attempt, *, job: str = "12", place: int | None = 600, count: int = 1, **more: str) -> None:
+    entry = {"job": job, "restart": 0, "then": "requeued", "place": place, "failure": "KeyError: x", **more}
+    for _ in range(count):
+        record(attempt.stage_folder, entry)
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "calls"),
+    [
+        ({}, 1, 0),  # the same at the same place: it would come again
+        ({"job": "11"}, 0, 1),  # another job's
+        ({"by": "slurm"}, 0, 1),  # of which it is not known how its ranks ended
+        ({"place": 0}, 0, 1),
+    ],
+)
+def test_what_this_job_failed_with_before_is_remembered(start, slurm, monkeypatch, before, status, calls):
+    monkeypatch.setattr(batch, "_PAUSE", 0.0)
+    attempt = start()
+    checkpoint(attempt, 600)
+    lines(attempt, **before)
+    raised(attempt)
+    assert batch._end(attempt, 1) == status
+    assert len([call for call in slurm.calls("scontrol") if call.startswith("requeue")]) == calls
+
+
+def test_a_stage_that_is_not_trained_is_held_by_nobody(start, slurm):
+    folder = start().stage_folder.parent / "prepare"
+    assert script("begin", "prepare").returncode == 0
+    assert not (folder / "owner.json").exists()
+
+
+@pytest.mark.parametrize(("stage", "then"), [("evaluate", "over"), ("prepare", "requeued")])
+def test_what_begins_anew_each_time_does_not_do_so_for_ever(start, monkeypatch, stage, then):
+    monkeypatch.setattr(batch, "_PAUSE", 0.0)
+    attempt = Attempt(start().stage_folder.parent / stage, "12", 0)
+    lines(attempt, place=0 if stage == "evaluate" else None, count=4, failure="")
+    attempt.note(0, "left", why="SIGUSR2 came")
+    batch._end(attempt, 0)
+    assert history(attempt.stage_folder)[-1]["then"] == then
+
+
+def test_ranks_that_left_no_note_are_named(start, monkeypatch):
+    monkeypatch.setattr(batch, "_PAUSE", 0.0)
+    attempt = start()
+    attempt.note(0, "failed", type="RuntimeError", message="Connection closed by peer")
+    batch._end(attempt, 137)
+    assert "rank 1 ended without a word" in history(attempt.stage_folder)[-1]["why"]

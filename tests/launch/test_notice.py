@@ -27,6 +27,8 @@ def meant(number: int, job: dict[str, str]):
     ("number", "job", "why", "seconds"),
     [
         (signal.SIGUSR2, {**RUNNING, "EndTime": at(100)}, "the time limit is near", (80, 95)),
+        (signal.SIGUSR2, {**RUNNING, "EndTime": at(180)}, "the time limit is near", (160, 175)),  # told early
+        (signal.SIGUSR2, {**RUNNING, "EndTime": "Unknown"}, "the time limit is near", (100, 115)),
         (signal.SIGUSR2, {**RUNNING, "EndTime": at(9000)}, "was asked to come back later", (8000, 9000)),
         (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(20)}, "was preempted", (10, 19)),
         (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(0)}, "was preempted", (20, 30)),
@@ -50,18 +52,23 @@ notice.queue.show = lambda job: {"JobState": "RUNNING", "PreemptTime": "2027-01-
 notice.queue.kill_wait = lambda: 5.0
 from datetime import datetime, timedelta
 END = (datetime.now() + timedelta(seconds=2.4)).isoformat()
+BEFORE
 def leave(why):
     print("left", why, flush=True)
     os._exit(7)
 with notice.Notice("1", grace=5, leave=leave, at_once=AT_ONCE) as stop:
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.NUMBER)
     BODY
+    AFTER
 print("ended", flush=True)
 """
 
 
-def run(body: str, *, at_once: bool = False) -> subprocess.CompletedProcess[str]:
-    program = PROGRAM.replace("BODY", body).replace("AT_ONCE", str(at_once))
+def run(
+    body: str, *, at_once: bool = False, before: str = "", after: str = "", number: str = "SIGTERM"
+) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.replace("BODY", body).replace("AT_ONCE", str(at_once)).replace("NUMBER", number)
+    program = program.replace("BEFORE", before).replace("AFTER", after or "pass")
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"PYTHONPATH": root})
@@ -90,3 +97,34 @@ def test_a_later_signal_may_shorten_the_time():
     ended = run(body)
     assert ended.returncode == 7, ended.stderr
     assert "left was preempted" in ended.stdout
+
+
+def test_it_is_gone_before_a_short_kill_wait():
+    assert meaning(signal.SIGTERM, {**RUNNING, "EndTime": at(9000)}, now=NOW, grace=120, kill_wait=5).seconds < 5
+
+
+def test_a_later_signal_does_not_lengthen_it():
+    body = "time.sleep(0.3); END = (datetime.now() + timedelta(seconds=900)).isoformat(); "
+    body += "os.kill(os.getpid(), signal.SIGUSR2); ctypes.CDLL(None).usleep(20_000_000)"
+    assert run(body).returncode == 7
+
+
+def test_the_flag_is_set_while_python_runs_no_handler():
+    body = "import threading; signal.signal(signal.SIGTERM, lambda *_: None); "  # as if it did not come to run
+    body += "threading.Timer(0.5, lambda: print('asked', stop(), flush=True)).start(); "
+    body += "ctypes.CDLL(None).usleep(20_000_000)"
+    assert "asked True" in run(body).stdout
+
+
+def test_without_an_answer_it_reckons_with_what_is_usual():
+    program = "def silent(job): raise notice.queue.QueueError('down')\nnotice.queue.show = silent\n"
+    body = "time.sleep(0.5); assert stop.hurried(29); assert not stop.hurried(20); print(stop.why, flush=True)"
+    ended = run(body, before=program)
+    assert "whose controller does not answer" in ended.stdout, ended.stderr
+
+
+def test_other_signals_are_not_heeded():
+    program = "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+    body = "time.sleep(0.2)"
+    ended = run(body, before=program, number="SIGUSR1", after="assert not stop()")
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr

@@ -81,3 +81,39 @@ def test_who_was_replaced_is_told(tmp_path, monkeypatch):
     os.environ[TOKEN] = mine
     with pytest.raises(Superseded, match="taken over by job 7"):
         owner.require(tmp_path)
+
+
+def test_whoever_holds_it_may_take_it_again(tmp_path):
+    owner.take(tmp_path, owner.by_hand())
+    owner.take(tmp_path, owner.by_hand())
+
+
+def test_a_word_in_status_json_is_a_sign_of_life(tmp_path):
+    owner.take(tmp_path, Owner("far", "elsewhere", 1, "1"))
+    os.utime(tmp_path / "owner.json", (0, time.time() - 1000))
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(ValueError, match="alive"):
+        owner.take(tmp_path, owner.by_hand())
+
+
+def test_a_job_that_nobody_can_be_asked_about_is_judged_by_its_silence(tmp_path, monkeypatch):
+    def down(jobs):
+        raise queue.QueueError("down")
+
+    monkeypatch.setattr(queue, "alive", down)
+    owner.take(tmp_path, by_job(tmp_path, "7"))
+    with pytest.raises(ValueError, match="alive"):
+        owner.take(tmp_path, owner.by_hand())
+    os.utime(tmp_path / "owner.json", (0, time.time() - 1000))
+    owner.take(tmp_path, owner.by_hand())
+
+
+def test_held_by_nobody_is_not_held_by_oneself(tmp_path):
+    with pytest.raises(Superseded, match="nobody known"):
+        owner.require(tmp_path)
+
+
+def test_a_damaged_one_names_its_mend(tmp_path):
+    (tmp_path / "owner.json").write_text('{"token": ')
+    with pytest.raises(ValueError, match="remove it, if nothing trains there"):
+        owner.take(tmp_path, owner.by_hand())

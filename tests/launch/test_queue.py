@@ -49,3 +49,19 @@ def test_what_the_controller_knows(slurm):
     assert queue.kill_wait() == 45
     slurm.answer("scontrol", "echo 'NodeName=n1 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=n1'")
     assert queue.address_of("n1") == "10.1.2.3"
+
+
+def test_an_element_of_an_array_and_a_slow_answer(slurm, monkeypatch):
+    slurm.answer("squeue", "echo '13|13_1|RUNNING|n3|None'")
+    assert queue.states(["13_1"])["13_1"][0].state == "RUNNING"
+    monkeypatch.setattr(queue, "_PATIENCE", 0.2)
+    slurm.answer("squeue", "exec sleep 5")
+    with pytest.raises(QueueError, match="gave no answer"):
+        queue.states(["13"])
+
+
+def test_a_controller_that_says_little(slurm):
+    slurm.answer("scontrol", "echo 'nothing of it'")
+    assert queue.kill_wait() == 30
+    slurm.answer("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert queue.show("99") == {}

@@ -87,3 +87,12 @@ def test_ranks_meet_at_what_the_first_node_is_reached_by(monkeypatch):
     monkeypatch.setattr(queue, "hostnames", lambda nodes: ["no-such-host.invalid", "x2"])
     monkeypatch.setattr(queue, "address_of", lambda node: "10.0.0.7")
     assert ranks.rendezvous("1_0")["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_threads_are_the_cores_of_a_task_or_its_share(task, monkeypatch):
+    shared = task(0, 0, 0, "2")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert shared.threads == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert shared.threads == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,20 @@ def test_one_script_for_all_stages(tmp_path, monkeypatch):
     assert options(script)["nodes"] == "2="
     assert "--nodes=1 --ntasks=1" in next(line for line in script.splitlines() if "launch.job prepare" in line)
     assert "--ntasks=1" not in next(line for line in script.splitlines() if "launch.job pretrain" in line)
+
+
+def test_words_with_spaces_stay_whole(tmp_path):
+    run_dir = tmp_path / "a run"
+    overrides = ["cluster=slurm", "cluster.environment.FLAGS=-a -b", "cluster.srun.cpu_bind=map cpu:1"]
+    script = scripts(run_dir, *overrides)["autoencode"]
+    assert "export FLAGS='-a -b'\n" in script
+    assert f"export PYTHONPATH='{run_dir}/submissions/0001/code'" in script
+    [line] = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert "--cpu-bind=map cpu:1" in shlex.split(line)
+    assert any(word.startswith(f"--output={run_dir}/") for word in shlex.split(line))
+
+
+def test_only_prepare_is_an_array_and_false_is_left_out(tmp_path):
+    made = scripts(tmp_path, "cluster=slurm", "cluster.array=3", "cluster.options.overcommit=false")
+    assert [stage for stage, script in made.items() if "array" in options(script)] == ["prepare"]
+    assert all("overcommit" not in script for script in made.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import jobs, preflight, submission
+from trainer import run
 from trainer.recipe import load
 
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
@@ -125,3 +126,53 @@ def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     with pytest.raises((ValueError, OSError), match=r"there is no s(batch|queue) here"):
         submission.run(load("tiny", ["cluster=slurm"]))
+
+
+def ended(folder: Path, stage: str, samples: int = 128) -> None:
+    (folder / stage).mkdir(parents=True, exist_ok=True)
+    (folder / stage / "status.json").write_text(f'{{"state": "done", "samples": {samples}, "export": "x"}}')
+
+
+def test_what_has_ended_is_left_out(config, tmp_path, capsys):
+    ended(tmp_path / "runs/tiny", "pretrain")
+    stages = [item.stage for item in submission.run(config)]
+    assert stages == [stage for stage in config.stages if stage != "pretrain"]
+    assert submission.run(config, only="pretrain") == []
+    assert "all stages have ended" in capsys.readouterr().err
+
+
+def test_latents_of_another_run_are_not_made_again(config, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "latents" / split).mkdir(parents=True)
+        (tmp_path / "latents" / split / "set.json").write_text("{}")
+    config.data.latents = str(tmp_path / "latents")
+    assert next(stage for stage, _ in submission.scripts(config)) == "pretrain"
+
+
+def test_other_settings_in_the_same_place_are_refused(config, tmp_path):
+    folder = tmp_path / "runs/tiny/pretrain"
+    (folder / "checkpoints/step_000000000008").mkdir(parents=True)
+    (folder / "config.yaml").write_text("pretrain: {lr: 7}\n")
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        submission.run(config, only="pretrain")
+
+
+def test_what_a_job_needs_is_set_aside(config, tmp_path):
+    submission.run(config, only="synth")
+    shutil.rmtree(tmp_path / "runs/tiny/submissions/0001")
+    submission.run(config, only="synth")
+    (tmp_path / "runs/tiny/submissions/0007").mkdir()
+    [job] = submission.run(config, only="synth")
+    folder = tmp_path / "runs/tiny/submissions/0008"
+    assert job.submission == str(folder)
+    assert load(str(folder / "config.yaml"), []) == config
+    assert run.code_version() in (folder / "code" / "COPIED_FROM").read_text()
+    assert (tmp_path / "runs/tiny/synth/logs").is_dir()
+
+
+def test_another_stage_s_job_is_no_hindrance(config, slurm):
+    [first] = submission.run(config, only="synth")
+    slurm.answer("squeue", f"echo '{first.job}|{first.job}|RUNNING||None'")
+    submission.require_idle(Path("runs/tiny"), ["pretrain"])
+    with pytest.raises(ValueError, match="wait or run"):
+        submission.require_idle(Path("runs/tiny"), ["synth"])

@@ -78,3 +78,10 @@ def test_who_left_in_time_without_an_answer_comes_back():
 
 def test_done_without_all_is_not_done():
     assert judge(137, {0: note("done")}, [], 600, tasks=2).then == REQUEUE
+
+
+@pytest.mark.parametrize("notes", [OWN, {0: ECHO}], ids=["raised", "lost"])
+def test_failures_that_differ_each_time_are_a_standstill_too(notes):
+    past = [lived(600, f"KeyError: {number}") for number in range(4)]
+    assert judge(1, notes, past, 600, tasks=4).then == OVER
+    assert judge(1, notes, [lived(600, f"KeyError: {number}", then=OVER) for number in range(4)], 600).then == REQUEUE
