@@ -121,7 +121,6 @@ def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCl
         run.end()
     finally:
         cluster.boot("node2")
-        cluster.command("scontrol", "update", "NodeName=node2", "State=RESUME")  # it stays away for having rebooted
     assert_undisturbed(run, undisturbed)
 
 
@@ -140,7 +139,6 @@ def test_a_node_that_is_cut_off_and_trains_on(start: Start, cluster: SlurmCluste
         run.end()
     finally:
         cluster.heal(cut_off)
-        cluster.command("scontrol", "update", f"NodeName={cut_off}", "State=RESUME")
     assert_undisturbed(run, undisturbed)
 
 
