@@ -15,7 +15,6 @@ import pytest
 from launch import logs
 
 ROOT = Path(__file__).parents[2]
-NOW = time.time()
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def write(path: Path, text: str, *, age: float = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(text)
-    os.utime(path, (NOW - age, NOW - age))
+    os.utime(path, (time.time() - age, time.time() - age))
     return path
 
 
@@ -169,7 +168,9 @@ def test_a_letter_that_is_written_in_two_halves(run):
 def test_until_ctrl_c(run):
     path = write(run / "pretrain/logs/rank_0.log", "whole\nhal")
     call = f"logs(Path('{run}'), stage=None, rank=None, follow=True)"
-    program = f"from pathlib import Path; from launch.logs import logs; {call}"
+    # as from a terminal: a shell has what it starts in the background ignore Ctrl-C
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heard}; from pathlib import Path; from launch.logs import logs; {call}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as child:
         timer = threading.Timer(20, child.kill)

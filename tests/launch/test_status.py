@@ -16,7 +16,6 @@ from launch.stage import STAGES, elements_of, last_line, span
 from trainer import config
 
 ROOT = Path(__file__).parents[2]
-NOW = time.time()
 
 
 @pytest.fixture
@@ -30,9 +29,9 @@ def run(tmp_path, monkeypatch) -> Path:
     newest = folder / "autoencode" / "checkpoints" / "step_000000002400"
     newest.mkdir(parents=True)
     (newest / "manifest.json").write_text("{}")
-    os.utime(newest / "manifest.json", (NOW - 240, NOW - 240))
+    os.utime(newest / "manifest.json", (time.time() - 240, time.time() - 240))
     for stage, job in (("pretrain", "1"), ("autoencode", "2"), ("quantize", "3")):
-        keep(folder, [Submitted(stage, job, "", f"{folder}/{stage}/logs/job_%j.out", NOW)])
+        keep(folder, [Submitted(stage, job, "", f"{folder}/{stage}/logs/job_%j.out", time.time())])
     started(folder / "pretrain", "1", 0, "n1")
     ended(folder / "pretrain", "1", 0, "done")
     started(folder / "autoencode", "2", 0, "n[1-4]")
@@ -41,19 +40,24 @@ def run(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def begin(folder: Path, state: str, samples: int, of: int, *, at: float = NOW, **values: float) -> None:
+def begin(folder: Path, state: str, samples: int, of: int, *, at: float | None = None, **values: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "status.json").write_text(json.dumps({"state": state, "samples": samples, "of": of}))
-    lines = [{"kind": "train", "samples": samples, "time": at, **values}, {"kind": "held_out", "loss": 3}]
+    lines = [
+        {"kind": "train", "samples": samples, "time": at or time.time(), **values},
+        {"kind": "held_out", "loss": 3},
+    ]
     (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"kind": "tra']))
 
 
 def started(folder: Path, job: str, restart: int, nodes: str) -> None:
-    record(folder, {"began": NOW - 900, "job": job, "restart": restart, "nodes": nodes})
+    record(folder, {"began": time.time() - 900, "job": job, "restart": restart, "nodes": nodes})
 
 
 def ended(folder: Path, job: str, restart: int, then: str, why: str = "", place: int = 96) -> None:
-    record(folder, {"ended": NOW - 500, "job": job, "restart": restart, "place": place, "then": then, "why": why})
+    record(
+        folder, {"ended": time.time() - 500, "job": job, "restart": restart, "place": place, "then": then, "why": why}
+    )
 
 
 def queue_says(slurm, *lines: str) -> None:
@@ -78,7 +82,7 @@ def test_where_each_stage_is(run, slurm):
     told = status.report(None)
     assert told.splitlines()[1] == "runs/mine"
     assert row(told, "pretrain") == ["pretrain", "1", "done", "96 of 96"]
-    ready = {time.strftime("%H:%M", time.localtime(NOW + 120 + late)) for late in (0, 5)}
+    ready = {time.strftime("%H:%M", time.localtime(time.time() + 120 + late)) for late in (0, 5)}
     *running, end = row(told, "autoencode")
     assert running == ["autoencode", "2", "running", "n[1-2]", "3,000 of 9,000", "50", "1.2500", "4 min ago"]
     assert end.split()[-1] in ready
@@ -129,14 +133,14 @@ def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
 
 
 def test_a_start_that_has_not_come_to_a_line_yet_promises_no_end(run, slurm):
-    begin(run / "autoencode", "running", 3000, 9000, at=NOW - 600, samples_per_second=50.0)
+    begin(run / "autoencode", "running", 3000, 9000, at=time.time() - 600, samples_per_second=50.0)
     owner.take(run / "autoencode", owner.Owner("2_1", "n1", 1, "", "2", 1))
     queue_says(slurm, "2|2|RUNNING|n1|None")
     assert row(status.report(None), "autoencode")[3:] == ["n1", "3,000 of 9,000", "4 min ago", "starts up"]
 
 
 def test_a_training_that_has_fallen_silent(run, slurm):
-    begin(run / "autoencode", "running", 3000, 9000, at=NOW - 7200, samples_per_second=50.0)
+    begin(run / "autoencode", "running", 3000, 9000, at=time.time() - 7200, samples_per_second=50.0)
     queue_says(slurm, "2|2|RUNNING|n1|None")
     assert row(status.report(None), "autoencode")[-1] == "silent for 2 h"
 
@@ -151,7 +155,7 @@ def test_a_job_that_slurm_has_forgotten(run, slurm):
 def test_an_array(run, slurm, tmp_path):
     (tmp_path / "submission" / "jobs").mkdir(parents=True)
     (tmp_path / "submission" / "jobs" / "9_submission.sh").write_text("#!/bin/bash\n#SBATCH --array=0-15\n")
-    keep(run, [Submitted("prepare", "9", str(tmp_path / "submission"), "logs/job_%A_%a.out", NOW)])
+    keep(run, [Submitted("prepare", "9", str(tmp_path / "submission"), "logs/job_%A_%a.out", time.time())])
     for part, then in (("0", "done"), ("1", "done"), ("2", "over")):  # long forgotten by SLURM
         ended(run / "prepare", f"9_{part}", 0, then, "x")
     started(run / "prepare", "9_4", 0, "n1")
@@ -164,7 +168,7 @@ def test_an_array(run, slurm, tmp_path):
 
 
 def test_an_array_of_which_nothing_is_known_but_what_slurm_says(run, slurm):
-    keep(run, [Submitted("prepare", "9", "", "", NOW)])
+    keep(run, [Submitted("prepare", "9", "", "", time.time())])
     queue_says(slurm, "9|9_0|COMPLETED|n1|None", "9|9_[1-15]|PENDING||Resources")
     assert row(status.report(None), "prepare")[2:] == ["pending", "1 of 16 parts", "waits for nodes"]
 
@@ -177,7 +181,9 @@ def test_numbers_of_an_array():
 
 def test_one_job_for_all_stages(run, slurm):
     """As `spresso sbatch` makes it: what it has done is done, though it runs."""
-    keep(run, [Submitted(stage, "30", "", f"{run}/logs/job_30.out", NOW) for stage in ("pretrain", "autoencode")])
+    keep(
+        run, [Submitted(stage, "30", "", f"{run}/logs/job_30.out", time.time()) for stage in ("pretrain", "autoencode")]
+    )
     started(run / "pretrain", "30", 0, "n1")
     ended(run / "pretrain", "30", 0, "done")
     started(run / "autoencode", "30", 0, "n1")
@@ -205,7 +211,7 @@ def test_without_slurm_it_works_from_the_directory(run, slurm, monkeypatch, ther
     ]
     assert len(slurm.calls("squeue")) == there  # a controller that is down is waited for once
     for path in (run / "autoencode").rglob("*.json*"):
-        os.utime(path, (NOW - 7200, NOW - 7200))
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
     assert below(status.report(None), "autoencode").endswith("no word for 2 h")
 
 
@@ -286,7 +292,7 @@ def test_nothing_heavy_is_imported_for_it(run):
 
 
 def test_those_that_wait_are_cancelled_first(run, slurm):
-    keep(run, [Submitted("finetune", "4", "", "", NOW)])
+    keep(run, [Submitted("finetune", "4", "", "", time.time())])
     queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency", "4|4|PENDING||Dependency")
     told = status.cancel(run)
     assert (
