@@ -37,9 +37,11 @@ from tests.cluster.slurm_nodes import (
     kill_slurmd,
     namespaces_refused,
     run,
+    slurmds,
     start_bound,
     stop,
     until,
+    watch,
 )
 
 _PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "setpriv")
@@ -59,8 +61,8 @@ class SlurmCluster:
     """Nodes `node1`, `node2`, …, with the partitions `main` (default), `nograce`, and `high`, which preempts both.
 
     Jobs are requeued when they are preempted, after `grace_seconds` or up to 15 s more in `main`, and without grace in
-    `nograce`. There is no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s; a process that
-    ignores SIGTERM is killed after 5; a silent node is DOWN after about 25.
+    `nograce`. There is no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s;
+    a process that ignores SIGTERM is killed after 5; a silent node is DOWN after about 25.
 
     Time limits: the controller looks every 30 s, counted from its start, and no setting changes that. `expire` lets a
     job's limit pass without waiting for the minute that is the least.
@@ -186,6 +188,8 @@ class SlurmCluster:
         resumed here. In mode "ports" it cannot tell, as the uptime is this machine's: wait until it has noticed the
         power cut, or it takes the jobs there for running for another 100 s.
         """
+        if slurmds(self._nodes[name]):
+            return
         began = int(time.time())
         self._nodes[name].boot()
         until(lambda: self._started(name) >= began, 20, f"{name} to register")
@@ -206,7 +210,7 @@ class SlurmCluster:
 
     def _up(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self._down.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._down.callback(watch(self.folder))
         for name in ("state", "log", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(parents=True)
         self._network = self._connect() if self.mode == "netns" else None

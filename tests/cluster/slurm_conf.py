@@ -69,10 +69,10 @@ def slurm_conf(
 
 # linuxproc, none, none: nothing that would need cgroups, so memory is not limited and CPUs are not bound.
 # cred_expire is also how long a requeued job waits before it may start; less than 5 counts as 120.
-# ReturnToService=1: a node that was set DOWN stays so, one that lost its power is back when it is back.
-# The scheduler looks every second, and whenever something changes. The end of a preempted job's grace is seen later, at
-# the next preemption that is tried for the same job, which is every KillWait + MessageTimeout = 15 s, or the next look at
-# time limits: a grace of 8 s lasts 15, one of 20 lasts 26.
+# ReturnToService=1: a node that was set DOWN stays so; with 2 it would be back at once, beside the job's old processes.
+# The scheduler looks every second, and whenever something changes. The end of a preempted job's grace is seen later:
+# when preemption is tried again for the same job, every KillWait + MessageTimeout = 15 s, or at the next look at time
+# limits. So a grace of 8 s lasts 15, and one of 20 lasts 26.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={c.name}({c.address})

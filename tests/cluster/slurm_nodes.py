@@ -25,6 +25,20 @@ _BOOT = 3.0  # seconds that a host is off at least; the controller would not not
 _COUNTER = itertools.count()
 _NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
+# Reads nothing until this process is gone, and then ends the jobs of a cluster whose nodes are not hosts: nothing else
+# would. They are told by their environment.
+_WATCH = """\
+read -r line
+while
+  jobs=$(grep -lzxF "SLURM_CONF=$1/slurm.conf" /proc/[0-9]*/environ | xargs -r grep -lz ^SLURMD_NODENAME= | cut -d/ -f3)
+  [ "$jobs" ]
+do
+  kill -KILL $jobs
+  sleep 0.1
+done
+rm -rf "$1"
+"""
+
 
 class ClusterError(RuntimeError):
     """The cluster did not do what it was asked for."""
@@ -51,7 +65,8 @@ def start(*command: str, log: Path, environment: Mapping[str, str], **options: A
     """A daemon, in a session of its own so that the Ctrl-C that ends the tests does not get there first."""
     program = shutil.which(command[0], path=PATH) or command[0]
     with log.open("ab") as errors:
-        given = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors, "start_new_session": True} | options
+        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors} | options
+        given["start_new_session"] = True
         return subprocess.Popen([program, *command[1:]], env={**environment, "PATH": PATH}, **given)
 
 
@@ -65,6 +80,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
+
+
+def watch(folder: Path) -> Callable[[], None]:
+    """What is to be called once a cluster is down, to remove its folder; done too if this process is killed."""
+    process = start("sh", "-c", _WATCH, "sh", str(folder), log=Path(os.devnull), environment={}, stdin=subprocess.PIPE)
+    return lambda: _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    process.communicate(b"\n", timeout=20)
 
 
 def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
@@ -190,9 +215,9 @@ class HostNode:
         if self._power is None or self._power.poll() is not None:
             time.sleep(max(0.0, self._off_at + _BOOT - time.monotonic()))
             self._switch_on()
+        assert self._power
         assert self._power.stdin
-        if not slurmds(self):
-            self._power.stdin.write(b"\n")
+        self._power.stdin.write(b"\n")
 
     def processes(self) -> list[int]:
         """What runs on it."""
@@ -213,8 +238,7 @@ class HostNode:
         """End it."""
         if self._power is None:
             return
-        for pid in self.processes():  # the first process of them takes all others with it
-            _kill(pid)
+        _kill_all(self.processes())  # the first process of them takes all others with it
         self._power.wait(10)
         for pipe in (self._power.stdin, self._power.stdout):
             assert pipe
@@ -266,15 +290,9 @@ class PortNode:
 
     def stop(self) -> None:
         """End it: looks again as long as there is something, as a slurmd that is dying may start one more process."""
-        until(self._nothing_left, 10, f"the end of {self.name}'s processes")
+        until(lambda: not _kill_all(self.processes()), 10, f"the end of {self.name}'s processes")
         if self._slurmd is not None:
             self._slurmd.wait(10)
-
-    def _nothing_left(self) -> bool:
-        left = self.processes()
-        for pid in left:
-            _kill(pid)
-        return not left
 
 
 Node = HostNode | PortNode
@@ -287,7 +305,7 @@ def slurmds(node: Node) -> list[int]:
 
 def kill_slurmd(node: Node) -> None:
     """Kill the daemon of a node, and none of the jobs there."""
-    until(lambda: not [_kill(pid) for pid in slurmds(node)], 10, f"the end of {node.name}'s slurmd")
+    until(lambda: not _kill_all(slurmds(node)), 10, f"the end of {node.name}'s slurmd")
 
 
 def _parent(pid: int) -> int:
@@ -309,6 +327,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _kill_all(pids: list[int]) -> list[int]:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids

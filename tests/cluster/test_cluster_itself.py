@@ -14,8 +14,8 @@ from tests.cluster.slurm_cluster import ClusterError, SlurmCluster
 def idle(cluster: SlurmCluster) -> Iterator[SlurmCluster]:
     """The cluster, with whatever a test leaves taken away."""
     yield cluster
-    cluster.command("scancel", "--user=root", "--signal=KILL")
-    cluster.command("scancel", "--user=root")
+    cluster.command("scancel", "--me", "--signal=KILL")
+    cluster.command("scancel", "--me")
     cluster.wait_ready()
 
 
@@ -74,6 +74,8 @@ def test_cut_power_and_boot(idle: SlurmCluster, tmp_path: Path):
     idle.cut_power(node)
     size = (tmp_path / "out").stat().st_size
     left = idle.processes(node)
+    if idle.mode == "ports":  # the uptime does not tell
+        idle.wait_for(job, "NODE_FAIL", timeout=60)
     idle.boot(node)
     assert left == []
     idle.wait_for(job, "NODE_FAIL", timeout=30)
