@@ -19,7 +19,7 @@ from typing import Any
 
 from launch import jobs, owner, queue
 from launch.attempt import TOKEN, Attempt, history, record
-from launch.job import RUN, SUBMISSION
+from launch.job import RUN, SUBMISSION, TASKS
 from launch.preemption import MISTAKE
 from launch.ranks import rendezvous
 from launch.verdict import DONE, OVER, REQUEUE, judge
@@ -63,7 +63,7 @@ def _end(attempt: Attempt, status: int) -> int:
         return 0
     where = place(folder)
     past = ended(history(folder), attempt.job)
-    verdict = judge(status, _notes(attempt, status), past, where, tasks=int(os.environ.get("SLURM_NTASKS", "0")))
+    verdict = judge(status, _notes(attempt, status), past, where, tasks=_tasks())
     entry = {"ended": time.time(), **_who(attempt), "place": where, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     print(
@@ -106,6 +106,11 @@ def place(folder: Path) -> int | None:
         return 0 if folder.name in ("evaluate", "page") else None
     names = [re.fullmatch(r"step_(\d+)", path.name) for path in (folder / "checkpoints").glob("step_*")]
     return max((int(name[1]) for name in names if name), default=0)
+
+
+def _tasks() -> int:
+    """How many ranks there were; 0 where that is not known. SLURM does not tell the script of an elastic job."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "0")) * int(os.environ.get(TASKS, "0"))
 
 
 def _notes(attempt: Attempt, status: int) -> dict[int, dict[str, Any]]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from trainer.config import Config
 
 SUBMISSION, RUN, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_RUN", "SPRESSO_GRACE", "SPRESSO_PARTS"
-"""Environment variables that the batch script sets: folders, seconds, and in how many parts `prepare` is cut."""
+TASKS = "SPRESSO_TASKS_PER_NODE"
+"""Environment variables that the batch script sets: folders, seconds, in how many parts `prepare` is cut, ranks."""
 
 _FAILED = 1
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}

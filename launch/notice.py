@@ -110,7 +110,10 @@ class Notice(StopFlag):
     def _meaning(self, number: int) -> Meaning:
         try:
             job, kill_wait = queue.show(self.job), queue.kill_wait()
-        except (queue.QueueError, ValueError, IndexError):
+            if _time(job.get("PreemptTime", "")) is not None and _time(job.get("EndTime", "")) is None:
+                end = time.time() + queue.grace_time(job["Partition"])  # SLURM tells it only of jobs with a time limit
+                job["EndTime"] = datetime.fromtimestamp(end).isoformat()
+        except (queue.QueueError, ValueError, IndexError, KeyError):
             job, kill_wait = {}, _KILL_WAIT
         return meaning(number, job, now=time.time(), grace=self.grace, kill_wait=kill_wait)
 

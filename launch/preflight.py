@@ -42,8 +42,11 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
     from launch.pipeline import say
 
     found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages)]
-    for job in jobs:
-        found += _accepted(job)
+    try:
+        for job in jobs:
+            found += _accepted(job)
+    except ValueError as error:  # no answer to any of them
+        found.append(str(error))
     if not found:
         problem, unseen = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node))
         found += [problem] if problem else []

@@ -73,6 +73,12 @@ def kill_wait() -> float:
     return float(match[1]) if match else 30.0
 
 
+def grace_time(partition: str) -> float:
+    """Seconds that a partition gives to jobs that it preempts."""
+    match = re.search(r"GraceTime=(\d+)", _ask("scontrol", "--oneliner", "show", "partition", partition))
+    return float(match[1]) if match else 0.0
+
+
 def hostnames(node_list: str) -> list[str]:
     """`gpu[1-2],login` → gpu1, gpu2, login."""
     return _ask("scontrol", "show", "hostnames", node_list).split()

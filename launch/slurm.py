@@ -16,7 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch.job import GRACE, PARTS, RUN, SUBMISSION
+from launch.job import GRACE, PARTS, RUN, SUBMISSION, TASKS
 from trainer.cluster import ClusterConfig
 from trainer.config import TRAINED_STAGES
 
@@ -46,11 +46,12 @@ class Job(SlurmExecutor):
         """
         super().__init__(submission / "jobs")
         self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
+        self.elastic = cluster.least_nodes < cluster.most_nodes
         self.array = cluster.array if self.stages == ["prepare"] and cluster.array > 1 else 0
         self.update_parameters(
             job_name=f"{name}.{self.stages[0]}" if len(self.stages) == 1 else name,
             nodes=cluster.nodes,
-            ntasks_per_node=cluster.ranks_per_node,
+            ntasks_per_node=None if self.elastic else cluster.ranks_per_node,
             gpus_per_node=cluster.gpus_per_node or None,
             cpus_per_task=cluster.cpus_per_task,
             time=cluster.time,
@@ -115,6 +116,7 @@ class Job(SlurmExecutor):
             SUBMISSION: str(self.submission),
             GRACE: str(cluster.grace_seconds),
             PARTS: str(max(1, self.array)),
+            TASKS: str(cluster.ranks_per_node),
         }
         exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         code = shlex.quote(str(self.submission / "code"))
@@ -123,11 +125,14 @@ class Job(SlurmExecutor):
     def _options(self, after: Sequence[str]) -> dict[str, Any]:
         options = {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.options.items()}
         options |= {"requeue": True, "output": str(self.log), "chdir": str(Path.cwd())}
+        if self.elastic:
+            # with --ntasks-per-node SLURM 22.05 has a requeued job wait for as many nodes as it had, whatever the range
+            options["mincpus"] = self.cluster.ranks_per_node * (self.cluster.cpus_per_task or 1)
         if self.array:
             options["array"] = f"0-{self.array - 1}"
         if after:
             options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
-        return {key: value for key, value in options.items() if value not in (None, False)}
+        return {key: value for key, value in options.items() if value is not None and value is not False}
 
     @property
     def _command(self) -> str:
@@ -147,6 +152,8 @@ class Job(SlurmExecutor):
         options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}  # srun does not take sbatch's
         if stage not in TRAINED_STAGES:
             options |= {"nodes": 1, "ntasks": 1}
+        elif self.elastic:
+            options["ntasks-per-node"] = self.cluster.ranks_per_node
         return flags(options | self.cluster.srun)
 
 

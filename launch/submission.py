@@ -47,7 +47,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
             number = job.hand_over()
             handed_over.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
             say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {told(job.cluster)}")
-    except ValueError:
+    except BaseException:  # a full disk or Ctrl-C, too
         if handed_over:
             queue.cancel(*(item.job for item in handed_over))
         raise

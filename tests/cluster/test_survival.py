@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import pipeline
+from launch.attempt import history
 from tests.cluster.runs import LONG, SETTINGS, Run, assert_undisturbed
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.recorded import recorded_sounds
@@ -222,7 +223,7 @@ def test_notice_in_the_middle_of_an_evaluation(start: Start, undisturbed: dict[i
 
 def test_other_numbers_of_nodes_each_time(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     run = start("cluster.nodes=1-4", "cluster.tasks_per_node=1")
-    for down, samples in (("node3", "node4"), 800), (("node2", "node3"), 2000), ((), 3200):
+    for down, samples in (("node3", "node4"), 800), (("node2",), 2000), ((), 3200):
         run.reach(samples)
         cluster.command("scancel", "--signal=USR2", run.job)
         run._until(lambda: cluster.state(run.job) == "PENDING", 30, "to be requeued")
@@ -232,6 +233,8 @@ def test_other_numbers_of_nodes_each_time(start: Start, cluster: SlurmCluster, u
         for name in down:
             cluster.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
     run.end()
+    counts = [int(entry["count"]) for entry in history(run.stage) if "began" in entry]
+    assert counts == [4, 2, 3, 4]
     assert_undisturbed(run, undisturbed)
 
 

@@ -21,7 +21,12 @@ def start(slurm, tmp_path, monkeypatch):
     slurm.answer("scontrol", 'case "$1" in show) echo localhost;; esac')
     monkeypatch.delenv(TOKEN, raising=False)
     for name, value in {
-        **{RUN: str(tmp_path / "run"), "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"},
+        **{
+            RUN: str(tmp_path / "run"),
+            "SLURM_JOB_ID": "12",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SPRESSO_TASKS_PER_NODE": "1",
+        },
         **{"SLURM_JOB_NUM_NODES": "2", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
     }.items():
         monkeypatch.setenv(name, value)

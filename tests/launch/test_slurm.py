@@ -115,3 +115,13 @@ def test_only_prepare_is_an_array_and_false_is_left_out(tmp_path):
     made = scripts(tmp_path, "cluster=slurm", "cluster.array=3", "cluster.options.overcommit=false")
     assert [stage for stage, script in made.items() if "array" in options(script)] == ["prepare"]
     assert all("overcommit" not in script for script in made.values())
+
+
+def test_a_job_of_a_range_of_nodes_may_come_back_with_fewer(tmp_path):
+    # 22.05 holds a requeued job to the nodes that it had, where sbatch was told --ntasks-per-node
+    script = scripts(tmp_path, "cluster=preemptible")["pretrain"]
+    found = options(script)
+    assert "ntasks-per-node" not in found
+    assert (found["nodes"], found["mincpus"]) == ("2-8=", "64=")
+    [line] = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert {"--ntasks-per-node=8", "--cpus-per-task=8"} <= set(shlex.split(line))

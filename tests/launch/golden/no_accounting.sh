@@ -17,6 +17,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -50,6 +51,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -83,6 +85,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=2
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -116,6 +119,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=2
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -149,6 +153,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=2
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -182,6 +187,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=2
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -215,6 +221,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -248,6 +255,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=60
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command

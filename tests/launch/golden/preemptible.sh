@@ -21,6 +21,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -59,6 +60,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=16
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -82,8 +84,8 @@ exit 0
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=tiny.pretrain
 #SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mincpus=64
 #SBATCH --nodes=2-8
-#SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
 #SBATCH --output=/home/me/runs/tiny/pretrain/logs/job_%j.out
 #SBATCH --partition=preemptible
@@ -98,6 +100,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -106,7 +109,7 @@ export SUBMITIT_EXECUTOR=slurm
 # pretrain
 settings=$(/home/me/.venv/bin/python -m launch.batch begin pretrain) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out --cpus-per-task=8 /home/me/.venv/bin/python -u -m launch.job pretrain
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out --cpus-per-task=8 --ntasks-per-node=8 /home/me/.venv/bin/python -u -m launch.job pretrain
 /home/me/.venv/bin/python -m launch.batch end pretrain $? || exit $?
 exit 0
 
@@ -121,8 +124,8 @@ exit 0
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=tiny.autoencode
 #SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mincpus=64
 #SBATCH --nodes=2-8
-#SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
 #SBATCH --output=/home/me/runs/tiny/autoencode/logs/job_%j.out
 #SBATCH --partition=preemptible
@@ -137,6 +140,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -145,7 +149,7 @@ export SUBMITIT_EXECUTOR=slurm
 # autoencode
 settings=$(/home/me/.venv/bin/python -m launch.batch begin autoencode) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out --cpus-per-task=8 /home/me/.venv/bin/python -u -m launch.job autoencode
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out --cpus-per-task=8 --ntasks-per-node=8 /home/me/.venv/bin/python -u -m launch.job autoencode
 /home/me/.venv/bin/python -m launch.batch end autoencode $? || exit $?
 exit 0
 
@@ -176,6 +180,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -199,8 +204,8 @@ exit 0
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=tiny.finetune
 #SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mincpus=64
 #SBATCH --nodes=2-8
-#SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
 #SBATCH --output=/home/me/runs/tiny/finetune/logs/job_%j.out
 #SBATCH --partition=preemptible
@@ -215,6 +220,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -223,7 +229,7 @@ export SUBMITIT_EXECUTOR=slurm
 # finetune
 settings=$(/home/me/.venv/bin/python -m launch.batch begin finetune) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out --cpus-per-task=8 /home/me/.venv/bin/python -u -m launch.job finetune
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out --cpus-per-task=8 --ntasks-per-node=8 /home/me/.venv/bin/python -u -m launch.job finetune
 /home/me/.venv/bin/python -m launch.batch end finetune $? || exit $?
 exit 0
 
@@ -253,6 +259,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -290,6 +297,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command

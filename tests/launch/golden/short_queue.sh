@@ -26,6 +26,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -69,6 +70,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=16
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -113,6 +115,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=4
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -157,6 +160,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=4
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -201,6 +205,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=4
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -245,6 +250,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=4
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -289,6 +295,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -331,6 +338,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command

@@ -19,6 +19,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -55,6 +56,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=8
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -91,6 +93,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -127,6 +130,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -163,6 +167,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -199,6 +204,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=8
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -235,6 +241,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
@@ -270,6 +277,7 @@ export SPRESSO_RUN=/home/me/runs/tiny
 export SPRESSO_SUBMISSION=/home/me/runs/tiny/submissions/0001
 export SPRESSO_GRACE=120
 export SPRESSO_PARTS=1
+export SPRESSO_TASKS_PER_NODE=1
 export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHONPATH}
 
 # command
