@@ -10,7 +10,7 @@ import pytest
 
 from launch import batch, owner, queue
 from launch.attempt import TOKEN, Attempt, history, record
-from launch.job import RUN
+from launch.job import RUN, TASKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def start(slurm, tmp_path, monkeypatch):
             RUN: str(tmp_path / "run"),
             "SLURM_JOB_ID": "12",
             "SLURM_JOB_NODELIST": "n[1-2]",
-            "SPRESSO_TASKS_PER_NODE": "1",
+            TASKS: "1",
         },
         **{"SLURM_JOB_NUM_NODES": "2", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
     }.items():

@@ -10,7 +10,7 @@ import pytest
 
 from launch import batch, jobs, owner, queue
 from launch.attempt import TOKEN, Attempt, history, record
-from launch.job import RUN
+from launch.job import RUN, TASKS
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def asked(tmp_path, monkeypatch) -> list[tuple[str, ...]]:
         RUN: str(tmp_path),
         TOKEN: "",
         "SLURM_JOB_ID": "12",
-        "SPRESSO_TASKS_PER_NODE": "2",
+        TASKS: "2",
         "SLURM_JOB_NUM_NODES": "1",
     }
     for name, value in (variables | {"SLURM_JOB_NODELIST": "n1"}).items():
