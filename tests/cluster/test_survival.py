@@ -63,14 +63,14 @@ def start(cluster: SlurmCluster, latents: Path, tmp_path: Path) -> Iterator[Star
 
 
 def test_preempted_with_grace_it_loses_nothing(start: Start, undisturbed: dict[int, float]):
-    run = start("cluster.partition=main")
+    run = start("cluster.partition=main", f"pretrain.samples={SHORT}")
     run.reach(300)
     run.preempt()
     [first] = run.starts(1)
     assert (first["why"], first["then"]) == ("was preempted", "requeued")
     assert first["place"] == run.samples > 300
     run.end()
-    assert_undisturbed(run, undisturbed)
+    assert_undisturbed(run, undisturbed, SHORT)
 
 
 def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undisturbed: dict[int, float]):
@@ -114,7 +114,7 @@ def test_cancelled_it_saves_and_stays_away(start: Start, cluster: SlurmCluster, 
 
 
 def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
-    run = start()
+    run = start(f"pretrain.samples={SHORT}")
     run.reach(700)
     cluster.cut_power("node2")
     try:
@@ -122,7 +122,7 @@ def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCl
         run.end()
     finally:
         cluster.boot("node2")
-    assert_undisturbed(run, undisturbed)
+    assert_undisturbed(run, undisturbed, SHORT)
 
 
 def test_a_node_that_is_cut_off_and_trains_on(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
