@@ -105,8 +105,10 @@ class LoraConfig:
 class QuantizerConfig:
     """z → codes, M codebooks of K vectors each."""
 
-    kind: str = "residual"
-    """`residual`: codebooks fitted by faiss with beam search."""
+    kind: str = "qinco2"
+    """`qinco2`: codebooks that a network computes from what the codes before decode to, fitted as `residual` and then
+    learned for `quantize.samples` (arXiv 2501.03078); `residual`: plain codebooks fitted by faiss; `fsq`: each number
+    of z rounded, nothing fitted (arXiv 2309.15505)."""
     books: int = 15
     """M. The bit rate is z rate · M · log2 K."""
     size: int = 256
@@ -115,9 +117,26 @@ class QuantizerConfig:
     """Numbers of codebooks at which the codec is finetuned and evaluated, as any prefix of the codes decodes; empty:
     all of them."""
     vectors: int = 65_536
-    """Upper bound of the number of z vectors that the codebooks are fitted on."""
-    beam: int = 32
-    """Beam width of the search for codes, in training and in use."""
+    """Upper bound of the number of z vectors that codebooks are fitted on, before what is learned by gradient."""
+    gain_db: float = 0.0
+    """Other gains at which `quantize` hears a clip, evenly drawn between minus and plus so many dB: more vectors from
+    few sounds. Each costs a pass through the autoencoder and back; 0: none."""
+    beam: int = 16
+    """Sequences of codes that the search keeps, in training and in use; not for `fsq`."""
+    candidates: int = 32
+    """`qinco2`: continuations of all of them that the networks are asked about, at each book."""
+    depth: int = 2
+    """`qinco2`: residual MLPs in the network of each book."""
+    embedding: int = 128
+    """`qinco2`: width between them."""
+    hidden: int = 256
+    """`qinco2`: width inside them."""
+
+    def description(self, width: int) -> dict[str, Any]:
+        """What `models.quantizer.make_quantizer` builds for z of this width."""
+        own = {"residual": ("beam",), "qinco2": ("beam", "candidates", "depth", "embedding", "hidden"), "fsq": ()}
+        sizes = {"kind": self.kind, "width": width, "books": self.books, "size": self.size}
+        return sizes | {name: getattr(self, name) for name in own[self.kind]}
 
 
 @dataclass

@@ -165,19 +165,33 @@ def _heard(mask_BT: Tensor | None, z_BNZ: Tensor) -> Tensor:
 
 
 class _Quantization(nn.Module):
-    """The quantizer's own loss on z."""
+    """The quantizer's own loss on z, of clips heard at gains that their keys draw."""
 
-    def __init__(self, codec: SPresso) -> None:
+    def __init__(self, config: Config, stage: str, codec: SPresso) -> None:
         super().__init__()
         self.g, self.quantizer = codec.g, codec.quantizer
+        self.frozen = (codec.autoencoder,)  # in a tuple it is no part of this module
+        self.gain_db, self.seed, self.purpose = config.quantizer.gain_db, config.seed, f"{stage}/gain"
 
     def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
         assert self.quantizer is not None
-        z_BNZ = self.g(x0_BCT).transpose(1, 2)
+        with torch.no_grad():
+            z_BNZ = self.g(self.regained(x0_BCT, positions_B)).transpose(1, 2)
         losses_BN = self.quantizer(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
         heard_BN = _heard(mask_BT, z_BNZ).to(losses_BN.dtype)
         losses_B = (losses_BN * heard_BN).sum(1) / heard_BN.sum(1).clamp_min(1)
         return Losses(losses_B, torch.full_like(losses_B, 0.5))
+
+    def regained(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
+        """x0 as it would be at another gain, the sample's own."""
+        if self.gain_db == 0:
+            return x0_BCT
+        (autoencoder,) = self.frozen
+        gain_db_B = self.gain_db * (2 * uniform(keys(self.seed, self.purpose, positions_B)) - 1)
+        with torch.autocast(x0_BCT.device.type, enabled=False):
+            held_BCT = torch.cat([x0_BCT, x0_BCT[..., -1:]], dim=-1).float()  # its last frame has a whole hop, too
+            audio_B1S = autoencoder.decode(held_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
+            return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
 
 
 class Pretrain(Task):
@@ -280,19 +294,10 @@ class Quantize(_CodecTask):
     def __init__(self, config: Config, stage: str) -> None:
         super().__init__(config, stage)
         codec = SPresso.from_pretrained(stage_folder(config, "autoencode") / "export")
-        settings = config.quantizer
-        codec.quantizer = make_quantizer(
-            {
-                "kind": settings.kind,
-                "width": config.latent_encoder.z_channels,
-                "books": settings.books,
-                "size": settings.size,
-                "beam": settings.beam,
-            }
-        )
+        codec.quantizer = make_quantizer(config.quantizer.description(config.latent_encoder.z_channels))
         codec.config.rates = config.rates
         self._take(codec, [codec.quantizer])
-        self.module = _Quantization(codec)
+        self.module = _Quantization(config, stage, codec)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -306,7 +311,8 @@ class Quantize(_CodecTask):
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < self.config.quantizer.vectors:
             batch = next(batches)
-            z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
+            x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
+            z_BNZ = self.codec.g(self.module.regained(x0_BCT, positions_B)).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
             vectors.append(gather(z_BNZ)[gather(_heard(mask_BT, z_BNZ))])
         if main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.diffusion import make_diffusion
+from models.quantizer import KINDS
 from trainer.config import STAGES, TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
@@ -31,7 +32,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
 _CHOICES = {
     "autoencoder.kind": ("spectral", "woosh"),
     "data.shuffle": SHUFFLES,
-    "quantizer.kind": ("residual",),
+    "quantizer.kind": KINDS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
     "parallel.offload": ("none", "optimizer", "all"),
@@ -62,6 +63,9 @@ _POSITIVE = (
     "lora.rank",
     "quantizer.books",
     "quantizer.beam",
+    "quantizer.candidates",
+    "quantizer.embedding",
+    "quantizer.hidden",
     "parallel.processes",
     "parallel.replicas",
     "parallel.gpu_gib",
@@ -81,6 +85,8 @@ _POSITIVE = (
 
 
 _NOT_NEGATIVE = (
+    "quantizer.gain_db",
+    "quantizer.depth",
     "health.spike",
     "health.max_rewinds",
     "health.hang_seconds",
@@ -211,6 +217,13 @@ def _codebooks(config: Config) -> list[str]:
             f"quantizer.vectors={quantizer.vectors} can't fill books of {quantizer.size}: take at least "
             f"{40 * quantizer.size}"
         )
+    if quantizer.kind == "qinco2" and quantizer.candidates < quantizer.beam:
+        found.append(
+            f"quantizer.candidates={quantizer.candidates} can't fill quantizer.beam={quantizer.beam}: take as many"
+        )
+    if quantizer.kind == "fsq" and (width := config.latent_encoder.z_channels) % quantizer.books:
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        found.append(f"quantizer.books={quantizer.books} of fsq don't share {width} z_channels: take one of {divisors}")
     for rate in quantizer.rates:
         if not 1 <= rate <= quantizer.books:
             found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")

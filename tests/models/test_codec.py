@@ -16,7 +16,7 @@ from models.codec import CodecConfig, Sampling, SPresso
 from models.dit import DiT, DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 from models.pretrained import load_dit
-from models.quantizer import ResidualQuantizer
+from models.residual_quantizer import ResidualQuantizer
 from models.weights import load_weights, save_weights
 
 SHAPES = LatentEncoderConfig(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import quantizer as module
-from models.quantizer import ResidualQuantizer, make_quantizer
+from models import residual_quantizer as module
+from models.quantizer import make_quantizer
+from models.residual_quantizer import ResidualQuantizer
 
 WIDTH, BOOKS, SIZE = 16, 6, 16
 
@@ -340,7 +341,7 @@ def test_other_mistakes_are_refused(fitted):
             fitted.encode(torch.zeros(1, WIDTH), books=books)
         with pytest.raises(ValueError, match=f"has {BOOKS} books"):
             fitted.decode(torch.zeros(1, books, dtype=torch.int64))
-    with pytest.raises(ValueError, match="unknown quantizer kind 'product': choose one of residual"):
+    with pytest.raises(ValueError, match="unknown quantizer kind 'product': choose one of qinco2, residual, fsq"):
         make_quantizer(fitted.config() | {"kind": "product"})
     with pytest.raises(ValueError, match="unknown quantizer kind 'None'"):
         make_quantizer({})

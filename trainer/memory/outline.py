@@ -78,7 +78,7 @@ def stage_module(config: Config, stage: str, dit: DiTConfig) -> nn.Module:
         codec = _codec(config, dit)
         if stage == "quantize":
             codec.quantizer.requires_grad_(True)
-            return _Quantization(cast(SPresso, codec))
+            return _Quantization(config, stage, cast(SPresso, codec))
         learned = [value for name, value in codec.dit.named_parameters() if f".{ADAPTER}." in name]
         for part in (codec.g, codec.f) if stage == "autoencode" else (codec.f,):
             learned += part.parameters()
@@ -94,20 +94,12 @@ def _codec(config: Config, dit_config: DiTConfig) -> Any:
     dit = DiT(dit_config)
     inject_adapter_in_model(lora_config(dataclasses.asdict(config.lora)), dit, adapter_name=ADAPTER)
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit_config.channels)
-    settings = config.quantizer
     parts: dict[str, nn.Module] = {
+        "autoencoder": outline_autoencoder(**dataclasses.asdict(config.autoencoder)),
         "dit": dit,
         "g": LatentEncoder(shapes),
         "f": Upsampler(shapes, dit_width=dit_config.width, dit_patch_size=dit_config.patch_size),
-        "quantizer": make_quantizer(
-            {
-                "kind": settings.kind,
-                "width": shapes.z_channels,
-                "books": settings.books,
-                "size": settings.size,
-                "beam": settings.beam,
-            }
-        ),
+        "quantizer": make_quantizer(config.quantizer.description(shapes.z_channels)),
     }
     return SimpleNamespace(**{name: part.requires_grad_(False) for name, part in parts.items()})
 

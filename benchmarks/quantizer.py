@@ -1,0 +1,322 @@
+"""Quantizers beside each other, on z of held-out sounds: python benchmarks/quantizer.py CODEC LATENTS [--json FILE].
+
+CODEC is the export of an `autoencode` stage, LATENTS its latents (`train/` and `test/`, split by file). Vectors are z
+at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, with all
+cores; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by gradient
+take the same number of steps and of vectors a step; when to stop is decided on files held out from training, never on
+the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from models.codec import SPresso  # noqa: E402
+from models.qinco2 import QINCo2  # noqa: E402
+from models.residual_quantizer import ResidualQuantizer  # noqa: E402
+from trainer.data.shard_set import ShardSet  # noqa: E402
+from trainer.run import write_atomically  # noqa: E402
+
+SIZE, BITS = 256, (64, 96, 120)
+BOOKS = [bits // 8 for bits in BITS]
+GAINS_DB = (-9.0, -6.0, -3.0, 3.0, 6.0, 9.0, -12.0, 12.0, 0.0)
+Decoded = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codec", type=Path)
+    parser.add_argument("latents", type=Path)
+    parser.add_argument("--vectors", type=int, default=60_000, help="to train on; 0: all there are, at all gains")
+    parser.add_argument("--held-out", type=int, default=8_000)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--only", nargs="+", help="methods, of those in the table")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    warnings.simplefilter("ignore")
+    data = vectors(options.codec, options.latents, options.vectors, options.held_out)
+    figures: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"torch": torch.__version__, "faiss": faiss.__version__},
+        "vectors": {name: len(part) for name, part in data.items()},
+        "steps": options.steps,
+        "batch": options.batch,
+        "rows": [],
+    }
+    for name, method in METHODS.items():
+        if options.only is None or name in options.only:
+            for row in method(data, options):
+                figures["rows"].append({"method": name, **row})
+                say(json.dumps(figures["rows"][-1]))
+                if options.json:
+                    write_atomically(options.json, json.dumps(figures, indent=1))
+    print(markdown(figures))
+
+
+# ---- vectors
+
+
+def vectors(codec_path: Path, latents: Path, count: int, held_out: int) -> dict[str, Tensor]:
+    """z to learn from, to stop early by, and to test on; no file is in two of them."""
+    codec = SPresso.from_pretrained(codec_path)
+    train, test = ShardSet(latents / "train"), ShardSet(latents / "test")
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(train), generator=generator).tolist()
+    kept = len(train) // 20
+    gains = (0.0,) if count else GAINS_DB
+    parts = {
+        "train": z_of(codec, train, order[kept:], gains),
+        "validation": z_of(codec, train, order[:kept], (0.0,)),
+        "test": z_of(codec, test, list(range(len(test))), (0.0,)),
+    }
+    wanted = {"train": count or len(parts["train"]), "validation": held_out // 2, "test": held_out}
+    return {
+        name: part[torch.randperm(len(part), generator=generator)[: wanted[name]]].contiguous()
+        for name, part in parts.items()
+    }
+
+
+@torch.inference_mode()
+def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float, ...]) -> Tensor:
+    """z (N, width) of clips at every frame offset and at these gains."""
+    pooling, window, found = codec.config.latent_encoder.pooling, codec.config.window, []
+    for number, id_ in enumerate(ids):
+        if number % 200 == 0:
+            say(f"vectors: {number} of {len(ids)} clips")
+        x0_1CT = torch.from_numpy(np.asarray(shards.latents([id_])[0], np.float32))[None]
+        for gain_db in gains_db:
+            heard = x0_1CT if gain_db == 0 else regained(codec, x0_1CT, gain_db)
+            for offset in range(pooling):
+                shifted = heard[..., offset:]
+                windows = [part for part in shifted.split(window, dim=-1) if part.shape[-1] == window]
+                if windows:
+                    found.append(codec.g(torch.cat(windows)).transpose(1, 2).flatten(0, 1))
+    return torch.cat(found)
+
+
+def regained(codec: SPresso, x0_1CT: Tensor, gain_db: float) -> Tensor:
+    """x0 of the same sound at another gain."""
+    audio = codec.autoencoder.decode(torch.cat([x0_1CT, x0_1CT[..., -1:]], dim=-1))
+    return codec.autoencoder.encode(audio * 10 ** (gain_db / 20))[..., : x0_1CT.shape[-1]]
+
+
+# ---- methods
+
+
+def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One quantizer of 15 books, whose prefixes are the lower rates."""
+    quantizer = QINCo2(data["train"].shape[1], max(BOOKS), SIZE)
+    seconds = timed(lambda: quantizer.fit(data["train"], seed=0))[0]
+    more, quantizer = timed(lambda: learned(quantizer, data, options))
+    usage = [len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T]
+    for books in BOOKS:
+        row = measured(data["test"], partial_encode(quantizer, books), quantizer.decode, seconds + more)
+        prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
+        yield row | {"books": books, "prefix_error": relative(prefix, data["test"]), "dead": SIZE * 15 - sum(usage)}
+
+
+def partial_encode(quantizer: Any, books: int) -> Decoded:
+    return lambda z: quantizer.encode(z, books=books)
+
+
+def learned(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Namespace) -> nn.Module:
+    """AdamW with warm-up and cosine decay; the average of the weights that is best on the validation vectors."""
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=options.lr, weight_decay=0.1)
+    average, best, best_error = copy.deepcopy(quantizer), copy.deepcopy(quantizer.state_dict()), float("inf")
+    generator = torch.Generator().manual_seed(1)
+    validation = data["validation"][:2000]
+    for step in range(options.steps + 1):
+        if step % max(1, options.steps // 12) == 0:
+            error = relative(average.decode(average.encode(validation)), validation)
+            if error < best_error:
+                best, best_error = copy.deepcopy(average.state_dict()), error
+            say(f"  step {step}: validation {error:.4f}")
+        rate = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * step / options.steps))
+        optimizer.param_groups[0]["lr"] = options.lr * max(1e-3, rate)
+        rows = torch.randint(len(data["train"]), (options.batch,), generator=generator)
+        optimizer.zero_grad()
+        quantizer.loss(data["train"][rows]).mean().backward()
+        nn.utils.clip_grad_norm_(quantizer.parameters(), 0.1)
+        optimizer.step()
+        with torch.no_grad():
+            for mine, theirs in zip(average.parameters(), quantizer.parameters(), strict=True):
+                mine.lerp_(theirs, 1 - min(0.98, step / (step + 10)))
+    average.load_state_dict(best)
+    return average.eval()
+
+
+def faiss_rq(train_beam: int, search_beam: int) -> Callable[..., Iterator[dict[str, Any]]]:
+    """faiss's residual quantizer; one of 15 books, whose prefixes are the lower rates."""
+
+    def method(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+        width = data["train"].shape[1]
+        quantizer = faiss.ResidualQuantizer(width, max(BOOKS), 8)
+        quantizer.max_beam_size = train_beam
+        quantizer.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
+        seconds, _ = timed(lambda: quantizer.train(sample(data["train"])))
+        codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(max(BOOKS), SIZE, width)
+        for books in BOOKS:
+            part = faiss.ResidualQuantizer(width, books, 8)
+            faiss.copy_array_to_vector(codebooks[:books].ravel(), part.codebooks)
+            part.is_trained, part.max_beam_size = True, search_beam
+            row = measured(data["test"], *of_faiss(part), seconds)
+            # the codes that it finds for all books, cut
+            whole = ResidualQuantizer(width, max(BOOKS), SIZE, beam=search_beam)
+            with torch.no_grad():
+                whole.codebooks.copy_(torch.from_numpy(codebooks))
+                prefix = whole.decode(whole.encode(data["test"])[:, :books])
+            yield row | {"books": books, "prefix_error": relative(prefix, data["test"])}
+
+    return method
+
+
+def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """faiss's local search quantizer, one for each rate: its codes have no order."""
+    for books in BOOKS:
+        quantizer = faiss.LocalSearchQuantizer(data["train"].shape[1], books, 8)
+        seconds, _ = timed(lambda quantizer=quantizer: quantizer.train(sample(data["train"])))
+        yield measured(data["test"], *of_faiss(quantizer), seconds) | {"books": books}
+
+
+def faiss_pq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """faiss's product quantizer, one for each rate; z is padded with zeros to a multiple of the books."""
+    width = data["train"].shape[1]
+    for books in BOOKS:
+        missing = -width % books
+        quantizer = faiss.ProductQuantizer(width + missing, books, 8)
+
+        def padded(z: np.ndarray, missing: int = missing) -> np.ndarray:
+            return np.pad(z, ((0, 0), (0, missing)))
+
+        seconds, _ = timed(lambda q=quantizer, pad=padded: q.train(pad(sample(data["train"]))))
+        encode, decode = of_faiss(quantizer, padded)
+        yield measured(data["test"], encode, lambda codes, d=decode: d(codes)[:, :width], seconds) | {"books": books}
+
+
+def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """vector-quantize-pytorch's ResidualVQ: codebooks by moving averages, k-means at the start."""
+    from vector_quantize_pytorch import ResidualVQ
+
+    width = data["train"].shape[1]
+    mean, scale = data["train"].mean(0), data["train"].std()
+    torch.manual_seed(0)
+    quantizer = ResidualVQ(
+        dim=width, num_quantizers=max(BOOKS), codebook_size=SIZE, kmeans_init=True, threshold_ema_dead_code=2
+    )
+
+    def train() -> None:
+        generator = torch.Generator().manual_seed(1)
+        quantizer.train()
+        for _ in range(options.steps):
+            rows = torch.randint(len(data["train"]), (options.batch,), generator=generator)
+            quantizer(((data["train"][rows] - mean) / scale)[None])
+        quantizer.eval()
+
+    seconds, _ = timed(train)
+
+    def encode(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return quantizer(((z - mean) / scale)[None])[1][0]
+
+    for books in BOOKS:
+
+        def decode(codes: Tensor, books: int = books) -> Tensor:
+            codebooks = quantizer.codebooks[:books]
+            return sum(book[codes[:, m]] for m, book in enumerate(codebooks)) * scale + mean
+
+        yield measured(data["test"], encode, decode, seconds) | {"books": books}
+
+
+METHODS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "this project's QINCo2": ours,
+    "faiss RQ, trained and searched with beam 32": faiss_rq(32, 32),
+    "faiss RQ, trained with beam 1, searched with 32": faiss_rq(1, 32),
+    "faiss RQ, beam 1": faiss_rq(1, 1),
+    "faiss LSQ": faiss_lsq,
+    "ResidualVQ (vector-quantize-pytorch)": lucidrains,
+    "faiss PQ": faiss_pq,
+}
+
+
+# ---- measuring
+
+
+def sample(train: Tensor) -> np.ndarray:
+    """What faiss is given: as many vectors as its k-means takes of its own accord."""
+    return train[: 256 * SIZE].numpy()
+
+
+def of_faiss(quantizer: Any, prepared: Callable[[np.ndarray], np.ndarray] = lambda z: z) -> tuple[Decoded, Decoded]:
+    return (
+        lambda z: torch.from_numpy(quantizer.compute_codes(prepared(z.numpy()))),
+        lambda codes: torch.from_numpy(quantizer.decode(codes.numpy())),
+    )
+
+
+@torch.no_grad()
+def measured(z: Tensor, encode: Decoded, decode: Decoded, seconds: float) -> dict[str, Any]:
+    """Relative error, and microseconds a vector for both ways."""
+    decode(encode(z[:256]))  # once to warm up
+    encoding, codes = timed(lambda: encode(z))
+    decoding, z_q = timed(lambda: decode(codes))
+    return {
+        "error": relative(z_q, z),
+        "fit_s": round(seconds, 1),
+        "encode_us": round(1e6 * encoding / len(z), 1),
+        "decode_us": round(1e6 * decoding / len(z), 2),
+    }
+
+
+def relative(z_q: Tensor, z: Tensor) -> float:
+    return float((z_q - z).square().mean() / (z - z.mean(0)).square().mean())
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    lines = [
+        "| method | " + " | ".join(f"{bits} bits" for bits in BITS) + " | fit s | encode µs | decode µs |",
+        "|---" * (len(BITS) + 4) + "|",
+    ]
+    for name in METHODS:
+        rows = {row["books"]: row for row in figures["rows"] if row["method"] == name}
+        if rows:
+            middle = rows[BOOKS[1]]
+            errors = " | ".join(f"{rows[books]['error']:.4f}" for books in BOOKS)
+            lines.append(f"| {name} | {errors} | {middle['fit_s']} | {middle['encode_us']} | {middle['decode_us']} |")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
