@@ -1,5 +1,5 @@
 # make demo [AUDIO=folder]   sound files → a trained codec → a page to listen to
-# make test                  all tests
+# make test                  the tests, but those that take minutes each; make test-all: those, too
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= demo
@@ -7,13 +7,17 @@ AUDIO ?=
 SOUNDS := $(if $(AUDIO),$(shell realpath "$(AUDIO)"))
 NAME := $(RECIPE)$(if $(AUDIO),-$(shell basename "$(SOUNDS)"))
 
-.PHONY: demo test lint install
+.PHONY: demo test test-all lint install
 
 demo: install
 	$(VENV)/bin/spresso run $(RECIPE) name="$(NAME)" $(if $(AUDIO),data.audio="$(SOUNDS)")
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not slow and not alone" -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and alone"
+
+test-all: test
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: install
 	$(VENV)/bin/ruff check .

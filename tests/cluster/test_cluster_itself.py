@@ -9,6 +9,8 @@ import pytest
 
 from tests.cluster.slurm_cluster import ClusterError, SlurmCluster
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def idle(cluster: SlurmCluster) -> Iterator[SlurmCluster]:

@@ -12,6 +12,8 @@ from tests.cluster.runs import Run, spresso
 from tests.cluster.slurm_cluster import SlurmCluster
 from trainer.recipe import load
 
+pytestmark = pytest.mark.alone
+
 SETTINGS = ("cluster=no_accounting", "parallel.threads=1", "cluster.stages.prepare.array=2")
 
 

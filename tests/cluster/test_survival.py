@@ -18,6 +18,7 @@ from tests.recorded import recorded_sounds
 from trainer.loop import train
 from trainer.recipe import load
 
+pytestmark = pytest.mark.alone
 SHORT = 1200
 Start = Callable[..., Run]
 
@@ -98,6 +99,7 @@ def test_a_time_limit_again_and_again(start: Start, cluster: SlurmCluster, undis
     assert_undisturbed(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_cancelled_it_saves_and_stays_away(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     run = start(f"pretrain.samples={SHORT}")
     run.reach(300)
@@ -125,6 +127,7 @@ def test_a_node_that_dies_in_the_middle_of_a_step(start: Start, cluster: SlurmCl
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_cut_off_and_trains_on(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     if cluster.mode != "netns":
         pytest.skip("nodes that share this machine's network can't be cut off")
@@ -157,6 +160,7 @@ def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_once(start: Start, undisturbed: dict[int, float]):
     run = start(f"pretrain.samples={SHORT}", fault={"what": "raise", "rank": 2, "at": 708, "once": True})
     run.end()
@@ -166,6 +170,7 @@ def test_a_rank_that_raises_once(start: Start, undisturbed: dict[int, float]):
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_at_the_same_sample_each_time(start: Start):
     run = start(f"pretrain.samples={SHORT}", fault={"what": "raise", "rank": 2, "at": 708})
     run.end("FAILED")
@@ -175,6 +180,7 @@ def test_a_rank_that_raises_at_the_same_sample_each_time(start: Start):
     assert (run.stage / "owner.json").exists() is False
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(start: Start, undisturbed: dict[int, float]):
     fault = {"what": "hang", "rank": 1, "at": 708, "once": True}
     run = start(f"pretrain.samples={SHORT}", "health.hang_seconds=5", fault=fault)
@@ -196,6 +202,7 @@ def test_a_rank_that_hangs_when_there_is_notice(start: Start, cluster: SlurmClus
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_come_when_there_is_notice(start: Start, undisturbed: dict[int, float], cluster):
     fault = {"what": "stall", "rank": 3, "at": 708, "once": True}
     run = start(f"pretrain.samples={SHORT}", fault=fault)
@@ -238,6 +245,7 @@ def test_other_numbers_of_nodes_each_time(start: Start, cluster: SlurmCluster, u
     assert_undisturbed(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save(start: Start, small_disk: Path, latents: Path, cluster, undisturbed):
     run = Run(cluster, small_disk / "run", latents, f"pretrain.samples={SHORT}", "checkpoint.keep_last=1")
     ballast = small_disk / "ballast"

@@ -20,6 +20,8 @@ from launch.cli import main
 from models.weights import load_weights, save_weights
 from trainer.config import TRAINED_STAGES
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 QUICK = ("parallel.threads=1", "parallel.device=cpu", "data.workers=1")
 
