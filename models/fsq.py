@@ -25,7 +25,6 @@ class FSQ(Quantizer):
     """
 
     kind = "fsq"
-    levels: Tensor
 
     def __init__(self, width: int, books: int, size: int) -> None:
         super().__init__(width, books, size)
@@ -33,8 +32,7 @@ class FSQ(Quantizer):
             divisors = [n for n in range(1, width + 1) if width % n == 0]
             raise ValueError(f"fsq shares {width} dimensions among its books: take one of {divisors}, not {books}")
         bits, each = size.bit_length() - 1, width // books
-        levels = [2 ** (bits // each + (dimension < bits % each)) for dimension in range(each)]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.levels = [2 ** (bits // each + (dimension < bits % each)) for dimension in range(each)]
         self.spread = nn.Parameter(torch.ones(width))
 
     @torch.no_grad()
@@ -49,16 +47,17 @@ class FSQ(Quantizer):
         """Codes ``(..., books)`` of ``z`` (..., width): the first books of them, whose codes depend on no other."""
         books = self._checked_books(books)
         with torch.autocast(z.device.type, enabled=False):
-            level = self._place(self.standardise(z)).mul(self.levels).floor().long()
-        level = level.minimum(self.levels - 1)[..., :books, :]
-        return (level * self._weights()).sum(-1)
+            levels, weights = self._levels_and_weights()
+            level = self._place(self.standardise(z)).mul(levels).floor().long().minimum(levels - 1)
+        return (level[..., :books, :] * weights).sum(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """``z_q`` (..., width) of ``codes`` (..., m): all the books or the first m of them."""
         books = self._checked_books(codes.shape[-1])
-        level = codes.unsqueeze(-1) // self._weights() % self.levels
-        normal = math.sqrt(2) * torch.erfinv(2 * (level + 0.5) / self.levels - 1)
-        missing = normal.new_zeros(*codes.shape[:-1], self.books - books, len(self.levels))
+        levels, weights = self._levels_and_weights()
+        level = codes.unsqueeze(-1) // weights % levels
+        normal = math.sqrt(2) * torch.erfinv(2 * (level + 0.5) / levels - 1)
+        missing = normal.new_zeros(*codes.shape[:-1], self.books - books, len(levels))
         return self.restore(torch.cat([normal, missing], dim=-2).flatten(-2) * self.spread)
 
     def loss(self, z: Tensor) -> Tensor:
@@ -69,6 +68,7 @@ class FSQ(Quantizer):
         """Where a number lies in its distribution, from 0 to 1, by books: (..., books, width / books)."""
         return torch.special.ndtr(standardised / self.spread).unflatten(-1, (self.books, -1))
 
-    def _weights(self) -> Tensor:
-        """What a level of each dimension counts in a code."""
-        return torch.cumprod(self.levels, 0) // self.levels
+    def _levels_and_weights(self) -> tuple[Tensor, Tensor]:
+        """Of each dimension of a book its levels, and what one of them counts in a code."""
+        levels = torch.tensor(self.levels, device=self.spread.device)
+        return levels, torch.cumprod(levels, 0) // levels

@@ -28,8 +28,8 @@ def relative_error(quantizer: FSQ, z: torch.Tensor, **options: int) -> float:
 
 
 def test_bits_are_shared_out_among_a_books_dimensions():
-    assert FSQ(WIDTH, 3, 64).levels.tolist() == [4, 4, 2, 2]  # 6 bits for 4 dimensions
-    assert FSQ(WIDTH, 12, 8).levels.tolist() == [8]
+    assert FSQ(WIDTH, 3, 64).levels == [4, 4, 2, 2]  # 6 bits for 4 dimensions
+    assert FSQ(WIDTH, 12, 8).levels == [8]
 
 
 @pytest.mark.parametrize(("books", "size"), [(3, 64), (4, 8), (12, 2), (1, 2**24)])
