@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.bitstream import Stream
-from models.diffusion import Diffusion, guided, make_diffusion, sample
+from models.diffusion import Diffusion, guided, make_diffusion
 from models.dit import DiT, DiTConfig
 from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
 from models.loudness import level
 from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
 from models.quantizer import Quantizer, make_quantizer
+from models.samplers import sample
 from models.weights import write_safetensors
 
 if TYPE_CHECKING:
