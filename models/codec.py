@@ -191,7 +191,7 @@ class SPresso(nn.Module):
         """z (or None: an unconditional sample) and noise → levelled audio (B, 1, T · hop)."""
         x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
         # n frames, each centred on a hop boundary, span n - 1 hops: the last frame is held for the last hop
-        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + 1))
+        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
         self,
