@@ -1,4 +1,4 @@
-"""A release of Stable Audio Open, tiny and random: diffusers' and transformers' own classes, saved in their own layout."""
+"""A release of Stable Audio Open, tiny and random: diffusers' and transformers' own classes in their own layout."""
 
 from __future__ import annotations
 

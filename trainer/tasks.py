@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.codec import CodecConfig, Sampling, SPresso, generate
+from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
 from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
@@ -100,7 +101,7 @@ def frozen_base(module: nn.Module) -> set[Tensor]:
 class _Denoiser(nn.Module):
     """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; what is random comes from a sample's position."""
 
-    def __init__(self, config: Config, stage: str, dit: DiT) -> None:
+    def __init__(self, config: Config, stage: str, dit: Decoder) -> None:
         super().__init__()
         self.dit = dit
         self.diffusion = make_diffusion(config.diffusion.name, **config.diffusion.options)
@@ -338,7 +339,7 @@ def make_task(config: Config, stage: str) -> Task:
     return TASKS[stage](config, stage)
 
 
-def _require_formulation(config: Config, dit: DiT) -> None:
+def _require_formulation(config: Config, dit: Decoder) -> None:
     """D's prediction means something else in another formulation, and nothing else would tell."""
     if dit.diffusion is None:
         return

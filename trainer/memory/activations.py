@@ -7,7 +7,6 @@ summed over storages, so that views count once and what is freed is gone.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.dit import DiTConfig
+from models.decoder import DecoderConfig, block_counts, with_blocks
 from trainer.config import Config
 from trainer.memory.outline import stage_module
 from trainer.strategy import DTYPES, Computed, blocks_of, recompute
@@ -71,9 +70,9 @@ class Pass:
     """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
 
 
-def activations(config: Config, stage: str, dit: DiTConfig, how: Pass) -> Activations:
+def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
     """Measured on D of these sizes; of a deep one two or three blocks of a kind are, as each more adds the same."""
-    multi, single = dit.multistream_blocks, dit.depth - dit.multistream_blocks
+    multi, single = block_counts(dit)
     few = (min(multi, 2), min(single, 2))
     more = [(index, count - few[index]) for index, count in enumerate((multi, single)) if count > few[index]]
     if sum(count for _, count in more) <= 2:
@@ -100,10 +99,9 @@ def _extended(result: Activations, base: Activations, deeper: Activations, block
 
 
 def _of_depth(
-    config: Config, stage: str, dit: DiTConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
+    config: Config, stage: str, dit: DecoderConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
 ) -> Activations:
-    sizes = dataclasses.replace(dit, depth=max(1, sum(blocks)), multistream_depth=blocks[0])
-    module = stage_module(config, stage, sizes)
+    module = stage_module(config, stage, with_blocks(dit, blocks))
     dtype = DTYPES[how.precision]
     with FakeTensorMode():
         _give_storage(module, dtype, lower_trained=how.lower_trained)
