@@ -22,7 +22,7 @@ __all__ = [
     "autoencoder_from_woosh",
     "dit_from_woosh",
     "hash_state",
-    "latent_rate",
+    "latent_timing",
     "load_autoencoder",
     "load_dit",
     "load_weights",
@@ -106,13 +106,13 @@ def _release_of(kind: str, folder: str | Path | None) -> Path:
     return _found(folder) if kind == "oobleck" else Path(folder)
 
 
-def latent_rate(kind: str = "spectral", folder: str | Path | None = None) -> float:
-    """Latent frames a second, from the release's config alone; its raises are `load_autoencoder`'s."""
+def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> tuple[int, int]:
+    """Sample rate and hop of an AudioAE, from the release's config alone; raises as `load_autoencoder` does."""
     if kind == "spectral":
-        return SpectralAE.sample_rate / SpectralAE.hop
+        return SpectralAE.sample_rate, SpectralAE.hop
     where = _release_of(kind, folder)
     sizes = read_oobleck_config(where) if kind == "oobleck" else _sizes_of_kind(VocosConfig, where)
-    return sizes.sample_rate / sizes.hop
+    return sizes.sample_rate, sizes.hop
 
 
 def read_dit_config(path: str | Path) -> DecoderConfig:

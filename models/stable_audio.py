@@ -26,7 +26,7 @@ _SETTINGS = (
     *("num_key_value_attention_heads", "cross_attention_dim", "time_proj_dim", "global_states_input_dim"),
     "cross_attention_input_dim",
 )
-_PROJECTION_SETTINGS = ("text_encoder_dim", "conditioning_dim", "min_value", "max_value")
+PROJECTION_SETTINGS = ("text_encoder_dim", "conditioning_dim", "min_value", "max_value")
 _SCHEDULER = "CosineDPMSolverMultistepScheduler"
 _TEXT_TOKENS = 128
 _PROJECTION = "projection_model."
@@ -266,7 +266,7 @@ def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
     """Its sizes alone; raises as `load_stable_audio` does."""
     transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
     given = read_config(transformer, _CLASS, _SETTINGS)
-    seconds = read_config(projection, "StableAudioProjectionModel", _PROJECTION_SETTINGS)
+    seconds = read_config(projection, "StableAudioProjectionModel", PROJECTION_SETTINGS)
     autoencoder = read_oobleck_config(folder)
     channels, width = given["in_channels"], seconds["conditioning_dim"]
     require(

@@ -24,6 +24,7 @@ from models.pretrained import hash_state, load_autoencoder, load_dit, save_weigh
 from models.quantizer import make_quantizer
 from trainer.config import Config
 from trainer.data.stream import Batch
+from trainer.data.text import Text, WantedText
 from trainer.randomness import integers, keys, normal, uniform
 from trainer.run import base_model, stage_folder
 
@@ -42,8 +43,8 @@ class Task(ABC):
 
     autoencoder: AudioAE
     module: nn.Module
-    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is
-    padded. Frozen parts lie in it with requires_grad=False."""
+    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None, Text or None) → Losses; the mask is false
+    where x0 is padded. Frozen parts lie in it with requires_grad=False."""
 
     base_hash = ""
     """Of the frozen D that what is learned belongs to; empty where D itself is trained."""
@@ -55,6 +56,18 @@ class Task(ABC):
     def learned(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their plain names."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+    @property
+    def text(self) -> WantedText | None:
+        """What text its D reads, if it does, and of which samples; what is dropped goes by a sample's position."""
+        settings, module = self.config.stage(self.stage), self.module
+        if not isinstance(module, _Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
+            return None
+
+        def keeps(positions_B: Tensor) -> Tensor:
+            return uniform(keys(self.config.seed, f"{self.stage}/text", positions_B)) >= settings.text_dropout
+
+        return WantedText(module.dit.config.text_tokens, module.dit.config.text_width, keeps)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -108,14 +121,17 @@ class _Denoiser(nn.Module):
         self.purpose, self.seed = stage, config.seed
         self.condition_dropout = config.stage(stage).condition_dropout
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> Losses:
         u_B = uniform(self.keys("level", positions_B))
         noise_BCT = normal(self.keys("noise", positions_B), *x0_BCT.shape[1:])
         condition = self.condition(x0_BCT, positions_B)
         t_B = self.diffusion.noise_level(u_B)
-        losses_B = self.diffusion.loss(
-            lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B, mask_BT
-        )
+        conditions = {"condition": condition}
+        if text is not None:
+            conditions |= {"text": text.tokens, "text_mask": text.mask}
+        losses_B = self.diffusion.loss(lambda x, t: self.dit(x, t, **conditions), x0_BCT, noise_BCT, t_B, mask_BT)
         return Losses(losses_B, u_B)
 
     def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor | None:
@@ -172,7 +188,9 @@ class _Quantization(nn.Module):
         super().__init__()
         self.g, self.quantizer = codec.g, codec.quantizer
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> Losses:
         assert self.quantizer is not None
         z_BNZ = self.g(x0_BCT).transpose(1, 2)
         losses_BN = self.quantizer(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.decoder import DecoderConfig, block_counts, with_blocks
 from trainer.config import Config
+from trainer.data.text import Text
 from trainer.memory.outline import stage_module
 from trainer.strategy import DTYPES, Computed, blocks_of, recompute
 
@@ -66,6 +67,8 @@ class Pass:
     """Whether trained weights lie in that precision, as with ZeRO and FSDP2; DDP casts float32 ones in each pass."""
     recomputed: bool
     """Whether blocks are computed again in the backward pass."""
+    text: bool
+    """Whether D is given text."""
     cuda: bool
     """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
 
@@ -113,14 +116,20 @@ def _of_depth(
         computed = Computed(module, torch.device("cpu"), dtype)
         if how.cuda:
             _as_on_cuda(computed)
-        return measure(computed, (how.clips, dit.channels, how.frames), backward=backward)
+        text = None
+        if how.text and dit.text_width is not None:
+            tokens = torch.zeros(how.clips, dit.text_tokens, dit.text_width, dtype=torch.float16)
+            text = Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+        return measure(computed, (how.clips, dit.channels, how.frames), text, backward=backward)
 
 
-def measure(computed: Computed, shape: Sequence[int], *, backward: bool = True) -> Activations:
+def measure(
+    computed: Computed, shape: Sequence[int], text: Text | None = None, *, backward: bool = True
+) -> Activations:
     """Of one pass on x0 of a shape (B, C, T), forward and maybe backward; on fake tensors in a FakeTensorMode."""
     with _Living(computed.parameters()) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
-        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]))
+        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]), None, text)
         loss = losses_B.mean()
         saved, forward, kinds = living.now, living.peak, living.kinds()
         living.peak = living.now
