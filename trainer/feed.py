@@ -43,8 +43,8 @@ class Feed:
         self._batches: Generator[Batch | None] | None = None
 
     def require(self, task: Task) -> None:
-        """Read what the task wants, too; raise ValueError where the latents are another autoencoder's than the task's, or
-        the text is not what its D reads.
+        """Read the text that the task wants; raise ValueError where the latents are another autoencoder's than its own,
+        or the text is not what its D reads.
         """
         made_by, ours = self.stream.sets[0].info.ae_identity, task.autoencoder.identity()
         if made_by != ours:

@@ -67,10 +67,10 @@ class Pass:
     """Whether trained weights lie in that precision, as with ZeRO and FSDP2; DDP casts float32 ones in each pass."""
     recomputed: bool
     """Whether blocks are computed again in the backward pass."""
-    text: bool
-    """Whether D is given text."""
     cuda: bool
     """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
+    text: bool = False
+    """Whether D is given text."""
 
 
 def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
