@@ -291,7 +291,7 @@ def make_diffusion(name: str, **options: float) -> Diffusion:
 def guided(conditional: Network, unconditional: Network, scale: float) -> Network:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): past the conditional network by ``scale``.
 
-    D is affine in the prediction for either formulation, so guiding the one guides the other. A scale of 1 is the
+    D is affine in the prediction for every formulation, so guiding the one guides the other. A scale of 1 is the
     conditional network itself, at its price.
     """
     if scale == 1:

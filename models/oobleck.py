@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class OobleckAE(AudioAE):
 
         self.sample_rate, self.latent_channels, self.hop = config.sample_rate, config.latent_channels, config.hop
         self.audio_channels = config.audio_channels
-        model = AutoencoderOobleck(**_settings(config))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+            model = AutoencoderOobleck(**_settings(config))
         self.encoder, self.decoder = model.encoder, model.decoder
         self.requires_grad_(False)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.released import find_part, locate, missing, open_part, read_config, require_package
 from models.stable_audio import PROJECTION_SETTINGS, text_tokens
-from models.weights import hash_state, read
+from models.weights import hash_state, listed, read
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -85,11 +85,19 @@ def load_text_encoder(folder: str | Path, *, tokens: int, layer: int) -> TextEnc
 
 
 def _pretrained(kind: Any, path: Path) -> nn.Module:
+    from transformers.utils import logging
+
     open_part(path)  # refuses a pickle, and names what is missing
+    logging.disable_progress_bar()
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        return kind.from_pretrained(str(path), local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        model, loading = kind.from_pretrained(str(path), **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be loaded as a text encoder: {str(error).splitlines()[0]}") from error
+    # transformers draws what a file lacks; only the pooler, which no hidden state depends on, may be lacking
+    if absent := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
+        raise ValueError(f"{path} lacks weights of its text encoder: {listed(absent)}")
+    return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
 def _tokenizer(path: Path) -> tuple[Any, str]:
