@@ -27,6 +27,7 @@ from models.weights import hash_state
 from tests import stable_audio as release
 
 FRAMES, BATCH = 20, 3
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
 
 @pytest.fixture(scope="module")
