@@ -85,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     index = _command(commands, "index", _index, "an index for tars of latents that are there, or a check of one")
     index.add_argument("folder", help="holds *.tar, made by `spresso prepare`, WebDataset or tar; or train/ and test/")
     index.add_argument("--verify", action="store_true", help="hold the tars against their index, and write nothing")
-    index.add_argument("--autoencoder", choices=("spectral", "woosh"), help="whose latents (default: as before)")
+    index.add_argument(
+        "--autoencoder", choices=("spectral", "woosh", "oobleck"), help="whose latents (default: as before)"
+    )
     index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 

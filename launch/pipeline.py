@@ -91,6 +91,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
         say(f"  made before: {config.data.latents}")
         return
     from models.pretrained import load_autoencoder
+    from trainer.data.text import embedder_factory
 
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
     start = time.monotonic()
@@ -110,6 +111,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             audio_folder(config),
             Path(config.data.latents),
             factory,
+            embedder_factory(config.text),
             clip_seconds=config.data.clip_seconds,
             holdout=config.data.holdout,
             seed=config.seed,

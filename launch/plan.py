@@ -76,14 +76,15 @@ def _stages(config: Config) -> list[str]:
 
 
 def _codec(config: Config) -> list[str]:
-    if config.autoencoder.kind != "spectral":
-        return ["rates depend on the autoencoder's folder"]
-    from models.autoencoder import SpectralAE
+    from models.pretrained import latent_timing
 
-    autoencoder = SpectralAE()
+    try:
+        sample_rate, hop = latent_timing(config.autoencoder.kind, config.autoencoder.folder)
+    except ValueError as error:
+        return [f"the rates are the autoencoder's, which is not known here: {error}"]
     latent, quantizer = config.latent_encoder, config.quantizer
-    samples_per_z = autoencoder.hop * latent.pooling
-    z_rate = autoencoder.sample_rate / samples_per_z
+    samples_per_z = hop * latent.pooling
+    z_rate = sample_rate / samples_per_z
     lines = [
         f"z: {latent.z_channels} × {z_rate:.3f} Hz, "
         f"{samples_per_z / latent.z_channels:.1f}× fewer numbers than the audio"

@@ -22,8 +22,7 @@ from models.weights import hash_state
 class AudioAE(nn.Module):
     """What all autoencoders share: shapes, checks, padding and identity.
 
-    A latent frame is centred on each hop boundary, the first and the last included. Latents are standardised: about
-    mean 0 and standard deviation 1 in each channel.
+    Latents are standardised: about mean 0 and standard deviation 1 in each channel.
     """
 
     name: str
@@ -31,6 +30,9 @@ class AudioAE(nn.Module):
     channels: int
     latent_channels: int
     hop: int
+    surplus_frames = 1
+    """Latent frames beyond one a hop: 1 where a frame is centred on each hop boundary, the first and the last included;
+    0 where each frame is of one hop."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -38,7 +40,7 @@ class AudioAE(nn.Module):
 
     def frames(self, samples: int) -> int:
         """Latent frames of so many samples."""
-        return math.ceil(samples / self.hop) + 1
+        return math.ceil(samples / self.hop) + self.surplus_frames
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio `(B, channels, samples)` in [-1, 1] → latents `(B, latent_channels, frames(samples))`, in float32.
@@ -55,14 +57,15 @@ class AudioAE(nn.Module):
             return self._encode(padded)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents `(B, latent_channels, frames)` → audio `(B, channels, (frames - 1) · hop)`, float32.
+        """Latents `(B, latent_channels, frames)` → audio `(B, channels, (frames - surplus_frames) · hop)`, float32.
 
         Raises ValueError where the shape does not fit.
         """
-        if x0.ndim != 3 or x0.shape[1] != self.latent_channels or x0.shape[2] < 2:
+        least = 1 + self.surplus_frames
+        if x0.ndim != 3 or x0.shape[1] != self.latent_channels or x0.shape[2] < least:
             raise ValueError(
                 f"latents of shape {tuple(x0.shape)}: {self.name} takes (batch, {self.latent_channels}, frames), "
-                "at least two frames"
+                f"at least {'two frames' if least == 2 else 'one frame'}"
             )
         with torch.autocast(x0.device.type, enabled=False):
             return self._decode(x0.float())

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.bitstream import Stream
-from models.diffusion import Diffusion, guided, make_diffusion, sample
-from models.dit import DiT, DiTConfig
+from models.decoder import Decoder, DecoderConfig, decoder_config
+from models.diffusion import Diffusion, guided, make_diffusion
 from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
 from models.loudness import level
 from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
 from models.quantizer import Quantizer, make_quantizer
+from models.samplers import sample
 from models.weights import write_safetensors
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class CodecConfig:
     autoencoder: dict[str, Any]
     """Of the AudioAE: `kind`, `folder` (or None)."""
     latent_encoder: LatentEncoderConfig
-    dit: DiTConfig
+    dit: DecoderConfig
     diffusion: dict[str, Any]
     """`name` and `options` of the formulation."""
     lora: dict[str, Any]
@@ -72,7 +73,7 @@ class SPresso(nn.Module):
     """AudioAE, g, f, D with LoRA, and, once there is one, the quantizer."""
 
     def __init__(
-        self, config: CodecConfig, *, autoencoder: AudioAE, dit: DiT, quantizer: Quantizer | None = None
+        self, config: CodecConfig, *, autoencoder: AudioAE, dit: Decoder, quantizer: Quantizer | None = None
     ) -> None:
         """Take a pretrained D, add LoRA to it and fresh g and f beside it; D itself is frozen."""
         super().__init__()
@@ -82,7 +83,7 @@ class SPresso(nn.Module):
         self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
         from peft import inject_adapter_in_model  # here: it takes longer to import than torch, and not all need it
 
-        inject_adapter_in_model(lora_config(config.lora), self.dit, adapter_name=ADAPTER)
+        inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=ADAPTER)
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
@@ -190,7 +191,7 @@ class SPresso(nn.Module):
         """z (or None: an unconditional sample) and noise → levelled audio (B, 1, T · hop)."""
         x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
         # n frames, each centred on a hop boundary, span n - 1 hops: the last frame is held for the last hop
-        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + 1))
+        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
         self,
@@ -246,7 +247,8 @@ class SPresso(nn.Module):
 
         Args:
             folder: is made whole or not at all; an older export there is replaced.
-            base: D's pretrained weights: a file is linked or copied along, a release's folder is named by its path.
+            base: D's pretrained weights: a file is linked or copied along, a release is named by its path, or by its
+                name on the hub.
             card: text of the model card.
         """
         making = folder.with_name(folder.name + ".making")
@@ -254,7 +256,7 @@ class SPresso(nn.Module):
         making.mkdir(parents=True)
         for name, (module, config) in self.parts().items():
             save_weights(making / f"{name}.safetensors", module.state_dict(), config)
-        lora_config(self.config.lora).save_pretrained(str(making))
+        lora_config(self.config.lora, self.dit).save_pretrained(str(making))
         write_safetensors(making / "adapter_model.safetensors", self._adapter_state(), {"format": "pt"})
         if base.is_file():
             _link_or_copy(base, making / "dit.safetensors")
@@ -262,7 +264,7 @@ class SPresso(nn.Module):
         description = {
             "format": FORMAT,
             "model": self.model_hash,
-            "base": {"path": None if base.is_file() else str(base.resolve()), "hash": self.base_hash},
+            "base": {"path": _where(base), "hash": self.base_hash},
             "autoencoder_identity": self.autoencoder.identity(),
             "config": dataclasses.asdict(self.config),
         }
@@ -328,15 +330,15 @@ class SPresso(nn.Module):
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
 
 
-def lora_config(lora: Mapping[str, Any]) -> LoraConfig:
-    """PEFT's own config of `rank` and `alpha`."""
+def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
+    """PEFT's own config of `rank` and `alpha`, for the layers that this D names."""
     from peft import LoraConfig
 
-    return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(DiT.lora_targets))
+    return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
 
 
 def generate(
-    dit: DiT,
+    dit: Decoder,
     diffusion: Diffusion,
     noise_BCT: Tensor,
     *,
@@ -375,6 +377,11 @@ def _peft_name(name: str) -> str:
     return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
 
 
+def _where(base: Path) -> str | None:
+    """What a codec says of where its base is: nothing of a file that lies beside it; a hub's name stays one."""
+    return None if base.is_file() else str(base.resolve() if base.exists() else base)
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)  # the same bytes on the disk, yet each export is whole
@@ -395,8 +402,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _codec_config(values: dict[str, Any]) -> CodecConfig:
-    parts = {"latent_encoder": LatentEncoderConfig, "dit": DiTConfig, "sampling": Sampling}
-    return CodecConfig(**values | {name: part(**values[name]) for name, part in parts.items()})
+    parts = {"latent_encoder": LatentEncoderConfig, "sampling": Sampling}
+    read = {name: part(**values[name]) for name, part in parts.items()}
+    return CodecConfig(**values | read | {"dit": decoder_config(values["dit"])})
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

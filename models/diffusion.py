@@ -1,6 +1,6 @@
-"""Two formulations of diffusion behind one interface, and the samplers that work with either.
+"""Formulations of diffusion behind one interface.
 
-Both are paths ``x_t = alpha(t) · x0 + sigma(t) · noise`` from the data to gaussian noise. What differs is the meaning
+All are paths ``x_t = alpha(t) · x0 + sigma(t) · noise`` from the data to gaussian noise. What differs is the meaning
 of ``t``, what the network is fed, and what it predicts. A network here is any callable of ``x (B, C, T)`` and
 ``t (B,)`` that returns ``(B, C, T)``, its conditions already bound: nothing in this file knows of text, z or a DiT.
 """
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -126,8 +125,7 @@ class FlowMatching(Diffusion):
         return noise
 
 
-@dataclass(frozen=True)
-class EDM(Diffusion):
+class VarianceExploding(Diffusion):
     """Karras et al. 2022 (arXiv 2206.00364): noise added to data of full size, t = σ, and a preconditioned network F.
 
     The denoiser is ``D(x; σ) = c_skip · x + c_out · F(c_in · x; c_noise)`` (equation 7). S-PRESSO's objective
@@ -135,29 +133,18 @@ class EDM(Diffusion):
     F at every σ (equation 8).
     """
 
-    sigma_data: float = 1.0
-    """Standard deviation of x0; latents are standardised, so 1."""
-    log_mean: float = -0.5
-    """Mean of ln σ in training: the paper's -1.2 for σ_data = 0.5, moved to σ_data = 1 (by ln 2)."""
-    log_std: float = 1.2
-    """Standard deviation of ln σ in training."""
-    sigma_min: float = 0.002
-    """The last level of sampling before 0."""
-    sigma_max: float = 80.0
-    """The level at which sampling starts."""
-    rho: float = 7.0
-    """How much the levels of sampling crowd towards sigma_min (equation 5)."""
-
-    name: ClassVar[str] = "edm"
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
 
     def __post_init__(self) -> None:
-        _require_positive(self, "sigma_data", "log_std", "sigma_min", "rho")
+        _require_positive(self, "sigma_data", "sigma_min")
         if self.sigma_max <= self.sigma_min:
-            raise ValueError(f"edm: sigma_max={self.sigma_max} must be above sigma_min={self.sigma_min}")
+            raise ValueError(f"{self.name}: sigma_max={self.sigma_max} must be above sigma_min={self.sigma_min}")
 
-    def noise_level(self, u: Tensor) -> Tensor:
-        """Log-normal: ``exp(log_mean + log_std · probit(u))``."""
-        return torch.exp(self.log_mean + self.log_std * _probit(u))
+    @abstractmethod
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """What the network is told of the level."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """1 and ``t``: the noise grows and the data stays."""
@@ -174,10 +161,6 @@ class EDM(Diffusion):
     def c_in(self, sigma: Tensor) -> Tensor:
         """Scale that gives the network's input unit variance (table 1)."""
         return torch.rsqrt(sigma**2 + self.sigma_data**2)
-
-    def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told of the level (table 1); finite at σ = 0, for which it is told sigma_min."""
-        return sigma.clamp_min(self.sigma_min).log() / 4
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """λ(σ) (table 1), which :meth:`loss` holds implicitly, being the error of F rather than of D."""
@@ -199,6 +182,42 @@ class EDM(Diffusion):
         prediction = self.predict(network, x_t, t)
         return _per_sample(self.c_skip(t)) * x_t + _per_sample(self.c_out(t)) * prediction
 
+    def initial(self, noise: Tensor) -> Tensor:
+        """The noise at sigma_max, beside which x0 is nothing."""
+        return self.sigma_max * noise
+
+
+@dataclass(frozen=True)
+class EDM(VarianceExploding):
+    """The formulation of Karras et al. 2022 with their noise levels, in training and in sampling."""
+
+    sigma_data: float = 1.0
+    """Standard deviation of x0; latents are standardised, so 1."""
+    log_mean: float = -0.5
+    """Mean of ln σ in training: the paper's -1.2 for σ_data = 0.5, moved to σ_data = 1 (by ln 2)."""
+    log_std: float = 1.2
+    """Standard deviation of ln σ in training."""
+    sigma_min: float = 0.002
+    """The last level of sampling before 0."""
+    sigma_max: float = 80.0
+    """The level at which sampling starts."""
+    rho: float = 7.0
+    """How much the levels of sampling crowd towards sigma_min (equation 5)."""
+
+    name: ClassVar[str] = "edm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "log_std", "rho")
+
+    def noise_level(self, u: Tensor) -> Tensor:
+        """Log-normal: ``exp(log_mean + log_std · probit(u))``."""
+        return torch.exp(self.log_mean + self.log_std * _probit(u))
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """``ln σ / 4`` (table 1); finite at σ = 0, for which it is told sigma_min."""
+        return sigma.clamp_min(self.sigma_min).log() / 4
+
     def schedule(self, steps: int) -> Tensor:
         """From sigma_max to sigma_min by equation 5, then 0."""
         ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
@@ -206,12 +225,49 @@ class EDM(Diffusion):
         sigmas = (first + ramp * (last - first)) ** self.rho
         return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-    def initial(self, noise: Tensor) -> Tensor:
-        """The noise at sigma_max, beside which x0 is nothing."""
-        return self.sigma_max * noise
+
+@dataclass(frozen=True)
+class VPrediction(VarianceExploding):
+    """The v-objective on a cosine path (Salimans and Ho 2022, arXiv 2202.00512), as Stable Audio Open was trained.
+
+    On the path ``cos φ · x0 + sin φ · noise`` the network is told ``2 φ / π`` and predicts
+    ``v = cos φ · noise - sin φ · x0``. Divided by cos φ, that path is this one with ``σ = tan φ`` and σ_data = 1; c_in
+    scales it back, and v is -F.
+    """
+
+    sigma_data: float = 1.0
+    """Standard deviation of x0."""
+    sigma_min: float = 0.3
+    """The last level of sampling before 0; the release's."""
+    sigma_max: float = 500.0
+    """The level at which sampling starts, and the highest that is trained at; the release's."""
+
+    name: ClassVar[str] = "v_prediction"
+
+    def noise_level(self, u: Tensor) -> Tensor:
+        """``tan φ``, with φ uniform from 0 to ``atan(sigma_max)``."""
+        return torch.tan(_inside(u) * math.atan(self.sigma_max))
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """``2 φ / π``: 0 where there is no noise, 1 where there is nothing else."""
+        return torch.atan(sigma) * (2 / math.pi)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """Scale of v."""
+        return -super().c_out(sigma)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v."""
+        return -super().target(x0, noise, t)
+
+    def schedule(self, steps: int) -> Tensor:
+        """Evenly spaced in ln σ from sigma_max to sigma_min, then 0."""
+        ends = math.log(self.sigma_max), math.log(self.sigma_min)
+        sigmas = torch.linspace(*ends, _checked(steps), dtype=torch.float64).exp()
+        return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-FORMULATIONS: dict[str, type[Diffusion]] = {kind.name: kind for kind in (FlowMatching, EDM)}
+FORMULATIONS: dict[str, type[Diffusion]] = {kind.name: kind for kind in (FlowMatching, EDM, VPrediction)}
 
 
 def make_diffusion(name: str, **options: float) -> Diffusion:
@@ -235,7 +291,7 @@ def make_diffusion(name: str, **options: float) -> Diffusion:
 def guided(conditional: Network, unconditional: Network, scale: float) -> Network:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): past the conditional network by ``scale``.
 
-    D is affine in the prediction for either formulation, so guiding the one guides the other. A scale of 1 is the
+    D is affine in the prediction for every formulation, so guiding the one guides the other. A scale of 1 is the
     conditional network itself, at its price.
     """
     if scale == 1:
@@ -248,130 +304,6 @@ def guided(conditional: Network, unconditional: Network, scale: float) -> Networ
     return network
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(
-    diffusion: Diffusion,
-    network: Network,
-    noise: Tensor,
-    *,
-    steps: int,
-    sampler: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Walk the probability-flow ODE from standard gaussian ``noise`` (B, C, T) to ``x0``, deterministically.
-
-    Args:
-        diffusion: the formulation that the network was trained with.
-        network: the network, its conditions bound.
-        noise: as drawn; the formulation scales it. Less than float32 is worked on in float32.
-        steps: intervals of the schedule; "heun" calls the network ``2 · steps - 1`` times, the others ``steps`` times.
-        sampler: "euler" (order 1), "heun" (order 2) or "dpmpp" (DPM-Solver++ 2M, order 2 at one call a step).
-        progress: called after every step with (steps done, steps).
-
-    Raises:
-        ValueError: an unknown sampler, or fewer than one step.
-    """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
-    levels = _levels(diffusion, steps)
-    x = diffusion.initial(noise.to(torch.promote_types(noise.dtype, torch.float32)))
-
-    def denoise(x: Tensor, level: _Level) -> Tensor:
-        return diffusion.denoise(network, x, x.new_full((len(x),), level.t))
-
-    walk = SAMPLERS[sampler](denoise, x, levels)
-    for done in range(1, steps + 1):
-        x = next(walk)
-        if progress is not None:
-            progress(done, steps)
-    return x
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One level of a schedule, as numbers of the host, so that no step waits for the device."""
-
-    t: float
-    alpha: float
-    sigma: float
-
-    @property
-    def log_snr(self) -> float:
-        """λ = ln(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
-        return math.log(self.alpha / self.sigma)
-
-
-def _levels(diffusion: Diffusion, steps: int) -> list[_Level]:
-    t = diffusion.schedule(steps)
-    alpha, sigma = diffusion.coefficients(t)
-    return [_Level(*numbers) for numbers in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
-
-
-def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
-    """From ``here`` to ``there`` as if ``x0`` were the clean signal all the way: x keeps its noise, rescaled.
-
-    The first-order step of DDIM and DPM-Solver++; as alpha and sigma are linear in t, it is Euler's step too.
-    """
-    ratio = there.sigma / here.sigma
-    return ratio * x + (there.alpha - ratio * here.alpha) * x0
-
-
-Denoise = Callable[[Tensor, _Level], Tensor]
-
-
-def _euler(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    for here, there in pairwise(levels):
-        x = _transfer(x, denoise(x, here), here, there)
-        yield x
-
-
-def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    """Algorithm 1 of Karras et al. 2022: the mean of the slopes at both ends, the last step by Euler."""
-    for here, there in pairwise(levels):
-        x0 = denoise(x, here)
-        guess = _transfer(x, x0, here, there)
-        if there.sigma > 0:
-            slope = _increment(x, x0, here, here, there)
-            slope_there = _increment(guess, denoise(guess, there), there, here, there)
-            guess = x + (slope + slope_there) / 2
-        x = guess
-        yield x
-
-
-def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -> Tensor:
-    """What the way from ``here`` to ``there`` adds, along the direction that ``x`` and its ``x0`` give at ``at``."""
-    noise = (x - at.alpha * x0) / at.sigma
-    return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
-
-
-def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): x0 extrapolated in λ to the step's middle.
-
-    Where λ is infinite, at alpha = 0 and at sigma = 0, there is nothing to extrapolate in and the step is of order 1.
-    """
-    before: tuple[_Level, Tensor] | None = None
-    for here, there in pairwise(levels):
-        x0 = denoise(x, here)
-        ahead = x0
-        if before is not None and before[0].alpha > 0 and there.sigma > 0:
-            level_before, x0_before = before
-            half_ratio = (there.log_snr - here.log_snr) / (here.log_snr - level_before.log_snr) / 2
-            ahead = x0 + half_ratio * (x0 - x0_before)
-        x = _transfer(x, ahead, here, there)
-        before = here, x0
-        yield x
-
-
-SAMPLERS: dict[str, Callable[[Denoise, Tensor, Sequence[_Level]], Iterator[Tensor]]] = {
-    "euler": _euler,
-    "heun": _heun,
-    "dpmpp": _dpmpp,
-}
-
-
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
@@ -380,9 +312,14 @@ def _per_sample(t: Tensor) -> Tensor:
 
 
 def _probit(u: Tensor) -> Tensor:
-    """The standard normal's inverse CDF, finite where rounding has made a uniform number 0 or 1."""
+    """The standard normal's inverse CDF, finite everywhere."""
+    return torch.special.ndtri(_inside(u))
+
+
+def _inside(u: Tensor) -> Tensor:
+    """Within (0, 1), where rounding has made a uniform number 0 or 1."""
     tiny = torch.finfo(u.dtype).eps / 2
-    return torch.special.ndtri(u.clamp(tiny, 1 - tiny))
+    return u.clamp(tiny, 1 - tiny)
 
 
 def _checked(steps: int) -> int:

@@ -68,9 +68,24 @@ class AutoencoderConfig:
     """The AudioAE: audio ↔ x0."""
 
     kind: str = "spectral"
-    """`spectral` (no weights) or `woosh` (the public release's Vocos autoencoder, from `folder`)."""
+    """`spectral` (no weights), `woosh` (that release's Vocos autoencoder) or `oobleck` (Stable Audio Open's)."""
     folder: str | None = None
-    """Folder of a public release: its `config.yaml` and weights. Only for `woosh`."""
+    """Folder of the release; `oobleck` also takes its name on the Hugging Face hub. `spectral` needs none."""
+
+
+@dataclass
+class TextConfig:
+    """What makes captions into what D reads. `prepare` does, once; no stage after it holds a text encoder."""
+
+    kind: str = "none"
+    """`none`; `stable_audio` (that release's T5 and its projection); `transformers` (any text encoder of that package);
+    `files` (embeddings made elsewhere: `NAME.npy` for each sound file NAME, its suffix left out)."""
+    folder: str | None = None
+    """Folder of it; of `stable_audio` and `transformers` also a name on the Hugging Face hub."""
+    tokens: int = 77
+    """Text tokens that D takes; longer captions are cut. `stable_audio` knows its own."""
+    layer: int = -1
+    """`transformers` only: whose hidden states are taken; -1 is the last, -2 the one before."""
 
 
 @dataclass
@@ -78,7 +93,8 @@ class PretrainedConfig:
     """A pretrained decoder D in place of the `pretrain` stage."""
 
     folder: str | None = None
-    """Folder of a public Woosh-Flow release, or an `export/` of a `pretrain` stage. None: D is pretrained here."""
+    """Folder of a Woosh-Flow release, folder or hub name of Stable Audio Open's, or an `export/` of a `pretrain` stage.
+    None: D is pretrained here."""
 
 
 @dataclass
@@ -86,7 +102,8 @@ class DiffusionConfig:
     """Formulation and noise levels."""
 
     name: str = "flow_matching"
-    """`flow_matching` (rectified flow, as Woosh) or `edm` (Karras et al. 2022, as the S-PRESSO paper)."""
+    """`flow_matching` (rectified flow, as Woosh), `edm` (Karras et al. 2022, as the S-PRESSO paper) or `v_prediction`
+    (as Stable Audio Open)."""
     options: dict[str, float] = field(default_factory=dict)
     """Fields of that formulation in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
 
@@ -163,6 +180,9 @@ class TrainConfig:
     """Half-life in samples of the moving average of the trained weights; the export holds the average."""
     condition_dropout: float = 0.1
     """Fraction of the clips whose z is dropped, so that classifier-free guidance and unconditional samples work."""
+    text_dropout: float = 0.9
+    """Fraction of the clips whose text is dropped, where the set holds text and D reads it. High, as the codec in use
+    knows of no text; the paper does not say how high. `pretrain` has 0.1: there D learns to read."""
     crop_frames: int = 495
     """x0 frames to a training crop: a multiple of `latent_encoder.pooling`."""
 
@@ -294,13 +314,14 @@ class Config:
     """Of initial weights, data order, crops and noise."""
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     dit: DiTConfig = field(default_factory=DiTConfig)
     latent_encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    pretrain: TrainConfig = field(default_factory=TrainConfig)
+    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(text_dropout=0.1))
     autoencode: TrainConfig = field(default_factory=TrainConfig)
     quantize: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0))
     finetune: TrainConfig = field(default_factory=TrainConfig)

@@ -43,13 +43,35 @@ class Feed:
         self._batches: Generator[Batch | None] | None = None
 
     def require(self, task: Task) -> None:
-        """Raise ValueError where the latents are another autoencoder's than the task's."""
+        """Read the text that the task wants; raise ValueError where the latents are another autoencoder's than its own,
+        or the text is not what its D reads.
+        """
         made_by, ours = self.stream.sets[0].info.ae_identity, task.autoencoder.identity()
         if made_by != ours:
             raise ValueError(
                 f"the latents in {self.stream.sets[0].location} are another autoencoder's ({made_by[:8]}, not "
                 f"{ours[:8]}): prepare them with this recipe's, or give that autoencoder"
             )
+        self._require_text(task)
+
+    def _require_text(self, task: Task) -> None:
+        wanted, encoders = task.text, {}
+        for shard_set in self.stream.sets if wanted is not None else ():
+            if (text := shard_set.info.text) is None:
+                continue
+            assert wanted is not None
+            encoders[text["encoder"]] = shard_set.location
+            if text["width"] != wanted.width or text["tokens"] > wanted.tokens:
+                raise ValueError(
+                    f"the text in {shard_set.location} is of up to {text['tokens']} tokens of {text['width']} features "
+                    f"each, and D reads {wanted.tokens} of {wanted.width}: prepare it with the text encoder that D was "
+                    f"trained with, or leave all text out with {task.stage}.text_dropout=1"
+                )
+        if len(encoders) > 1:
+            raise ValueError(
+                f"{' and '.join(encoders.values())} hold text of different encoders: prepare them with one"
+            )
+        self.stream.wanted_text = wanted if encoders else None
 
     def begin(self, position: int) -> None:
         """Go on with the global batch that begins there."""

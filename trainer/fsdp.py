@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.config import TrainConfig
+from trainer.data.text import Text
 from trainer.ranges import FlatRange
 from trainer.strategy import MOMENTS, Computed, Held, TorchStrategy, blocks_of
 
@@ -46,9 +47,11 @@ class Sharded(TorchStrategy):
         self._starts = {name: _start(value) for name, value in self.learned.items()}
         self._begin()
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Strategy`."""
-        return self.computed(x0_BCT, positions_B, mask_BT)
+        return self.computed(x0_BCT, positions_B, mask_BT, text)
 
     @contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:

@@ -164,7 +164,8 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
                     with strategy.reducing(last=last):
                         mask = None if batch.mask is None else batch.mask.to(parallel.device)
                         x0_BCT, positions_B = batch.x0.to(parallel.device).float(), batch.positions.to(parallel.device)
-                        losses_B, quantiles_B = strategy.forward(x0_BCT, positions_B, mask)
+                        text = None if batch.text is None else batch.text.to(parallel.device)
+                        losses_B, quantiles_B = strategy.forward(x0_BCT, positions_B, mask, text)
                         report.losses.add(losses_B.detach(), quantiles_B)
                         batch_loss += losses_B.detach().double().sum()
                         if last:

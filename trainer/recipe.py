@@ -15,6 +15,8 @@ from trainer.config import Config, flatten
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
 _CHOICES = ("cluster",)
 """Keys whose value may be a name: it stands for the file of that name in `configs/KEY/`."""
+_MODEL = "model"
+"""The same, for a file that holds settings of several keys: all that goes with a pretrained model."""
 
 
 def load(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
@@ -49,7 +51,11 @@ def find_recipe(recipe: str) -> Path:
 
 
 def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
-    """What is merged, in this order: the files that recipe or overrides choose, the recipe, the overrides."""
+    """What is merged, in this order: the files that recipe or overrides choose, the recipe, the overrides.
+
+    A model that the overrides choose comes after the recipe, which may have been written for another.
+    """
+    before, recipe, after, overrides = _with_model(recipe, overrides)
     chosen = {}
     for key in _CHOICES:
         if isinstance(OmegaConf.to_container(recipe).get(key), str):  # type: ignore[union-attr]
@@ -58,7 +64,22 @@ def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
             chosen[key] = override.partition("=")[2]
             overrides = [item for item in overrides if item != override]
     files = [OmegaConf.create({key: _read_recipe(find_choice(key, name))}) for key, name in chosen.items()]
-    return [*files, recipe, _parse(overrides)]
+    return [*before, *files, recipe, *after, _parse(overrides)]
+
+
+def _with_model(
+    recipe: DictConfig, overrides: list[str]
+) -> tuple[list[DictConfig], DictConfig, list[DictConfig], list[str]]:
+    """The layer of the recipe's model, the recipe itself, the layer of the overrides' model, the other overrides."""
+    own = recipe.pop(_MODEL, None)
+    given = [item.partition("=")[2] for item in overrides if item.startswith(f"{_MODEL}=")]
+    rest = [item for item in overrides if not item.startswith(f"{_MODEL}=")]
+    if given:
+        layer = _read_recipe(find_choice(_MODEL, given[-1]))
+        if "diffusion" in layer:
+            recipe.pop("diffusion", None)  # the options of one formulation are none of another's
+        return [], recipe, [layer], rest
+    return [_read_recipe(find_choice(_MODEL, str(own)))] if own is not None else [], recipe, [], rest
 
 
 def find_choice(key: str, name: str) -> Path:

@@ -73,8 +73,10 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
     inputs = {"latents": " + ".join(sets)}
     before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
     if before == "pretrain" and config.pretrained.folder is not None:
-        files = [path for path in base_model(config).iterdir() if path.is_file()]
-        inputs["pretrained"] = fingerprint({path.name: file_digest(path) for path in files})
+        from models.pretrained import weight_files
+
+        files = weight_files(base_model(config))
+        inputs["pretrained"] = fingerprint({name: file_digest(path) for name, path in files.items()})
     elif before is not None:
         export = RunDirectory(stage_folder(config, before), before).status.get("export")
         if export is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config import TrainConfig
+from trainer.data.text import Text
 from trainer.ranges import FlatRange, whole_ranges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,10 +51,12 @@ class Computed(nn.Module):
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Per-sample losses (B,) in float32, and places among the noise levels (B,)."""
         with self.autocast():
-            result = self.module(x0_BCT, positions_B, mask_BT)
+            result = self.module(x0_BCT, positions_B, mask_BT, *([] if text is None else [text]))
         return result.losses.float(), result.quantiles
 
 
@@ -80,7 +83,9 @@ class Strategy(ABC):
         return {name: here[name] for name in self.names}
 
     @abstractmethod
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Per-sample losses and places among the noise levels of this rank's micro batch."""
 
     @abstractmethod
@@ -179,9 +184,11 @@ class Replicated(TorchStrategy):
             )
         self._begin()
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Strategy`."""
-        return self._forward(x0_BCT, positions_B, mask_BT)
+        return self._forward(x0_BCT, positions_B, mask_BT, text)
 
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""

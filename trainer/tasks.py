@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.codec import CodecConfig, Sampling, SPresso, generate
+from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
 from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
 from models.quantizer import make_quantizer
 from trainer.config import Config
 from trainer.data.stream import Batch
+from trainer.data.text import Text, WantedText
 from trainer.randomness import integers, keys, normal, uniform
 from trainer.run import base_model, stage_folder
 
@@ -41,8 +43,8 @@ class Task(ABC):
 
     autoencoder: AudioAE
     module: nn.Module
-    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None) → Losses; the mask is false where x0 is
-    padded. Frozen parts lie in it with requires_grad=False."""
+    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None, Text or None) → Losses; the mask is false
+    where x0 is padded. Frozen parts lie in it with requires_grad=False."""
 
     base_hash = ""
     """Of the frozen D that what is learned belongs to; empty where D itself is trained."""
@@ -54,6 +56,18 @@ class Task(ABC):
     def learned(self) -> dict[str, nn.Parameter]:
         """The trained parameters under their plain names."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+    @property
+    def text(self) -> WantedText | None:
+        """What text its D reads, if it does, and of which samples; what is dropped goes by a sample's position."""
+        settings, module = self.config.stage(self.stage), self.module
+        if not isinstance(module, _Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
+            return None
+
+        def keeps(positions_B: Tensor) -> Tensor:
+            return uniform(keys(self.config.seed, f"{self.stage}/text", positions_B)) >= settings.text_dropout
+
+        return WantedText(module.dit.config.text_tokens, module.dit.config.text_width, keeps)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -100,21 +114,24 @@ def frozen_base(module: nn.Module) -> set[Tensor]:
 class _Denoiser(nn.Module):
     """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; what is random comes from a sample's position."""
 
-    def __init__(self, config: Config, stage: str, dit: DiT) -> None:
+    def __init__(self, config: Config, stage: str, dit: Decoder) -> None:
         super().__init__()
         self.dit = dit
         self.diffusion = make_diffusion(config.diffusion.name, **config.diffusion.options)
         self.purpose, self.seed = stage, config.seed
         self.condition_dropout = config.stage(stage).condition_dropout
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> Losses:
         u_B = uniform(self.keys("level", positions_B))
         noise_BCT = normal(self.keys("noise", positions_B), *x0_BCT.shape[1:])
         condition = self.condition(x0_BCT, positions_B)
         t_B = self.diffusion.noise_level(u_B)
-        losses_B = self.diffusion.loss(
-            lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B, mask_BT
-        )
+        conditions = {"condition": condition}
+        if text is not None:
+            conditions |= {"text": text.tokens, "text_mask": text.mask}
+        losses_B = self.diffusion.loss(lambda x, t: self.dit(x, t, **conditions), x0_BCT, noise_BCT, t_B, mask_BT)
         return Losses(losses_B, u_B)
 
     def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor | None:
@@ -173,7 +190,9 @@ class _Quantization(nn.Module):
         self.frozen = (codec.autoencoder,)  # in a tuple it is no part of this module
         self.gain_db, self.seed, self.purpose = config.quantizer.gain_db, config.seed, f"{stage}/gain"
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None) -> Losses:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> Losses:
         assert self.quantizer is not None
         with torch.no_grad():
             z_BNZ = self.g(self.regained(x0_BCT, positions_B)).transpose(1, 2)
@@ -344,7 +363,7 @@ def make_task(config: Config, stage: str) -> Task:
     return TASKS[stage](config, stage)
 
 
-def _require_formulation(config: Config, dit: DiT) -> None:
+def _require_formulation(config: Config, dit: Decoder) -> None:
     """D's prediction means something else in another formulation, and nothing else would tell."""
     if dit.diffusion is None:
         return

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.diffusion import make_diffusion
+from models.pretrained import AUTOENCODERS, latent_timing, locate, missing
 from models.quantizer import KINDS
 from trainer.config import STAGES, TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
+from trainer.data.text import TEXT_KINDS
 
 
 def problems(config: Config, *, released: bool = True) -> list[str]:
@@ -30,8 +32,9 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
 
 
 _CHOICES = {
-    "autoencoder.kind": ("spectral", "woosh"),
+    "autoencoder.kind": AUTOENCODERS,
     "data.shuffle": SHUFFLES,
+    "text.kind": TEXT_KINDS,
     "quantizer.kind": KINDS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
@@ -40,7 +43,8 @@ _CHOICES = {
     "sampling.sampler": ("euler", "heun", "dpmpp"),
 }
 
-_FRAME_RATE = 100  # Hz, of both autoencoders' latents
+_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
+"""Sample rate and hop of the public releases, for where they are not here to tell."""
 
 _POSITIVE = (
     "data.clip_seconds",
@@ -52,6 +56,7 @@ _POSITIVE = (
     "data.cache.gib",
     "data.cache.patience",
     "data.cache.fetchers",
+    "text.tokens",
     "latent_encoder.pooling",
     "latent_encoder.patch_size",
     "latent_encoder.width",
@@ -139,6 +144,8 @@ def _ranges(config: Config) -> list[str]:
             found.append(f"{name}.betas={stage.betas} are two numbers in [0, 1), such as [0.9, 0.99]")
         if not 0 <= stage.condition_dropout < 1:
             found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
+        if not 0 <= stage.text_dropout <= 1:
+            found.append(f"{name}.text_dropout={stage.text_dropout} must lie in [0, 1]; 1: no text at all")
         found += _cut(config, name)
     return found
 
@@ -181,8 +188,10 @@ def _cut(config: Config, name: str) -> list[str]:
 
 def _crops(config: Config) -> list[str]:
     found = []
-    clip_frames = int(config.data.clip_seconds * _FRAME_RATE)
+    clip_frames = int(config.data.clip_seconds * _latent_rate(config))
     for name in TRAINED_STAGES:
+        if name not in config.stages:
+            continue
         frames = config.stage(name).crop_frames
         unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
         key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
@@ -205,6 +214,16 @@ def _crops(config: Config) -> list[str]:
             f"latent_encoder.pooling={config.latent_encoder.pooling}: take a divisor of it"
         )
     return found
+
+
+def _latent_rate(config: Config) -> float:
+    """Frames of x0 a second."""
+    kind = config.autoencoder.kind
+    try:
+        sample_rate, hop = latent_timing(kind, config.autoencoder.folder)
+    except ValueError:  # the folder is not here, or not whole: told of elsewhere
+        sample_rate, hop = _RELEASED[kind]
+    return sample_rate / hop
 
 
 def _codebooks(config: Config) -> list[str]:
@@ -240,10 +259,13 @@ def _formulation(config: Config) -> list[str]:
 
 def _folders(config: Config) -> list[str]:
     found = []
-    if config.autoencoder.kind == "woosh" and config.autoencoder.folder is None:
+    if config.autoencoder.kind != "spectral" and config.autoencoder.folder is None:
         found.append(
-            "autoencoder.kind=woosh needs autoencoder.folder: the released folder with config.yaml and weights"
+            f"autoencoder.kind={config.autoencoder.kind} needs autoencoder.folder: the released folder with its config "
+            f"and weights"
         )
+    if config.text.kind != "none" and config.text.folder is None:
+        found.append(f"text.kind={config.text.kind} needs text.folder, where it is")
     if config.data.audio is None and config.data.synth_hours <= 0:
         found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
     audio = None if config.data.audio is None else Path(config.data.audio)
@@ -269,9 +291,12 @@ def _folders(config: Config) -> list[str]:
 
 
 def _released(config: Config) -> list[str]:
-    folders = {"autoencoder.folder": config.autoencoder.folder, "pretrained.folder": config.pretrained.folder}
+    folders = {
+        f"{key}.folder": getattr(config, key).folder
+        for key in ("autoencoder", "pretrained", *(["text"] if config.text.kind != "none" else []))
+    }
     return [
-        f"{key}={folder} is no folder"
+        f"{key}={missing(folder)}"
         for key, folder in folders.items()
-        if folder is not None and not Path(folder).is_dir()
+        if folder is not None and not locate(folder).is_dir()
     ]

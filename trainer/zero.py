@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import ParallelConfig, TrainConfig
+from trainer.data.text import Text
 from trainer.ranges import FlatRange
 from trainer.strategy import MOMENTS, Accept, Computed, Held, Strategy, fill_state, make_optimizer
 
@@ -47,9 +48,11 @@ class Zero(Strategy):
         self._make_state()
         self._restore(initial)
 
-    def forward(self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Strategy`."""
-        return self.engine(x0_BCT, positions_B, mask_BT)
+        return self.engine(x0_BCT, positions_B, mask_BT, text)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Strategy`."""

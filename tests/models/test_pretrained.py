@@ -376,7 +376,7 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
 
 def test_autoencoder_kinds():
     assert isinstance(load_autoencoder(), SpectralAE)
-    with pytest.raises(ValueError, match="take 'spectral' or 'woosh'"):
-        load_autoencoder("oobleck")
+    with pytest.raises(ValueError, match="take one of spectral, woosh, oobleck"):
+        load_autoencoder("encodec")
     with pytest.raises(ValueError, match="needs the folder"):
         load_autoencoder("woosh")

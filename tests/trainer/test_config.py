@@ -104,3 +104,46 @@ def test_fingerprint_changes_with_any_value():
     first, second = (schema.flatten(recipe.load("demo", [f"seed={seed}"])) for seed in (0, 1))
     assert schema.fingerprint(first) != schema.fingerprint(second)
     assert schema.fingerprint(first) == schema.fingerprint(dict(reversed(first.items())))
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """As if folders of pretrained weights were there."""
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "latents")
+
+
+def test_a_model_is_a_choice_of_any_recipe(released):
+    config = recipe.load("tiny", ["model=stable_audio_open", "data.clip_seconds=5", "pretrained.folder=/models/sao"])
+    assert (config.autoencoder.kind, config.diffusion.name, config.latent_encoder.pooling) == (
+        "oobleck",
+        "v_prediction",
+        2,
+    )
+    assert {config.autoencoder.folder, config.text.folder, config.pretrained.folder} == {"/models/sao"}
+    assert config.autoencode.samples == 128  # the recipe's, of which the model says nothing
+    assert "pretrain" not in config.stages
+    config = recipe.load("woosh", ["latent_encoder.pooling=3"])
+    assert (config.autoencoder.folder, config.latent_encoder.pooling) == ("checkpoints/Woosh-AE", 3)
+    other = recipe.load("woosh", ["model=stable_audio_open"])
+    assert (other.autoencoder.kind, other.latent_encoder.pooling, other.latent_encoder.width) == ("oobleck", 2, 768)
+
+
+def test_a_model_replaces_the_formulation_and_a_recipe_the_models_settings(released, tmp_path):
+    assert recipe.load("demo", ["model=woosh", "data.clip_seconds=5"]).diffusion.options == {}
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: woosh\nlatent_encoder: {pooling: 3}\nautoencoder: {folder: mine}\n")
+    config = recipe.load(str(path), [])
+    assert (config.latent_encoder.pooling, config.autoencoder.folder, config.autoencoder.kind) == (3, "mine", "woosh")
+    with pytest.raises(ValueError, match=r"there is no model=magic: .* stable_audio_open, woosh"):
+        recipe.load("demo", ["model=magic"])
+
+
+def test_crops_fit_the_latent_rate_of_the_model(released):
+    with pytest.raises(ValueError, match=r"autoencode\.crop_frames=200 is longer .* 107 frames: take 106"):
+        recipe.load("stable_audio_open", ["autoencode.crop_frames=200"])
+
+
+def test_weights_that_are_nowhere_are_told_with_the_command_that_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"pretrained\.folder=.*hf download stabilityai/stable-audio-open-1\.0"):
+        recipe.load("stable_audio_open", [])

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from models.loudness import is_silent, level
 from trainer.data.audio import encode_audio, read_audio
 from trainer.data.sources import Source
+from trainer.data.text import Embedder
 from trainer.data.workers import explained_death, follow_parent
 
 SHORTEST_SECONDS = 0.01
@@ -52,6 +53,7 @@ class Clip:
     x0: NDArray[np.float16]
     metadata: dict[str, Any]
     flac: bytes
+    text: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def clip_starts(samples: int, clip_samples: int) -> list[int]:
 class ClipEncoder:
     """Makes clips of `clip_samples` of a file; a file shorter than that is repeated."""
 
-    def __init__(self, ae: Encoder, clip_samples: int):
-        self.ae, self.clip_samples = ae, clip_samples
+    def __init__(self, ae: Encoder, clip_samples: int, embedder: Embedder | None = None):
+        self.ae, self.clip_samples, self.embedder = ae, clip_samples, embedder
 
     def __call__(self, source: Source, keep_audio: bool) -> EncodedFile:
         """All clips of a file, with their (levelled) audio or without."""
@@ -87,14 +89,27 @@ class ClipEncoder:
             audio_CS = self._read(source)
         except ValueError as error:
             return EncodedFile(0.0, [], [str(error).removeprefix(f"{source.path} ")])
+        text_NE, text_problems = self._text(source)
         starts = clip_starts(audio_CS.shape[1], self.clip_samples)
         clips: list[Clip] = []
         left_out: Counter[str] = Counter()
         for first in range(0, len(starts), _CLIPS_AT_ONCE):
             numbers = range(first, min(first + _CLIPS_AT_ONCE, len(starts)))
-            clips += self._clips(source, audio_CS, {n: starts[n] for n in numbers}, left_out, keep_audio)
-        problems = [f"{problem} in {count} of {len(starts)} clips" for problem, count in left_out.items() if count]
+            made = self._clips(source, audio_CS, {n: starts[n] for n in numbers}, left_out, keep_audio)
+            clips += [replace(clip, text=text_NE) for clip in made]
+        problems = text_problems + [
+            f"{problem} in {count} of {len(starts)} clips" for problem, count in left_out.items() if count
+        ]
         return EncodedFile(audio_CS.shape[1] / self.ae.sample_rate, clips, problems)
+
+    def _text(self, source: Source) -> tuple[NDArray[np.float16] | None, list[str]]:
+        """A file's text, and what is wrong with it: it has none then, and its sound is used all the same."""
+        if self.embedder is None:
+            return None, []
+        try:
+            return self.embedder.embed(source.name, source.caption), []
+        except ValueError as error:
+            return np.zeros((0, self.embedder.width), np.float16), [str(error)]
 
     def _read(self, source: Source) -> Tensor:
         rate = self.ae.sample_rate
@@ -140,7 +155,12 @@ class ClipEncoder:
 
 
 def encode_in_order(
-    tasks: Iterator[tuple[Source, bool]], encode: ClipEncoder, make_ae: Callable[[], Encoder], *, workers: int
+    tasks: Iterator[tuple[Source, bool]],
+    encode: ClipEncoder,
+    make_ae: Callable[[], Encoder],
+    make_embedder: Callable[[], Embedder] | None = None,
+    *,
+    workers: int,
 ) -> Generator[EncodedFile]:
     """`encode` each task, here or in so many worker processes; the outcomes are the same and in the tasks' order.
 
@@ -154,7 +174,7 @@ def encode_in_order(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, encode.clip_samples))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, make_embedder, encode.clip_samples))
     under_way: deque[Future[EncodedFile]] = deque()
     try:
         with explained_death():
@@ -182,11 +202,13 @@ def _one_thread() -> Iterator[None]:
 _worker_encode: ClipEncoder
 
 
-def _start_worker(make_ae: Callable[[], Encoder], clip_samples: int) -> None:
+def _start_worker(
+    make_ae: Callable[[], Encoder], make_embedder: Callable[[], Embedder] | None, clip_samples: int
+) -> None:
     global _worker_encode
     follow_parent()
     torch.set_num_threads(1)
-    _worker_encode = ClipEncoder(make_ae(), clip_samples)
+    _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder())
 
 
 def _encode_in_worker(source: Source, keep_audio: bool) -> EncodedFile:

@@ -34,6 +34,7 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
         "shards": f"{len(sizes):,}, {_bytes(sum(sizes))}, {_bytes(min(sizes))} to {_bytes(max(sizes))} each",
         "latents": f"{info.latent_channels} channels at {1 / seconds_a_frame:g} Hz, float16, of {info.sample_rate} Hz"
         + (", with their audio" if shard_set.has_audio else ""),
+        **({"text": _text(shard_set)} if shard_set.has_text else {}),
         "AudioAE": f"{info.ae_options.get('kind', 'unknown')}, {info.ae_identity[:16]}",
         "fingerprint": shard_set.fingerprint[:16],
     }
@@ -98,6 +99,13 @@ def _sources(described: list[dict[str, Any]], *, all_of_them: bool) -> list[str]
     several = f"{len(names):,} files in {len(folders)} folder(s)"
     head = several if all_of_them else f"{several} among {len(described)} samples looked at"
     return [f"sources     {head}", *(f"  {count:>6,}  {folder}" for folder, count in folders.most_common(5))]
+
+
+def _text(shard_set: ShardSet) -> str:
+    facts, tokens = shard_set.info.text or {}, shard_set.index["text_tokens"]
+    without = np.count_nonzero(tokens == 0)
+    size = f"{tokens.mean():.1f} tokens of {facts['width']} a caption, up to {facts['tokens']}"
+    return f"{size}, by {facts['encoder'][:16]}" + (f"; {without:,} samples without" if without else "")
 
 
 def _bytes(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import SetInfo, find_members, index_rows, write_index
+from trainer.data.shards import SetInfo, find_members, index_rows, text_width, write_index
 from trainer.data.workers import explained_death, follow_parent
 
 Result = TypeVar("Result")
@@ -46,8 +47,19 @@ def index_folder(folder: Path, info: SetInfo, *, workers: int = 1, progress: Pro
         shards[path.name] = rows
         if progress:
             progress(done, len(paths))
-    write_index(folder, info, shards)
+    write_index(folder, _with_text(info, paths, shards), shards)
     return ShardSet(folder)
+
+
+def _with_text(info: SetInfo, paths: list[Path], shards: dict[str, NDArray[np.void]]) -> SetInfo:
+    """What is true of the samples' text as well, where they have some and nothing is known of it."""
+    if not all("text_tokens" in (rows.dtype.names or ()) for rows in shards.values()):
+        return replace(info, text=None)
+    width = next((found for found in map(text_width, paths) if found is not None), 0)
+    if info.text is not None and info.text["width"] == width:
+        return info
+    tokens = max(int(rows["text_tokens"].max()) for rows in shards.values())
+    return replace(info, text={"encoder": "unknown", "tokens": tokens, "width": width})
 
 
 def verify_folder(folder: Path, *, workers: int = 1, progress: Progress | None = None) -> list[str]:
@@ -80,7 +92,7 @@ def _differences(path: Path, expected: NDArray[np.void], found: NDArray[np.void]
         return [f"{path} holds {len(found)} samples, its index says {len(expected)}"]
     names = [name for name in expected.dtype.names or () if name != "shard"]
     if not set(names) <= set(found.dtype.names or ()):
-        return [f"{path} holds no audio, its index says it does"]
+        return [f"{path} holds no audio or no text, its index says it does"]
     wrong = np.zeros(len(expected), bool)
     for name in names:
         wrong |= expected[name] != found[name]

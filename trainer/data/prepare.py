@@ -23,6 +23,7 @@ from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encod
 from trainer.data.files import locked, replacing, write_whole
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sources import list_sources
+from trainer.data.text import Embedder
 from trainer.data.units import SPLITS, Unit, durations, plan_units, sources_fingerprint
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
@@ -65,6 +66,7 @@ def prepare(
     audio: Path,
     out: Path,
     make_ae: Callable[[], Encoder],
+    make_embedder: Callable[[], Embedder] | None = None,
     *,
     clip_seconds: float,
     holdout: float,
@@ -86,6 +88,7 @@ def prepare(
         audio: the folder of sound files, or a manifest (`list_sources`).
         out: the folder for the sets.
         make_ae: makes the autoencoder, in this process and in each worker; it must be picklable.
+        make_embedder: makes what makes captions into text that D reads, likewise; None: there is none in the sets.
         clip_seconds: a clip's length.
         holdout: fraction of the files (by a hash of their base names) for the test set, 0 up to but not 1. The test
             set holds the clips' audio as well.
@@ -105,7 +108,7 @@ def prepare(
     """
     if not 0 <= part < parts:
         raise ValueError(f"the parts of a job of {parts} are 0 to {parts - 1}, not {part}")
-    ae = make_ae()
+    ae, embedder = make_ae(), make_embedder and make_embedder()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
     sources = list_sources(audio)
@@ -116,7 +119,7 @@ def prepare(
         "seed": seed,
         "shard_mb": shard_mb,
         "files": sources_fingerprint(sources),
-    }
+    } | ({"text": embedder.identity()} if embedder else {})
     if report := _finished(out, settings):
         return report
     shard_bytes = int(shard_mb * 2**20)
@@ -131,7 +134,8 @@ def prepare(
     tally = Tally(sum(len(unit.sources) for unit in mine))
     missing = [unit for unit in mine if not _count_done(out, unit, tally)]
     tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-    with closing(encode_in_order(tasks, ClipEncoder(ae, clip_samples), make_ae, workers=workers)) as files:
+    encode = ClipEncoder(ae, clip_samples, embedder)
+    with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
         for unit in missing:
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
     with locked(out / _LOCK):
@@ -139,7 +143,7 @@ def prepare(
             return report
         if parts > 1 and not all(_is_done(out, unit) for unit in units):
             return None
-        return _finish(out, units, _set_info(ae, dict(ae_options or {}), settings))
+        return _finish(out, units, _set_info(ae, embedder, dict(ae_options or {}), settings))
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -149,7 +153,7 @@ def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
         raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
 
 
-def _set_info(ae: Encoder, ae_options: dict[str, Any], settings: dict[str, Any]) -> SetInfo:
+def _set_info(ae: Encoder, embedder: Embedder | None, ae_options: dict[str, Any], settings: dict[str, Any]) -> SetInfo:
     return SetInfo(
         ae_identity=settings["ae"],
         ae_options=ae_options,
@@ -158,6 +162,9 @@ def _set_info(ae: Encoder, ae_options: dict[str, Any], settings: dict[str, Any])
         latent_channels=ae.latent_channels,
         clip_seconds=settings["clip_seconds"],
         prepared=settings,
+        text=None
+        if embedder is None
+        else {"encoder": settings["text"], "tokens": embedder.tokens, "width": embedder.width},
     )
 
 
@@ -212,7 +219,7 @@ def _write_unit(
     with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
         for source, file in zip(unit.sources, files, strict=True):
             for clip in file.clips:
-                writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac)
+                writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac, text_NE=clip.text)
             record["seconds"] += file.seconds
             record["problems"] += [{"file": source.name, "reason": problem} for problem in file.problems]
             tally.done, tally.seconds = tally.done + 1, tally.seconds + file.seconds

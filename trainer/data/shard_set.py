@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.shards import (
-    INDEX_ROW,
-    INDEX_ROW_WITH_AUDIO,
+    INDEX_ROWS,
     MAKE_AGAIN,
     VERSION,
     DamagedSample,
     SetInfo,
     fingerprint,
     pread,
+    text_fits,
     well_formed,
 )
 
@@ -42,7 +42,7 @@ class ShardSet:
 
     Attributes: `location`, the folder or its URL; `folder`, where the index is here; `info` (`SetInfo`); `shards`,
     their names and bytes; `fingerprint`, a hash of all latents in their order; `index`, the rows; `total_frames`;
-    `shortest_frames` and `longest_frames`, of the clips; `has_audio`.
+    `shortest_frames` and `longest_frames`, of the clips; `has_audio`; `has_text`.
 
     Raises:
         NoSetError: the folder is not a set.
@@ -74,9 +74,14 @@ class ShardSet:
         self.shortest_frames: int = description.pop("shortest_frames")
         self.longest_frames: int = description.pop("longest_frames")
         self.info = SetInfo(**description)
-        if self.index.dtype not in (INDEX_ROW, INDEX_ROW_WITH_AUDIO) or self.index.shape != (samples,):
+        columns = self.index.dtype.names or ()
+        self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
+        if (
+            self.index.dtype not in INDEX_ROWS
+            or self.index.shape != (samples,)
+            or self.has_text != (self.info.text is not None)
+        ):
             raise ValueError(f"{self.location}/index.npy is not the one that set.json was written with: {MAKE_AGAIN}")
-        self.has_audio = self.index.dtype == INDEX_ROW_WITH_AUDIO
         for name, size in self.shards if self._cache is None else ():
             try:
                 found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (there may be a hundred thousand)
@@ -209,6 +214,25 @@ class ShardSet:
             return json.loads(content)
         except ValueError as error:
             raise self._damaged(row["shard"], row["json_offset"], f"no JSON: {error}") from error
+
+    def text(self, id_: int) -> NDArray[np.float16]:
+        """A sample's caption as D reads it, (tokens, width), in sets that hold text.
+
+        Raises:
+            DamagedSample: a checksum is wrong, or the shard ends too early or is away.
+        """
+        assert self.info.text is not None
+        row = self.index[id_]
+        if row["shard"] >= len(self.shards) or not text_fits(self.index[id_ : id_ + 1], self.info.text).all():
+            raise self._index_damaged()
+        try:
+            with self._file(row["shard"]) as file:
+                content = pread(file, row["text_offset"], row["text_length"])
+        except (OSError, MissingFileError) as error:
+            raise self._damaged(row["shard"], row["text_offset"], str(error)) from error
+        if crc32(content) != row["text_crc32"]:
+            raise self._damaged(row["shard"], row["text_offset"], "the checksum of its text is wrong")
+        return np.frombuffer(content, np.float16).reshape(-1, self.info.text["width"])
 
     def audio(self, id_: int) -> NDArray[np.float32]:
         """The clip itself, (channels, samples), in sets that hold it."""

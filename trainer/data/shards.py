@@ -1,6 +1,7 @@
 """Shards: plain tar files of samples, with an index beside them.
 
-A sample is `KEY.x0.npy` (float16, (C, T)), `KEY.json` (its metadata) and, in a held-out set, `KEY.flac` (its audio).
+A sample is `KEY.x0.npy` (float16, (C, T)), `KEY.json` (its metadata), where there is a text encoder `KEY.text.npy`
+(float16, (tokens, width): its caption as D reads it), and, in a held-out set, `KEY.flac` (its audio).
 Tars are USTAR with fixed times and owners, so equal samples make equal bytes; `tar` and WebDataset read them.
 
 A set is a folder of shards with two more files. `index.npy` is a structured array, one row a sample, mapped and not
@@ -40,10 +41,17 @@ INDEX_ROW = np.dtype(
         ("json_length", "<u4"),
     ]
 )
-INDEX_ROW_WITH_AUDIO = np.dtype(
-    [*INDEX_ROW.descr, ("flac_offset", "<u8"), ("flac_length", "<u4"), ("flac_crc32", "<u4")]
+_AUDIO_COLUMNS = [("flac_offset", "<u8"), ("flac_length", "<u4"), ("flac_crc32", "<u4")]
+_TEXT_COLUMNS = [("text_offset", "<u8"), ("text_length", "<u4"), ("text_crc32", "<u4"), ("text_tokens", "<u4")]
+INDEX_ROW_WITH_AUDIO = np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS])
+INDEX_ROWS = (
+    INDEX_ROW,
+    INDEX_ROW_WITH_AUDIO,
+    np.dtype([*INDEX_ROW.descr, *_TEXT_COLUMNS]),
+    np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS, *_TEXT_COLUMNS]),
 )
-_X0, _JSON, _FLAC = "x0.npy", "json", "flac"
+"""Without more, with audio, with text, with both: it is all samples of a set or none."""
+_X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
 VERSION = 2
@@ -70,6 +78,8 @@ class SetInfo:
     clip_seconds: float
     prepared: dict[str, Any] = field(default_factory=dict)
     """What the set was made from and how, so that making it again can tell whether it is there."""
+    text: dict[str, Any] | None = None
+    """Of sets with text: `encoder`, the identity of what made it; `tokens`, the most that a caption has; `width`."""
 
 
 class ShardWriter:
@@ -86,20 +96,29 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
         self._under_way = ExitStack()
 
-    def write(self, key: str, x0_CT: NDArray[np.float16], metadata: Mapping[str, Any], *, flac: bytes = b"") -> None:
+    def write(
+        self,
+        key: str,
+        x0_CT: NDArray[np.float16],
+        metadata: Mapping[str, Any],
+        *,
+        flac: bytes = b"",
+        text_NE: NDArray[np.float16] | None = None,
+    ) -> None:
         """Add a sample.
 
         Raises:
-            ValueError: the key is not 1 to 80 ASCII letters, digits, - and _; or x0 is not a float16 matrix.
+            ValueError: the key is not 1 to 80 ASCII letters, digits, - and _; or an array is not a float16 matrix.
         """
         if not (key.isascii() and key.replace("-", "a").replace("_", "a").isalnum() and len(key) <= 80):
             raise ValueError(f"the sample key {key!r} is not 1 to 80 ASCII letters, digits, - and _")
         if x0_CT.dtype != np.float16 or x0_CT.ndim != 2:
             raise ValueError(f"{key}: x0 is stored as float16 (C, T), not {x0_CT.dtype} {x0_CT.shape}")
-        npy = io.BytesIO()
-        np.save(npy, np.ascontiguousarray(x0_CT), allow_pickle=False)
-        text = json.dumps(metadata, ensure_ascii=False).encode()
-        members = {_X0: npy.getvalue(), _JSON: text} | ({_FLAC: flac} if flac else {})
+        if text_NE is not None and (text_NE.dtype != np.float16 or text_NE.ndim != 2):
+            raise ValueError(f"{key}: text is stored as float16 (tokens, width), not {text_NE.dtype} {text_NE.shape}")
+        members = {_X0: _npy(x0_CT), _JSON: json.dumps(metadata, ensure_ascii=False).encode()}
+        members |= {_TEXT: _npy(text_NE)} if text_NE is not None else {}
+        members |= {_FLAC: flac} if flac else {}
         tar = self._tar_with_room_for(sum(_BLOCK - (-len(content) // _BLOCK) * _BLOCK for content in members.values()))
         for kind, content in members.items():
             member = tarfile.TarInfo(f"{key}.{kind}")
@@ -140,20 +159,35 @@ def scan_shard(path: Path) -> NDArray[np.void]:
 
 def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> NDArray[np.void]:
     """The rows of `scan_shard`, from what `find_members` found."""
-    kinds = [_X0, *([_FLAC] if any(_FLAC in members for members in samples.values()) else [])]
-    rows = np.zeros(len(samples), INDEX_ROW_WITH_AUDIO if _FLAC in kinds else INDEX_ROW)
+    more = [kind for kind in (_FLAC, _TEXT) if any(kind in members for members in samples.values())]
+    kinds = [_X0, *more]
+    rows = np.zeros(len(samples), INDEX_ROWS[(_FLAC in kinds) + 2 * (_TEXT in kinds)])
     with path.open("rb") as file:
         for row, (key, members) in zip(rows, samples.items(), strict=True):
             if missing := [kind for kind in kinds if kind not in members]:
                 raise ValueError(f"{path} has no {key}.{missing[0]}")
             name = f"{path}: {key}.{_X0}"
-            row["frames"], row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
+            (_, row["frames"]), row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
             row["x0_crc32"] = crc32(pread(file, row["x0_offset"], row["x0_length"]))
             row["json_offset"], row["json_length"] = members.get(_JSON, (0, 0))
             if _FLAC in kinds:
                 row["flac_offset"], row["flac_length"] = members[_FLAC]
                 row["flac_crc32"] = crc32(pread(file, *members[_FLAC]))
+            if _TEXT in kinds:
+                name = f"{path}: {key}.{_TEXT}"
+                (row["text_tokens"], _), offset, length = _find_values(file, name, *members[_TEXT])
+                row["text_offset"], row["text_length"] = offset, length
+                row["text_crc32"] = crc32(pread(file, offset, length))
     return rows
+
+
+def text_width(path: Path) -> int | None:
+    """Features of a text token in a shard, by its first sample with text; None where there is none."""
+    with path.open("rb") as file:
+        for key, members in find_members(path).items():
+            if _TEXT in members:
+                return _find_values(file, f"{path}: {key}.{_TEXT}", *members[_TEXT])[0][1]
+    return None
 
 
 def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -178,8 +212,14 @@ def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return samples
 
 
-def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[int, int, int]:
-    """Frames, offset and length of the values of a .npy that lies at `offset`."""
+def _npy(values: NDArray[np.float16]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.ascontiguousarray(values), allow_pickle=False)
+    return content.getvalue()
+
+
+def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[tuple[int, int], int, int]:
+    """Shape, offset and length of the values of a .npy that lies at `offset`."""
     header = io.BytesIO(pread(file, offset, min(length, 512)))
     try:
         if np.lib.format.read_magic(header) != (1, 0):
@@ -190,7 +230,7 @@ def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[i
     values = length - header.tell()
     if dtype != np.float16 or fortran_order or len(shape) != 2 or values != 2 * shape[0] * shape[1]:
         raise ValueError(f"{name} is not a whole float16 matrix in C order: {dtype} {shape}, {values} bytes")
-    return shape[1], offset + header.tell(), values
+    return (shape[0], shape[1]), offset + header.tell(), values
 
 
 def pread(file: BinaryIO | io.FileIO, offset: int, length: int) -> bytes:
@@ -207,15 +247,18 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
         shards: shard name → its rows by `scan_shard`, in the set's order.
 
     Raises:
-        ValueError: there is no sample, only some of them have audio, or the latents have other channels.
+        ValueError: there is no sample, only some of them have audio or text, or the latents have other channels or the
+            text another width.
     """
     if not any(len(rows) for rows in shards.values()):
         raise ValueError(f"there is no sample to index in {folder}")
     if len({rows.dtype for rows in shards.values()}) > 1:
-        raise ValueError(f"some shards of {folder} have audio and some have none: it is all or none in a set")
+        raise ValueError(f"some shards of {folder} have audio or text and some have none: it is all or none in a set")
     index = np.concatenate(list(shards.values()))
     if not well_formed(index, info.latent_channels).all():
         raise ValueError(f"not all latents in {folder} have {info.latent_channels} channels, as they should")
+    if "text_tokens" in (index.dtype.names or ()) and (info.text is None or not text_fits(index, info.text).all()):
+        raise ValueError(f"not all text in {folder} is of up to {info.text}, as it should")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
     description = {
         "version": VERSION,
@@ -236,9 +279,9 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
 
 
 def fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
-    """A hash of all latents in their order, from their index."""
+    """A hash of all latents, and of their text, in their order, from their index."""
     digest = blake2b(info.ae_identity.encode(), digest_size=16)
-    for column in ("frames", "x0_crc32"):
+    for column in ("frames", "x0_crc32", *(["text_crc32"] if "text_crc32" in (index.dtype.names or ()) else [])):
         digest.update(index[column].tobytes())
     return digest.hexdigest()
 
@@ -246,3 +289,9 @@ def fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
 def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
     """Whether each row's length is that of its frames."""
     return rows["x0_length"] == np.uint64(2 * channels) * rows["frames"]
+
+
+def text_fits(rows: NDArray[np.void], text: Mapping[str, Any]) -> NDArray[np.bool]:
+    """Whether each row's text has so many bytes as its tokens have, and no more tokens than a caption may."""
+    whole = rows["text_length"] == np.uint64(2 * text["width"]) * rows["text_tokens"]
+    return whole & (rows["text_tokens"] <= text["tokens"])

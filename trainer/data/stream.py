@@ -19,6 +19,7 @@ from trainer.data.ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
 from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
+from trainer.data.text import Text, WantedText
 
 _DEALT = 4096  # samples whose places are computed at once
 _LOOK_UP = 0.25  # seconds between two looks whether to wait on for a batch
@@ -38,6 +39,8 @@ class Batch:
     """(b,), int64: which of the stream's sets each is from."""
     mask: Tensor | None = None
     """(b, frames), bool: true where a frame is the sample's own. None: all are."""
+    text: Text | None = None
+    """The samples' captions, where the stream reads them (`wanted_text`)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class LatentStream:
     `crop_frames`: it holds samples that are as long at most, and longer than the next smaller one, and a mask tells
     their frames from the padding. It is then of one set; which one, goes by the weights.
 
+    Text is read where `wanted_text` says so, from those of the sets that hold some.
+
     A sample that can't be read is replaced by the next of its lane, which is the same on every rank; what is random
     about it is still that of its place. Such samples are written to `errors`, a line of JSON each.
 
@@ -96,6 +101,7 @@ class LatentStream:
         if global_batch < 1:
             raise ValueError(f"the global batch is at least 1, not {global_batch}")
         self._padded = bool(buckets)
+        self.wanted_text: WantedText | None = None
         for shard_set in self.sets:
             self._check(shard_set)
         damage = Damage(errors, max_damaged)
@@ -202,7 +208,8 @@ class LatentStream:
     def blank(self, size: int) -> Batch:
         """A micro-batch in which there is nothing."""
         x0_BCT, zeros_B = self._buffer(size, pinned=False).zero_(), torch.zeros(size, dtype=torch.int64)
-        return Batch(x0_BCT, zeros_B, zeros_B, zeros_B)
+        text = None if self.wanted_text is None else self.wanted_text.blank(size)
+        return Batch(x0_BCT, zeros_B, zeros_B, zeros_B, text=text)
 
     @contextmanager
     def _fetch_ahead(
@@ -302,7 +309,20 @@ class LatentStream:
             torch.from_numpy(ids),
             torch.from_numpy(self._set_of(deal)),
             mask=None if mask is None or mask.all() else torch.from_numpy(mask),
+            text=self._read_text(deal, ids),
         )
+
+    def _read_text(self, deal: _Deal, ids: NDArray[np.int64]) -> Text | None:
+        """Of the samples that were read for a micro-batch; those that drop it have none."""
+        if self.wanted_text is None:
+            return None
+        text = self.wanted_text.blank(len(ids))
+        kept_B = self.wanted_text.keeps(torch.from_numpy(deal.positions)).numpy()
+        for number, rows in _groups(deal.readers, len(self._readers)):
+            if self._readers[number].shard_set.has_text:
+                kept = rows[kept_B[rows]]
+                self._readers[number].read_text(ids[kept], kept, text)
+        return text
 
     def _set_of(self, deal: _Deal) -> NDArray[np.int64]:
         return np.searchsorted(self._first_reader, deal.readers, side="right") - 1

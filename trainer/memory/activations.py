@@ -7,7 +7,6 @@ summed over storages, so that views count once and what is freed is gone.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.dit import DiTConfig
+from models.decoder import DecoderConfig, block_counts, with_blocks
 from trainer.config import Config
+from trainer.data.text import Text
 from trainer.memory.outline import stage_module
 from trainer.strategy import DTYPES, Computed, blocks_of, recompute
 
@@ -69,11 +69,13 @@ class Pass:
     """Whether blocks are computed again in the backward pass."""
     cuda: bool
     """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
+    text: bool = False
+    """Whether D is given text."""
 
 
-def activations(config: Config, stage: str, dit: DiTConfig, how: Pass) -> Activations:
+def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
     """Measured on D of these sizes; of a deep one two or three blocks of a kind are, as each more adds the same."""
-    multi, single = dit.multistream_blocks, dit.depth - dit.multistream_blocks
+    multi, single = block_counts(dit)
     few = (min(multi, 2), min(single, 2))
     more = [(index, count - few[index]) for index, count in enumerate((multi, single)) if count > few[index]]
     if sum(count for _, count in more) <= 2:
@@ -100,10 +102,9 @@ def _extended(result: Activations, base: Activations, deeper: Activations, block
 
 
 def _of_depth(
-    config: Config, stage: str, dit: DiTConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
+    config: Config, stage: str, dit: DecoderConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
 ) -> Activations:
-    sizes = dataclasses.replace(dit, depth=max(1, sum(blocks)), multistream_depth=blocks[0])
-    module = stage_module(config, stage, sizes)
+    module = stage_module(config, stage, with_blocks(dit, blocks))
     dtype = DTYPES[how.precision]
     with FakeTensorMode():
         _give_storage(module, dtype, lower_trained=how.lower_trained)
@@ -115,14 +116,20 @@ def _of_depth(
         computed = Computed(module, torch.device("cpu"), dtype)
         if how.cuda:
             _as_on_cuda(computed)
-        return measure(computed, (how.clips, dit.channels, how.frames), backward=backward)
+        text = None
+        if how.text and dit.text_width is not None:
+            tokens = torch.zeros(how.clips, dit.text_tokens, dit.text_width, dtype=torch.float16)
+            text = Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+        return measure(computed, (how.clips, dit.channels, how.frames), text, backward=backward)
 
 
-def measure(computed: Computed, shape: Sequence[int], *, backward: bool = True) -> Activations:
+def measure(
+    computed: Computed, shape: Sequence[int], text: Text | None = None, *, backward: bool = True
+) -> Activations:
     """Of one pass on x0 of a shape (B, C, T), forward and maybe backward; on fake tensors in a FakeTensorMode."""
     with _Living(computed.parameters()) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
-        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]))
+        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]), None, text)
         loss = losses_B.mean()
         saved, forward, kinds = living.now, living.peak, living.kinds()
         living.peak = living.now

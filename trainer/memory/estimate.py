@@ -117,6 +117,7 @@ class Estimate:
             precision=self.ranks.precision,
             lower_trained=lower_trained,
             recomputed=recomputed,
+            text=self.config.text.kind != "none" and self.config.stage(self.stage).text_dropout < 1,
             cuda=self.ranks.cuda,
         )
         return activations(self.config, self.stage, self.outline.dit, how)

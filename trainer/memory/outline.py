@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.codec import ADAPTER, SPresso, lora_config
-from models.dit import DiT, DiTConfig
+from models.decoder import DecoderConfig, make_decoder
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.pretrained import outline_autoencoder, read_dit_config
 from models.quantizer import make_quantizer
@@ -28,7 +28,7 @@ Shapes = dict[str, torch.Size]
 class Outline:
     """What a stage computes with."""
 
-    dit: DiTConfig
+    dit: DecoderConfig
     trained: Shapes
     """Of each trained parameter, under its name in the stage's module."""
     frozen: Shapes
@@ -59,7 +59,7 @@ def outline(config: Config, stage: str) -> Outline:
     )
 
 
-def dit_config(config: Config, stage: str) -> DiTConfig:
+def dit_config(config: Config, stage: str) -> DecoderConfig:
     """D's sizes, from where its weights are or will be."""
     base = base_model(config)
     if stage == "pretrain" or (config.pretrained.folder is None and not base.exists()):
@@ -67,18 +67,20 @@ def dit_config(config: Config, stage: str) -> DiTConfig:
     return read_dit_config(base)
 
 
-def stage_module(config: Config, stage: str, dit: DiTConfig) -> nn.Module:
+def stage_module(config: Config, stage: str, dit: DecoderConfig) -> nn.Module:
     """What `make_task(config, stage).module` would be, on the meta device, with D of these sizes.
 
-    At `finetune` z passes unquantized: the search for codes has no gradient, and z_q the shape of z.
+    At `finetune` z passes unquantized: the search for codes has no gradient, and z_q the shape of z. At `quantize` x0
+    keeps its gain, for the same reason.
     """
     with torch.device("meta"):
         if stage == "pretrain":
-            return _Denoiser(config, stage, DiT(dit))
+            return _Denoiser(config, stage, make_decoder(dit))
         codec = _codec(config, dit)
         if stage == "quantize":
             codec.quantizer.requires_grad_(True)
-            return _Quantization(config, stage, cast(SPresso, codec))
+            no_gain = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, gain_db=0.0))
+            return _Quantization(no_gain, stage, cast(SPresso, codec))
         learned = [value for name, value in codec.dit.named_parameters() if f".{ADAPTER}." in name]
         for part in (codec.g, codec.f) if stage == "autoencode" else (codec.f,):
             learned += part.parameters()
@@ -87,12 +89,12 @@ def stage_module(config: Config, stage: str, dit: DiTConfig) -> nn.Module:
         return _LatentDenoiser(config, stage, cast(SPresso, codec), rates=[])
 
 
-def _codec(config: Config, dit_config: DiTConfig) -> Any:
+def _codec(config: Config, dit_config: DecoderConfig) -> Any:
     """The parts of an SPresso, all frozen; it would hash its weights, and there are none."""
     from peft import inject_adapter_in_model
 
-    dit = DiT(dit_config)
-    inject_adapter_in_model(lora_config(dataclasses.asdict(config.lora)), dit, adapter_name=ADAPTER)
+    dit = make_decoder(dit_config)
+    inject_adapter_in_model(lora_config(dataclasses.asdict(config.lora), dit), dit, adapter_name=ADAPTER)
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit_config.channels)
     parts: dict[str, nn.Module] = {
         "autoencoder": outline_autoencoder(**dataclasses.asdict(config.autoencoder)),
