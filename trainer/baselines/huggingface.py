@@ -45,6 +45,9 @@ class _FromHub(Baseline):
         return self.weights is None and not offline() and not lacks(self.package, _INSTALL)
 
     def _load(self, kind: Any, device: torch.device) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would go through ours
         options = {"subfolder": self.folder_in_hub} if self.folder_in_hub and self.weights is None else {}
         model = kind.from_pretrained(self.weights or self.hub, use_safetensors=True, **options)
         self.model = model.to(device).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,9 @@ class Other(Source):
         if missing and not self.baseline.fetches:
             return missing
         try:
-            self.baseline.load(self.device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # others' own deprecations
+                self.baseline.load(self.device)
         except Exception as error:  # others' code may raise anything
             return missing or _told(error)
         return ""

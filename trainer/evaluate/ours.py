@@ -260,11 +260,13 @@ def _rates(folder: Path) -> list[int]:
 
 
 def _with_takes(rows: list[Own], decodes: int) -> list[Own]:
-    """Several decodes for up to `VARIABLE` of those that the page plays, evenly from the most to the least."""
-    played = [row for row in rows if row.system.page]
-    count = min(VARIABLE, len(played))
-    chosen = {id(played[round(n * (len(played) - 1) / max(1, count - 1))]) for n in range(count)}
-    return [Own(row.export, row.system, books=row.books, takes=decodes if id(row) in chosen else 1) for row in rows]
+    """Several decodes for up to `VARIABLE` of those that the page plays: of rates in bits, evenly, then of z."""
+    played = sorted((row for row in rows if row.system.page), key=lambda row: row.books is None)
+    in_bits = [row for row in played if row.books is not None]
+    if len(in_bits) > VARIABLE:
+        played = [in_bits[round(n * (len(in_bits) - 1) / (VARIABLE - 1))] for n in range(VARIABLE)]
+    chosen = {row.key for row in played[:VARIABLE]}
+    return [Own(row.export, row.system, books=row.books, takes=decodes if row.key in chosen else 1) for row in rows]
 
 
 def _control(row: Own) -> list[Own]:

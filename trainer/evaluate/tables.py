@@ -7,6 +7,7 @@ A cell is the mean, ± half of its 95 % interval, and in brackets the same figur
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +207,12 @@ def _columns(report: Report) -> list[Mapping[str, Any]]:
 
 
 def _digits(report: Report, column: Mapping[str, Any]) -> int:
-    """Behind the point: the figure's own, or about three that count in the column's largest mean."""
+    """Behind the point: the figure's own, or about three that count in the column's median."""
     if column["digits"] is not None:
         return column["digits"]
     means = [abs(score[column["key"]]["mean"] or 0) for score in report["results"].values() if column["key"] in score]
-    largest = max(means, default=1.0)
-    return 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
+    middle = statistics.median(means) if means else 0.0
+    return 2 if middle == 0 else min(4, max(0, 2 - math.floor(math.log10(middle))))
 
 
 def _note(row: Row) -> str:
