@@ -63,6 +63,7 @@ class Baseline(ABC):
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
         """Mono at `sample_rate`, there and back, of any length; and the bits of its payload, None where it has none."""
 
+    @torch.inference_mode()
     def code(self, audio_S: Audio, sample_rate: int) -> tuple[Audio, int | None]:
         """Mono audio (samples,) of any rate through the codec.
 

@@ -49,8 +49,8 @@ def figures_of(embedding: Embedding, *, visqol: bool) -> list[Figure]:
         if figure.key in _OVER_EMBEDDINGS:
             figure = dataclasses.replace(
                 figure,
-                title=figure.title.partition(" (")[0] + f" ({embedding.name})",
-                note=figure.note.partition(" Over ")[0] + f" Over {embedding.note}",
+                title=f"{figure.title} ({embedding.name})",
+                note=f"{figure.note} Over {embedding.note}",
             )
         figures.append(figure)
     return [*figures, *([_VISQOL] if visqol else [])]

@@ -117,7 +117,7 @@ def table(report: Report) -> str:
 def markdown(report: Report) -> str:
     """Tables for a README or an issue, one a section."""
     columns = _columns(report)
-    parts = [f"## {_plain(report['recipe'])}", f"{report['subtitle']}."]
+    parts = [f"## {_plain(report['recipe'])}", f"{_plain(report['subtitle'])}."]
     head = ["System", "kbps", *(f"{column['title']} {_unit_and_way(column)}".strip() for column in columns)]
     for title, rows in sections(report):
         lines = [head, ["---", *["--:"] * (len(head) - 1)]]
@@ -129,7 +129,7 @@ def markdown(report: Report) -> str:
         parts += [f"### {title}", text, *(["\n".join(notes)] if notes else [])]
     parts.append(
         "Mean ± half of the 95 % interval (bootstrap over clips); in brackets the same decoded from another clip's z. "
-        f"Bold: the best of a table, and what does not differ significantly from it. {_sets(report).capitalize()}."
+        f"Bold: the best of a table, and what does not differ significantly from it. D{_plain(_sets(report))[1:]}."
     )
     return "\n\n".join(parts) + "\n"
 
