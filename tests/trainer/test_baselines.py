@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from tests.trainer.tiny_codecs import save_tiny_codecs
-from trainer.baselines import BASELINES, make_baseline, problems_of
+from trainer.baselines import BASELINES, make_baseline, opus, problems_of
 from trainer.baselines.opus import Opus, ogg_packets
 
 ROOT = Path(__file__).parents[2]
@@ -113,13 +113,15 @@ def test_opus_of_another_rate_and_of_next_to_nothing():
     assert make_baseline("opus@6").code(audio[:5], 44_100)[0].shape == (5,)
 
 
-def test_the_payload_is_what_the_packets_hold(tmp_path):
-    soundfile.write(tmp_path / "in.wav", burst(), 48_000)
-    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "in.wav", "-b:a", "64k", tmp_path / "out.opus"]
-    subprocess.run(command, check=True)
+def test_the_payload_is_what_the_packets_hold(tmp_path, monkeypatch):
+    run, encoded = opus._ffmpeg, []
+    monkeypatch.setattr(opus, "_ffmpeg", lambda *given: encoded.append(run(*given)) or encoded[-1])
+    _, bits = make_baseline("opus@64").code(burst(), 48_000)
+    (tmp_path / "out.opus").write_bytes(encoded[0])
     show = ["ffprobe", "-v", "error", "-show_entries", "packet=size", "-of", "csv=p=0", tmp_path / "out.opus"]
     sizes = [int(line.strip(",")) for line in subprocess.run(show, capture_output=True, text=True).stdout.split()]
-    assert list(ogg_packets((tmp_path / "out.opus").read_bytes()))[2:] == sizes
+    assert list(ogg_packets(encoded[0]))[2:] == sizes
+    assert bits == 8 * sum(sizes)
 
 
 def test_a_packet_of_several_laces_and_pages():

@@ -144,6 +144,10 @@ def test_parts_make_the_same_report_whatever_was_killed(trained, run_dir, monkey
     folder = run_dir / "evaluate"
     whole = evaluate.evaluate(config)
     sounds = {path: path.read_bytes() for path in folder.rglob("*.flac")}
+    for index, clip in enumerate(whole["clips"]):  # each is in a block of its own
+        pair = [soundfile.read(folder / clip["audio"][key][0])[0] for key in ("original", "autoencoder")]
+        expected = log_mel_distance(*map(torch.from_numpy, pair), 48_000).item()
+        assert whole["results"]["autoencoder"]["log_mel"]["clips"][index] == pytest.approx(expected, rel=1e-2)
     pieces = len(made(folder))
     shutil.rmtree(folder)
 
