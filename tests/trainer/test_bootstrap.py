@@ -68,6 +68,7 @@ def test_the_same_in_every_process():
     first = bootstrap.counts(7).copy()
     bootstrap.counts.cache_clear()
     np.testing.assert_array_equal(first, bootstrap.counts(7))
+    np.testing.assert_array_equal(*(bootstrap.mean_replicates(values()) for _ in range(2)))
 
 
 # ---- distances of sets

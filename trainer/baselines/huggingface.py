@@ -77,7 +77,7 @@ class DAC(_FromHub):
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
         """Padded to whole frames, which are paid for."""
         audio_11S = padded(audio_S, self.hop, self.model.device)
-        codes_1MT = self.model.encode(audio_11S, n_quantizers=self.books).audio_codes[:, : self.books]
+        codes_1MT = self.model.encode(audio_11S, n_quantizers=self.books).audio_codes
         decoded_1S = self.model.decode(audio_codes=codes_1MT).audio_values
         return decoded_1S[0].cpu().numpy(), math.ceil(codes_1MT.numel() * self.code_bits)
 
