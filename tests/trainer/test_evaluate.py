@@ -237,6 +237,9 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
     }
     monkeypatch.setattr(DAC, "load", lambda *_: pytest.fail("done before"))
     assert evaluate.evaluate(config) == filled
+    config.evaluate.codecs |= {"again-1": config.evaluate.codecs["Again 1"]}
+    with pytest.raises(ValueError, match="too much alike: Again 1, again-1"):
+        evaluate.evaluate(config)
     for name in ("txt", "md", "tex"):
         assert "Opus, 6 kbps" in (folder / f"table.{name}").read_text()
 

@@ -32,6 +32,7 @@ class Export:
     def __init__(self, folder: Path, clips: Clips, *, sampling: Sampling | None, device: torch.device) -> None:
         self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
         self._z: dict[int, Tensor] = {}
+        self._files: dict[tuple[int, int], bytes] = {}
 
     @functools.cached_property
     def model_hash(self) -> str:
@@ -56,6 +57,7 @@ class Export:
     def unload(self) -> None:
         """Let go of the weights."""
         self._z.clear()
+        self._files.clear()
         self.__dict__.pop("codec", None)
 
     def audio(self, rows: Sequence[int]) -> Tensor:
@@ -71,7 +73,10 @@ class Export:
 
     def through_files(self, rows: Sequence[int], books: int) -> tuple[Tensor, list[bytes]]:
         """z_q (B, Z, N), by way of the real files; and these."""
-        files = [bitstream.write(self.codec.encode(self.audio([row])[0], books=books)) for row in rows]
+        for row in rows:  # again for the next clip's control, and the search for codes is slow
+            if (row, books) not in self._files:
+                self._files[row, books] = bitstream.write(self.codec.encode(self.audio([row])[0], books=books))
+        files = [self._files[row, books] for row in rows]
         codes = [torch.from_numpy(bitstream.read(file, frames_of=self.codec.z_frames).codes)[0] for file in files]
         assert self.codec.quantizer is not None
         return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
@@ -238,8 +243,9 @@ def own_sources(config: Config, clips: Clips, device: torch.device) -> tuple[lis
 
 def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[Own]:
     """Another export: its continuous z, by D before it was finetuned where that lies beside it, and its rates."""
+    folder = folder.resolve()
     slug = "".join(letter if letter.isalnum() else "_" for letter in title.lower()).strip("_")
-    export, beside = open_export(folder), folder.resolve().parents[1] / "autoencode" / "export"
+    export, beside = open_export(folder), folder.parents[1] / "autoencode" / "export"
     own_rates = _rates(folder)
     before = open_export(beside) if own_rates and (beside / "codec.json").is_file() else export
     note = "" if before is not export or not own_rates else "By the D that was finetuned on codes."

@@ -101,6 +101,8 @@ class _Plan:
             source.key: f"{source.key}-{fingerprint(of_all | {'source': source.identity})[:8]}"
             for source in self.sources
         }
+        if len(self.names) < len(self.sources):
+            raise ValueError(f"evaluate.codecs has titles that are too much alike: {', '.join(chosen.codecs)}")
         self._finetuned = next(
             source.export for source in self.sources if isinstance(source, Own) and source.key.startswith("zq")
         )
