@@ -101,9 +101,14 @@ def ended(lines: list[dict[str, Any]], job: str) -> list[dict[str, Any]]:
 
 
 def place(folder: Path) -> int | None:
-    """Samples of a stage's newest checkpoint, 0 for a stage that begins anew each time; None where it can't be told."""
+    """Samples of a stage's newest checkpoint, pieces that `evaluate` has, 0 for a stage that begins anew each time.
+
+    None where it can't be told.
+    """
+    if folder.name == "evaluate":
+        return sum(1 for _ in folder.glob("pieces/*/*"))
     if folder.name not in _TRAINED:
-        return 0 if folder.name in ("evaluate", "page") else None
+        return 0 if folder.name == "page" else None
     names = [re.fullmatch(r"step_(\d+)", path.name) for path in (folder / "checkpoints").glob("step_*")]
     return max((int(name[1]) for name in names if name), default=0)
 

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         ("run", _run, "all stages of a recipe in order; run again it goes on where it stopped"),
         ("prepare", _prepare, "sound files → latents in shards"),
         ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize or finetune"),
-        ("evaluate", _stage("evaluate"), "figures of the trained codec on held-out clips"),
+        ("evaluate", _evaluate, "figures of the trained codec on held-out clips"),
         ("page", _page, "the page to listen to"),
         ("plan", _plan, "the resolved config, the batches, the memory of each rank; starts nothing"),
         ("sbatch", _sbatch, "one script for plain sbatch: all stages in one job, or stage=… alone"),
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", help=_RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
 
-        if name == "prepare":
+        if name in ("prepare", "evaluate"):
             sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
         if name in ("run", "train"):
             sub.add_argument("--dry-run", action="store_true", help="cluster=slurm: print what sbatch would be given")
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
                 help="from the run's newest whole checkpoint (auto, the default), from PATH, or refuse to go on",
             )
 
+    _listening(commands)
     _of_runs(commands)
 
     checkpoint = _command(commands, "checkpoint", _checkpoint, "what checkpoints a run has, and what is in them")
@@ -114,6 +115,16 @@ def parser() -> argparse.ArgumentParser:
     )
     _codec_options(decode)
     return top
+
+
+def _listening(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    test = _command(commands, "listen-test", _listen_test, "a blind MUSHRA test of the evaluated clips, for webMUSHRA")
+    test.add_argument("recipe", help=_RECIPE)
+    test.add_argument("out", type=Path, metavar="OUT", help="the folder to make; beside it OUT.key.json, to keep back")
+    test.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    test.add_argument("--systems", help="their keys in evaluation.json, with commas (default: all that the page plays)")
+    test.add_argument("--clips", type=int, help="(default: all that the page plays)")
+    test.add_argument("--seed", type=int, default=0, help="another seed, other names and orders (%(default)s)")
 
 
 def _of_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -286,10 +297,32 @@ def _prepare(options: argparse.Namespace) -> None:
     from launch import pipeline
     from trainer.recipe import load
 
+    part, parts = _part(options)
+    pipeline.prepare_latents(load(options.recipe, options.overrides), part=part, parts=parts)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from launch import pipeline
+    from trainer.recipe import load
+
+    part, parts = _part(options)
+    pipeline.evaluate(load(options.recipe, options.overrides), part=part, parts=parts)
+
+
+def _part(options: argparse.Namespace) -> tuple[int, int]:
     part, slash, parts = (options.part or "0/1").partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise ValueError(f"--part {options.part} is not like 0/8, one of 0/8 to 7/8")
-    pipeline.prepare_latents(load(options.recipe, options.overrides), part=int(part), parts=int(parts))
+    return int(part), int(parts)
+
+
+def _listen_test(options: argparse.Namespace) -> None:
+    from launch import pipeline
+    from trainer.recipe import load
+
+    systems = options.systems.split(",") if options.systems else None
+    config = load(options.recipe, options.overrides)
+    pipeline.listening_test(config, options.out, systems=systems, clips=options.clips, seed=options.seed)
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:

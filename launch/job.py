@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUBMISSION, RUN, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_RUN", "SPRESSO_GRACE", "SPRESSO_PARTS"
 TASKS = "SPRESSO_TASKS_PER_NODE"
-"""Environment variables that the batch script sets: folders, seconds, in how many parts `prepare` is cut, ranks."""
+"""Environment variables that the batch script sets: folders, seconds, in how many parts a stage is cut, ranks."""
 
 _FAILED = 1
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
@@ -82,10 +82,10 @@ def _work(stage: str, task: Task, notice: Notice) -> str:
         return pipeline.train(config, stage, how=lambda config, stage: _train(config, stage, task, notice))
     if task.rank > 0:
         return "idle"
-    if stage == "prepare":
-        pipeline.prepare_latents(
-            config, part=int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), parts=int(os.environ.get(PARTS, "1"))
-        )
+    in_parts = {"prepare": pipeline.prepare_latents, "evaluate": pipeline.evaluate}
+    if stage in in_parts:
+        part, parts = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ.get(PARTS, "1"))
+        in_parts[stage](config, part=part, parts=parts)
         return "done"
     return pipeline.run_stage(config, stage)
 

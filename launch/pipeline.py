@@ -149,14 +149,26 @@ def _goes_on(config: Config, directory: RunDirectory) -> bool:
     return config.checkpoint.resume == "auto" or followed(directory, config.checkpoint.resume)
 
 
-def evaluate(config: Config) -> None:
-    """The figures, as a table on the terminal and JSON beside it."""
+def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
+    """The figures, as a table on the terminal, and files of them; of all clips, or of one part of the job."""
     from trainer import evaluate as evaluation
 
-    report = evaluation.evaluate(config)
-    text = evaluation.table(report)
-    write_atomically(stage_folder(config, "evaluate") / "table.txt", text + "\n")
-    print(text)
+    report = evaluation.evaluate_part(config, part=part, parts=parts)
+    if report is None:
+        say(f"  part {part} of {parts} is done; the table is made when all parts are")
+        return
+    print(evaluation.table(report))
+
+
+def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
+    """A folder for webMUSHRA, from the clips that the page plays."""
+    from trainer.evaluate import evaluate
+    from trainer.listening_test import write_listening_test
+
+    folder = stage_folder(config, "evaluate")
+    made = write_listening_test(evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)
+    say(f"{made.trials} trials of {made.conditions} sounds: copy {out}/configs into webMUSHRA's folder and open")
+    say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} back, it says which sound is whose")
 
 
 def page(config: Config) -> Path:

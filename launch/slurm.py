@@ -17,7 +17,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from launch.job import GRACE, PARTS, RUN, SUBMISSION, TASKS
-from trainer.cluster import ClusterConfig
+from trainer.cluster import ARRAYS, ClusterConfig
 from trainer.config import TRAINED_STAGES
 
 
@@ -47,7 +47,8 @@ class Job(SlurmExecutor):
         super().__init__(submission / "jobs")
         self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
         self.elastic = cluster.least_nodes < cluster.most_nodes
-        self.array = cluster.array if self.stages == ["prepare"] and cluster.array > 1 else 0
+        alone = len(self.stages) == 1 and self.stages[0] in ARRAYS
+        self.array = cluster.array if alone and cluster.array > 1 else 0
         self.update_parameters(
             job_name=f"{name}.{self.stages[0]}" if len(self.stages) == 1 else name,
             nodes=cluster.nodes,

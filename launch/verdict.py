@@ -74,7 +74,7 @@ def _go_on(past: Sequence[Mapping[str, Any]], place: int | None, why: str, failu
     if place is not None and len(standing) == _STANDSTILL - 1:
         return Verdict(
             OVER,
-            f"{why}; {_STANDSTILL} starts in a row got no further{f' than {place} samples' if place else ''}: give "
+            f"{why}; {_STANDSTILL} starts in a row got no further{f' than {place}' if place else ''}: give "
             f"jobs more time (cluster.time), or save more often (checkpoint.every)",
             failure or "standstill",
         )

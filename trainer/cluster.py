@@ -17,6 +17,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": {"nodes": "1", "tasks_per_node": 1},
     "quantize": {"nodes": "1"},
 }
+ARRAYS = ("prepare", "evaluate")
+"""Stages that can be cut into parts, each a job of an array."""
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 OURS = (
@@ -68,7 +70,8 @@ class ClusterConfig:
     """So long before the time limit a job is told to save and leave. More than a step and a save take; SLURM may say it
     up to a minute early."""
     array: int = 1
-    """`prepare` only: jobs that share the sound files."""
+    """Jobs that share the sound files of `prepare`; for those that share the clips of `evaluate`, say
+    `stages.evaluate.array`."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """A stage's own values for any of the above: `{prepare: {array: 16, partition: cpu}, evaluate: {time: "1:00:00"}}`.
     `synth`, `prepare` and `page` take one task without a GPU where nothing is said here, `evaluate` one with a GPU,
@@ -100,7 +103,7 @@ class ClusterConfig:
         if "nodes" in chosen:
             chosen["nodes"] = str(chosen["nodes"])
         if stage != "prepare":
-            chosen["array"] = 1
+            chosen["array"] = self.stages.get(stage, {}).get("array", 1) if stage in ARRAYS else 1
         return dataclasses.replace(self, **chosen, stages={})
 
     def problems(self, stages: tuple[str, ...]) -> list[str]:

@@ -297,9 +297,23 @@ class EvaluateConfig:
     page_clips: int = 10
     """How many of them the page plays."""
     decodes: int = 5
-    """Decodes of the same codes on the page, to hear the variability; 5 on the paper's page."""
+    """Decodes of the same codes, of the page's clips at up to four rates, to hear and measure the variability; 5 on the
+    paper's page."""
     seconds: float | None = None
     """Only the first so many seconds of each clip; None: whole clips."""
+    batch: int = 8
+    """Clips that go through a model at once. Parts of an array take such blocks in turn."""
+    codecs: dict[str, str] = field(default_factory=dict)
+    """Title → `export/` of another run's `finetune`, to be scored beside this run's: continuous z and each rate."""
+    baselines: list[str] = field(default_factory=list)
+    """Codecs by others, by name and kbps: `[opus@6, dac@1.7, encodec@1.5, semanticodec@1.4, stable_audio,
+    music2latent]`. One that is not installed, or whose weights are not here, is a row that says so."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Name of such a codec → a folder of its weights; else the hub's cache."""
+    embedding: str = "mel-stat"
+    """What distances between sets are taken over: `mel-stat`, or `clap:` and a folder or a name in the hub's cache."""
+    visqol: bool = False
+    """Also ViSQOL, which takes seconds a clip on a CPU; needs `pip install 'spresso[visqol]'`."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ FLOOR_DB = 60.0
 SI_SDR_LIMIT_DB = 60.0
 """SI-SDR is clamped to ± this: beyond it lie only equal signals, silent ones and chance."""
 EMBEDDING = "mel-stat"
-"""The embedding under `frechet_distance` and `kernel_distance`, to be named wherever they are shown."""
+"""An embedding for `frechet_distance` and `kernel_distance`, to be named wherever they are shown."""
 
 _SILENCE = 1e-14  # -140 dB of full scale: keeps the logarithm finite where the reference itself is silent
 _MEL_RESOLUTIONS = (512, 1024, 2048)
@@ -85,20 +85,19 @@ FIGURES = {
         ),
         Figure(
             key="frechet",
-            title=f"Fréchet distance ({EMBEDDING})",
+            title="Fréchet distance",
             unit="",
             better="lower",
             note="Between all originals and all decodes as two sets: whether the decodes are plausible as a whole. "
-            f"Over the {EMBEDDING} embedding: means and deviations of a log-mel spectrogram in half-second windows. "
             "Few clips bias it upwards.",
         ),
         Figure(
             key="kernel",
-            title=f"Kernel distance ({EMBEDDING})",
+            title="Kernel distance",
             unit="",
             better="lower",
             note="As the Fréchet distance, but unbiased for few clips, so that it may fall just below zero: the "
-            f"squared maximum mean discrepancy over the {EMBEDDING} embedding, with a Gaussian kernel.",
+            "squared maximum mean discrepancy, with a Gaussian kernel.",
         ),
     )
 }

@@ -27,6 +27,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_codebooks(config),
         *_formulation(config),
         *_folders(config),
+        *_evaluation(config),
         *(_released(config) if released else ()),
     ]
 
@@ -84,6 +85,7 @@ _POSITIVE = (
     "checkpoint.keep_last",
     "sampling.steps",
     "sampling.temperature",
+    "evaluate.batch",
     "evaluate.decodes",
     "evaluate.page_clips",
 )
@@ -288,6 +290,24 @@ def _folders(config: Config) -> list[str]:
             f"is to learn from to its test/, then run `spresso index`; or name it in data.mix"
         )
     return found
+
+
+def _evaluation(config: Config) -> list[str]:
+    from trainer import baselines
+    from trainer.baselines.base import lacks
+
+    chosen = config.evaluate
+    found = baselines.problems_of(chosen.baselines, chosen.weights)
+    kind, colon, where = chosen.embedding.partition(":")
+    if chosen.embedding != "mel-stat" and not (kind == "clap" and colon and where):
+        found.append(f"evaluate.embedding={chosen.embedding} is neither mel-stat nor clap:FOLDER_OR_NAME")
+    if chosen.visqol and (missing := lacks("visqol", "pip install 'spresso[visqol]', or leave it out")):
+        found.append(f"evaluate.visqol=true: {missing}")
+    return found + [
+        f"evaluate.codecs: {title}={folder} is no export: give a folder such as runs/NAME/finetune/export"
+        for title, folder in chosen.codecs.items()
+        if not (Path(folder) / "codec.json").is_file()
+    ]
 
 
 def _released(config: Config) -> list[str]:

@@ -120,6 +120,10 @@ def test_the_place_of_a_start(tmp_path):
         (tmp_path / "pretrain" / "checkpoints" / name).mkdir(parents=True)
     assert batch.place(tmp_path / "pretrain") == 1200
     assert [batch.place(tmp_path / name) for name in ("synth", "prepare", "evaluate", "page")] == [None, None, 0, 0]
+    for number in range(3):
+        (tmp_path / f"evaluate/pieces/z-{number % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"evaluate/pieces/z-{number % 2}/{number:05d}.safetensors").touch()
+    assert batch.place(tmp_path / "evaluate") == 3
 
 
 def test_the_rank_that_ended_without_a_word_is_named(tmp_path, asked, capsys):

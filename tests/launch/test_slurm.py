@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import submission
+from launch import job, pipeline, submission
+from launch.job import PARTS, SUBMISSION
+from launch.ranks import Task
 from trainer.recipe import RECIPES, load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -115,6 +117,25 @@ def test_only_prepare_is_an_array_and_false_is_left_out(tmp_path):
     made = scripts(tmp_path, "cluster=slurm", "cluster.array=3", "cluster.options.overcommit=false")
     assert [stage for stage, script in made.items() if "array" in options(script)] == ["prepare"]
     assert all("overcommit" not in script for script in made.values())
+
+
+def test_evaluate_is_an_array_where_the_recipe_says_so(tmp_path):
+    made = scripts(tmp_path, "cluster=slurm", "cluster.stages.evaluate.array=4")
+    found = {stage: options(script).get("array") for stage, script in made.items()}
+    assert {stage: array for stage, array in found.items() if array} == {"prepare": "0-7=", "evaluate": "0-3="}
+    assert "export SPRESSO_PARTS=4\n" in made["evaluate"]
+    assert "/evaluate/logs/job_%A_%a_%t.out" in made["evaluate"]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("prepare", "prepare_latents"), ("evaluate", "evaluate")])
+def test_an_element_of_an_array_does_its_part(stage, name, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("name: tiny\n")
+    for variable, value in ((SUBMISSION, tmp_path), ("SLURM_ARRAY_TASK_ID", 2), (PARTS, 4)):
+        monkeypatch.setenv(variable, str(value))
+    done = []
+    monkeypatch.setattr(pipeline, name, lambda config, **which: done.append((config.name, which)))
+    assert job._work(stage, Task(rank=0, count=1, local_rank=0, local_counts=(1,)), None) == "done"
+    assert done == [("tiny", {"part": 2, "parts": 4})]
 
 
 def test_a_job_of_a_range_of_nodes_may_come_back_with_fewer(tmp_path):

@@ -1,0 +1,106 @@
+"""The held-out clips that are scored, and the blocks in which that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config, fingerprint
+from trainer.data.shard_set import ShardSet
+from trainer.run import held_out_set
+
+_OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
+
+
+class Clips:
+    """Held-out clips, levelled; their audio is read when it is asked for. The page's come first.
+
+    Attributes: `sample_rate` in Hz, `samples` of each, `keys`, `on_page` (how many of them the page plays).
+    """
+
+    def __init__(self, shards: ShardSet, ids: Sequence[int], *, samples: int, on_page: int, device: torch.device):
+        self._shards, self._ids, self._device = shards, list(ids), device
+        self.sample_rate, self.on_page = shards.info.sample_rate, min(on_page, len(ids))
+        self.keys = [f"clip_{id_:05d}" for id_ in ids]
+        self.samples = self._common(samples)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def seconds(self) -> float:
+        """Of each clip."""
+        return self.samples / self.sample_rate
+
+    @property
+    def identity(self) -> str:
+        """Changes with what the clips are, and which of them the page plays."""
+        return fingerprint({"set": self._shards.fingerprint, "ids": self._ids, "cut": [self.samples, self.on_page]})
+
+    @property
+    def autoencoder(self) -> str:
+        """Identity of the AudioAE that the set was made with."""
+        return self._shards.info.ae_identity
+
+    def audio(self, rows: Sequence[int]) -> Tensor:
+        """(rows, 1, samples)."""
+        audio = [torch.from_numpy(self._shards.audio(self._ids[row]))[:, : self.samples] for row in rows]
+        if (shortest := min(clip.shape[1] for clip in audio)) < self.samples:
+            self._refuse(shortest)
+        return torch.stack(audio).to(self._device)
+
+    @cached_property
+    def audio_B1S(self) -> Tensor:
+        """All of them."""
+        return self.audio(range(len(self)))
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """What a clip's JSON says."""
+        return self._shards.metadata(self._ids[row])
+
+    def blocks(self, size: int) -> list[list[int]]:
+        """All rows, so many to a block: what is computed together, whoever does it, comes out the same."""
+        return [list(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
+
+    def seeds(self, rows: Sequence[int], take: int = 0) -> list[int]:
+        """A seed a clip, another one for each take."""
+        return [row + take * _OTHER_SEED for row in rows]
+
+    def _common(self, samples: int) -> int:
+        """Samples that all clips have, `samples` at most; refused where some are cut shorter by that than others."""
+        frames = self._shards.index["frames"][self._ids]
+        shortest, longest = (
+            self._shards.audio(self._ids[int(at)]).shape[1] for at in (frames.argmin(), frames.argmax())
+        )
+        if shortest < min(samples, longest):
+            self._refuse(shortest)
+        return min(samples, shortest)
+
+    def _refuse(self, shortest: int) -> None:
+        seconds = shortest / self.sample_rate
+        raise ValueError(
+            f"{self._shards.location} holds clips of {seconds:.2f} s: set evaluate.seconds to that or less"
+        )
+
+
+def load_clips(config: Config, device: torch.device) -> Clips:
+    """Held-out clips, spread evenly over the set; the page's, spread likewise, come first.
+
+    Raises:
+        ValueError: there are fewer than two, or some are shorter than `evaluate.seconds`.
+    """
+    shards = held_out_set(config)
+    count = min(config.evaluate.clips or len(shards), len(shards))
+    if count < 2:
+        raise ValueError(
+            f"{shards.location} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
+        )
+    ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
+    of_page = ids[:: max(1, count // config.evaluate.page_clips)][: config.evaluate.page_clips]
+    ids = of_page + [id_ for id_ in ids if id_ not in of_page]
+    samples = round((config.evaluate.seconds or config.data.clip_seconds) * shards.info.sample_rate)
+    return Clips(shards, ids, samples=samples, on_page=len(of_page), device=device)

@@ -1,0 +1,195 @@
+"""All pieces → the report: means, intervals, the control beside each figure, and which differences are significant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.evaluate import bootstrap
+from trainer.evaluate.bootstrap import Numbers, SetReplicates
+from trainer.evaluate.pieces import Piece
+from trainer.evaluate.scores import SPREAD
+from trainer.evaluate.system import TABLES, System
+from trainer.figures import Figure, set_figures
+
+_COMPETE = ("system", "baseline")
+
+
+class Gathered:
+    """All that is known of one system."""
+
+    def __init__(self, pieces: Sequence[Piece], *, seconds: float, control_of: str) -> None:
+        """Of its blocks, in order; `seconds` are those of a clip."""
+        self.control_of = control_of
+        self.rows = [row for piece in pieces for row in piece.rows]
+        self.failures = {key: told for piece in pieces for key, told in piece.failures.items()}
+        self.audio = {key: files for piece in pieces for key, files in piece.audio.items()}
+        self.system = self._described(pieces, seconds)
+        self.figures: dict[str, Numbers] = {}
+        self.embedding: dict[int, Tensor] = {}
+        if self.system.unavailable:
+            return
+        for key in dict.fromkeys(key for piece in pieces for key in piece.figures):
+            parts = [piece.figures[key] for piece in pieces if key in piece.figures]
+            self.figures[key] = torch.cat(parts).numpy()
+        for piece in pieces:
+            windows = piece.embedding.split(piece.windows) if piece.windows else ()
+            self.embedding |= {row: part for row, part in zip(piece.rows, windows, strict=False) if len(part)}
+
+    def _described(self, pieces: Sequence[Piece], seconds: float) -> System:
+        system = System(**next((piece.system for piece in pieces if piece.unavailable), pieces[0].system))
+        bits, sizes = ([n for piece in pieces for n in getattr(piece, key)] for key in ("payload_bits", "file_bytes"))
+        if bits:
+            system.payload_kbps = sum(bits) / (len(bits) * seconds) / 1000
+        if sizes:
+            system.file_kbps = 8 * sum(sizes) / (len(sizes) * seconds) / 1000
+        if self.failures and not system.unavailable:
+            first = next(iter(self.failures.values()))
+            if len(self.failures) == len(self.rows):
+                system.unavailable = first
+            else:
+                told = f"Failed on {len(self.failures)} of {len(self.rows)} clips: {first}"
+                system.note = f"{system.note} {told}".strip()
+        return system
+
+
+def results_of(
+    systems: Sequence[Gathered], originals: Mapping[int, Tensor], figures: Sequence[Figure]
+) -> dict[str, Any]:
+    """By system and figure: `mean`, `std`, `ci`, each clip's own (`clips`, None where it failed), `control`; and where
+    systems of one table compete, `best`, or `difference` to the best with its `ci` and whether it is `significant`.
+
+    Args:
+        systems: all that were scored, controls among them.
+        originals: rows of each clip's embedding.
+        figures: what there is to tell.
+    """
+    scored = [one for one in systems if one.system.role != "original" and not one.system.unavailable]
+    sets = _Sets(originals)
+    replicates: dict[str, dict[str, Numbers]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for one in scored:
+        key, hidden = one.system.key, _hidden(one)
+        results[key], replicates[key] = {}, {}
+        for figure in (*figures, SPREAD):
+            if figure.key in one.figures:
+                results[key][figure.key] = _of_clips(one.figures[figure.key], replicates[key], figure.key)
+        for name, (value, of_set) in sets.figures(one, with_replicates=not hidden).items():
+            replicates[key][name] = of_set
+            bounds = bootstrap.interval(of_set)
+            results[key][name] = {"mean": value, "std": None, "ci": None if bounds is None else list(bounds)}
+    for one in scored:
+        if one.control_of:
+            _set_controls(results[one.control_of], results[one.system.key])
+    _compare(scored, results, replicates, figures)
+    shown = {one.system.key for one in scored if not _hidden(one)}
+    return {key: of_system for key, of_system in results.items() if key in shown}
+
+
+def _hidden(one: Gathered) -> bool:
+    """Whether it is a control without a row of its own."""
+    return bool(one.control_of) and one.system.role != "floor"
+
+
+def _of_clips(values_C: Numbers, replicates: dict[str, Numbers], key: str) -> dict[str, Any]:
+    finite = values_C[np.isfinite(values_C)]
+    replicates[key] = bootstrap.mean_replicates(values_C)
+    bounds = bootstrap.interval(replicates[key])
+    return {
+        "mean": float(finite.mean()) if len(finite) else None,
+        "std": float(finite.std(ddof=1)) if len(finite) > 1 else None,
+        "ci": None if bounds is None else list(bounds),
+        "clips": [value if math.isfinite(value) else None for value in values_C.tolist()],
+    }
+
+
+class _Sets:
+    """Distances between all originals and all decodes of a system, with replicates."""
+
+    def __init__(self, originals: Mapping[int, Tensor]) -> None:
+        self._originals = originals
+        self._of_rows: dict[tuple[int, ...], SetReplicates] = {}
+
+    def figures(self, one: Gathered, *, with_replicates: bool) -> dict[str, tuple[float, Numbers]]:
+        """Value and replicates by figure; over the clips that the system has."""
+        rows = tuple(sorted(one.embedding))
+        reference, estimate = [self._originals[row] for row in rows], [one.embedding[row] for row in rows]
+        if sum(map(len, reference)) < 2:
+            return {}
+        values = set_figures(torch.cat(reference), torch.cat(estimate))
+        if not with_replicates:
+            return {key: (value, np.empty(0)) for key, value in values.items()}
+        if rows not in self._of_rows:
+            self._of_rows[rows] = SetReplicates(reference)
+        sets = self._of_rows[rows]
+        return {
+            "frechet": (values["frechet"], sets.frechet(estimate, values["frechet"])),
+            "kernel": (values["kernel"], sets.kernel(estimate)),
+        }
+
+
+def _set_controls(results: dict[str, Any], control: Mapping[str, Any]) -> None:
+    for key in results:
+        if key in control and key != SPREAD.key:
+            results[key]["control"] = control[key]["mean"]
+
+
+def _compare(
+    scored: Iterable[Gathered],
+    results: dict[str, dict[str, Any]],
+    replicates: Mapping[str, Mapping[str, Numbers]],
+    figures: Sequence[Figure],
+) -> None:
+    """Mark the best of each table, and how far the others are from it."""
+    for table in TABLES:
+        rivals = [one for one in scored if _competes(one, table)]
+        for figure in figures:
+            means = {one.system.key: results[one.system.key].get(figure.key, {}).get("mean") for one in rivals}
+            known = {key: mean for key, mean in means.items() if mean is not None}
+            if len(known) < 2:
+                continue
+            best = (min if figure.better == "lower" else max)(known, key=lambda key: known[key])
+            results[best][figure.key]["best"] = True
+            of_key = {one.system.key: one for one in rivals}
+            for key in known.keys() - {best}:
+                found = _difference(of_key[key], of_key[best], figure.key, replicates)
+                results[key][figure.key] |= found
+
+
+def _competes(one: Gathered, table: str) -> bool:
+    return one.system.table == table and one.system.role in _COMPETE and not one.control_of
+
+
+def _difference(
+    one: Gathered, best: Gathered, figure: str, replicates: Mapping[str, Mapping[str, Numbers]]
+) -> dict[str, Any]:
+    """Paired, over the clips that both have; nothing where those of a set figure differ."""
+    if figure in one.figures:
+        difference_C = one.figures[figure] - best.figures[figure]
+        value, of_difference = float(np.nanmean(difference_C)), bootstrap.mean_replicates(difference_C)
+    else:
+        if one.embedding.keys() != best.embedding.keys():
+            return {}
+        a, b = (replicates[system.system.key][figure] for system in (one, best))
+        value, of_difference = float(np.nanmean(a - b)), a - b
+    bounds = bootstrap.interval(of_difference)
+    if bounds is None:
+        return {}
+    return {"difference": value, "difference_ci": list(bounds), "significant": bootstrap.excludes_zero(bounds)}
+
+
+def systems_of(gathered: Sequence[Gathered]) -> list[dict[str, Any]]:
+    """Rows of the report, controls left out."""
+    return [dataclasses.asdict(one.system) for one in gathered if not _hidden(one)]
+
+
+def variability(results: Mapping[str, Any], decodes: int) -> dict[str, Any]:
+    """Of which systems several decodes of the same codes are kept, and what their spread is."""
+    systems = [key for key, of_system in results.items() if SPREAD.key in of_system]
+    return {"decodes": decodes, "systems": systems, "figure": dataclasses.asdict(SPREAD)}

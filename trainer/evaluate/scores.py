@@ -1,0 +1,124 @@
+"""From sounds to figures: one block of one system, against its originals."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.baselines.base import resample
+from trainer.evaluate.embedding import Embedding
+from trainer.evaluate.source import Decoded
+from trainer.figures import FIGURES, Figure, clip_figures, log_mel_distance
+
+logger = logging.getLogger("spresso")
+
+SPREAD = Figure(
+    key="spread",
+    title="Spread of decodes",
+    unit="dB",
+    better="",
+    note="Mean log-mel distance between two decodes of the same codes: how much the bits leave open. Of the clips that "
+    "are played.",
+    digits=2,
+)
+"""Neither high nor low is better, so it is no figure of `figures_of`."""
+_VISQOL = Figure(
+    key="visqol",
+    title="ViSQOL",
+    unit="MOS-LQO",
+    better="higher",
+    note="A model of what listeners say of codecs, 1 to 5 (audio mode, arXiv 2004.09584). It ranks very low rates "
+    "otherwise than listeners do: DAC above S-PRESSO, against the listening tests.",
+    digits=2,
+)
+_VISQOL_RATE = 48_000
+_OVER_EMBEDDINGS = ("frechet", "kernel")
+
+
+def figures_of(embedding: Embedding, *, visqol: bool) -> list[Figure]:
+    """The figures of a report, in the order of its tables; those over an embedding name it."""
+    figures = []
+    for figure in FIGURES.values():
+        if figure.key in _OVER_EMBEDDINGS:
+            figure = dataclasses.replace(
+                figure,
+                title=f"{figure.title} ({embedding.name})",
+                note=f"{figure.note} Over {embedding.note}",
+            )
+        figures.append(figure)
+    return [*figures, *([_VISQOL] if visqol else [])]
+
+
+class Scorer:
+    """Figures of each clip, and its rows of the embedding."""
+
+    def __init__(self, embedding: Embedding, sample_rate: int, *, visqol: bool) -> None:
+        self.embedding, self.sample_rate = embedding, sample_rate
+        self._visqol: Any = _load_visqol() if visqol else None
+
+    def figures(self, originals_B1S: Tensor, made: Decoded, rows: Sequence[int]) -> dict[str, Tensor]:
+        """float64 (B,) each, NaN where the clip failed; `spread` is (clips of several decodes,)."""
+        each = [
+            {key: float("nan") for key in self._keys()}
+            if row in made.failures
+            else self._of_clip(original[0], decoded[0])
+            for row, original, decoded in zip(rows, originals_B1S, made.takes[0], strict=True)
+        ]
+        found = {key: torch.tensor([of_clip[key] for of_clip in each], dtype=torch.float64) for key in self._keys()}
+        if made.denoising is not None:
+            found["denoising"] = made.denoising.double().cpu()
+        if len(made.takes) > 1:
+            found["spread"] = spread(made.takes, self.sample_rate)
+        return found
+
+    def embed(self, audio_B1S: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows of all clips, and how many each has."""
+        rows = [self.embedding(audio_1S, self.sample_rate) for audio_1S in audio_B1S]
+        return torch.cat(rows), [len(of_clip) for of_clip in rows]
+
+    def _keys(self) -> list[str]:
+        keys = [key for key in FIGURES if key not in (*_OVER_EMBEDDINGS, "denoising")]
+        return [*keys, *(["visqol"] if self._visqol is not None else [])]
+
+    def _of_clip(self, original_S: Tensor, decoded_S: Tensor) -> dict[str, float]:
+        figures = clip_figures(original_S, decoded_S, self.sample_rate)
+        found = {key: float(value) for key, value in figures.items()}
+        if self._visqol is not None:
+            found["visqol"] = self._mos(original_S, decoded_S)
+        return found
+
+    def _mos(self, original_S: Tensor, decoded_S: Tensor) -> float:
+        pair = (
+            resample(audio.cpu().numpy(), self.sample_rate, _VISQOL_RATE).astype(np.float64)
+            for audio in (original_S, decoded_S)
+        )
+        try:
+            return float(self._visqol.measure_from_arrays(*pair, _VISQOL_RATE).moslqo)
+        except Exception as error:  # the package's own, for silence and the like
+            logger.warning("ViSQOL failed on a clip: %s: %s", type(error).__name__, error)
+            return float("nan")
+
+
+def spread(takes: Sequence[Tensor], sample_rate: int) -> Tensor:
+    """Mean pairwise log-mel distance of the decodes of each clip, both ways round: float64 (clips of the last take,).
+
+    `takes` are (clips, 1, samples); the first may hold more clips than the others.
+    """
+    clips = len(takes[-1])
+    pairs = itertools.permutations([take[:clips, 0] for take in takes], 2)
+    return torch.stack([log_mel_distance(one, other, sample_rate) for one, other in pairs]).double().mean(0).cpu()
+
+
+def _load_visqol() -> Any:
+    from visqol import VisqolApi
+
+    api = VisqolApi()
+    api.create(mode="audio")
+    return api

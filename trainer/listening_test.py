@@ -1,0 +1,216 @@
+"""A blind listening test after MUSHRA (ITU-R BS.1534) as a folder for webMUSHRA.
+
+    OUT/configs/NAME.yaml               the test
+    OUT/configs/resources/NAME/*.wav    its sounds, all of one rate, length and level, under names that tell nothing
+    OUT.key.json                        which is which: to be kept back, and never to lie on the server
+
+webMUSHRA adds the hidden reference itself. The anchors are the reference below 3.5 and 7 kHz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from trainer.data.audio import read_audio, write_audio
+
+MOST_CONDITIONS = 12
+"""To a trial, the reference and the anchors among them: more than BS.1534 holds that people can compare."""
+ANCHORS = {"anchor35": 3500.0, "anchor70": 7000.0}
+"""Cut-off frequencies in Hz."""
+_PEAK = 0.99
+_MOST_GAIN = 4.0  # 12 dB: a system that is softer than that is so by itself
+_TAPS = 1023  # of the anchors' filter: its transition takes 160 Hz at 48 kHz
+
+_INTRODUCTION = (
+    "You will hear several versions of the same sound. Rate how near each is to the reference, from 0 (bad) to 100 "
+    "(excellent). One of the versions is the reference itself. Please use headphones, in a quiet place."
+)
+_QUESTION = "How near is each version to the reference?"
+
+Audio = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ListeningTest:
+    """What was written."""
+
+    config: Path
+    key: Path
+    trials: int
+    conditions: int
+    """To a trial, without the hidden reference."""
+
+
+def write_listening_test(
+    report: Mapping[str, Any],
+    audio_root: Path,
+    out: Path,
+    *,
+    systems: Sequence[str] | None = None,
+    clips: int | None = None,
+    seed: int = 0,
+) -> ListeningTest:
+    """Write the folder; the same report and seed write the same files.
+
+    Args:
+        report: of an evaluation.
+        audio_root: what its audio paths are relative to.
+        out: is made; what an older test left in it is removed.
+        systems: their keys; None: all that the page plays, floors aside.
+        clips: so many of the page's; None: all.
+        seed: of names and orders.
+
+    Raises:
+        ValueError: a system or its sound is not there, there are too many to compare, or `out` holds something else.
+    """
+    chosen = _chosen(report, systems)
+    trials = list(report["clips"])[:clips]
+    if not trials or (clips is not None and clips < 1):
+        raise ValueError("--clips is at least 1, and the evaluation has to have clips that the page plays")
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in report["recipe"])
+    sounds = Path("configs") / "resources" / name
+    _clear(out, sounds)
+    pages, key = [], {}
+    for number, clip in enumerate(trials, start=1):
+        versions = _versions(clip, chosen, audio_root, report["sample_rate"])
+        shuffled = sorted(set(versions) - {"reference"})
+        random.Random(f"{seed}/{clip['key']}").shuffle(shuffled)
+        stimuli = {f"C{place}": version for place, version in enumerate(shuffled, start=1)}
+        files = {version: str(sounds / f"{_blind(seed, clip['key'], version)}.wav") for version in versions}
+        for version, audio_1S in versions.items():
+            write_audio(out / files[version], audio_1S, report["sample_rate"])
+        trial = f"trial{number}"
+        pages.append(_page(trial, number, files, stimuli))
+        key[trial] = {"clip": clip["key"], "conditions": stimuli, "files": {file: v for v, file in files.items()}}
+    config, key_file = out / "configs" / f"{name}.yaml", out.with_name(f"{out.name}.key.json")
+    text = yaml.safe_dump(_test(name, pages), sort_keys=False, allow_unicode=True)
+    config.write_text(text, encoding="utf-8")
+    known = {"seed": seed, "model": report.get("model_hash"), "identity": report.get("identity"), "trials": key}
+    key_file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return ListeningTest(config, key_file, len(trials), len(chosen) + len(ANCHORS))
+
+
+def low_pass(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
+    """What of (1, samples) lies below a frequency in Hz, not delayed: a windowed sinc, 80 dB down beyond it."""
+    times = np.arange(_TAPS) - _TAPS // 2
+    kernel = 2 * cutoff / sample_rate * np.sinc(2 * cutoff / sample_rate * times) * np.blackman(_TAPS)
+    length = audio_1S.shape[1] + _TAPS - 1
+    spectrum = np.fft.rfft(audio_1S, length) * np.fft.rfft(kernel / kernel.sum(), length)
+    filtered = np.fft.irfft(spectrum, length)[:, _TAPS // 2 :][:, : audio_1S.shape[1]]
+    return filtered.astype(np.float32)
+
+
+def _chosen(report: Mapping[str, Any], systems: Sequence[str] | None) -> list[str]:
+    heard = {key for clip in report["clips"] for key in clip["audio"]}
+    roles = {system["key"]: system["role"] for system in report["systems"] if system["key"] in heard}
+    known = [key for key, role in roles.items() if role != "original"]
+    if systems is None:
+        systems = [key for key in known if roles[key] != "floor"]
+    if unknown := [key for key in systems if key not in known]:
+        raise ValueError(f"--systems: there is no sound of {', '.join(unknown)}; there is of {', '.join(known)}")
+    if (count := len(systems) + len(ANCHORS) + 1) > MOST_CONDITIONS:
+        raise ValueError(
+            f"{count} versions of a sound are more than anybody can compare ({MOST_CONDITIONS}, the reference and two "
+            f"anchors among them): choose with --systems some of {', '.join(systems)}"
+        )
+    return list(dict.fromkeys(systems))
+
+
+def _clear(out: Path, sounds: Path) -> None:
+    if out.exists() and any(path.name != "configs" for path in out.iterdir()):
+        raise ValueError(f"{out} holds something else than a listening test: give another folder")
+    shutil.rmtree(out / "configs", ignore_errors=True)
+    (out / sounds).mkdir(parents=True)
+
+
+def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sample_rate: int) -> dict[str, Audio]:
+    """All that is heard in a trial, (1, samples) each, at one level and one length."""
+    files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
+    if silent := [key for key, takes in files.items() if not takes]:
+        raise ValueError(f"there is no sound of {', '.join(silent)} for {clip['key']}: choose others with --systems")
+    versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
+    versions |= {key: low_pass(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
+    samples = versions["reference"].shape[1]
+    cut = {
+        key: np.pad(audio[:, :samples], ((0, 0), (0, max(0, samples - audio.shape[1]))))
+        for key, audio in versions.items()
+    }
+    return _levelled(cut)
+
+
+def _levelled(versions: Mapping[str, Audio]) -> dict[str, Audio]:
+    """The systems as loud as the reference, within `_MOST_GAIN`; all softer by the same where a peak asks for it.
+
+    The anchors keep what their filter leaves, as those that webMUSHRA makes do.
+    """
+    target = _rms(versions["reference"])
+    gains = {
+        key: np.clip(target / max(_rms(audio), 1e-9), 1 / _MOST_GAIN, _MOST_GAIN) for key, audio in versions.items()
+    }
+    matched = {key: audio * (1.0 if key in ANCHORS else gains[key]) for key, audio in versions.items()}
+    loudest = max(float(np.abs(audio).max()) for audio in matched.values())
+    return {key: (audio * min(1.0, _PEAK / max(loudest, 1e-9))).astype(np.float32) for key, audio in matched.items()}
+
+
+def _rms(audio: Audio) -> float:
+    return float(np.sqrt(np.square(audio, dtype=np.float64).mean()))
+
+
+def _blind(seed: int, clip: str, version: str) -> str:
+    return hashlib.sha256(f"{seed}/{clip}/{version}".encode()).hexdigest()[:16]
+
+
+def _page(trial: str, number: int, files: Mapping[str, str], stimuli: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "type": "mushra",
+        "id": trial,
+        "name": f"Sound {number}",
+        "content": _QUESTION,
+        "showWaveform": True,
+        "enableLooping": True,
+        "strict": False,  # which asks for anchors that webMUSHRA makes
+        "randomize": True,
+        "reference": files["reference"],
+        "createAnchor35": False,
+        "createAnchor70": False,
+        "stimuli": {place: files[version] for place, version in stimuli.items()},
+    }
+
+
+def _test(name: str, pages: list[dict[str, Any]]) -> dict[str, Any]:
+    first = {"type": "generic", "id": "introduction", "name": "Welcome", "content": _INTRODUCTION}
+    volume = {
+        "type": "volume",
+        "id": "volume",
+        "name": "Volume",
+        "stimulus": pages[0]["reference"],
+        "defaultVolume": 0.5,
+    }
+    volume["content"] = "Set a volume that is comfortable, and leave it so."
+    last = {
+        "type": "finish",
+        "name": "Thank you",
+        "content": "That was all.",
+        "showResults": False,
+        "writeResults": True,
+    }
+    return {
+        "testname": "Listening test",
+        "testId": name,
+        "bufferSize": 2048,
+        "stopOnErrors": True,
+        "showButtonPreviousPage": True,
+        "remoteService": "service/write.php",
+        "pages": [first, volume, ["random", *pages], last],
+    }
