@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from trainer import page
-from trainer.page import read_curve, write_page
+from trainer.page import curves as charts
+from trainer.page import write_page
+from trainer.page.curves import read_curve
 
 HOSTILE = """</td></table><script>alert("x")</script>'"><img src=x onerror=alert(1)> &amp; пёс 🐕"""
 VOID = {"img", "input", "meta"}
@@ -51,8 +55,18 @@ class Page(HTMLParser):
     def texts(self, tag: str, class_: str | None = None) -> list[str]:
         return [element["text"] for element in self.find(tag, class_)]
 
-    def references(self) -> list[str]:
-        return [e[name] for e in self.elements for name in ("src", "data-audio", "data-image", "href") if name in e]
+    def references(self) -> set[str]:
+        """Files that the page names: its pictures and sounds."""
+        pictures = {e[name] for e in self.elements for name in ("src", "data-image") if name in e}
+        return pictures | {f"audio/{e['data-sound']}.js" for e in self.elements if "data-sound" in e}
+
+    def section(self, id_: str) -> Page:
+        """The part of that name alone."""
+        part = copy.copy(self)
+        start = next(i for i, e in enumerate(self.elements) if e.get("id") == id_)
+        ends = (i for i, e in enumerate(self.elements) if i > start and e["tag"] in ("section", "footer"))
+        part.elements = self.elements[start : next(ends)]
+        return part
 
     def figures_of(self, title: str) -> list[str]:
         """The cells beside a system's title in the table of figures."""
@@ -127,21 +141,19 @@ def train_line(samples: int, loss: float | None = 1.0, **more: object) -> dict:
 
 def test_everything_the_page_names_lies_in_its_folder(report, tmp_path):
     found = write(report, tmp_path)
-    files = [name for name in found.references() if not name.startswith("https://arxiv.org/")]
-    assert all((found.folder / name).is_file() for name in files)
+    files = found.references()
     on_disk = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()}
     assert on_disk == {*files, "index.html"}
     assert len(on_disk) == 1 + 2 * (2 * 9 - 1)  # sound and picture of 4 + 5 recordings of two clips, less one
 
 
-def test_the_sound_is_copied_as_it_is(report, tmp_path):
+def test_the_sound_is_handed_over_as_it_is(report, tmp_path):
     found = write(report, tmp_path)
-    (player,) = (
-        player for player, button in zip(found.find("div", "player"), found.find("button", "play"), strict=True)
-        if button["aria-label"] == "Play Codes, caption wind"
-    )  # fmt: skip
-    source = tmp_path / "run" / report["clips"][1]["audio"]["zq"][0]
-    assert (found.folder / player["data-audio"]).read_bytes() == source.read_bytes()
+    (player,) = (e for e in found.section("low").find("div", "player") if "wind-zq" in e["data-sound"])
+    script = (found.folder / f"audio/{player['data-sound']}.js").read_text()
+    name, content = re.fullmatch(r'spressoSound\("(.+)","(.+)"\);\n', script).groups()
+    assert name == player["data-sound"]
+    assert base64.b64decode(content) == (tmp_path / "run" / report["clips"][1]["audio"]["zq"][0]).read_bytes()
 
 
 def test_the_page_needs_no_network_and_no_server(report, tmp_path):
@@ -151,6 +163,7 @@ def test_the_page_needs_no_network_and_no_server(report, tmp_path):
     (script,) = found.find("script")
     assert set(script) == {"tag", "text"}
     assert "fetch(" not in script["text"]
+    assert {link["href"][0] for link in found.find("a")} <= {"#", "h"}
     assert "import" not in script["text"]
     assert "url(" not in found.find("style")[0]["text"]
 
@@ -180,6 +193,7 @@ def test_hostile_text_is_shown_and_never_run(report, tmp_path):
     assert found.texts("h1") == [HOSTILE]
     assert found.texts("pre") == [HOSTILE]
     assert found.texts("b") == [HOSTILE]
+    assert {e["data-caption"] for e in found.find("tbody") if "data-clip" in e} == {HOSTILE, "caption wind"}
     assert any(hint["data-note"].endswith(HOSTILE) for hint in found.find("button", "hint"))
 
 
@@ -189,7 +203,7 @@ def test_file_names_are_plain_whatever_the_keys_and_sources_are(report, tmp_path
     report["clips"][0]["audio"]["ae"] = [f"audio/{source.name}"]
     report["clips"][0]["key"] = report["clips"][0]["caption"] = "../../up " + "long" * 100
     found = write(report, tmp_path)
-    files = [name for name in found.references() if "/" in name and not name.startswith("https:")]
+    files = found.references()
     plain = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.")
     assert all(set(name.split("/", 1)[1]) <= plain and len(name) < 120 for name in files)
     assert all((found.folder / name).is_file() for name in files)
@@ -199,22 +213,64 @@ def test_file_names_are_plain_whatever_the_keys_and_sources_are(report, tmp_path
 def test_clips_and_systems_alike_in_their_plain_names_keep_their_own_files(report, tmp_path):
     report["clips"][0]["key"], report["clips"][1]["key"] = "a b", "a-b"
     found = write(report, tmp_path)
-    audio = [player["data-audio"] for player in found.find("div", "player")]
-    assert len(set(audio)) == len(audio) == 9
+    assert len([name for name in found.references() if name.startswith("audio/")]) == 2 * 9 - 1
 
 
 # ---- what it shows
 
 
-def test_the_best_system_is_marked_and_ceilings_and_floors_do_not_compete(report, tmp_path):
-    report["results"]["other"]["log_mel"]["mean"] = report["results"]["z"]["log_mel"]["mean"]
-    report["results"]["ae"]["log_mel"]["mean"] = 21.0
-    assert write(report, tmp_path).texts("strong") == ["8.0", "−7.2"]
+def test_the_best_of_a_range_of_rates_is_marked_and_ceilings_and_floors_do_not_compete(report, tmp_path):
+    report["systems"] += [
+        {"key": "zq1", "title": "Fewer codes", "role": "system", "payload_kbps": 0.7},
+        {"key": "opus", "title": "Opus", "role": "baseline", "payload_kbps": 6.0},
+        {"key": "least", "title": "Least codes", "role": "system", "payload_kbps": 0.1},
+    ]
+    report["results"]["ae"]["log_mel"]["mean"] = 0.1
+    report["results"] |= {
+        "zq1": {"log_mel": {"mean": 9.75}, "si_sdr": {"mean": -7.0}},
+        "opus": {"log_mel": {"mean": 9.6}, "si_sdr": {"mean": 3.0}},
+        "least": {"log_mel": {"mean": 0.2}, "si_sdr": {"mean": 0.5}},
+    }
+    found = write(report, tmp_path)
+    assert found.texts("strong") == ["9.5", "3.0"]
+    assert found.figures_of("Codes")[1].startswith("9.5")
+    assert found.figures_of("Opus")[2].startswith("3.0")
 
 
 def test_a_single_system_is_not_called_the_best(report, tmp_path):
-    del report["results"]["z"]
     assert write(report, tmp_path).texts("strong") == []
+
+
+def test_intervals_controls_and_what_cannot_be_told_from_the_best(report, tmp_path):
+    report["systems"].insert(2, {"key": "best", "title": "Best", "role": "system"})
+    report["results"]["best"] = {"log_mel": {"mean": 7.5, "ci": [7.0, 8.25], "control": 19.0, "significant": False}}
+    report["results"]["z"]["log_mel"] |= {"ci": [7.5, 8.5], "control": 20.55, "significant": False}
+    report["results"]["zq"]["log_mel"] |= {"ci": None, "control": None, "significant": True}
+    found = write(report, tmp_path)
+    assert found.figures_of("Best") == ["—", "7.5[7.0, 8.2]", "(19.0)", "—"]
+    assert found.figures_of("Continuous z") == ["—", "≈8.0[7.5, 8.5]", "(20.6)", "−9.0± 3.0"]
+    assert found.figures_of("Codes")[1:3] == ["9.5± 2.0", ""]
+    (lead,) = found.section("figures").texts("p", "lead")
+    assert all(words in lead for words in ("95 % confidence", "In brackets", "≈ cannot be told apart"))
+    assert [th.get("colspan") for th in found.find("th") if th["text"].startswith(("Log-mel", "SI-SDR"))] == ["2", None]
+
+
+def test_other_codecs_stand_apart_with_their_licence_or_why_they_are_not_there(report, tmp_path):
+    report["systems"] += [
+        {"key": "dac", "title": "DAC", "role": "baseline", "payload_kbps": 1.7, "licence": "MIT", "note": "A note."},
+        {"key": "gone", "title": "Gone", "role": "baseline", "licence": "CC", "unavailable": "no weights"},
+    ]
+    report["results"]["dac"] = {"log_mel": {"mean": 4.0}}
+    found = write(report, tmp_path)
+    assert found.figures_of("Gone") == ["—", "Not available: no weights"]
+    groups = [row["text"] for row in found.find("tr", "role")]
+    assert groups == [
+        "Ceiling: the best that a codec built on it can do", "Continuous", "Continuous: other codecs", "Low rates",
+        "Low rates: other codecs", "Floors: what ignores the clip",
+    ]  # fmt: skip
+    rows = [e["text"] for e in found.find("th") if e.get("scope") == "row"]
+    assert "DAC?MIT" in rows
+    assert "GoneCC" in rows
 
 
 def test_what_was_not_measured_is_a_dash(report, tmp_path):
@@ -237,7 +293,8 @@ def test_a_report_without_figures_speed_and_notes_makes_a_page(report, tmp_path)
     found = write(report, tmp_path)
     assert found.texts("h1") == ["demo"]
     assert not found.find("div", "tile")
-    assert len(found.find("div", "player")) == 9
+    assert len(found.section("continuous").find("div", "player")) == 2 * 5 - 1  # without rates all are continuous
+    assert len(found.section("variability").find("div", "player")) == 2 * 6
 
 
 def test_the_tiles_hold_the_key_numbers(report, tmp_path):
@@ -252,8 +309,8 @@ def test_the_tiles_hold_the_key_numbers(report, tmp_path):
 
 def test_missing_audio_is_a_dash_in_its_cell(report, tmp_path):
     found = write(report, tmp_path)
-    cells = found.texts("td", "role-floor")
-    assert cells == ["Another", "Another—"]
+    for part in ("continuous", "low"):
+        assert found.section(part).texts("td", "role-floor") == ["Another", "Another—"]
 
 
 def test_a_system_without_any_sound_stands_in_the_table_alone(report, tmp_path):
@@ -263,19 +320,59 @@ def test_a_system_without_any_sound_stands_in_the_table_alone(report, tmp_path):
     assert body.count("Figures alone") == 1
 
 
-def test_decodes_of_the_same_codes_stand_behind_numbers(report, tmp_path):
+def test_each_range_of_rates_has_a_grid_with_the_original_and_what_belongs_to_all(report, tmp_path):
+    report["systems"].insert(
+        4, {"key": "low", "title": "Named", "role": "system", "payload_kbps": 9, "table": "ultra_low"}
+    )
+    report["systems"].insert(0, {"key": "opus", "title": "Opus", "role": "baseline", "payload_kbps": 0.4, "table": ""})
+    for clip in report["clips"]:
+        clip["audio"] |= {"low": clip["audio"]["z"], "opus": clip["audio"]["z"]}
     found = write(report, tmp_path)
-    groups = found.texts("div", "takes")
-    assert groups == ["12345", "12345"]
+    heads = {
+        part: [e["text"] for e in found.section(part).find("th") if e.get("scope") == "col"]
+        for part in ("continuous", "low", "ultra-low")
+    }
+    assert heads == {
+        "continuous": ["Original", "AudioAE alone?", "Continuous z11.1 Hz × 64", "Another"],
+        "low": ["Original", "AudioAE alone?", "Codes", "Another"],
+        "ultra-low": ["Original", "AudioAE alone?", "Named", "Opus", "Another"],
+    }
+    links = [link["href"] for link in found.find("a")]
+    assert links[:6] == ["#figures", "#continuous", "#low", "#ultra-low", "#variability", "#config"]
+
+
+def test_sound_is_there_to_hear_even_without_a_codec(report, tmp_path):
+    report["systems"] = [s for s in report["systems"] if s["role"] != "system"]
+    assert len(write(report, tmp_path).section("clips").find("div", "player")) == 2 * 3 - 1
+
+
+def test_decodes_of_the_same_codes_stand_behind_numbers_and_side_by_side(report, tmp_path):
+    found = write(report, tmp_path)
+    assert found.section("low").texts("div", "takes") == ["12345", "12345"]
     buttons = [button for button in found.find("button") if button.get("aria-label", "").startswith("Decode ")]
     assert [button["aria-pressed"] for button in buttons] == ["true", "false", "false", "false", "false"] * 2
-    assert len({button["data-audio"] for button in buttons}) == len({button["data-image"] for button in buttons}) == 10
+    sounds = [button["data-sound"] for button in buttons]
+    assert len(set(sounds)) == len({button["data-image"] for button in buttons}) == 10
+    players = found.section("variability").find("div", "player")
+    assert [p["data-column"] for p in players] == ["original", "1", "2", "3", "4", "5"] * 2
+    assert [p["data-sound"] for p in players if p["data-column"] != "original"] == sounds
+
+
+def test_of_many_rates_the_variability_shows_four_that_span_them(report, tmp_path):
+    audio = [clip["audio"] for clip in report["clips"]]
+    for n in range(6):
+        report["systems"].append({"key": f"q{n}", "title": f"Rate {n}", "role": "system", "payload_kbps": 0.4})
+        for files in audio:
+            files[f"q{n}"] = files["zq"][: 1 if n == 2 else 2]
+    found = write(report, tmp_path).section("variability")
+    assert found.texts("th", "rate") == ["Rate", *["Codes", "Rate 1", "Rate 3", "Rate 5"] * 2]
 
 
 def test_every_control_has_a_name_and_sliders_span_the_sound(report, tmp_path):
     found = write(report, tmp_path)
-    assert all(e.get("aria-label") for e in [*found.find("button"), *found.find("input")])
+    assert all(e.get("aria-label") or e["text"] for e in [*found.find("button"), *found.find("input")])
     assert all(slider["max"] == "0.100" for slider in found.find("input"))
+    assert all(player["style"] == "--seconds: 0.100" for player in found.find("div", "player"))
 
 
 def test_the_config_is_shown(report, tmp_path):
@@ -303,9 +400,11 @@ def test_a_chart_a_stage_with_a_line_a_noise_level(report, tmp_path):
     assert kinds == ["noise", "noise", "noise", "raw", "main", "raw", "main"]
     points = [[tuple(map(float, p.split(","))) for p in line["points"].split()] for line in found.find("polyline")]
     assert [len(line) for line in points] == [2, 0, 2, 3, 3, 2, 2]
-    assert all(page._LEFT <= x <= page._RIGHT and page._TOP <= y <= page._BOTTOM for line in points for x, y in line)
+    assert all(
+        charts._LEFT <= x <= charts._RIGHT and charts._TOP <= y <= charts._BOTTOM for line in points for x, y in line
+    )
     (x0, y0), (x1, y1) = points[-1]
-    assert x0 < x1 == page._RIGHT
+    assert x0 < x1 == charts._RIGHT
     assert y0 < y1  # a loss that falls goes down the page
 
 
@@ -355,7 +454,7 @@ def test_charts_of_odd_losses_have_ticks_within_the_plot(losses, report, tmp_pat
     curve = write_metrics(tmp_path / "m.jsonl", [train_line(i + 1, loss) for i, loss in enumerate(losses)])
     ticks = write(report, tmp_path, curves={"stage": curve}).find("text", "y")
     assert 2 <= len(ticks) <= 14
-    assert all(page._TOP <= float(tick["y"]) <= page._BOTTOM for tick in ticks)
+    assert all(charts._TOP <= float(tick["y"]) <= charts._BOTTOM for tick in ticks)
     assert len({tick["text"] for tick in ticks}) == len(ticks)
 
 
