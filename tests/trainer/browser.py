@@ -48,7 +48,7 @@ class Browser:
         """What the body of an async function returns within the page."""
         wrapped = (
             "const done = arguments[arguments.length - 1];"
-            f"(async (...given) => {{ {script} }})(...arguments)"
+            f"(async (...given) => {{ {script} }})(...[...arguments].slice(0, -1))"
             ".then((value) => done([value ?? null, null]), (error) => done([null, String(error)]));"
         )
         value, error = self.ask("POST", "/execute/async", {"script": wrapped, "args": arguments})
