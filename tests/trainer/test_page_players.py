@@ -279,6 +279,18 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_the_clip_alone(page):
     assert len(loads) == len(set(loads)) == 3
     assert all("bell" in name for name in loads)
     assert "bell-original" in loads[0]
+    page.press("Right", "Left")
+    play_on(page, 0.1)
+    assert page.run("return loads") == loads
+    assert page.run("return document.querySelector('img:not([loading=lazy])')") is None
+
+
+def test_what_was_heard_longest_ago_makes_room_and_comes_again(page):
+    page.run("Shelf.MOST_SECONDS = given[0]", 2.5 * SECONDS)
+    begin(page)
+    page.press(" ", " ")
+    until(page, "loads.filter((name) => name.includes('bell-original')).length === 2")
+    until(page, "document.querySelector('.current.playing:not(.loading)')")
 
 
 def test_the_playhead_is_where_the_sound_is_in_every_picture_of_the_clip(page):

@@ -84,7 +84,7 @@ def _rate_cell(system: System) -> Html:
     if not system.get("payload_kbps"):
         return _empty_cell()
     measured = element("small", f"{system['file_kbps']:.3g} in files") if system.get("file_kbps") else None
-    return element("td", f"{system['payload_kbps']:.3g}", measured)
+    return element("td", f"{system['payload_kbps']:.3g}", measured, class_="rate")
 
 
 class _Column:

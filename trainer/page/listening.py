@@ -152,7 +152,7 @@ def _take_buttons(takes: Sequence[Take]) -> Html | None:
     buttons = [
         element(
             "button", number, type="button", aria_label=f"Decode {number}", aria_pressed=str(number == 1).lower(),
-            data_sound=take.name, data_image=take.image, data_seconds=f"{take.seconds:.3f}",
+            data_sound=take.name, data_seconds=f"{take.seconds:.3f}",
         )
         for number, take in enumerate(takes, start=1)
     ]  # fmt: skip

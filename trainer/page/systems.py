@@ -34,12 +34,12 @@ TABLES = (
 
 
 def table_key(system: System) -> str:
-    """The key of the system's table, by its rate where the report does not say; "" for one that belongs to all."""
+    """The key of the system's table, by its rate where the report does not say; "" for bounds, which belong to all."""
+    if system["role"] not in ("system", "baseline"):
+        return ""
     named = system.get("table")
     if named in {table.key for table in TABLES}:
         return str(named)
-    if system["role"] not in ("system", "baseline"):
-        return ""
     kbps = system.get("payload_kbps")
     return "continuous" if not kbps else "low" if kbps >= LOW_KBPS else "ultra_low"
 

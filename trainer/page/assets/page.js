@@ -98,7 +98,7 @@
     const player = button.closest(".player");
     choose(player);
     player.dataset.sound = button.dataset.sound;
-    player.querySelector("img").src = button.dataset.image;
+    player.querySelector("img").src = `images/${button.dataset.sound}.png`;
     player.style.setProperty("--seconds", button.dataset.seconds);
     slider(player).max = button.dataset.seconds;
     for (const other of button.parentElement.children) other.ariaPressed = String(other === button);
