@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import copy
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,8 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from trainer import page
-from trainer.page import read_curve, write_page
+from trainer.page import write_page
 
 HOSTILE = """</td></table><script>alert("x")</script>'"><img src=x onerror=alert(1)> &amp; пёс 🐕"""
 VOID = {"img", "input", "meta"}
@@ -51,8 +52,19 @@ class Page(HTMLParser):
     def texts(self, tag: str, class_: str | None = None) -> list[str]:
         return [element["text"] for element in self.find(tag, class_)]
 
-    def references(self) -> list[str]:
-        return [e[name] for e in self.elements for name in ("src", "data-audio", "data-image", "href") if name in e]
+    def references(self) -> set[str]:
+        """Files that the page names: its pictures and sounds."""
+        names = [e["data-sound"] for e in self.elements if "data-sound" in e]
+        files = {file for name in names for file in (f"audio/{name}.js", f"images/{name}.png")}
+        return files | {e["src"] for e in self.elements if "src" in e}
+
+    def section(self, id_: str) -> Page:
+        """The part of that name alone."""
+        part = copy.copy(self)
+        start = next(i for i, e in enumerate(self.elements) if e.get("id") == id_)
+        ends = (i for i, e in enumerate(self.elements) if i > start and e["tag"] in ("section", "footer"))
+        part.elements = self.elements[start : next(ends)]
+        return part
 
     def figures_of(self, title: str) -> list[str]:
         """The cells beside a system's title in the table of figures."""
@@ -113,35 +125,24 @@ def write(report: dict, tmp_path: Path, *, curves: dict[str, Path] | None = None
     )
 
 
-def write_metrics(path: Path, lines: list[dict], torn: str = "") -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn, encoding="utf-8")
-    return path
-
-
-def train_line(samples: int, loss: float | None = 1.0, **more: object) -> dict:
-    return {"kind": "train", "samples": samples, "loss": loss, **more}
-
-
 # ---- a folder that is whole
 
 
 def test_everything_the_page_names_lies_in_its_folder(report, tmp_path):
     found = write(report, tmp_path)
-    files = [name for name in found.references() if not name.startswith("https://arxiv.org/")]
-    assert all((found.folder / name).is_file() for name in files)
+    files = found.references()
     on_disk = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()}
     assert on_disk == {*files, "index.html"}
     assert len(on_disk) == 1 + 2 * (2 * 9 - 1)  # sound and picture of 4 + 5 recordings of two clips, less one
 
 
-def test_the_sound_is_copied_as_it_is(report, tmp_path):
+def test_the_sound_is_handed_over_as_it_is(report, tmp_path):
     found = write(report, tmp_path)
-    (player,) = (
-        player for player, button in zip(found.find("div", "player"), found.find("button", "play"), strict=True)
-        if button["aria-label"] == "Play Codes, caption wind"
-    )  # fmt: skip
-    source = tmp_path / "run" / report["clips"][1]["audio"]["zq"][0]
-    assert (found.folder / player["data-audio"]).read_bytes() == source.read_bytes()
+    (player,) = (e for e in found.section("low").find("div", "player") if "wind-zq" in e["data-sound"])
+    script = (found.folder / f"audio/{player['data-sound']}.js").read_text()
+    name, content = re.fullmatch(r'spressoSound\("(.+)","(.+)"\);\n', script).groups()
+    assert name == player["data-sound"]
+    assert base64.b64decode(content) == (tmp_path / "run" / report["clips"][1]["audio"]["zq"][0]).read_bytes()
 
 
 def test_the_page_needs_no_network_and_no_server(report, tmp_path):
@@ -151,6 +152,7 @@ def test_the_page_needs_no_network_and_no_server(report, tmp_path):
     (script,) = found.find("script")
     assert set(script) == {"tag", "text"}
     assert "fetch(" not in script["text"]
+    assert {link["href"][0] for link in found.find("a")} <= {"#", "h"}
     assert "import" not in script["text"]
     assert "url(" not in found.find("style")[0]["text"]
 
@@ -171,7 +173,8 @@ def test_hostile_text_is_shown_and_never_run(report, tmp_path):
     report["clips"][0] |= {"caption": HOSTILE, "key": HOSTILE}
     for part in (*report["systems"], *report["figures"]):
         part |= {"title": part["title"] + HOSTILE, "note": HOSTILE, "detail": HOSTILE, "unit": HOSTILE}
-    curve = write_metrics(tmp_path / "metrics.jsonl", [train_line(1), train_line(2)])
+    curve = tmp_path / "metrics.jsonl"
+    curve.write_text("".join(f'{{"kind": "train", "samples": {n}, "loss": 1}}\n' for n in (1, 2)))
     found = write(report, tmp_path, curves={HOSTILE: curve}, config=HOSTILE)
     assert len(found.find("script")) == 1
     assert all(image["src"].startswith("images/") for image in found.find("img"))
@@ -180,6 +183,7 @@ def test_hostile_text_is_shown_and_never_run(report, tmp_path):
     assert found.texts("h1") == [HOSTILE]
     assert found.texts("pre") == [HOSTILE]
     assert found.texts("b") == [HOSTILE]
+    assert {e["data-caption"] for e in found.find("tbody") if "data-clip" in e} == {HOSTILE, "caption wind"}
     assert any(hint["data-note"].endswith(HOSTILE) for hint in found.find("button", "hint"))
 
 
@@ -189,7 +193,7 @@ def test_file_names_are_plain_whatever_the_keys_and_sources_are(report, tmp_path
     report["clips"][0]["audio"]["ae"] = [f"audio/{source.name}"]
     report["clips"][0]["key"] = report["clips"][0]["caption"] = "../../up " + "long" * 100
     found = write(report, tmp_path)
-    files = [name for name in found.references() if "/" in name and not name.startswith("https:")]
+    files = found.references()
     plain = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.")
     assert all(set(name.split("/", 1)[1]) <= plain and len(name) < 120 for name in files)
     assert all((found.folder / name).is_file() for name in files)
@@ -199,22 +203,64 @@ def test_file_names_are_plain_whatever_the_keys_and_sources_are(report, tmp_path
 def test_clips_and_systems_alike_in_their_plain_names_keep_their_own_files(report, tmp_path):
     report["clips"][0]["key"], report["clips"][1]["key"] = "a b", "a-b"
     found = write(report, tmp_path)
-    audio = [player["data-audio"] for player in found.find("div", "player")]
-    assert len(set(audio)) == len(audio) == 9
+    assert len([name for name in found.references() if name.startswith("audio/")]) == 2 * 9 - 1
 
 
 # ---- what it shows
 
 
-def test_the_best_system_is_marked_and_ceilings_and_floors_do_not_compete(report, tmp_path):
-    report["results"]["other"]["log_mel"]["mean"] = report["results"]["z"]["log_mel"]["mean"]
-    report["results"]["ae"]["log_mel"]["mean"] = 21.0
-    assert write(report, tmp_path).texts("strong") == ["8.0", "−7.2"]
+def test_the_best_of_a_range_of_rates_is_marked_and_ceilings_and_floors_do_not_compete(report, tmp_path):
+    report["systems"] += [
+        {"key": "zq1", "title": "Fewer codes", "role": "system", "payload_kbps": 0.7},
+        {"key": "opus", "title": "Opus", "role": "baseline", "payload_kbps": 6.0},
+        {"key": "least", "title": "Least codes", "role": "system", "payload_kbps": 0.1},
+    ]
+    report["results"]["ae"]["log_mel"]["mean"] = 0.1
+    report["results"] |= {
+        "zq1": {"log_mel": {"mean": 9.75}, "si_sdr": {"mean": -7.0}},
+        "opus": {"log_mel": {"mean": 9.6}, "si_sdr": {"mean": 3.0}},
+        "least": {"log_mel": {"mean": 0.2}, "si_sdr": {"mean": 0.5}},
+    }
+    found = write(report, tmp_path)
+    assert found.texts("strong") == ["9.5", "3.0"]
+    assert found.figures_of("Codes")[1].startswith("9.5")
+    assert found.figures_of("Opus")[2].startswith("3.0")
 
 
 def test_a_single_system_is_not_called_the_best(report, tmp_path):
-    del report["results"]["z"]
     assert write(report, tmp_path).texts("strong") == []
+
+
+def test_intervals_controls_and_what_cannot_be_told_from_the_best(report, tmp_path):
+    report["systems"].insert(2, {"key": "best", "title": "Best", "role": "system"})
+    report["results"]["best"] = {"log_mel": {"mean": 7.5, "ci": [7.0, 8.25], "control": 19.0, "significant": False}}
+    report["results"]["z"]["log_mel"] |= {"ci": [7.5, 8.5], "control": 20.55, "significant": False}
+    report["results"]["zq"]["log_mel"] |= {"ci": None, "control": None, "significant": True}
+    found = write(report, tmp_path)
+    assert found.figures_of("Best") == ["—", "7.5[7.0, 8.2]", "(19.0)", "—"]
+    assert found.figures_of("Continuous z") == ["—", "≈8.0[7.5, 8.5]", "(20.6)", "−9.0± 3.0"]
+    assert found.figures_of("Codes")[1:3] == ["9.5± 2.0", ""]
+    (lead,) = found.section("figures").texts("p", "lead")
+    assert all(words in lead for words in ("95 % confidence", "In brackets", "≈ cannot be told apart"))
+    assert [th.get("colspan") for th in found.find("th") if th["text"].startswith(("Log-mel", "SI-SDR"))] == ["2", None]
+
+
+def test_other_codecs_stand_apart_with_their_licence_or_why_they_are_not_there(report, tmp_path):
+    report["systems"] += [
+        {"key": "dac", "title": "DAC", "role": "baseline", "payload_kbps": 1.7, "licence": "MIT", "note": "A note."},
+        {"key": "gone", "title": "Gone", "role": "baseline", "licence": "CC", "unavailable": "no weights"},
+    ]
+    report["results"]["dac"] = {"log_mel": {"mean": 4.0}}
+    found = write(report, tmp_path)
+    assert found.figures_of("Gone") == ["—", "Not available: no weights"]
+    groups = [row["text"] for row in found.find("tr", "role")]
+    assert groups == [
+        "Ceiling: the best that a codec built on it can do", "Continuous", "Continuous: other codecs", "Low rates",
+        "Low rates: other codecs", "Floors: what ignores the clip",
+    ]  # fmt: skip
+    rows = [e["text"] for e in found.find("th") if e.get("scope") == "row"]
+    assert "DAC?MIT" in rows
+    assert "GoneCC" in rows
 
 
 def test_what_was_not_measured_is_a_dash(report, tmp_path):
@@ -237,7 +283,8 @@ def test_a_report_without_figures_speed_and_notes_makes_a_page(report, tmp_path)
     found = write(report, tmp_path)
     assert found.texts("h1") == ["demo"]
     assert not found.find("div", "tile")
-    assert len(found.find("div", "player")) == 9
+    assert len(found.section("continuous").find("div", "player")) == 2 * 5 - 1  # without rates all are continuous
+    assert len(found.section("variability").find("div", "player")) == 2 * 6
 
 
 def test_the_tiles_hold_the_key_numbers(report, tmp_path):
@@ -252,8 +299,8 @@ def test_the_tiles_hold_the_key_numbers(report, tmp_path):
 
 def test_missing_audio_is_a_dash_in_its_cell(report, tmp_path):
     found = write(report, tmp_path)
-    cells = found.texts("td", "role-floor")
-    assert cells == ["Another", "Another—"]
+    for part in ("continuous", "low"):
+        assert found.section(part).texts("td", "role-floor") == ["Another", "Another—"]
 
 
 def test_a_system_without_any_sound_stands_in_the_table_alone(report, tmp_path):
@@ -263,100 +310,64 @@ def test_a_system_without_any_sound_stands_in_the_table_alone(report, tmp_path):
     assert body.count("Figures alone") == 1
 
 
-def test_decodes_of_the_same_codes_stand_behind_numbers(report, tmp_path):
+def test_each_range_of_rates_has_a_grid_with_the_original_and_what_belongs_to_all(report, tmp_path):
+    report["systems"].insert(
+        4, {"key": "low", "title": "Named", "role": "system", "payload_kbps": 9, "table": "ultra_low"}
+    )
+    report["systems"][1]["table"] = report["systems"][-1]["table"] = "continuous"  # a bound belongs to all
+    report["systems"].insert(0, {"key": "opus", "title": "Opus", "role": "baseline", "payload_kbps": 0.4, "table": ""})
+    for clip in report["clips"]:
+        clip["audio"] |= {"low": clip["audio"]["z"], "opus": clip["audio"]["z"]}
     found = write(report, tmp_path)
-    groups = found.texts("div", "takes")
-    assert groups == ["12345", "12345"]
+    heads = {
+        part: [e["text"] for e in found.section(part).find("th") if e.get("scope") == "col"]
+        for part in ("continuous", "low", "ultra-low")
+    }
+    assert heads == {
+        "continuous": ["Original", "AudioAE alone?", "Continuous z11.1 Hz × 64", "Another"],
+        "low": ["Original", "AudioAE alone?", "Codes", "Another"],
+        "ultra-low": ["Original", "AudioAE alone?", "Named", "Opus", "Another"],
+    }
+    links = [link["href"] for link in found.find("a")]
+    assert links[:6] == ["#figures", "#continuous", "#low", "#ultra-low", "#variability", "#config"]
+
+
+def test_sound_is_there_to_hear_even_without_a_codec(report, tmp_path):
+    report["systems"] = [s for s in report["systems"] if s["role"] != "system"]
+    assert len(write(report, tmp_path).section("clips").find("div", "player")) == 2 * 3 - 1
+
+
+def test_decodes_of_the_same_codes_stand_behind_numbers_and_side_by_side(report, tmp_path):
+    found = write(report, tmp_path)
+    assert found.section("low").texts("div", "takes") == ["12345", "12345"]
     buttons = [button for button in found.find("button") if button.get("aria-label", "").startswith("Decode ")]
     assert [button["aria-pressed"] for button in buttons] == ["true", "false", "false", "false", "false"] * 2
-    assert len({button["data-audio"] for button in buttons}) == len({button["data-image"] for button in buttons}) == 10
+    sounds = [button["data-sound"] for button in buttons]
+    assert len(set(sounds)) == 10
+    players = found.section("variability").find("div", "player")
+    assert [p["data-column"] for p in players] == ["original", "1", "2", "3", "4", "5"] * 2
+    assert [p["data-sound"] for p in players if p["data-column"] != "original"] == sounds
+
+
+def test_of_many_rates_the_variability_shows_four_that_span_them(report, tmp_path):
+    audio = [clip["audio"] for clip in report["clips"]]
+    for n in range(6):
+        report["systems"].append({"key": f"q{n}", "title": f"Rate {n}", "role": "system", "payload_kbps": 0.4})
+        for files in audio:
+            files[f"q{n}"] = files["zq"][: 1 if n == 2 else 2]
+    found = write(report, tmp_path).section("variability")
+    assert found.texts("th", "rate") == ["Rate", *["Codes", "Rate 1", "Rate 3", "Rate 5"] * 2]
 
 
 def test_every_control_has_a_name_and_sliders_span_the_sound(report, tmp_path):
     found = write(report, tmp_path)
-    assert all(e.get("aria-label") for e in [*found.find("button"), *found.find("input")])
+    assert all(e.get("aria-label") or e["text"] for e in [*found.find("button"), *found.find("input")])
     assert all(slider["max"] == "0.100" for slider in found.find("input"))
+    assert all(player["style"] == "--seconds: 0.100" for player in found.find("div", "player"))
 
 
 def test_the_config_is_shown(report, tmp_path):
     assert write(report, tmp_path, config="a:\n  b: <1>\n").texts("pre") == ["a:\n  b: <1>\n"]
-
-
-# ---- loss curves
-
-
-def test_a_chart_a_stage_with_a_line_a_noise_level(report, tmp_path):
-    bins = [[0.1, None, 0.3], None, [0.2, None, 0.4]]
-    lines = [train_line(100 * (i + 1), 1 / (i + 1), loss_ema=0.9, loss_bins=b) for i, b in enumerate(bins)]
-    curves = {
-        "pretrain": write_metrics(tmp_path / "a.jsonl", [{"kind": "start", "samples": 0}, *lines]),
-        "finetune": write_metrics(tmp_path / "b.jsonl", [train_line(10, 2.0), train_line(20, 1.0)]),
-        "quantize": write_metrics(tmp_path / "c.jsonl", [{"kind": "eval", "samples": 10, "loss": 1}]),
-        "absent": tmp_path / "nowhere.jsonl",
-    }
-    found = write(report, tmp_path, curves=curves)
-    assert found.texts("b") == ["pretrain", "finetune"]
-    first, second = found.find("svg")
-    assert first["aria-label"] == "Loss of stage pretrain: 0.9 after 300 samples"
-    assert second["aria-label"] == "Loss of stage finetune: 1 after 20 samples"
-    kinds = [line["class"] for line in found.find("polyline")]
-    assert kinds == ["noise", "noise", "noise", "raw", "main", "raw", "main"]
-    points = [[tuple(map(float, p.split(","))) for p in line["points"].split()] for line in found.find("polyline")]
-    assert [len(line) for line in points] == [2, 0, 2, 3, 3, 2, 2]
-    assert all(page._LEFT <= x <= page._RIGHT and page._TOP <= y <= page._BOTTOM for line in points for x, y in line)
-    (x0, y0), (x1, y1) = points[-1]
-    assert x0 < x1 == page._RIGHT
-    assert y0 < y1  # a loss that falls goes down the page
-
-
-def test_a_run_that_logs_no_moving_average_is_smoothed_here(report, tmp_path):
-    lines = [train_line(i + 1, 2.0 + (-1) ** i) for i in range(200)]
-    found = write(report, tmp_path, curves={"stage": write_metrics(tmp_path / "m.jsonl", lines)})
-    raw, main = ([float(p.split(",")[1]) for p in e["points"].split()] for e in found.find("polyline"))
-    assert main[0] == raw[0]
-    assert max(main[50:]) - min(main[50:]) < 0.2 * (max(raw) - min(raw))
-    assert np.mean(main[50:]) == pytest.approx(np.mean(raw), abs=1)
-
-
-def test_torn_and_foreign_lines_are_passed_over(tmp_path):
-    path = write_metrics(tmp_path / "m.jsonl", [train_line(1), train_line(2)], torn='{"kind": "train", "samp')
-    assert [p.samples for p in read_curve(path)] == [1, 2]
-    with path.open("ab") as file:
-        file.write(b'{"kind": "train", "samples": 3, "loss": 1}\n17\n"text"\n{"kind": "train"}\n\xff\xfe\n\n')
-        file.write(json.dumps(train_line(4)).encode() + b"\n" + b'{"kind": "train", "samples": 5, "loss": 0.')
-    assert [p.samples for p in read_curve(path)] == [1, 2, 4]
-
-
-def test_losses_that_are_no_numbers_leave_a_gap(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_text('{"kind": "train", "samples": 1, "loss": NaN, "loss_ema": Infinity, "loss_bins": [null, NaN, 2]}\n')
-    (point,) = read_curve(path)
-    assert (point.loss, point.smooth, point.by_noise) == (None, None, (None, None, 2.0))
-
-
-def test_a_restart_from_an_earlier_checkpoint_takes_the_place_of_what_it_repeats(tmp_path):
-    first = [train_line(s, 1.0) for s in (10, 20, 30, 40)]
-    again = [train_line(s, 2.0) for s in (30, 35, 50)]
-    curve = read_curve(write_metrics(tmp_path / "m.jsonl", [*first, *again]))
-    assert [(p.samples, p.loss) for p in curve] == [(10, 1.0), (20, 1.0), (30, 2.0), (35, 2.0), (50, 2.0)]
-
-
-def test_long_runs_are_thinned_to_means(tmp_path):
-    lines = [train_line(i + 1, float(i % 2), loss_bins=[i % 2 or None]) for i in range(3000)]
-    curve = read_curve(write_metrics(tmp_path / "m.jsonl", lines))
-    assert len(curve) == 300
-    assert {p.loss for p in curve} == {0.5}
-    assert {p.by_noise for p in curve} == {(1.0,)}
-    assert curve[-1].samples == 3000
-
-
-@pytest.mark.parametrize("losses", [(1.0, 1.0), (0.0, 0.0), (-1.0, 3.0), (1e-6, 1e6), (5.0, 0.0), (1e-9, 2e-9)])
-def test_charts_of_odd_losses_have_ticks_within_the_plot(losses, report, tmp_path):
-    curve = write_metrics(tmp_path / "m.jsonl", [train_line(i + 1, loss) for i, loss in enumerate(losses)])
-    ticks = write(report, tmp_path, curves={"stage": curve}).find("text", "y")
-    assert 2 <= len(ticks) <= 14
-    assert all(page._TOP <= float(tick["y"]) <= page._BOTTOM for tick in ticks)
-    assert len({tick["text"] for tick in ticks}) == len(ticks)
 
 
 # ---- faults

@@ -1,150 +1,21 @@
-"""The listening page: one static folder in which to hear, see and compare what a codec does.
-
-It opens from disk by a double click: nothing in it needs a server or a network.
-"""
+"""The losses of a run's stages as charts."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import soundfile
-import torch
+from trainer.page.html import Html, element
 
-from trainer import page_template as template
-from trainer.page_template import Html, Take, element, section
-from trainer.spectrogram import log_mel_image, save_png
-
-_ASSETS = Path(__file__).with_name("page_assets")
-_IMAGE_SIZE = {"width": 440, "height": 112}  # twice what the page shows, for sharp displays
-_REQUIRED = ("recipe", "sample_rate", "systems", "figures", "results", "clips")
-_PAPER = "https://arxiv.org/abs/2602.15082"
 _CHART_WIDTH, _CHART_HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # of the plot within the chart
 _MOST_POINTS = 300
 _LOG_FROM_RATIO = 8.0  # losses further apart than this stand on a logarithmic axis
-
-
-def write_page(
-    report: Mapping[str, Any],
-    folder: Path,
-    *,
-    audio_root: Path,
-    curves: Mapping[str, Path],
-    config_text: str,
-) -> Path:
-    """Write index.html, audio/ and images/ into `folder` and return the path of index.html.
-
-    `report` is what an evaluation writes, its audio paths relative to `audio_root`; the files are copied. `curves`
-    names each stage's metrics.jsonl. Raises ValueError where the report is incomplete or audio missing or unreadable.
-    """
-    _require_complete(report)
-    takes = _gather_takes(report, folder, audio_root)
-    body = [
-        template.header(report),
-        _figures_section(report),
-        _listening_section(report, takes),
-        _training_section(curves),
-        _config_section(config_text),
-        _footer(),
-    ]
-    style = (_ASSETS / "page.css").read_text(encoding="utf-8") + template.clip_grid_style(report)
-    script = (_ASSETS / "page.js").read_text(encoding="utf-8")
-    index = folder / "index.html"
-    text = template.document(f"{report['recipe']} · S-PRESSO", body, style=style, script=script)
-    index.write_text(text, encoding="utf-8")
-    return index
-
-
-# ---- sections
-
-
-def _figures_section(report: Mapping[str, Any]) -> Html:
-    lead = "Mean ± standard deviation over the clips. The best system is marked; ceilings and floors do not compete."
-    return section("Figures", lead, template.figure_table(report))
-
-
-def _listening_section(report: Mapping[str, Any], takes: Mapping[tuple[str, str], Sequence[Take]]) -> Html:
-    lead = (
-        "A row is a clip, a column what became of it. Press a spectrogram to hear it from there. The numbers are "
-        "decodes of the very same bits with other seeds: what they share is what the bits say, the rest is invented."
-    )
-    return section("Listen", lead, template.clip_grid(report, takes))
-
-
-def _training_section(curves: Mapping[str, Path]) -> Html | None:
-    charts = [chart for stage, path in curves.items() if (chart := loss_chart(stage, read_curve(path)))]
-    if not charts:
-        return None
-    lead = "Loss against samples seen, one chart a stage; the faint lines are the loss at each level of noise."
-    return section("Training", lead, element("div", *charts, class_="charts measure"))
-
-
-def _config_section(config_text: str) -> Html:
-    config = element("pre", config_text, tabindex="0")
-    return element("section", element("details", element("summary", "Config"), config, class_="measure"))
-
-
-def _footer() -> Html:
-    paper = element("a", "arXiv 2602.15082", href=_PAPER)
-    return element("footer", "A codec after S-PRESSO, ", paper, ".", class_="measure")
-
-
-# ---- files
-
-
-def _require_complete(report: Mapping[str, Any]) -> None:
-    missing = [key for key in _REQUIRED if key not in report]
-    if missing:
-        raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
-    for system in report["systems"]:
-        if system.get("role") not in template.ROLES:
-            known = ", ".join(template.ROLES)
-            raise ValueError(f"system {system['key']!r} has no known role: give it one of {known}")
-
-
-def _gather_takes(report: Mapping[str, Any], folder: Path, audio_root: Path) -> dict[tuple[str, str], list[Take]]:
-    """Copy every recording into the folder and draw it; by the keys of clip and system."""
-    for name in ("audio", "images"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    takes: dict[tuple[str, str], list[Take]] = {}
-    for clip, system, source, name in _recordings(report):
-        takes.setdefault((clip, system), []).append(_add_take(audio_root / source, folder, name))
-    return takes
-
-
-def _recordings(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Clip, system, source and a name for each recording. Names are unique, and plain whatever the keys hold."""
-    for row, clip in enumerate(report["clips"], start=1):
-        for column, system in enumerate(report["systems"], start=1):
-            for number, source in enumerate(clip["audio"].get(system["key"]) or [], start=1):
-                name = f"{row:03}-{column:02}-{number}-{_plain(clip['key'])}-{_plain(system['key'])}"
-                yield clip["key"], system["key"], source, name
-
-
-def _add_take(source: Path, folder: Path, name: str) -> Take:
-    try:
-        samples, sample_rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"{source}: no readable audio ({error}): run `spresso evaluate` again") from error
-    audio, image = f"audio/{name}{_plain(source.suffix)}", f"images/{name}.png"
-    shutil.copyfile(source, folder / audio)
-    save_png(log_mel_image(torch.from_numpy(samples.T), sample_rate, **_IMAGE_SIZE), folder / image)
-    return Take(audio=audio, image=image, seconds=len(samples) / sample_rate)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:40]
-
-
-# ---- loss curves
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""The listening page: one static folder in which to hear, see and compare what a codec does.
+
+It opens from disk by a double click: nothing in it needs a server or a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.page import figure_table, listening
+from trainer.page.curves import loss_chart, read_curve
+from trainer.page.header import header
+from trainer.page.html import Html, document, element, section
+from trainer.page.recordings import gather_takes
+from trainer.page.systems import ROLES, Report
+
+_ASSETS = Path(__file__).with_name("assets")
+_STYLES = ("page.css", "players.css")
+_SCRIPTS = ("deck.js", "page.js")
+_REQUIRED = ("recipe", "sample_rate", "systems", "figures", "results", "clips")
+_PAPER = "https://arxiv.org/abs/2602.15082"
+
+
+def write_page(
+    report: Mapping[str, Any],
+    folder: Path,
+    *,
+    audio_root: Path,
+    curves: Mapping[str, Path],
+    config_text: str,
+) -> Path:
+    """Write index.html, audio/ and images/ into `folder` and return the path of index.html.
+
+    `report` is what an evaluation writes, its audio paths relative to `audio_root`; the sound is taken as it is.
+    `curves` names each stage's metrics.jsonl. Raises ValueError where the report is incomplete or audio missing or
+    unreadable.
+    """
+    _require_complete(report)
+    takes = gather_takes(report, folder, audio_root)
+    parts = [
+        ("figures", "Figures", _figures_section(report)),
+        *listening.sections(report, takes),
+        ("training", "Training", _training_section(curves)),
+        ("config", "Config", _config_section(config_text)),
+    ]
+    there = [(anchor, title, part) for anchor, title, part in parts if part]
+    head = header(report, [(anchor, title) for anchor, title, _ in there])
+    index = folder / "index.html"
+    text = document(
+        f"{report['recipe']} · S-PRESSO",
+        [head, *(part for _, _, part in there), _footer(), listening.bar()],
+        style=_read(_STYLES) + listening.style(report, takes),
+        script=_read(_SCRIPTS),
+        data_sample_rate=report["sample_rate"],
+    )
+    index.write_text(text, encoding="utf-8")
+    return index
+
+
+def _require_complete(report: Report) -> None:
+    missing = [key for key in _REQUIRED if key not in report]
+    if missing:
+        raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
+    for system in report["systems"]:
+        if system.get("role") not in ROLES:
+            raise ValueError(f"system {system['key']!r} has no known role: give it one of {', '.join(ROLES)}")
+
+
+def _read(names: tuple[str, ...]) -> str:
+    return "".join((_ASSETS / name).read_text(encoding="utf-8") for name in names)
+
+
+# ---- sections
+
+
+def _figures_section(report: Report) -> Html:
+    return section("Figures", figure_table.lead(report), figure_table.figure_table(report), id="figures")
+
+
+def _training_section(curves: Mapping[str, Path]) -> Html | None:
+    charts = [chart for stage, path in curves.items() if (chart := loss_chart(stage, read_curve(path)))]
+    if not charts:
+        return None
+    lead = "Loss against samples seen, one chart a stage; the faint lines are the loss at each level of noise."
+    return section("Training", lead, element("div", *charts, class_="charts measure"), id="training")
+
+
+def _config_section(config_text: str) -> Html:
+    config = element("pre", config_text, tabindex="0")
+    details = element("details", element("summary", "Config"), config, class_="measure")
+    return element("section", details, id="config")
+
+
+def _footer() -> Html:
+    paper = element("a", "arXiv 2602.15082", href=_PAPER)
+    return element("footer", "A codec after S-PRESSO, ", paper, ".", class_="measure")

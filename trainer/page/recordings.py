@@ -1,0 +1,76 @@
+"""The recordings of a report as files of the page: the sound of each in a script of its own, and its spectrogram.
+
+A browser lets no page that was opened from disk read the files beside it, but for pictures, styles and scripts. So the
+sound travels in a script, its bytes as they are, in base64, and is loaded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+
+from trainer.page.systems import Report
+from trainer.spectrogram import log_mel_image, save_png
+
+IMAGE_SIZE = {"width": 440, "height": 112}
+"""Twice what the page shows, for sharp displays."""
+
+
+@dataclass(frozen=True)
+class Take:
+    """One recording of a clip: the name of its files within audio/ and images/, and how long it lasts."""
+
+    name: str
+    seconds: float
+
+    @property
+    def image(self) -> str:
+        """The spectrogram, relative to the page."""
+        return f"images/{self.name}.png"
+
+
+Takes = Mapping[tuple[str, str], Sequence[Take]]
+"""Recordings by the keys of clip and system."""
+
+
+def gather_takes(report: Report, folder: Path, audio_root: Path) -> Takes:
+    """Put every recording into the folder, sound and picture; raises ValueError for one that can't be read."""
+    for name in ("audio", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    takes: dict[tuple[str, str], list[Take]] = {}
+    for clip, system, source, name in _recordings(report):
+        takes.setdefault((clip, system), []).append(_add_take(audio_root / source, folder, name))
+    return takes
+
+
+def _recordings(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    """Clip, system, source and a name for each recording. Names are unique, and plain whatever the keys hold."""
+    for row, clip in enumerate(report["clips"], start=1):
+        for column, system in enumerate(report["systems"], start=1):
+            for number, source in enumerate(clip["audio"].get(system["key"]) or [], start=1):
+                name = f"{row:03}-{column:02}-{number}-{_plain(clip['key'])}-{_plain(system['key'])}"
+                yield clip["key"], system["key"], source, name
+
+
+def _add_take(source: Path, folder: Path, name: str) -> Take:
+    try:
+        content = source.read_bytes()
+        samples, sample_rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"{source}: no readable audio ({error}): run `spresso evaluate` again") from error
+    script = f'spressoSound("{name}","{base64.b64encode(content).decode()}");\n'
+    (folder / "audio" / f"{name}.js").write_text(script, encoding="ascii")
+    take = Take(name, seconds=len(samples) / sample_rate)
+    save_png(log_mel_image(torch.from_numpy(samples.T), sample_rate, **IMAGE_SIZE), folder / take.image)
+    return take
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:40]
