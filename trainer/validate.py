@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.diffusion import make_diffusion
+from models.prior import LARGEST_SIZE
 from trainer.config import STAGES, TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
@@ -125,7 +126,7 @@ def _ranges(config: Config) -> list[str]:
         for key, value in flatten(config).items()
         if key in _NOT_NEGATIVE and value is not None and value < 0
     ]
-    for name in TRAINED_STAGES:
+    for name in _trained(config):
         stage = config.stage(name)
         if stage.samples < 0 or stage.global_batch <= 0:
             found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
@@ -135,6 +136,11 @@ def _ranges(config: Config) -> list[str]:
             found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
         found += _cut(config, name)
     return found
+
+
+def _trained(config: Config) -> list[str]:
+    """Stages whose settings matter: all but a prior that is not asked for."""
+    return [name for name in TRAINED_STAGES if name != "prior" or config.prior.samples]
 
 
 def _strategy(config: Config) -> list[str]:
@@ -176,7 +182,7 @@ def _cut(config: Config, name: str) -> list[str]:
 def _crops(config: Config) -> list[str]:
     found = []
     clip_frames = int(config.data.clip_seconds * _FRAME_RATE)
-    for name in TRAINED_STAGES:
+    for name in _trained(config):
         frames = config.stage(name).crop_frames
         unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
         key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
@@ -210,6 +216,10 @@ def _codebooks(config: Config) -> list[str]:
         found.append(
             f"quantizer.vectors={quantizer.vectors} can't fill books of {quantizer.size}: take at least "
             f"{40 * quantizer.size}"
+        )
+    if config.prior.samples and quantizer.size > LARGEST_SIZE:
+        found.append(
+            f"quantizer.size={quantizer.size} is too large for a prior: take up to {LARGEST_SIZE}, or prior.samples=0"
         )
     for rate in quantizer.rates:
         if not 1 <= rate <= quantizer.books:
