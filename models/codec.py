@@ -226,15 +226,18 @@ class SPresso(nn.Module):
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Decode with D; what is longer than one window and a half by windows jointly, see `models.windows.Joint`."""
-        sampling, window, pooling = (
-            sampling or self.config.sampling,
-            self.config.window,
-            self.config.latent_encoder.pooling,
-        )
+        sampling = sampling or self.config.sampling
+        window, pooling = self.config.window, self.config.latent_encoder.pooling
         if noise_BCT.shape[-1] <= 1.5 * window:
             return self._sample(z_BZN, noise_BCT, sampling, progress)
         joint = windows.Joint(self.dit, self.f, window=window, pooling=pooling)
-        return generate(joint, self.diffusion, noise_BCT, condition=z_BZN, sampling=sampling, progress=progress)
+
+        def stepped(done: int, total: int) -> None:
+            joint.step = done
+            if progress is not None:
+                progress(done, total)
+
+        return generate(joint, self.diffusion, noise_BCT, condition=z_BZN, sampling=sampling, progress=stepped)
 
     def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
         condition = None if z_BZN is None else self.f(z_BZN)

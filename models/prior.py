@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,10 @@ _TABLE_BITS = 8
 """Log-probabilities are resolved to 2^-8 bit."""
 _UNIT = 30
 """Bits of a power of two in the table."""
-_TABLE_NUMBERS = 2**21
-"""Frequencies that are held at once while encoding: 16 MiB."""
+_LOGITS = 2**26
+"""Logits of all books that training holds at once: 256 MiB."""
+_TABLE_NUMBERS = 2**18
+"""Frequencies that are held at once while encoding: 2 MiB."""
 
 
 class Prior(nn.Module):
@@ -84,11 +86,11 @@ class Prior(nn.Module):
         vector_BNW = torch.stack([self.before[m][codes_BNM[..., m]] for m in range(codes_BNM.shape[-1])]).sum(dim=0)
         start_B1W = self.start.expand(len(codes_BNM), 1, -1)
         before_BNW = torch.cat([start_B1W, vector_BNW[:, :-1]], dim=1)
+        of_book: Callable[..., Tensor] = self._bits
+        if codes_BNM.numel() * self.size > _LOGITS:  # then they are computed again in the backward pass, book by book
+            of_book = functools.partial(checkpoint, self._bits, use_reentrant=False)
         bits = [
-            # logits of all books together would fill the memory; they are computed again in the backward pass
-            checkpoint(
-                self._bits, book, earlier_BNMW[:, :, book], before_BNW, codes_BNM[..., book], use_reentrant=False
-            )
+            of_book(book, earlier_BNMW[:, :, book], before_BNW, codes_BNM[..., book])
             for book in range(codes_BNM.shape[-1])
         ]
         return torch.stack(bits, dim=-1)

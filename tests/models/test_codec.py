@@ -16,6 +16,7 @@ from models.codec import CodecConfig, Sampling, SPresso
 from models.dit import DiT, DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 from models.pretrained import load_dit
+from models.prior import Prior
 from models.quantizer import ResidualQuantizer
 from models.weights import load_weights, save_weights
 
@@ -93,7 +94,7 @@ def test_payload_is_exactly_the_rate(codec):
 def test_file_and_back_decodes_alike(codec):
     stream = codec.encode(noise(0.7), books=2)
     again = bitstream.read(bitstream.write(stream), frames_of=codec.z_frames)
-    assert again.books == 2
+    assert again.header.books == 2
     torch.testing.assert_close(codec.decode(again, seed=4), codec.decode(stream, seed=4))
 
 
@@ -118,37 +119,55 @@ def test_z_reaches_the_sound(codec):
 
 def test_level_comes_back(codec):
     loud, quiet = codec.encode(noise(0.5)), codec.encode(noise(0.5) * 10 ** (-30 / 20))
-    assert quiet.gain_db - loud.gain_db == 30
+    assert quiet.header.gains_db[0] - loud.header.gains_db[0] == 30
     torch.testing.assert_close(codec.decode(quiet), codec.decode(loud) * 10 ** (-30 / 20))
 
 
-def test_channels_are_coded_apart(codec):
-    audio = noise(0.5, channels=2)
-    both = codec.encode(audio)
-    assert both.codes.shape[0] == 2
-    assert codec.decode(both).shape == audio.shape
+def test_what_is_silent_stays_unheard(codec):
+    silence = codec.encode(torch.zeros(1, 1000))
+    assert codec.decode(silence).abs().max() < 0.01
+    right_only = torch.cat([torch.zeros(1, 24_000), noise(0.5)])
+    left, right = codec.decode(codec.encode(right_only, channels="separate"))
+    assert left.abs().max() < 0.01 * right.abs().max()
 
 
-def test_silence_decodes_to_something_finite(codec):
-    assert torch.isfinite(codec.decode(codec.encode(torch.zeros(1, 1000)))).all()
+def test_a_stream_tells_of_the_sound_before_it_was_resampled(codec):
+    """Its length and rate, from which that at the codec's rate follows."""
+    stream = codec.encode(noise(1)[:, :24_001], origin=(22_051, 44_100))
+    assert (stream.header.samples, stream.header.rate) == (22_051, 44_100)
+    assert codec.samples(22_051, 44_100) == 24_002
+    assert codec.decode(stream).shape == (1, 24_002)
+    assert bitstream.read(bitstream.write(stream), frames_of=codec.z_frames).header == stream.header
 
 
-def test_long_files_are_decoded_in_windows_that_join(codec):
-    """Where windows overlap they share noise and z, and the cross-fade leaves no step in the latents."""
-    z, noise_BCT = torch.zeros(1, 8, 60), codec.noise([0], 60)
-    x0 = codec.z_to_x0(z, noise_BCT)
-    assert x0.shape == noise_BCT.shape
-    first = codec.z_to_x0(z[..., :7], noise_BCT[..., :63])
-    torch.testing.assert_close(x0[..., :45], first[..., :45])  # before the second window begins
-    steps = (x0 - noise_BCT).diff(dim=-1).abs().mean(dim=(0, 1))
-    assert steps.max() < 4 * steps.median()
+def test_blocks_are_the_whole(codec, monkeypatch):
+    stream = codec.encode(noise(3, channels=2))
+    whole = codec.decode(stream, seed=5)
+    monkeypatch.setattr("models.autoencoder.BLOCK", 50)
+    blocks = list(codec.decode_blocks(stream, seed=5))
+    assert len(blocks) == 7
+    torch.testing.assert_close(torch.cat(blocks, dim=-1), whole)
 
 
-def test_long_files_are_encoded_window_by_window(codec):
-    x0 = codec.autoencoder.encode(noise(3)[None])[..., :270]
-    z = codec.x0_to_z(x0, 30)
-    torch.testing.assert_close(z[..., :7], codec.g(x0[..., :63]))
-    torch.testing.assert_close(z[..., -7:][..., -2:], codec.g(x0[..., -63:])[..., -2:])
+@pytest.mark.parametrize("seconds", [0.8, 3.0])
+def test_long_sounds_are_decoded_jointly_and_short_ones_at_once(codec, seconds, monkeypatch):
+    lengths = set()
+    forward = codec.dit.forward
+    monkeypatch.setattr(
+        codec.dit, "forward", lambda x, *rest, **more: lengths.add(x.shape[-1]) or forward(x, *rest, **more)
+    )
+    steps = []
+    codec.decode(codec.encode(noise(seconds)), progress=lambda done, total: steps.append((done, total)))
+    assert lengths == ({63} if seconds > 1 else {81})
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_codes_that_the_quantizer_does_not_have_are_refused(codec):
+    stream = codec.encode(noise(0.3))
+    for changes in ({"size": 32}, {"books": 4}, {"samples": 0}):
+        other = dataclasses.replace(stream, header=dataclasses.replace(stream.header, **changes))
+        with pytest.raises(ValueError, match="damaged"):
+            codec.decode(other)
 
 
 def test_another_models_stream_is_refused(codec):
@@ -172,6 +191,17 @@ def test_hash_tells_models_apart(exported, tmp_path):
     next(codec.f.parameters()).data += 0.1
     other = codec.save_pretrained(tmp_path / "other", base=tmp_path / "dit.safetensors", card="")
     assert other != SPresso.from_pretrained(exported).model_hash
+
+
+def test_a_prior_goes_with_the_codec_and_makes_no_other_model(exported, tmp_path):
+    codec = SPresso.from_pretrained(exported)
+    assert codec.coder() is None
+    codec.prior = Prior(books=3, size=16)
+    torch.nn.init.normal_(codec.prior.bias, std=3)
+    model = codec.save_pretrained(tmp_path / "with", base=tmp_path / "dit.safetensors", card="")
+    again = SPresso.from_pretrained(tmp_path / "with")
+    assert model == again.model_hash == SPresso.from_pretrained(exported).model_hash
+    assert again.coder().hash == codec.coder().hash
 
 
 def test_adapter_is_what_peft_loads(exported, tmp_path):
