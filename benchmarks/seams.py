@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def cross_faded(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tenso
         x0 = generate(codec.dit, codec.diffusion, noise_1CT[..., part], condition=condition, sampling=sampling)
         total[..., part] += x0 * weight
         weights[..., part] += weight
-    middles = [(one + other + window) // 2 for one, other in zip(begins, begins[1:], strict=False)]
+    middles = [(one + other + window) // 2 for one, other in pairwise(begins)]
     return total / weights, middles
 
 

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(trained):
     assert re.search(r"finetune: resumed from \S+/step_", log)
     assert "open " in log
     assert "Continuous z" in (trained / "output.txt").read_text()
-    for stage in TRAINED_STAGES:
+    for stage in set(TRAINED_STAGES) - {"prior"}:
         assert not list((trained / "runs/tiny" / stage / "checkpoints").glob(".*"))
 
 

@@ -18,6 +18,7 @@ from trainer.data.files import replacing
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
+_MOST_VORBIS = 192_000  # samples a second; libsndfile crashes where libvorbis refuses more
 _WRITE_BLOCK = 1 << 16  # libsndfile overruns its stack when it is given minutes of audio for Vorbis at once
 _LARGEST_PAGE = 65307  # bytes, of an Ogg stream
 _UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe give a length from here up
@@ -165,9 +166,13 @@ def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> Non
 
 
 def write_blocks(path: Path, blocks: Iterable[NDArray[np.float32]], sample_rate: int, channels: int) -> None:
-    """`write_audio` of blocks (channels, …) that come one by one."""
+    """`write_audio` of blocks (channels, …) that come one by one; ValueError also for a rate that the format lacks."""
     if not can_write(path):
         raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
+    if path.suffix.lower() == ".ogg" and sample_rate > _MOST_VORBIS:
+        raise ValueError(
+            f"{path} can't be written at {sample_rate} Hz: .ogg has up to {_MOST_VORBIS}; give a lower rate"
+        )
     container, subtype = _FORMATS[path.suffix.lower()]
     try:
         with (
