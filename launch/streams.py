@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,11 +124,9 @@ class Decoder:
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """One file."""
         content = source.read_bytes()
-        spresso = self._codec(bitstream.model_of(content), source)
-        try:
+        with _named(source):
+            spresso = self._codec(bitstream.model_of(content), source)
             stream = bitstream.read(content, frames_of=spresso.z_frames, coder=spresso.coder())
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         for number in range(self.samples):
             path = target if self.samples == 1 else target.with_suffix(f".{number}{target.suffix}")
@@ -211,10 +210,8 @@ def decode(
 def info(path: Path, *, codec: Path | None) -> None:
     """Print what a stream holds and what it costs."""
     content = path.read_bytes()
-    try:
+    with _named(path):
         header, payload = bitstream.read_header(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     folder = codec or next(iter(_of_model(header.model)), None)
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
     print(f"{path}: {len(content)} bytes")
@@ -274,11 +271,24 @@ def _all(
                     work(source, target, lambda part: progress.to(number + part, failed=failed))  # noqa: B023
             except (ValueError, OSError) as error:
                 failed += 1
-                print(f"spresso: {error if str(source) in str(error) else f'{source}: {error}'}", file=sys.stderr)
+                print(f"spresso: {_told(source, error)}", file=sys.stderr)
             progress.to(number + 1, failed=failed)
     done = len(jobs) - failed - there
     print(f"{title}: {done} done, {there} there already, {failed} failed", file=sys.stderr)
     return failed
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of a file's content say which file it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_told(path, error)) from error
+
+
+def _told(path: Path, error: Exception) -> str:
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def find_streams(folder: Path) -> list[Path]:

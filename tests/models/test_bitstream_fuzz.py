@@ -61,13 +61,13 @@ VALID = [whole(coded=coded, channels=channels) for coded in (False, True) for ch
 def answers(data: bytes) -> None:
     """Read it under watch; all else than a stream or a ValueError is a failure."""
     tracemalloc.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         stream, told = read(data, frames_of=frames_of, coder=CODER), "a stream"
     except ValueError as error:
         stream, told = None, str(error)
     finally:
-        taken, held = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1]
+        taken, held = time.process_time() - begun, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert told
     assert "\n" not in told

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ SHAPES = LatentEncoderConfig(
 )
 DIT = DiTConfig(width=16, depth=2, multistream_depth=0, heads=2, hidden_width=32, patch_size=3)
 HOP = 480
+ROOT = Path(__file__).parents[2]
 
 
 def make_codec(dit: DiT | None = None) -> SPresso:
@@ -89,6 +93,47 @@ def test_payload_is_exactly_the_rate(codec):
     assert bits / seconds / 1000 == pytest.approx(codec.kbps(3))
     empty = codec.encode(noise(seconds)[:, :1])
     assert len(bitstream.write(stream)) - len(bitstream.write(empty)) == pytest.approx(bits / 8 - 2, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "books", "bits_a_second"), [(9, 10, 1333 + 1 / 3), (100, 25, 300), (100, 8, 96), (4, 10, 3000)]
+)
+def test_files_have_the_papers_rates_to_the_bit(pooling, books, bits_a_second):
+    """K = 4096, in files of 36 s, which are whole z at all of these: what is no payload is the header, 20 bytes."""
+    shapes = dataclasses.replace(SHAPES, pooling=pooling, patch_size=1)
+    config = dataclasses.replace(make_codec().config, latent_encoder=shapes, window=pooling * 4)
+    quantizer = ResidualQuantizer(8, books=books, size=4096, beam=1)
+    torch.nn.init.normal_(quantizer.codebooks)
+    codec = SPresso(
+        config, autoencoder=SpectralAE(), dit=DiT(dataclasses.replace(DIT, patch_size=1)), quantizer=quantizer
+    )
+    codec.model_hash = "0123456789abcdef"
+    data = bitstream.write(codec.eval().encode(noise(36)))
+    assert (len(data) - 19) * 8 / 36 == pytest.approx(bits_a_second, rel=1e-9)
+    assert codec.kbps(books) * 1000 == pytest.approx(bits_a_second)
+
+
+@pytest.mark.parametrize("books", [1, 2])
+def test_a_prefix_of_the_codes_decodes(codec, books):
+    """Rates nest: the first books of a stream are a stream, and nearer to z the more they are."""
+    z = torch.randn(200, 8)
+    codes = codec.quantizer.encode(z)
+    errors = [(codec.quantizer.decode(codes[:, :number]) - z).square().mean() for number in (books, books + 1)]
+    assert errors[1] < errors[0]
+    stream = codec.encode(noise(0.7))
+    header = dataclasses.replace(stream.header, books=books)
+    prefix = dataclasses.replace(stream, header=header, codes=stream.codes[..., :books])
+    again = bitstream.read(bitstream.write(prefix), frames_of=codec.z_frames)
+    assert torch.isfinite(codec.decode(again)).all()
+
+
+def test_ten_minutes_take_a_few_hundred_megabytes():
+    """Of which the sound itself is 115; apart, as memory that was once taken counts for ever."""
+    command = [sys.executable, "-m", "tests.models.ten_minutes"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 450
 
 
 def test_file_and_back_decodes_alike(codec):

