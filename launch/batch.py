@@ -24,7 +24,7 @@ from launch.preemption import MISTAKE
 from launch.ranks import rendezvous
 from launch.verdict import DONE, OVER, REQUEUE, judge
 
-_TRAINED = ("pretrain", "autoencode", "quantize", "finetune")
+_TRAINED = ("pretrain", "autoencode", "quantize", "prior", "finetune")
 _PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is seen here
 _PERSISTENCE = 600.0  # seconds over which a requeue is tried again
 _PAUSE = 10.0

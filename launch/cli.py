@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command, help_ in (
         ("run", _run, "all stages of a recipe in order; run again it goes on where it stopped"),
         ("prepare", _prepare, "sound files → latents in shards"),
-        ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize or finetune"),
+        ("train", _train, "one trained stage: stage=pretrain, autoencode, quantize, prior or finetune"),
         ("evaluate", _evaluate, "figures of the trained codec on held-out clips"),
         ("page", _page, "the page to listen to"),
         ("plan", _plan, "the resolved config, the batches, the memory of each rank; starts nothing"),
@@ -97,15 +97,28 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files there")
     data.add_argument("--samples", type=int, default=5, help="so many of them (%(default)s)")
 
-    encode = _command(commands, "encode", _encode, "a sound file → a stream")
-    encode.add_argument("input", type=Path, metavar="IN.wav")
-    encode.add_argument("output", type=Path, metavar="OUT.spr")
+    _of_streams(commands)
+    return top
+
+
+def _of_streams(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands that use a trained codec."""
+    encode = _command(commands, "encode", _encode, "a sound file → a stream, or a folder of them")
+    encode.add_argument("input", type=Path, metavar="IN.wav", help="or a folder")
+    encode.add_argument("output", type=Path, metavar="OUT.spr", help="or a folder")
     encode.add_argument("--books", type=int, help="use the first so many codebooks: fewer bits (default: all)")
+    encode.add_argument(
+        "--channels",
+        default="auto",
+        choices=("auto", "separate", "mid_side"),
+        help="how stereo is coded (auto: as mid and side)",
+    )
+    encode.add_argument("--no-entropy-coding", action="store_true", help="also where the codec has a prior for it")
     _codec_options(encode)
 
-    decode = _command(commands, "decode", _decode, "a stream → a sound file")
-    decode.add_argument("input", type=Path, metavar="IN.spr")
-    decode.add_argument("output", type=Path, metavar="OUT.wav")
+    decode = _command(commands, "decode", _decode, "a stream → a sound file, or a folder of them")
+    decode.add_argument("input", type=Path, metavar="IN.spr", help="or a folder")
+    decode.add_argument("output", type=Path, metavar="OUT.wav", help="or a folder")
     decode.add_argument(
         "--seed", type=int, default=0, help="another seed, another sound with the same codes (%(default)s)"
     )
@@ -113,8 +126,12 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--samples", type=int, default=1, help="so many decodes of the same codes: OUT.0.wav, OUT.1.wav … (%(default)s)"
     )
+    decode.add_argument("--rate", type=int, help="samples a second (default: those of the sound that was encoded)")
     _codec_options(decode)
-    return top
+
+    info = _command(commands, "info", _info, "what a stream holds, and what it costs")
+    info.add_argument("input", type=Path, metavar="FILE.spr")
+    info.add_argument("--codec", type=Path, help="the export that made it (default: the one under runs/)")
 
 
 def _listening(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -162,6 +179,7 @@ def _codec_options(sub: argparse.ArgumentParser) -> None:
         help="an export folder (default: the newest under runs/; decode takes the one that fits the stream)",
     )
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    sub.add_argument("--force", action="store_true", help="of a folder also do again what is there")
 
 
 def _synth(options: argparse.Namespace) -> None:
@@ -347,16 +365,26 @@ def _plan(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def _encode(options: argparse.Namespace) -> None:
-    from launch import files
+def _encode(options: argparse.Namespace) -> int:
+    from launch import streams
 
-    files.encode(options.input, options.output, codec=options.codec, device=options.device, books=options.books)
+    failed = streams.encode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        books=options.books,
+        channels=options.channels,
+        entropy=not options.no_entropy_coding,
+        force=options.force,
+    )
+    return 1 if failed else 0
 
 
-def _decode(options: argparse.Namespace) -> None:
-    from launch import files
+def _decode(options: argparse.Namespace) -> int:
+    from launch import streams
 
-    files.decode(
+    failed = streams.decode(
         options.input,
         options.output,
         codec=options.codec,
@@ -364,7 +392,16 @@ def _decode(options: argparse.Namespace) -> None:
         seed=options.seed,
         steps=options.steps,
         samples=options.samples,
+        rate=options.rate,
+        force=options.force,
     )
+    return 1 if failed else 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    from launch import streams
+
+    streams.info(options.input, codec=options.codec)
 
 
 def _line(error: Exception) -> str:

@@ -1,67 +1,14 @@
-"""Files in, files out: `spresso encode`, `decode`, `index`, `data` and `checkpoint`."""
+"""What lies on a disk: `spresso index`, `data` and `checkpoint`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from models import bitstream
-from models.codec import SPresso
-from trainer.data.audio import read_audio, write_audio
-from trainer.data.files import write_whole
 from trainer.data.remote import is_url
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo
 from trainer.progress import Progress
-
-
-def encode(source: Path, target: Path, *, codec: Path | None, device: str, books: int | None) -> None:
-    """A sound file → a stream; says what it costs."""
-    spresso = _load(codec or newest_codec(), device)
-    audio = torch.from_numpy(read_audio(source, sample_rate=spresso.autoencoder.sample_rate, channels=1))
-    stream = spresso.encode(audio, books=books)
-    content = bitstream.write(stream)
-    write_whole(target, content)
-    seconds = audio.shape[-1] / spresso.autoencoder.sample_rate
-    print(
-        f"{target}: {len(content)} bytes for {seconds:.2f} s, {spresso.kbps(stream.books):.3f} kbps "
-        f"({len(content) * 8 / seconds / 1000:.3f} with its header)",
-        file=sys.stderr,
-    )
-
-
-def decode(
-    source: Path, target: Path, *, codec: Path | None, device: str, seed: int, steps: int | None, samples: int
-) -> None:
-    """A stream → a sound file, or several that the same codes allow."""
-    if samples < 1 or (steps is not None and steps < 1):
-        raise ValueError("--samples and --steps are at least 1")
-    content = source.read_bytes()
-    model = bitstream.model_of(content)
-    spresso = _load(codec or fitting_codec(model, source), device)
-    if not spresso.model_hash.startswith(model):
-        raise ValueError(
-            f"{source} was made by model {model}, {codec} is {spresso.model_hash[:8]}: give the one that made it"
-        )
-    stream = bitstream.read(content, frames_of=spresso.z_frames)
-    sampling = spresso.config.sampling
-    if steps is not None:
-        sampling = dataclasses.replace(sampling, steps=steps)
-    for number in range(samples):
-        path = target if samples == 1 else target.with_suffix(f".{number}{target.suffix}")
-        with Progress(f"decode {path.name}", total=1, unit="of all steps") as progress:
-            show = partial(_show, progress)
-            audio = spresso.decode(stream, seed=seed + number, sampling=sampling, progress=show)
-        write_audio(path, audio.clamp(-1, 1).cpu().numpy(), spresso.autoencoder.sample_rate)
-
-
-def _show(progress: Progress, done: int, total: int) -> None:
-    progress.to(done / total)
 
 
 def index(location: str, *, kind: str | None, weights: Path | None, workers: int) -> None:
@@ -141,35 +88,3 @@ def _parts(location: str) -> list[str]:
     if is_url(location):
         return [location] if location.endswith(("/train", "/test")) else parts
     return [part for part in parts if Path(part).is_dir()] or [location]
-
-
-def newest_codec() -> Path:
-    """The export that was finished last."""
-    exports = [path for path in _exports() if (path / "quantizer.safetensors").exists()]
-    if not exports:
-        raise ValueError("there is no codec under runs/: train one with `spresso run demo`, or give --codec FOLDER")
-    return max(exports, key=lambda path: (path / "codec.json").stat().st_mtime)
-
-
-def fitting_codec(model: str, source: Path) -> Path:
-    """The export whose model made a stream."""
-    for path in _exports():
-        if json.loads((path / "codec.json").read_text()).get("model", "").startswith(model):
-            return path
-    raise ValueError(
-        f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER"
-    )
-
-
-def _exports() -> list[Path]:
-    return sorted(path.parent for path in Path("runs").glob("**/export/codec.json"))
-
-
-def _load(folder: Path, device: str) -> SPresso:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or say --device cpu")
-    spresso = SPresso.from_pretrained(folder, device=device)
-    print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
-    return spresso

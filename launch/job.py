@@ -68,7 +68,7 @@ def main() -> None:
 
 def _at_once(stage: str) -> bool:
     """Whether a stage asks for no flag: what it did so far is kept, and it goes on from there."""
-    return stage not in ("pretrain", "autoencode", "quantize", "finetune")
+    return stage not in ("pretrain", "autoencode", "quantize", "prior", "finetune")
 
 
 def _work(stage: str, task: Task, notice: Notice) -> str:

@@ -16,7 +16,7 @@ from launch.jobs import Submitted
 from launch.queue import JobState
 from launch.verdict import DONE, OVER, REQUEUE
 
-STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "finetune", "evaluate", "page")
+STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "prior", "finetune", "evaluate", "page")
 """All there are, in order."""
 SILENCE = 900.0
 """Seconds without a word after which a training that says it runs may not."""

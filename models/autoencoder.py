@@ -9,6 +9,7 @@ Shape suffixes: B batch, S samples, T latent frames, C latent channels, D featur
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from models.weights import hash_state
 
+BLOCK = 3000
+"""Frames that are encoded or decoded at once: longer sounds in several blocks, which join as if there were one."""
+
 
 class AudioAE(nn.Module):
-    """What all autoencoders share: shapes, checks, padding and identity.
+    """What all autoencoders share: shapes, checks, padding, blocks and identity.
 
     Latents are standardised: about mean 0 and standard deviation 1 in each channel.
     """
@@ -33,6 +37,9 @@ class AudioAE(nn.Module):
     surplus_frames = 1
     """Latent frames beyond one a hop: 1 where a frame is centred on each hop boundary, the first and the last included;
     0 where each frame is of one hop."""
+    context: int | None = None
+    """Frames to either side beyond which nothing changes a frame, or the samples about it. None: all may depend on all,
+    and long sounds are not cut into blocks."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -52,9 +59,17 @@ class AudioAE(nn.Module):
                 f"audio of shape {tuple(audio.shape)}: {self.name} takes (batch, {self.channels}, samples), at least "
                 f"one sample; mix other channel counts to {self.channels} first"
             )
-        padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
-        with torch.autocast(audio.device.type, enabled=False):
-            return self._encode(padded)
+        return self.encode_blocks(lambda first, last: audio[..., first:last], audio.shape[2])
+
+    def encode_blocks(self, read: Callable[[int, int], Tensor], samples: int) -> Tensor:
+        """`encode` of what `read(first, last)` gives piece by piece: samples `first` to `last` `(B, channels, …)`."""
+        frames, parts = self.frames(samples), []
+        for first, last, begin, end in self._blocks(frames):
+            audio = read(begin * self.hop, min(samples, (end - self.surplus_frames) * self.hop))
+            padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
+            with torch.autocast(audio.device.type, enabled=False):
+                parts.append(self._encode(padded)[..., first - begin : last - begin])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents `(B, latent_channels, frames)` → audio `(B, channels, (frames - surplus_frames) · hop)`, float32.
@@ -67,8 +82,26 @@ class AudioAE(nn.Module):
                 f"latents of shape {tuple(x0.shape)}: {self.name} takes (batch, {self.latent_channels}, frames), "
                 f"at least {'two frames' if least == 2 else 'one frame'}"
             )
-        with torch.autocast(x0.device.type, enabled=False):
-            return self._decode(x0.float())
+        parts = list(self.decode_blocks(x0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def decode_blocks(self, x0: Tensor) -> Iterator[Tensor]:
+        """`decode`, a block `(B, channels, …)` after the other."""
+        frames = x0.shape[2]
+        for first, last, begin, end in self._blocks(frames):
+            with torch.autocast(x0.device.type, enabled=False):
+                audio = self._decode_from(begin, x0[..., begin:end].float())
+            until = last if last < frames else frames - self.surplus_frames  # a surplus frame ends the sound
+            yield audio[..., (first - begin) * self.hop : (until - begin) * self.hop]
+
+    def _blocks(self, frames: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first, last) frames of each block, and with their context (begin, end)."""
+        if self.context is None or frames <= BLOCK + self.context:
+            yield 0, frames, 0, frames
+            return
+        for first in range(0, frames, BLOCK):
+            last = min(first + BLOCK, frames)
+            yield first, last, max(0, first - self.context), min(last + self.context, frames)
 
     def identity(self) -> str:
         """Short hash of name, config and weights: the same for what gives the same latents."""
@@ -79,6 +112,10 @@ class AudioAE(nn.Module):
 
     def _decode(self, x0_BCT: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _decode_from(self, begin: int, x0_BCT: Tensor) -> Tensor:
+        """`_decode` of frames that begin at `begin` of the sound, for whom that makes a difference."""
+        return self._decode(x0_BCT)
 
 
 class SpectralAE(AudioAE):
@@ -92,6 +129,7 @@ class SpectralAE(AudioAE):
     name = "spectral"
     sample_rate, channels, latent_channels, hop = 48000, 1, 128, 480
     coefficients, bands = 96, 32
+    context = 1
 
     # Energy below which a bin counts as silent: white noise at -80 dBFS.
     silence = 1e-8
@@ -137,12 +175,12 @@ class SpectralAE(AudioAE):
         features_BTC = torch.cat((_signed_power(low, self.companding), (energy_BTE + self.silence).log()), -1)
         return ((features_BTC - self.mean) / self.spread).transpose(1, 2).contiguous()
 
-    def _decode(self, x0_BCT: Tensor) -> Tensor:
+    def _decode_from(self, begin: int, x0_BCT: Tensor) -> Tensor:
         features_BTC = x0_BCT.transpose(1, 2) * self.spread + self.mean
         low, log_energy_BTE = features_BTC.split((self.coefficients, self.bands), -1)
         energy_BTE = log_energy_BTE.clamp(max=math.log(self.loudest)).exp() - self.silence
         high = energy_BTE.clamp(min=0).sqrt()[..., self.band_of_bin]
-        high = high * _random_signs(*high.shape[1:], device=high.device)
+        high = high * _random_signs(begin, *high.shape[1:], device=high.device)
         spectrum_BTF = torch.cat((_signed_power(low, 1 / self.companding), high), -1)
         rising, falling = (spectrum_BTF @ self.basis.T).split(self.hop, -1)
         return (falling[:, :-1] + rising[:, 1:]).flatten(1)[:, None]
@@ -166,9 +204,9 @@ def _log_bands(first_bin: int, bins: int, bands: int) -> Tensor:
     return torch.bucketize(torch.arange(first_bin, bins), edges.round().long(), right=True)
 
 
-def _random_signs(frames: int, bins: int, *, device: torch.device) -> Tensor:
+def _random_signs(begin: int, frames: int, bins: int, *, device: torch.device) -> Tensor:
     """±1 for each frame and bin, by hashing its position, so it is the same on every device and in every run."""
-    frame = torch.arange(frames, device=device)[:, None]
+    frame = torch.arange(begin, begin + frames, device=device)[:, None]
     bits = frame * bins + torch.arange(bins, device=device)
     for multiplier in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit hash with low bias
         bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
@@ -210,6 +248,10 @@ class VocosAE(AudioAE):
         super().__init__(asdict(config))
         self.sample_rate, self.latent_channels, self.hop = config.sample_rate, config.latent_channels, config.hop
         self.n_fft = config.n_fft
+        # convolutions of 7 and one of 3, and the frames that a sample lies in
+        self.context = (
+            3 * (1 + max(config.encoder_depth, config.decoder_depth)) + 1 + -(-config.n_fft // (2 * config.hop))
+        )
         bins, width = config.n_fft // 2 + 1, config.width
         self.encoder = ConvNeXt(2 * bins, width, config.hidden_width, config.encoder_depth)
         self.to_latents = nn.Conv1d(width, config.latent_channels, 3, padding=1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models import streams, windows
 from models.autoencoder import AudioAE
-from models.bitstream import Stream
+from models.bitstream import FramesOf, Stream
 from models.decoder import Decoder, DecoderConfig, decoder_config
 from models.diffusion import Diffusion, guided, make_diffusion
 from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
-from models.loudness import level
-from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, save_weights
+from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, outline_autoencoder, save_weights
+from models.prior import Coder, Prior
 from models.quantizer import Quantizer, make_quantizer
 from models.samplers import sample
 from models.weights import write_safetensors
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ADAPTER = "default"
-WINDOW_BATCH = 8  # windows of a long file that D decodes at once
 
 
 @dataclass
@@ -70,7 +70,7 @@ class CodecConfig:
 
 
 class SPresso(nn.Module):
-    """AudioAE, g, f, D with LoRA, and, once there is one, the quantizer."""
+    """AudioAE, g, f, D with LoRA, and, once there are any, the quantizer and the prior over its codes."""
 
     def __init__(
         self, config: CodecConfig, *, autoencoder: AudioAE, dit: Decoder, quantizer: Quantizer | None = None
@@ -87,6 +87,7 @@ class SPresso(nn.Module):
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
+        self.prior: Prior | None = None
         self.diffusion: Diffusion = make_diffusion(config.diffusion["name"], **config.diffusion["options"])
         self.model_hash = ""
 
@@ -111,30 +112,39 @@ class SPresso(nn.Module):
 
     def kbps(self, books: int) -> float:
         """Payload bit rate of one channel: z rate · M · log2 K / 1000, exactly."""
-        return self.z_rate * self._fitted_quantizer().bits(books) / 1000
+        return self.z_rate * self.fitted_quantizer().bits(books) / 1000
 
-    def z_frames(self, samples: int) -> int:
-        """z vectors that stand for so many audio samples."""
-        return math.ceil(samples / self._samples_per_z)
+    def samples(self, samples: int, rate: int) -> int:
+        """Samples at the AudioAE's rate for so many at another: rounded up."""
+        return _samples(self.autoencoder, samples, rate)
+
+    def z_frames(self, samples: int, rate: int | None = None) -> int:
+        """z vectors that stand for so many audio samples, at the AudioAE's rate or another."""
+        return _z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
 
     # --- audio ↔ bits ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode(self, audio: Tensor, *, books: int | None = None) -> Stream:
-        """Audio (channels, samples) at the AudioAE's rate, any length from 1 sample on → codes, channel by channel."""
-        quantizer = self._fitted_quantizer()
-        levelled, gain_db = level(audio)
-        z_CZN = self.audio_to_z(levelled[:, None])
-        codes_CNM = quantizer.encode(z_CZN.transpose(1, 2), books=books)
-        return Stream(
-            model=self.model_hash[:8],
-            samples=audio.shape[-1],
-            channels=len(audio),
-            books=codes_CNM.shape[-1],
-            size=quantizer.size,
-            gain_db=gain_db,
-            codes=codes_CNM.cpu().numpy(),
-        )
+    def encode(
+        self,
+        audio: Tensor,
+        *,
+        books: int | None = None,
+        channels: str = "auto",
+        origin: tuple[int, int] | None = None,
+    ) -> Stream:
+        """Audio → codes.
+
+        Args:
+            audio: (channels, samples) at the AudioAE's rate, of any length from 1 sample on.
+            books: code with the first so many; None: all.
+            channels: `auto`: stereo as mid and side, all else a channel at a time; `separate`; `mid_side`.
+            origin: samples and rate of the sound before it was resampled, which the stream is to tell of.
+
+        Raises:
+            ValueError: no quantizer, books that it does not have, or channels that can't be coded so.
+        """
+        return streams.encode(self, audio, books=books, channels=channels, origin=origin)
 
     @torch.inference_mode()
     def decode(
@@ -145,19 +155,32 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Codes → audio (channels, samples). One seed gives one of the sounds that the codes allow, always the same."""
-        if stream.model != self.model_hash[:8]:
-            raise ValueError(
-                f"the stream was made by model {stream.model}, this is {self.model_hash[:8]}: "
-                "decode it with the codec that encoded it"
-            )
-        codes_CNM = torch.from_numpy(stream.codes).to(self.device)
-        z_CZN = self._fitted_quantizer().decode(codes_CNM).transpose(1, 2)
-        noise = self.noise([seed], z_CZN.shape[-1]).expand(len(z_CZN), -1, -1)
-        audio = self.z_to_audio(z_CZN, noise, sampling=sampling, progress=progress)[:, 0, : stream.samples]
-        return audio * 10 ** (-stream.gain_db / 20)
+        """Codes → audio (channels, samples) at the AudioAE's rate. One seed gives one of the sounds that the codes
+        allow, always the same. Raises as `decode_blocks` does."""
+        return torch.cat(list(self.decode_blocks(stream, seed=seed, sampling=sampling, progress=progress)), dim=-1)
 
-    def _fitted_quantizer(self) -> Quantizer:
+    @torch.inference_mode()
+    def decode_blocks(
+        self,
+        stream: Stream,
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """`decode`, a block of samples after the other: of long sounds the whole need never be held.
+
+        Raises:
+            ValueError: a stream of another model, or codes that its quantizer does not have.
+        """
+        yield from streams.decode_blocks(self, stream, seed=seed, sampling=sampling, progress=progress)
+
+    def coder(self) -> Coder | None:
+        """What files are entropy-coded with; None where no prior was trained."""
+        return None if self.prior is None else self.prior.coder()
+
+    def fitted_quantizer(self) -> Quantizer:
+        """The quantizer; ValueError where there is none yet."""
         if self.quantizer is None:
             raise ValueError("this codec has no quantizer yet: run the stages quantize and finetune first")
         return self.quantizer
@@ -170,15 +193,13 @@ class SPresso(nn.Module):
         return self.x0_to_z(x0_BCT, self.z_frames(audio_B1S.shape[-1]))
 
     def x0_to_z(self, x0_BCT: Tensor, z_frames: int) -> Tensor:
-        """Latents of any length → z (B, Z, z_frames); long ones window by window, the last window ending with x0."""
-        frames, window = z_frames * self.config.latent_encoder.pooling, self.config.window
-        x0_BCT = _fit(x0_BCT, frames)
-        if frames <= window:
-            return self.g(x0_BCT)
-        starts = [*range(0, frames - window, window), frames - window]
-        parts = [self.g(x0_BCT[..., start : start + window]) for start in starts]
-        overlap = (starts[-2] + window - starts[-1]) // self.config.latent_encoder.pooling
-        return torch.cat([*parts[:-1], parts[-1][..., overlap:]], dim=-1)
+        """Latents of any length → z (B, Z, z_frames); long ones by windows that overlap by half.
+
+        At a window's ends g lacks what lies beyond: a quarter at each end is left to the window beside it.
+        """
+        pooling, window = self.config.latent_encoder.pooling, self.config.window
+        margin = (window // pooling - 1) // 4 * pooling
+        return windows.encode(self.g, _fit(x0_BCT, z_frames * pooling), window=window, pooling=pooling, margin=margin)
 
     def z_to_audio(
         self,
@@ -190,8 +211,12 @@ class SPresso(nn.Module):
     ) -> Tensor:
         """z (or None: an unconditional sample) and noise → levelled audio (B, 1, T · hop)."""
         x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
+        return torch.cat(list(self.x0_to_blocks(x0_BCT)), dim=-1)
+
+    def x0_to_blocks(self, x0_BCT: Tensor) -> Iterator[Tensor]:
+        """x0 → its T · hop samples of levelled audio, a block (B, channels of the AudioAE, …) after the other."""
         # n frames, each centred on a hop boundary, span n - 1 hops: the last frame is held for the last hop
-        return self.autoencoder.decode(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
+        return self.autoencoder.decode_blocks(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
         self,
@@ -201,23 +226,19 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Decode with D; what is longer than one window and a half in overlapping windows, cross-faded."""
+        """Decode with D; what is longer than one window and a half by windows jointly, see `models.windows.Joint`."""
         sampling = sampling or self.config.sampling
-        frames, window, pooling = noise_BCT.shape[-1], self.config.window, self.config.latent_encoder.pooling
-        if frames <= 1.5 * window:
+        window, pooling = self.config.window, self.config.latent_encoder.pooling
+        if noise_BCT.shape[-1] <= 1.5 * window:
             return self._sample(z_BZN, noise_BCT, sampling, progress)
-        stride = max(pooling, int(0.75 * window) // pooling * pooling)
-        starts = [*range(0, frames - window, stride), frames - window]
-        weight_T = _triangle(window).to(noise_BCT.device)
-        total, weights = torch.zeros_like(noise_BCT), torch.zeros_like(noise_BCT[0, 0])
-        for done, start in enumerate(starts):
-            z_part = None if z_BZN is None else z_BZN[..., start // pooling : (start + window) // pooling]
-            part = self._sample(z_part, noise_BCT[..., start : start + window], sampling, None)
-            total[..., start : start + window] += part * weight_T
-            weights[start : start + window] += weight_T
+        joint = windows.Joint(self.dit, self.f, window=window, pooling=pooling)
+
+        def stepped(done: int, total: int) -> None:
+            joint.step = done
             if progress is not None:
-                progress(done + 1, len(starts))
-        return total / weights
+                progress(done, total)
+
+        return generate(joint, self.diffusion, noise_BCT, condition=z_BZN, sampling=sampling, progress=stepped)
 
     def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
         condition = None if z_BZN is None else self.f(z_BZN)
@@ -240,6 +261,8 @@ class SPresso(nn.Module):
         }
         if self.quantizer is not None:
             parts["quantizer"] = (self.quantizer, self.quantizer.config())
+        if self.prior is not None:
+            parts["prior"] = (self.prior, self.prior.config())
         return parts
 
     def save_pretrained(self, folder: Path, *, base: Path, card: str) -> str:
@@ -299,6 +322,8 @@ class SPresso(nn.Module):
         )
         if (folder / "quantizer.safetensors").exists():
             codec.quantizer = make_quantizer(load_weights(folder / "quantizer.safetensors")[0])
+        if (folder / "prior.safetensors").exists():
+            codec.prior = Prior(**load_weights(folder / "prior.safetensors")[0])
         for name, (module, _) in codec.parts().items():
             module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
         codec._load_adapter(load_file(str(folder / "adapter_model.safetensors")))
@@ -324,10 +349,26 @@ class SPresso(nn.Module):
     def _hash(self) -> str:
         tensors = {f"adapter.{name}": value for name, value in self._adapter_state().items()}
         for part, (module, _) in self.parts().items():
+            if part == "prior":  # the codes are the same with another, and what it wrote names it
+                continue
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
         local = ("sampling", "autoencoder")  # where files lie and how they are decoded makes no other model
         identity = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in local}
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
+
+
+def read_frames_of(folder: Path) -> FramesOf:
+    """`z_frames` of an export, of which nothing but its description is read."""
+    config = _read_description(folder)["config"]
+    return partial(_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
+
+
+def _z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
+    return -(-_samples(autoencoder, samples, rate or autoencoder.sample_rate) // (autoencoder.hop * pooling))
+
+
+def _samples(autoencoder: AudioAE, samples: int, rate: int) -> int:
+    return -(-samples * autoencoder.sample_rate // rate)
 
 
 def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
@@ -338,7 +379,7 @@ def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
 
 
 def generate(
-    dit: Decoder,
+    dit: Callable[..., Tensor],
     diffusion: Diffusion,
     noise_BCT: Tensor,
     *,
@@ -365,12 +406,6 @@ def _fit(x_BCT: Tensor, frames: int) -> Tensor:
     if missing <= 0:
         return x_BCT[..., :frames]
     return torch.cat([x_BCT, x_BCT[..., -1:].expand(*x_BCT.shape[:-1], missing)], dim=-1)
-
-
-def _triangle(length: int) -> Tensor:
-    """Weights that rise to the middle and fall again, nowhere zero."""
-    rising = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(rising, rising.flip(0))
 
 
 def _peft_name(name: str) -> str:

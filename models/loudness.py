@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -32,8 +33,24 @@ def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99)
     """
     if is_silent(audio_CS):
         return audio_CS, 0.0
-    rms_db = 10 * math.log10(float(audio_CS.double().square().mean()))
-    headroom = math.floor(20 * math.log10(peak / float(audio_CS.abs().max())) / GAIN_STEP_DB)
-    steps = min(round((target_rms_db - rms_db) / GAIN_STEP_DB), headroom)
-    gain_db = min(max(steps * GAIN_STEP_DB, -LARGEST_GAIN_DB), LARGEST_GAIN_DB)
+    mean_square = float(audio_CS.double().square().mean())
+    gain_db = _gain_db(mean_square, float(audio_CS.abs().max()), target_rms_db, peak)
     return audio_CS * 10 ** (gain_db / 20), gain_db
+
+
+def gain_of(blocks: Iterable[Tensor], *, target_rms_db: float = -23.0, peak: float = 0.99) -> float | None:
+    """The gain in dB by which `level` would multiply the audio that comes in blocks (channels, …); None for silence."""
+    count, total, squares, largest = 0, 0.0, 0.0, 0.0
+    for block_CS in blocks:
+        exact = block_CS.double()
+        count, total, squares = count + exact.numel(), total + float(exact.sum()), squares + float(exact.square().sum())
+        largest = max(largest, float(block_CS.abs().max()))
+    if not count or squares / count - (total / count) ** 2 < SILENCE**2:
+        return None
+    return _gain_db(squares / count, largest, target_rms_db, peak)
+
+
+def _gain_db(mean_square: float, largest: float, target_rms_db: float, peak: float) -> float:
+    headroom = math.floor(20 * math.log10(peak / largest) / GAIN_STEP_DB)
+    steps = min(round((target_rms_db - 10 * math.log10(mean_square)) / GAIN_STEP_DB), headroom)
+    return min(max(steps * GAIN_STEP_DB, -LARGEST_GAIN_DB), LARGEST_GAIN_DB)

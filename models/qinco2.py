@@ -6,7 +6,9 @@ of codes kept by the search, A candidates that it looks at.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +122,7 @@ class QINCo2(Quantizer):
         flat = self.standardise(z).reshape(-1, self.width)
         numbers = max(self.beam * (self.size + self.width), self.candidates * (self.hidden + 2 * self.embedding))
         with torch.autocast(z.device.type, enabled=False):  # half precision would choose other codes
-            tables = [step.embedded(self.codebooks[book]) for book, step in enumerate(self.steps[: books - 1], 1)]
+            tables = [step.embedded(self.codebooks[book]) for book, step in self._networks(books)]
             codes = [self._search(part, tables) for part in flat.split(max(1, _SEARCH_NUMBERS // numbers))]
         return torch.cat(codes).reshape(*z.shape[:-1], books)
 
@@ -148,19 +150,22 @@ class QINCo2(Quantizer):
         """What each prefix of ``codes`` (..., m) decodes to, (..., W), in the units of the codebooks."""
         books = self._checked_books(codes.shape[-1])
         estimates = [F.embedding(codes[..., 0], self.codebooks[0])]
-        for book, step in enumerate(self.steps[: books - 1], 1):
+        for book, step in self._networks(books):
             codewords = F.embedding(codes[..., book], self.codebooks[book])
             given = step.of_estimate(estimates[-1])
             estimates.append(estimates[-1] + step(codewords, step.embedded(codewords), given))
         return estimates
+
+    def _networks(self, books: int) -> Iterator[tuple[int, ImplicitCodebook]]:
+        """The books but the first, of the first so many, each with its network."""
+        return enumerate(islice(cast("Iterable[ImplicitCodebook]", self.steps), books - 1), 1)
 
     def _search(self, x_NW: Tensor, tables: list[Tensor]) -> Tensor:
         """Codes (N, books) of ``x``; ``tables`` has what each step but the first embeds its codewords to."""
         last = len(tables)
         parent_NB, codes_NBM = nearest(x_NW.unsqueeze(1), self.codebooks[0], self.beam if last else 1)
         estimates_NBW, codes_NBM = self.codebooks[0][codes_NBM], codes_NBM.unsqueeze(-1)
-        for book, table_KE in enumerate(tables, 1):
-            step = self.steps[book - 1]
+        for (book, step), table_KE in zip(self._networks(last + 1), tables, strict=True):
             residuals_NBW = x_NW.unsqueeze(1) - estimates_NBW
             parent_NA, code_NA = nearest(residuals_NBW, self.preselection[book - 1], self.candidates)
             given_NAE = rows(step.of_estimate(estimates_NBW), parent_NA)

@@ -15,7 +15,7 @@ from models.latent_encoder import LatentEncoderConfig
 from trainer.cluster import ClusterConfig
 from trainer.data.remote import CacheSettings
 
-TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "finetune")
+TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "prior", "finetune")
 STAGES = ("synth", "prepare", *TRAINED_STAGES, "evaluate", "page")
 
 
@@ -338,6 +338,8 @@ class Config:
     pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(text_dropout=0.1))
     autoencode: TrainConfig = field(default_factory=TrainConfig)
     quantize: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0))
+    prior: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0, lr=3e-3))
+    """The prior over codes, for entropy coding; 0 samples: none, and the stage is left out."""
     finetune: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -364,6 +366,8 @@ class Config:
             unneeded.add("synth")
         if self.pretrained.folder is not None:
             unneeded.add("pretrain")
+        if self.prior.samples == 0:
+            unneeded.add("prior")
         return [stage for stage in STAGES if stage not in unneeded]
 
 

@@ -33,7 +33,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
 
     Args:
         config: the whole recipe.
-        stage: `pretrain`, `autoencode`, `quantize` or `finetune`.
+        stage: `pretrain`, `autoencode`, `quantize`, `prior` or `finetune`.
         stop: asked at each step, and between the parts of what takes longer; when it says so on any rank, all ranks
             save together and leave.
         permitted: raises on rank 0 where this run may no longer write, as another start of it has taken over.

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from trainer.config import Config, fingerprint, flatten, to_yaml
+from trainer.config import TRAINED_STAGES, Config, fingerprint, flatten, to_yaml
 from trainer.data.files import file_digest
 from trainer.data.shard_set import ShardSet, open_set, open_training_set
 
@@ -36,6 +36,7 @@ _LEARNED = {
     "pretrain": (*_RUN, "dit", "diffusion", "pretrain"),
     "autoencode": (*_RUN, "dit", "diffusion", "pretrained", "latent_encoder", "lora", "autoencode"),
     "quantize": (*_RUN, "latent_encoder", "quantizer", "quantize"),
+    "prior": (*_RUN, "quantizer", "prior"),
     "finetune": (*_RUN, "diffusion", "quantizer", "finetune"),
 }
 
@@ -43,6 +44,12 @@ _LEARNED = {
 def stage_folder(config: Config, stage: str) -> Path:
     """The run directory of a stage."""
     return Path(config.run_dir) / stage
+
+
+def stage_before(config: Config, stage: str) -> str | None:
+    """The trained stage whose export a trained stage builds on; None for the first."""
+    stages = [name for name in TRAINED_STAGES if name != "prior" or name in config.stages]
+    return stages[stages.index(stage) - 1] if stage != stages[0] else None
 
 
 def base_model(config: Config) -> Path:
@@ -71,7 +78,7 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
     """
     sets = [f"{share} × {shard_set.fingerprint}" for shard_set, share in training_sets(config).items()]
     inputs = {"latents": " + ".join(sets)}
-    before = {"autoencode": "pretrain", "quantize": "autoencode", "finetune": "quantize"}.get(stage)
+    before = stage_before(config, stage)
     if before == "pretrain" and config.pretrained.folder is not None:
         from models.pretrained import weight_files
 

@@ -21,14 +21,16 @@ from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
 from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
+from models.prior import Prior
 from models.quantizer import make_quantizer
 from trainer.config import Config
 from trainer.data.stream import Batch
 from trainer.data.text import Text, WantedText
 from trainer.randomness import integers, keys, normal, uniform
-from trainer.run import base_model, stage_folder
+from trainer.run import base_model, stage_before, stage_folder
 
 Progressed = Callable[[int, int], None] | None
+_VECTORS_PER_CODEWORD = 16  # whose codes are counted, before a prior learns what they depend on
 
 
 class Losses(NamedTuple):
@@ -213,6 +215,34 @@ class _Quantization(nn.Module):
             return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
 
 
+class _CodePrior(nn.Module):
+    """Bits a code, of z's codes at a number of codebooks drawn for each sample."""
+
+    def __init__(self, config: Config, stage: str, codec: SPresso) -> None:
+        super().__init__()
+        self.g, self.prior = codec.g, codec.prior
+        self.quantizers = (codec.quantizer,)  # in a tuple for the reasons that _LatentDenoiser has
+        self.seed, self.purpose, self.rates = config.seed, stage, config.rates
+
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
+    ) -> Losses:
+        (quantizer,), prior = self.quantizers, self.prior
+        assert quantizer is not None
+        assert prior is not None
+        with torch.no_grad():
+            z_BNZ = self.g(x0_BCT).transpose(1, 2).float()
+        heard_BN = _heard(mask_BT, z_BNZ).float()
+        drawn_B = integers(keys(self.seed, f"{self.purpose}/rate", positions_B), len(self.rates))
+        losses_B = z_BNZ.new_zeros(len(z_BNZ))
+        for rate, books in enumerate(self.rates):
+            chosen_B = drawn_B == rate
+            if chosen_B.any():
+                bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * heard_BN[chosen_B]
+                losses_B[chosen_B] = bits_BN.sum(1) / heard_BN[chosen_B].sum(1).clamp_min(1)
+        return Losses(losses_B, torch.full_like(losses_B, 0.5))
+
+
 class Pretrain(Task):
     """The DiT from scratch, unconditional, for those with no pretrained one."""
 
@@ -316,7 +346,7 @@ class Quantize(_CodecTask):
         codec.quantizer = make_quantizer(config.quantizer.description(config.latent_encoder.z_channels))
         codec.config.rates = config.rates
         self._take(codec, [codec.quantizer])
-        self.module = _Quantization(config, stage, codec)
+        self.module = self.quantization = _Quantization(config, stage, codec)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -331,7 +361,7 @@ class Quantize(_CodecTask):
         while sum(map(len, vectors)) < self.config.quantizer.vectors:
             batch = next(batches)
             x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
-            z_BNZ = self.codec.g(self.module.regained(x0_BCT, positions_B)).transpose(1, 2)
+            z_BNZ = self.codec.g(self.quantization.regained(x0_BCT, positions_B)).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
             vectors.append(gather(z_BNZ)[gather(_heard(mask_BT, z_BNZ))])
         if main:
@@ -340,12 +370,39 @@ class Quantize(_CodecTask):
             self.codec.quantizer.fit(every, seed=self.config.seed)
 
 
+class FitPrior(_CodecTask):
+    """The prior over codes that files are entropy-coded with; the codes stay as they are."""
+
+    def __init__(self, config: Config, stage: str) -> None:
+        super().__init__(config, stage)
+        codec = SPresso.from_pretrained(stage_folder(config, "quantize") / "export")
+        codec.prior = Prior(books=config.quantizer.books, size=config.quantizer.size)
+        self._take(codec, [codec.prior])
+        self.module = _CodePrior(config, stage, codec)
+
+    @torch.no_grad()
+    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+        """Begin with how often each code occurs, at the highest rate."""
+        quantizer, prior = self.codec.quantizer, self.codec.prior
+        assert quantizer is not None
+        assert prior is not None
+        codes: list[Tensor] = []
+        while sum(map(len, codes)) < min(self.config.quantizer.vectors, _VECTORS_PER_CODEWORD * quantizer.size):
+            batch = next(batches)
+            z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
+            mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
+            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(_heard(mask_BT, z_BNZ))])
+        prior.fit(torch.cat(codes))
+
+
 class Finetune(_CodecTask):
     """Step 3: f and D's LoRA on z_q, to make good what the quantizer lost; the codes stay as they are."""
 
     def __init__(self, config: Config, stage: str) -> None:
         super().__init__(config, stage)
-        codec = SPresso.from_pretrained(stage_folder(config, "quantize") / "export")
+        before = stage_before(config, stage)
+        assert before is not None
+        codec = SPresso.from_pretrained(stage_folder(config, before) / "export")
         self._take(codec, [codec.f, list(codec.adapter_parameters().values())])
         self.module = _LatentDenoiser(config, stage, codec, rates=config.rates)
 
@@ -354,6 +411,7 @@ TASKS: dict[str, type[Task]] = {
     "pretrain": Pretrain,
     "autoencode": Autoencode,
     "quantize": Quantize,
+    "prior": FitPrior,
     "finetune": Finetune,
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.diffusion import make_diffusion
 from models.pretrained import AUTOENCODERS, latent_timing, locate, missing
+from models.prior import LARGEST_SIZE
 from models.quantizer import KINDS
 from trainer.config import STAGES, TRAINED_STAGES, Config, flatten
 from trainer.data.order import SHUFFLES
@@ -138,7 +139,7 @@ def _ranges(config: Config) -> list[str]:
         for key, value in flatten(config).items()
         if key in _NOT_NEGATIVE and value is not None and value < 0
     ]
-    for name in TRAINED_STAGES:
+    for name in _trained(config):
         stage = config.stage(name)
         if stage.samples < 0 or stage.global_batch <= 0:
             found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
@@ -150,6 +151,11 @@ def _ranges(config: Config) -> list[str]:
             found.append(f"{name}.text_dropout={stage.text_dropout} must lie in [0, 1]; 1: no text at all")
         found += _cut(config, name)
     return found
+
+
+def _trained(config: Config) -> list[str]:
+    """Stages whose settings matter: all but a prior that is not asked for."""
+    return [name for name in TRAINED_STAGES if name != "prior" or config.prior.samples]
 
 
 def _strategy(config: Config) -> list[str]:
@@ -191,9 +197,7 @@ def _cut(config: Config, name: str) -> list[str]:
 def _crops(config: Config) -> list[str]:
     found = []
     clip_frames = int(config.data.clip_seconds * _latent_rate(config))
-    for name in TRAINED_STAGES:
-        if name not in config.stages:
-            continue
+    for name in _trained(config):
         frames = config.stage(name).crop_frames
         unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
         key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
@@ -245,6 +249,10 @@ def _codebooks(config: Config) -> list[str]:
     if quantizer.kind == "fsq" and (width := config.latent_encoder.z_channels) % quantizer.books:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         found.append(f"quantizer.books={quantizer.books} of fsq don't share {width} z_channels: take one of {divisors}")
+    if config.prior.samples and quantizer.size > LARGEST_SIZE:
+        found.append(
+            f"quantizer.size={quantizer.size} is too large for a prior: take up to {LARGEST_SIZE}, or prior.samples=0"
+        )
     for rate in quantizer.rates:
         if not 1 <= rate <= quantizer.books:
             found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")

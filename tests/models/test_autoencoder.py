@@ -23,6 +23,35 @@ def ae(request) -> AudioAE:
     return request.param()
 
 
+@pytest.mark.parametrize("samples", [48_000, 48_001, 96_480, 96_481])
+def test_blocks_join_as_if_there_were_one(ae, samples, monkeypatch):
+    """Encoded and decoded in blocks of 40 frames; the spectral one's noise, too, is that of its place in the sound."""
+    audio, read = noise(samples), []
+    x0 = ae.encode(audio)
+    decoded = ae.decode(x0)
+    monkeypatch.setattr("models.autoencoder.BLOCK", 40)
+
+    def piece(first: int, last: int) -> torch.Tensor:
+        read.append(last - first)
+        return audio[..., first:last]
+
+    torch.testing.assert_close(ae.encode_blocks(piece, samples), x0)
+    assert len(read) > 2
+    assert max(read) <= (40 + 2 * ae.context) * ae.hop
+    blocks = list(ae.decode_blocks(x0))
+    assert max(block.shape[-1] for block in blocks) <= 40 * ae.hop
+    torch.testing.assert_close(torch.cat(blocks, dim=-1), decoded)
+    torch.testing.assert_close(ae.decode(x0), decoded)
+
+
+def test_a_context_too_short_shows_where_blocks_join(ae, monkeypatch):
+    audio = noise(48_000)
+    x0 = ae.encode(audio)
+    monkeypatch.setattr("models.autoencoder.BLOCK", 40)
+    monkeypatch.setattr(ae, "context", 0)
+    assert (ae.encode(audio) - x0).abs().max() > 1e-3
+
+
 def tone(frequency: float, seconds: float = 1.0, amplitude: float = 0.3) -> torch.Tensor:
     time = torch.arange(round(48000 * seconds)) / 48000
     return amplitude * torch.sin(2 * math.pi * frequency * time)[None, None]

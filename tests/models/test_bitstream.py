@@ -6,18 +6,56 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from models.bitstream import GAIN_RANGE_DB, MAX_SAMPLES, Stream, pack, read, unpack, write
+from models.bitstream import (
+    GAIN_RANGE_DB,
+    MAX_SAMPLES,
+    MOST_COMPRESSION,
+    RATES,
+    Header,
+    Stream,
+    model_of,
+    pack,
+    read,
+    read_header,
+    unpack,
+    write,
+)
+from models.prior import Coder, Prior
 
 
-def frames_of(samples: int) -> int:
-    return math.ceil(samples / 48_000) + 1
+def frames_of(samples: int, rate: int) -> int:
+    return math.ceil(samples / rate) + 1
 
 
-def make_stream(*, samples: int = 240_000, channels: int = 1, books: int = 12, size: int = 256) -> Stream:
-    shape = (channels, frames_of(samples), books)
-    codes = np.random.default_rng(0).integers(0, size, shape)
-    return Stream("0123abcd", samples, channels, books, size, gain_db=-7.5, codes=codes)
+def make_stream(
+    *, samples: int = 240_000, channels: int = 1, books: int = 12, size: int = 256, rate: int = 48_000, **fields
+) -> Stream:
+    layout = fields.pop("layout", "separate")
+    rows = {"separate": channels, "mid_side": 2, "mid": 1, "joint": 1}[layout]
+    codes = np.random.default_rng(0).integers(0, size, (rows, frames_of(samples, rate), books))
+    header = Header("0123abcd", samples, rate, channels, layout, books, size, gains_db=(-7.5, 3.0) * 4)
+    return Stream(replace(header, gains_db=header.gains_db[:rows], **fields), codes)
+
+
+def likely_coder(books: int = 12, size: int = 256, *, seed: int = 0, sure: float = 8.0) -> Coder:
+    """A prior that expects low codes, the more so the surer."""
+    torch.manual_seed(seed)
+    prior = Prior(books, size)
+    with torch.no_grad():
+        prior.bias.copy_(-sure * torch.arange(size) / size)
+    return prior.coder()
+
+
+def likely_stream(**fields) -> Stream:
+    stream = make_stream(**fields)
+    return replace(stream, codes=stream.codes // 64)
+
+
+def with_header(stream: Stream, **changes) -> Stream:
+    codes = changes.pop("codes", stream.codes)
+    return Stream(replace(stream.header, **changes), codes)
 
 
 def test_packing_is_most_significant_bit_first_and_pads_the_last_byte_with_zeros():
@@ -72,24 +110,32 @@ def test_a_file_gives_back_what_was_written(samples, channels, books, size):
     data = write(stream)
     back = read(data, frames_of=frames_of)
     assert np.array_equal(back.codes, stream.codes)
-    assert (back.model, back.samples, back.gain_db) == (stream.model, stream.samples, stream.gain_db)
-    assert (back.channels, back.books, back.size) == (channels, books, size)
+    assert back.header == stream.header
     assert write(back) == data
+
+
+@pytest.mark.parametrize("rate", [*RATES, 100, 44_056, 768_000])
+@pytest.mark.parametrize(("layout", "channels"), [("separate", 3), ("mid_side", 2), ("mid", 2), ("joint", 2)])
+def test_rate_and_channels_come_back(rate, layout, channels):
+    stream = make_stream(samples=3 * rate, rate=rate, layout=layout, channels=channels)
+    assert read(write(stream), frames_of=frames_of).header == stream.header
 
 
 def test_the_payload_is_exact_and_the_rest_small():
     five_seconds = make_stream()  # 1 Hz · 12 books · 8 bits = 96 bits/s, with the frame at the end 6 vectors
-    assert len(write(five_seconds)) == 6 * 12 + 18
+    assert len(write(five_seconds)) == 6 * 12 + 19
+    assert five_seconds.header.packed_bits(6) == 6 * 96
 
 
 @pytest.mark.parametrize(("gain", "stored"), [(0, 0), (0.3, 0.5), (-0.2, 0), (-64, -64), (63.5, 63.5), (-12.8, -13)])
 def test_gain_is_kept_to_half_a_decibel(gain, stored):
-    assert read(write(replace(make_stream(), gain_db=gain)), frames_of=frames_of).gain_db == stored
+    stream = with_header(make_stream(), gains_db=(gain,))
+    assert read(write(stream), frames_of=frames_of).header.gains_db == (stored,)
 
 
 def test_a_longer_hash_is_stored_by_its_beginning():
-    stream = replace(make_stream(), model="DEADBEEF" + "0" * 56)
-    assert read(write(stream), frames_of=frames_of).model == "deadbeef"
+    data = write(with_header(make_stream(), model="DEADBEEF" + "0" * 56))
+    assert read(data, frames_of=frames_of).header.model == model_of(data) == "deadbeef"
 
 
 @pytest.mark.parametrize(
@@ -99,46 +145,115 @@ def test_a_longer_hash_is_stored_by_its_beginning():
         ({"model": "0123abc"}, "hash"),
         ({"samples": -1}, "samples"),
         ({"samples": MAX_SAMPLES + 1}, "samples"),
-        ({"gain_db": GAIN_RANGE_DB[0] - 0.5}, "gain_db"),
-        ({"gain_db": GAIN_RANGE_DB[1] + 0.5}, "gain_db"),
-        ({"gain_db": math.nan}, "gain_db"),
+        ({"rate": 99}, "rate"),
+        ({"rate": 768_001}, "rate"),
+        ({"gains_db": (GAIN_RANGE_DB[0] - 0.5,)}, "gain_db"),
+        ({"gains_db": (GAIN_RANGE_DB[1] + 0.5,)}, "gain_db"),
+        ({"gains_db": (math.nan,)}, "gain_db"),
+        ({"gains_db": (0, 0)}, "2 gains"),
+        ({"layout": "mid"}, "not what mid has"),
         ({"size": 300}, "power of two"),
         ({"size": 16}, r"outside \[0, 16\)"),
         ({"channels": 2}, "shape"),
         ({"books": 6}, "shape"),
-        ({"channels": 9, "codes": np.zeros((9, 6, 12), int)}, "channels"),
-        ({"channels": 0, "codes": np.zeros((0, 6, 12), int)}, "channels"),
+        ({"channels": 9, "gains_db": (0,) * 9, "codes": np.zeros((9, 6, 12), int)}, "channels"),
+        ({"channels": 0, "gains_db": (), "codes": np.zeros((0, 6, 12), int)}, "channels"),
         ({"books": 256, "codes": np.zeros((1, 6, 256), int)}, "books"),
     ],
 )
 def test_writing_refuses_what_the_file_cannot_hold(change, word):
     with pytest.raises(ValueError, match=word):
-        write(replace(make_stream(), **change))
+        write(with_header(make_stream(), **change))
 
 
-def refused(data: bytes) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is returned, to be looked at
+# --- entropy coding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("separate", 1), ("mid_side", 2)])
+def test_what_is_likely_takes_fewer_bytes_and_comes_back(layout, channels):
+    stream, coder = likely_stream(layout=layout, channels=channels), likely_coder()
+    data, plain = write(stream, coder=coder), write(stream)
+    assert len(data) < 0.95 * len(plain)
+    back = read(data, frames_of=frames_of, coder=coder)
+    assert np.array_equal(back.codes, stream.codes)
+    assert back.header == replace(stream.header, prior=coder.hash.hex())
+    header, payload = read_header(data)
+    assert header == back.header
+    assert payload == len(coder.encode(stream.codes))
+
+
+def test_what_entropy_coding_would_lengthen_is_packed():
+    stream = make_stream()
+    unlikely = with_header(stream, codes=255 - stream.codes // 64)
+    assert write(unlikely, coder=likely_coder()) == write(unlikely)
+
+
+def test_fewer_books_are_coded_by_the_same_prior():
+    stream, coder = likely_stream(books=5), likely_coder()
+    data = write(stream, coder=coder)
+    assert read(data, frames_of=frames_of, coder=coder).header.prior
+    assert np.array_equal(read(data, frames_of=frames_of, coder=coder).codes, stream.codes)
+
+
+def test_another_prior_is_refused():
+    data = write(likely_stream(), coder=likely_coder())
+    with pytest.raises(ValueError, match=r"entropy-coded by the prior \w{4}, this codec has \w{4}"):
+        read(data, frames_of=frames_of, coder=likely_coder(sure=6))
+    with pytest.raises(ValueError, match="this codec has none"):
         read(data, frames_of=frames_of)
+
+
+def test_a_payload_is_never_shorter_than_a_sixteenth_of_the_packed_one():
+    """Or a few bytes would make a reader hold any amount of codes."""
+    stream = make_stream(samples=400 * 48_000, books=3, size=16)
+    sure, expected = likely_coder(3, 16, sure=500), with_header(stream, codes=np.zeros_like(stream.codes))
+    data = write(expected, coder=sure)
+    least = -(-stream.header.packed_bits(401) // 8 // MOST_COMPRESSION)
+    assert read_header(data)[1] == least > 2 * len(sure.encode(expected.codes))
+    assert np.array_equal(read(data, frames_of=frames_of, coder=sure).codes, expected.codes)
+    shorter = data[:-5]
+    shorter += zlib.crc32(shorter).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="cut short"):
+        read(shorter, frames_of=frames_of, coder=sure)
+
+
+def test_bytes_that_no_codes_are_written_as_are_refused():
+    coder = likely_coder()
+    data = write(likely_stream(), coder=coder)
+    for tail in (b"\0", b"\x80", b"spr"):
+        longer = data[:-4] + tail
+        with pytest.raises(ValueError, match="damaged"):
+            read(longer + zlib.crc32(longer).to_bytes(4, "big"), frames_of=frames_of, coder=coder)
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------------
+
+
+def refused(data: bytes, coder: Coder | None = None) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is returned, to be looked at
+        read(data, frames_of=frames_of, coder=coder)
     message = str(caught.value)
     assert message
     assert "\n" not in message
     return message
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-def test_every_single_byte_error_is_refused(channels):
-    data = write(make_stream(samples=96_000, channels=channels))
+@pytest.mark.parametrize("coded", [False, True])
+def test_every_single_byte_error_is_refused(coded):
+    coder = likely_coder(books=3) if coded else None
+    data = write(likely_stream(samples=300_000, channels=2, books=3), coder=coder)
     for position in range(len(data)):
         for flip in range(1, 256):
             damaged = bytearray(data)
             damaged[position] ^= flip
-            refused(bytes(damaged))
+            refused(bytes(damaged), coder)
 
 
-def test_every_truncation_is_refused():
-    data = write(make_stream(channels=2))
+@pytest.mark.parametrize("coder", [None, likely_coder()])
+def test_every_truncation_is_refused(coder):
+    data = write(likely_stream(channels=2), coder=coder)
     for length in range(len(data)):
-        assert "cut short" in refused(data[:length])
+        assert "cut short" in (message := refused(data[:length], coder)) or (coder and "checksum" in message)
 
 
 @pytest.mark.parametrize("tail", [b"\0", b"SPR", bytes(1000)])
@@ -152,7 +267,7 @@ def test_a_file_written_twice_over_is_refused():
 
 def test_other_versions_and_foreign_files_are_told_apart():
     data = write(make_stream())
-    assert "version 2" in refused(data[:3] + b"\x02" + data[4:])
+    assert "version 1" in refused(data[:3] + b"\x01" + data[4:])
     assert "not an .spr file" in refused(b"RIFF" + data[4:])
     assert "not an .spr file" in refused(b"fLaC\0\0\0\x22" + bytes(100))
 
@@ -160,23 +275,34 @@ def test_other_versions_and_foreign_files_are_told_apart():
 def test_random_bytes_behind_a_true_beginning_are_refused():
     random = np.random.default_rng(0)
     for length in range(200):
-        refused(b"SPR\x01" + random.bytes(length))
+        refused(b"SPR\x02" + random.bytes(length))
 
 
 def test_an_absurd_length_is_refused_before_anything_is_allocated():
-    beginning = b"SPR\x01" + bytes(4)
-    hours = b"\xff\xff\xff\xff\x7f" + bytes([255, 0xFF, 0])  # 2³⁵ - 1 samples, 8 channels, 255 books of 31 bits
+    beginning = b"SPR\x02" + bytes(4)
+    hours = b"\xff\xff\xff\xff\x7f" + bytes([255, 0xFF, 0x80]) + bytes(8)  # 2³⁵ - 1 samples, 8 × 255 books of 31 bits
     assert "tells of" in refused(beginning + hours + bytes(20))
     assert "beyond all bounds" in refused(beginning + b"\xff" * 50)
 
 
-@pytest.mark.parametrize(("books", "layout"), [(0, 8), (12, 0)])
-def test_a_header_without_codes_is_refused(books, layout):
-    body = b"SPR\x01" + bytes(4) + b"\0" + bytes([books, layout, 0])
-    assert "no codes" in refused(body + zlib.crc32(body).to_bytes(4, "big"))
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ((0, 8, 0x80), "no codes"),
+        ((12, 0, 0x80), "no codes"),
+        ((12, 8, 0x88), "contradicts"),
+        ((12, 8, 0x82), "contradicts"),
+        ((12, 8, 0x84), "contradicts"),
+        ((12, 8, 0xF0, 99), "contradicts"),
+        ((12, 8, 0xF0, 0xFF, 0xFF, 0x7F), "contradicts"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(fields, word):
+    body = b"SPR\x02" + bytes(4) + b"\0" + bytes(fields) + bytes(3)
+    assert word in refused(body + zlib.crc32(body).to_bytes(4, "big"))
 
 
 def test_frames_are_what_the_codec_says():
     data = write(make_stream())
     with pytest.raises(ValueError, match="tells of"):
-        read(data, frames_of=lambda samples: frames_of(samples) + 1)
+        read(data, frames_of=lambda samples, rate: frames_of(samples, rate) + 1)

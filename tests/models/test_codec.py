@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from models.codec import CodecConfig, Sampling, SPresso
 from models.dit import DiT, DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 from models.pretrained import load_dit
+from models.prior import Prior
 from models.residual_quantizer import ResidualQuantizer
 from models.weights import load_weights, save_weights
 
@@ -24,6 +28,7 @@ SHAPES = LatentEncoderConfig(
 )
 DIT = DiTConfig(width=16, depth=2, multistream_depth=0, heads=2, hidden_width=32, patch_size=3)
 HOP = 480
+ROOT = Path(__file__).parents[2]
 
 
 def make_codec(dit: DiT | None = None) -> SPresso:
@@ -90,10 +95,51 @@ def test_payload_is_exactly_the_rate(codec):
     assert len(bitstream.write(stream)) - len(bitstream.write(empty)) == pytest.approx(bits / 8 - 2, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "books", "bits_a_second"), [(9, 10, 1333 + 1 / 3), (100, 25, 300), (100, 8, 96), (4, 10, 3000)]
+)
+def test_files_have_the_papers_rates_to_the_bit(pooling, books, bits_a_second):
+    """K = 4096, in files of 36 s, which are whole z at all of these: what is no payload is the header, 20 bytes."""
+    shapes = dataclasses.replace(SHAPES, pooling=pooling, patch_size=1)
+    config = dataclasses.replace(make_codec().config, latent_encoder=shapes, window=pooling * 4)
+    quantizer = ResidualQuantizer(8, books=books, size=4096, beam=1)
+    torch.nn.init.normal_(quantizer.codebooks)
+    codec = SPresso(
+        config, autoencoder=SpectralAE(), dit=DiT(dataclasses.replace(DIT, patch_size=1)), quantizer=quantizer
+    )
+    codec.model_hash = "0123456789abcdef"
+    data = bitstream.write(codec.eval().encode(noise(36)))
+    assert (len(data) - 19) * 8 / 36 == pytest.approx(bits_a_second, rel=1e-9)
+    assert codec.kbps(books) * 1000 == pytest.approx(bits_a_second)
+
+
+@pytest.mark.parametrize("books", [1, 2])
+def test_a_prefix_of_the_codes_decodes(codec, books):
+    """Rates nest: the first books of a stream are a stream, and nearer to z the more they are."""
+    z = torch.randn(200, 8)
+    codes = codec.quantizer.encode(z)
+    errors = [(codec.quantizer.decode(codes[:, :number]) - z).square().mean() for number in (books, books + 1)]
+    assert errors[1] < errors[0]
+    stream = codec.encode(noise(0.7))
+    header = dataclasses.replace(stream.header, books=books)
+    prefix = dataclasses.replace(stream, header=header, codes=stream.codes[..., :books])
+    again = bitstream.read(bitstream.write(prefix), frames_of=codec.z_frames)
+    assert torch.isfinite(codec.decode(again)).all()
+
+
+def test_ten_minutes_take_a_few_hundred_megabytes():
+    """Of which the sound itself is 115; apart, as memory that was once taken counts for ever."""
+    command = [sys.executable, "-m", "tests.models.ten_minutes"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 450
+
+
 def test_file_and_back_decodes_alike(codec):
     stream = codec.encode(noise(0.7), books=2)
     again = bitstream.read(bitstream.write(stream), frames_of=codec.z_frames)
-    assert again.books == 2
+    assert again.header.books == 2
     torch.testing.assert_close(codec.decode(again, seed=4), codec.decode(stream, seed=4))
 
 
@@ -118,37 +164,55 @@ def test_z_reaches_the_sound(codec):
 
 def test_level_comes_back(codec):
     loud, quiet = codec.encode(noise(0.5)), codec.encode(noise(0.5) * 10 ** (-30 / 20))
-    assert quiet.gain_db - loud.gain_db == 30
+    assert quiet.header.gains_db[0] - loud.header.gains_db[0] == 30
     torch.testing.assert_close(codec.decode(quiet), codec.decode(loud) * 10 ** (-30 / 20))
 
 
-def test_channels_are_coded_apart(codec):
-    audio = noise(0.5, channels=2)
-    both = codec.encode(audio)
-    assert both.codes.shape[0] == 2
-    assert codec.decode(both).shape == audio.shape
+def test_what_is_silent_stays_unheard(codec):
+    silence = codec.encode(torch.zeros(1, 1000))
+    assert codec.decode(silence).abs().max() < 0.01
+    right_only = torch.cat([torch.zeros(1, 24_000), noise(0.5)])
+    left, right = codec.decode(codec.encode(right_only, channels="separate"))
+    assert left.abs().max() < 0.01 * right.abs().max()
 
 
-def test_silence_decodes_to_something_finite(codec):
-    assert torch.isfinite(codec.decode(codec.encode(torch.zeros(1, 1000)))).all()
+def test_a_stream_tells_of_the_sound_before_it_was_resampled(codec):
+    """Its length and rate, from which that at the codec's rate follows."""
+    stream = codec.encode(noise(1)[:, :24_001], origin=(22_051, 44_100))
+    assert (stream.header.samples, stream.header.rate) == (22_051, 44_100)
+    assert codec.samples(22_051, 44_100) == 24_002
+    assert codec.decode(stream).shape == (1, 24_002)
+    assert bitstream.read(bitstream.write(stream), frames_of=codec.z_frames).header == stream.header
 
 
-def test_long_files_are_decoded_in_windows_that_join(codec):
-    """Where windows overlap they share noise and z, and the cross-fade leaves no step in the latents."""
-    z, noise_BCT = torch.zeros(1, 8, 60), codec.noise([0], 60)
-    x0 = codec.z_to_x0(z, noise_BCT)
-    assert x0.shape == noise_BCT.shape
-    first = codec.z_to_x0(z[..., :7], noise_BCT[..., :63])
-    torch.testing.assert_close(x0[..., :45], first[..., :45])  # before the second window begins
-    steps = (x0 - noise_BCT).diff(dim=-1).abs().mean(dim=(0, 1))
-    assert steps.max() < 4 * steps.median()
+def test_blocks_are_the_whole(codec, monkeypatch):
+    stream = codec.encode(noise(3, channels=2))
+    whole = codec.decode(stream, seed=5)
+    monkeypatch.setattr("models.autoencoder.BLOCK", 50)
+    blocks = list(codec.decode_blocks(stream, seed=5))
+    assert len(blocks) == 7
+    torch.testing.assert_close(torch.cat(blocks, dim=-1), whole)
 
 
-def test_long_files_are_encoded_window_by_window(codec):
-    x0 = codec.autoencoder.encode(noise(3)[None])[..., :270]
-    z = codec.x0_to_z(x0, 30)
-    torch.testing.assert_close(z[..., :7], codec.g(x0[..., :63]))
-    torch.testing.assert_close(z[..., -7:][..., -2:], codec.g(x0[..., -63:])[..., -2:])
+@pytest.mark.parametrize("seconds", [0.8, 3.0])
+def test_long_sounds_are_decoded_jointly_and_short_ones_at_once(codec, seconds, monkeypatch):
+    lengths = set()
+    forward = codec.dit.forward
+    monkeypatch.setattr(
+        codec.dit, "forward", lambda x, *rest, **more: lengths.add(x.shape[-1]) or forward(x, *rest, **more)
+    )
+    steps = []
+    codec.decode(codec.encode(noise(seconds)), progress=lambda done, total: steps.append((done, total)))
+    assert lengths == ({63} if seconds > 1 else {81})
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_codes_that_the_quantizer_does_not_have_are_refused(codec):
+    stream = codec.encode(noise(0.3))
+    for changes in ({"size": 32}, {"books": 4}, {"samples": 0}):
+        other = dataclasses.replace(stream, header=dataclasses.replace(stream.header, **changes))
+        with pytest.raises(ValueError, match="damaged"):
+            codec.decode(other)
 
 
 def test_another_models_stream_is_refused(codec):
@@ -172,6 +236,17 @@ def test_hash_tells_models_apart(exported, tmp_path):
     next(codec.f.parameters()).data += 0.1
     other = codec.save_pretrained(tmp_path / "other", base=tmp_path / "dit.safetensors", card="")
     assert other != SPresso.from_pretrained(exported).model_hash
+
+
+def test_a_prior_goes_with_the_codec_and_makes_no_other_model(exported, tmp_path):
+    codec = SPresso.from_pretrained(exported)
+    assert codec.coder() is None
+    codec.prior = Prior(books=3, size=16)
+    torch.nn.init.normal_(codec.prior.bias, std=3)
+    model = codec.save_pretrained(tmp_path / "with", base=tmp_path / "dit.safetensors", card="")
+    again = SPresso.from_pretrained(tmp_path / "with")
+    assert model == again.model_hash == SPresso.from_pretrained(exported).model_hash
+    assert again.coder().hash == codec.coder().hash
 
 
 def test_adapter_is_what_peft_loads(exported, tmp_path):

@@ -95,7 +95,8 @@ def test_resolved_config_starts_the_same_run(tmp_path):
 
 
 def test_stages_follow_from_what_is_given(tmp_path):
-    assert recipe.load("demo", []).stages == list(schema.STAGES)
+    assert recipe.load("demo", ["prior.samples=8", "prior.crop_frames=126"]).stages == list(schema.STAGES)
+    assert recipe.load("demo", []).stages == [stage for stage in schema.STAGES if stage != "prior"]
     given = recipe.load("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
     assert given.stages == ["prepare", "autoencode", "quantize", "finetune", "evaluate", "page"]
 

@@ -139,10 +139,10 @@ def test_last_checkpoints_are_kept(whole):
     assert kept == ["step_000000000064", "step_000000000096"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "prior", "finetune"])
 def test_a_stage_moves_all_that_it_computes_with_except_the_frozen_base(tiny, tmp_path, stage):
     config = tiny(*PRETRAIN, "pretrain.samples=8", "autoencode.samples=8", "quantizer.vectors=64")
-    for before in TRAINED_STAGES[: TRAINED_STAGES.index(stage)]:
+    for before in [name for name in TRAINED_STAGES[: TRAINED_STAGES.index(stage)] if name != "prior"]:
         assert train(config, before) == "done"
     task = make_task(config, stage)
     task.to(torch.device("meta"))

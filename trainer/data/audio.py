@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from trainer.data.files import replacing
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
+_MOST_VORBIS = 192_000  # samples a second; libsndfile crashes where libvorbis refuses more
 _WRITE_BLOCK = 1 << 16  # libsndfile overruns its stack when it is given minutes of audio for Vorbis at once
 _LARGEST_PAGE = 65307  # bytes, of an Ogg stream
 _UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe give a length from here up
@@ -61,6 +63,33 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np
     Raises:
         ValueError: the file can't be read, is cut off, has no samples, or values that are not finite.
     """
+    audio, rate = _read(path)
+    if audio.shape[1] != channels:
+        audio = audio @ np.full((audio.shape[1], channels), 1 / audio.shape[1], np.float32)
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate)
+    if not len(audio):
+        raise ValueError(f"{path} has no samples at {sample_rate} Hz")
+    return np.ascontiguousarray(audio.T)
+
+
+def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
+    """Read a sound file as it is.
+
+    Returns:
+        float32 (channels, samples), and its sample rate.
+
+    Raises:
+        ValueError: as `read_audio` does.
+    """
+    audio, rate = _read(path)
+    if not len(audio):
+        raise ValueError(f"{path} has no samples")
+    return audio.T, rate
+
+
+def _read(path: Path) -> tuple[NDArray[np.float32], int]:
+    """Samples (samples, channels), and their rate."""
     try:
         with soundfile.SoundFile(path) as file:
             rate, length = file.samplerate, file.frames
@@ -73,13 +102,32 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np
         raise ValueError(f"{path} is cut off: its end is missing")
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} has values that are not finite")
-    if audio.shape[1] != channels:
-        audio = audio @ np.full((audio.shape[1], channels), 1 / audio.shape[1], np.float32)
-    if rate != sample_rate:
-        audio = soxr.resample(audio, rate, sample_rate)
-    if not len(audio):
-        raise ValueError(f"{path} has no samples at {sample_rate} Hz")
-    return np.ascontiguousarray(audio.T)
+    return audio, rate
+
+
+def resample(audio: NDArray[np.float32], rate: int, wanted: int, *, samples: int) -> NDArray[np.float32]:
+    """Audio (channels, any length) at another rate, cut or filled up with zeros to so many samples."""
+    if rate != wanted:
+        audio = soxr.resample(audio.T, rate, wanted).T
+    missing = samples - audio.shape[1]
+    return np.pad(audio, ((0, 0), (0, missing))) if missing > 0 else audio[:, :samples]
+
+
+def resampled(
+    blocks: Iterable[NDArray[np.float32]], rate: int, wanted: int, *, channels: int, samples: int
+) -> Iterator[NDArray[np.float32]]:
+    """`resample` of blocks (channels, …) that come one by one, to `samples` in all."""
+    stream = None if rate == wanted else soxr.ResampleStream(rate, wanted, channels, dtype="float32")
+    left = samples
+    for block in blocks:
+        part = block if stream is None else stream.resample_chunk(np.ascontiguousarray(block.T)).T
+        yield part[:, :left]
+        left -= min(left, part.shape[1])
+    if stream is not None:
+        part = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True).T
+        yield part[:, :left]
+        left -= min(left, part.shape[1])
+    yield np.zeros((channels, left), np.float32)
 
 
 def _reason(error: Exception) -> str:
@@ -111,19 +159,57 @@ def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> Non
     Raises:
         ValueError: another suffix, or values that are not finite.
     """
-    if path.suffix.lower() not in _FORMATS:
+    if not can_write(path):
         raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
 
 
-def encode_audio(audio: NDArray[np.float32], sample_rate: int, *, suffix: str) -> bytes:
-    """The bytes of the file that `write_audio` would write."""
+def write_blocks(path: Path, blocks: Iterable[NDArray[np.float32]], sample_rate: int, channels: int) -> None:
+    """`write_audio` of blocks (channels, …) that come one by one; ValueError also for a rate that the format lacks."""
+    if not can_write(path):
+        raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
+    if path.suffix.lower() == ".ogg" and sample_rate > _MOST_VORBIS:
+        raise ValueError(
+            f"{path} can't be written at {sample_rate} Hz: .ogg has up to {_MOST_VORBIS}; give a lower rate"
+        )
+    container, subtype = _FORMATS[path.suffix.lower()]
+    try:
+        with (
+            replacing(path) as partial,
+            soundfile.SoundFile(partial, "w", sample_rate, channels, subtype, format=container) as file,
+        ):
+            for block in blocks:
+                _write(file, block)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} can't be written at {sample_rate} Hz: {_reason(error)}") from error
+
+
+def can_write(path: Path) -> bool:
+    """Whether sound is written by this suffix."""
+    return path.suffix.lower() in _FORMATS
+
+
+def sound_length(path: Path) -> tuple[int, int] | None:
+    """Samples and rate of a sound file, as its header has them; None where that can't be read."""
+    try:
+        found = soundfile.info(path)
+    except (soundfile.LibsndfileError, ZeroDivisionError):
+        return None
+    return found.frames, found.samplerate
+
+
+def _write(file: soundfile.SoundFile, audio: NDArray[np.float32]) -> None:
     if not np.isfinite(audio).all():
         raise ValueError("audio with values that are not finite can't be written")
+    for start in range(0, audio.shape[1], _WRITE_BLOCK):
+        file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
+
+
+def encode_audio(audio: NDArray[np.float32], sample_rate: int, *, suffix: str) -> bytes:
+    """The bytes of the file that `write_audio` would write."""
     container, subtype = _FORMATS[suffix]
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", sample_rate, len(audio), subtype, format=container) as file:
-        for start in range(0, audio.shape[1], _WRITE_BLOCK):
-            file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
+        _write(file, audio)
     return content.getvalue()

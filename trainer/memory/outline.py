@@ -15,11 +15,12 @@ from models.codec import ADAPTER, SPresso, lora_config
 from models.decoder import DecoderConfig, make_decoder
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.pretrained import outline_autoencoder, read_dit_config
+from models.prior import Prior
 from models.quantizer import make_quantizer
 from trainer.config import Config
 from trainer.run import base_model
 from trainer.strategy import blocks_of
-from trainer.tasks import _Denoiser, _LatentDenoiser, _Quantization
+from trainer.tasks import _CodePrior, _Denoiser, _LatentDenoiser, _Quantization
 
 Shapes = dict[str, torch.Size]
 
@@ -81,6 +82,9 @@ def stage_module(config: Config, stage: str, dit: DecoderConfig) -> nn.Module:
             codec.quantizer.requires_grad_(True)
             no_gain = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, gain_db=0.0))
             return _Quantization(no_gain, stage, cast(SPresso, codec))
+        if stage == "prior":
+            codec.prior = Prior(config.quantizer.books, config.quantizer.size)
+            return _CodePrior(config, stage, cast(SPresso, codec))
         learned = [value for name, value in codec.dit.named_parameters() if f".{ADAPTER}." in name]
         for part in (codec.g, codec.f) if stage == "autoencode" else (codec.f,):
             learned += part.parameters()
@@ -112,7 +116,9 @@ def _beside(config: Config, stage: str, module: nn.Module) -> list[nn.Module]:
         return [autoencoder]
     with torch.device("meta"):
         codec = _codec(config, dit_config(config, stage))
-    return [autoencoder, codec.quantizer] if stage == "finetune" else [autoencoder, codec.dit, codec.f]
+    if stage == "finetune":
+        return [autoencoder, codec.quantizer]
+    return [autoencoder, codec.dit, codec.f, *([codec.quantizer] if stage == "prior" else [])]
 
 
 def _float32_bytes(modules: Iterable[nn.Module]) -> int:

@@ -1,0 +1,154 @@
+"""Where windows of a long sound meet: the log-mel error there, and of the same frames where no windows meet.
+
+    python benchmarks/seams.py runs/demo/finetune/export --latents runs/demo/latents/test [--clips 16]
+
+Held-out clips are laid end to end, encoded to z and decoded as one long sound, twice: as they are, and with the first
+quarter of a window cut off, so that windows meet elsewhere. A frame's error where windows meet is then held against the
+error of the same frame in the middle of a window, with the noise that the decodes start from the same: what is left is
+the seam, and not what the sound does there. Beside it the same of windows that are sampled apart and cross-faded.
+Then g: how far z near a window's end is from the z of the same frames in the middle of another, with and without the
+overlap of windows that the codec encodes by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import windows
+from models.codec import SPresso, generate
+from trainer.data.shard_set import open_set
+from trainer.text import aligned
+
+NEAR = 4  # frames to either side of a joint that count as it
+FLOOR_DB = 60.0  # below the loudest band: less is not heard, and decides nothing
+SEEDS = 2
+
+Decode = Callable[[SPresso, Tensor, Tensor], tuple[Tensor, list[int]]]
+
+
+def jointly(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, list[int]]:
+    """As the codec decodes; and where windows met, in the last step or the one before."""
+    joint = windows.Joint(codec.dit, codec.f, window=codec.config.window, pooling=codec.config.latent_encoder.pooling)
+    met = []
+    for joint.step in (0, 1):
+        met += joint.starts(noise_1CT.shape[-1])[1:-1]
+    return codec.z_to_x0(z_1ZN, noise_1CT), met
+
+
+def cross_faded(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, list[int]]:
+    """Windows that overlap by a quarter, each sampled by itself; and the middles of the overlaps."""
+    window, pooling = codec.config.window, codec.config.latent_encoder.pooling
+    begins = windows.starts(noise_1CT.shape[-1], window, int(0.75 * window) // pooling * pooling)
+    rising = torch.arange(1, window + 1.0)
+    weight = torch.minimum(rising, rising.flip(0)).to(noise_1CT)
+    total, weights = torch.zeros_like(noise_1CT), torch.zeros_like(noise_1CT)
+    for start in begins:
+        part, z_part = slice(start, start + window), slice(start // pooling, (start + window) // pooling)
+        condition, sampling = codec.f(z_1ZN[..., z_part]), codec.config.sampling
+        x0 = generate(codec.dit, codec.diffusion, noise_1CT[..., part], condition=condition, sampling=sampling)
+        total[..., part] += x0 * weight
+        weights[..., part] += weight
+    middles = [(one + other + window) // 2 for one, other in pairwise(begins)]
+    return total / weights, middles
+
+
+def log_mel(codec: SPresso, x0_1CT: Tensor) -> Tensor:
+    """(bands, frames) in dB, a frame a latent frame."""
+    audio = codec.autoencoder.decode(x0_1CT)[0].mean(0)
+    hop, rate, bands = codec.autoencoder.hop, codec.autoencoder.sample_rate, 64
+    spectrum = torch.stft(audio, 4 * hop, hop, window=torch.hann_window(4 * hop).to(audio), return_complex=True)
+    mel = torch.linspace(0, 2595 * torch.log10(torch.tensor(1 + rate / 2 / 700)), bands + 2)
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    bins = torch.linspace(0, rate / 2, 2 * hop + 1)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    filters = torch.minimum(rising, falling).clamp_min(0).to(audio)
+    return 10 * torch.log10(filters @ spectrum.abs().square() + 1e-9)
+
+
+def near(places: list[int], frames: int) -> Tensor:
+    """Which frames are near a joint."""
+    chosen = torch.zeros(frames, dtype=torch.bool)
+    for place in places:
+        chosen[max(0, place - NEAR) : place + NEAR] = True
+    return chosen
+
+
+def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[str]:
+    """One row: the errors at joints, of the same frames away from joints, and what the difference may be by chance."""
+    pooling, frames = codec.config.latent_encoder.pooling, x0_1CT.shape[-1]
+    z, truth = codec.x0_to_z(x0_1CT, frames // pooling), log_mel(codec, x0_1CT)[:, :frames]
+    floor, differences, at_joints, away, took = truth.max() - FLOOR_DB, [], [], [], 0.0
+    for seed in range(SEEDS):
+        noise, errors, met = codec.noise([seed], frames // pooling), [], []
+        for cut in (0, shift):
+            begun = time.perf_counter()
+            x0, places = decode(codec, z[..., cut // pooling :], noise[..., cut:])
+            took += time.perf_counter() - begun
+            error = (log_mel(codec, x0)[:, : frames - cut].clamp_min(floor) - truth[:, cut:].clamp_min(floor)).abs()
+            errors.append(error.mean(0)[shift - cut :])
+            met.append(near([place + cut - shift for place in places if place + cut > shift], frames - shift))
+        for own, other in ((0, 1), (1, 0)):
+            joints = met[own] & ~met[other]
+            at_joints.append(errors[own][joints])
+            away.append(errors[other][joints])
+            differences.append(errors[own][joints] - errors[other][joints])
+    every = torch.cat(differences)
+    chance = float(every.std() / (len(every) / (2 * NEAR)) ** 0.5)  # frames of one joint are hardly independent
+    return [
+        decode.__name__.replace("_", "-"),
+        f"{torch.cat(at_joints).mean():.3f}",
+        f"{torch.cat(away).mean():.3f}",
+        f"{every.mean():+.3f} ± {chance:.3f}",
+        f"{took / 2 / SEEDS:.1f}",
+    ]
+
+
+def ends_of_g(codec: SPresso, x0_1CT: Tensor, shift: int) -> list[list[str]]:
+    """Rows: the relative difference of z in two grids of windows, near a joint of either and elsewhere."""
+    pooling, window, rows = codec.config.latent_encoder.pooling, codec.config.window, []
+    for name, margin in (("windows that meet", 0), ("overlapping by half", (window // pooling - 1) // 4 * pooling)):
+        stride = window - 2 * margin
+        whole = windows.encode(codec.g, x0_1CT, window=window, pooling=pooling, margin=margin)[..., shift // pooling :]
+        moved = windows.encode(codec.g, x0_1CT[..., shift:], window=window, pooling=pooling, margin=margin)
+        difference = (whole - moved).square().mean((0, 1)) / whole.square().mean()
+        joints = torch.zeros(len(difference), dtype=torch.bool)
+        for first, cut in ((margin, shift), (margin, 0)):
+            places = torch.arange(first + stride, x0_1CT.shape[-1] - window, stride) - cut
+            for place in (places[(places > 0) & (places < x0_1CT.shape[-1] - shift)] // pooling).tolist():
+                joints[max(0, place - 1) : place + 1] = True
+        inner = slice(window // pooling, -window // pooling)
+        near_, else_ = difference[inner][joints[inner]], difference[inner][~joints[inner]]
+        rows.append([name, f"{near_.mean().sqrt():.4f}", f"{else_.mean().sqrt():.4f}"])
+    return rows
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("codec", type=Path)
+    options.add_argument("--latents", required=True, help="a held-out set of the codec's run, such as …/latents/test")
+    options.add_argument("--clips", type=int, default=16)
+    given = options.parse_args()
+    codec = SPresso.from_pretrained(given.codec)
+    pooling, window = codec.config.latent_encoder.pooling, codec.config.window
+    clips = [torch.from_numpy(clip).float() for clip in open_set(given.latents).latents(list(range(given.clips)))]
+    x0_1CT = torch.cat(clips, dim=-1)[None]
+    x0_1CT = x0_1CT[..., : x0_1CT.shape[-1] // pooling * pooling]
+    shift = window // 4 // pooling * pooling
+    head = ["windows", "error at joints, dB", "same frames, no joint", "difference", "s to decode"]
+    rows = [seams(codec, decode, x0_1CT, shift) for decode in (jointly, cross_faded)]
+    print(aligned([head, *rows], right=range(1, len(head))))
+    head = ["g's windows", "z differs at joints by", "and elsewhere"]
+    print(aligned([head, *ends_of_g(codec, x0_1CT, shift)], right=range(1, len(head))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The stage `prior`: trained by the one loop, kept in the exports, optional."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from models import bitstream
+from models.codec import SPresso
+from trainer.loop import train
+from trainer.run import stage_before, stage_folder, training_sets
+from trainer.tasks import make_task
+
+BRIEF = (
+    *("pretrain.samples=8", "autoencode.samples=8", "finetune.samples=8", "quantizer.vectors=1000"),
+    *("prior.samples=160", "prior.global_batch=8", "prior.crop_frames=63", "prior.lr=0.03", "prior.warmup=8"),
+    *("prior.ema_halflife=8", "log.samples_every=0", "log.held_out=8", "checkpoint.every=1000"),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    """A recipe with a prior, run to the end of `finetune`."""
+    from trainer.recipe import load
+
+    folder = tmp_path_factory.mktemp("prior")
+    paths = [f"run_dir={folder}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
+    config = load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *BRIEF])
+    for stage in ("pretrain", "autoencode", "quantize", "prior", "finetune"):
+        assert train(config, stage) == "done"
+    return config
+
+
+def lines(config, kind: str) -> list[dict]:
+    text = (stage_folder(config, "prior") / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
+
+
+def test_its_loss_is_bits_a_code_and_falls(trained):
+    losses = [line["loss"] for line in lines(trained, "train")]
+    assert losses[0] < 5.5  # log2 of 32 codewords, and a little for what it expects wrongly
+    assert losses[-1] < losses[0]
+    codec = SPresso.from_pretrained(stage_folder(trained, "prior") / "export")
+    assert codec.prior.config()["books"] == trained.quantizer.books
+
+
+def test_finetune_builds_on_it_and_keeps_it(trained, tiny):
+    assert stage_before(trained, "finetune") == "prior"
+    assert stage_before(tiny(), "finetune") == "quantize"
+    before, after = (
+        SPresso.from_pretrained(stage_folder(trained, stage) / "export") for stage in ("prior", "finetune")
+    )
+    assert after.coder().hash == before.coder().hash
+    assert json.loads((stage_folder(trained, "finetune") / "inputs.json").read_text())["prior"] == before.model_hash
+    assert SPresso.from_pretrained(stage_folder(trained, "quantize") / "export").model_hash == before.model_hash
+
+
+def test_files_are_shorter_by_it(trained):
+    """Of sounds that it has seen: so brief a training says little of others."""
+    codec = SPresso.from_pretrained(stage_folder(trained, "finetune") / "export")
+    audio = codec.autoencoder.decode(sounds(trained))[0]
+    for books in trained.rates:
+        stream = codec.encode(audio, books=books)
+        plain, coded = bitstream.write(stream), bitstream.write(stream, coder=codec.coder())
+        assert len(coded) < len(plain)
+        assert (bitstream.read(coded, frames_of=codec.z_frames, coder=codec.coder()).codes == stream.codes).all()
+
+
+def sounds(config) -> torch.Tensor:
+    """Latents (1, C, T) of clips that the stages have learned from, end to end."""
+    (shards,) = training_sets(config)
+    return torch.cat([torch.from_numpy(x0) for x0 in shards.latents(range(16))], dim=-1).float()[None]
+
+
+def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
+    task = make_task(trained, "prior")
+    with torch.no_grad():
+        for value in task.codec.prior.parameters():
+            value.normal_()
+    x0, positions = sounds(trained)[..., : 63 * 8].unflatten(-1, (8, 63))[0].transpose(0, 1), torch.arange(8)
+    losses = task.module(x0, positions).losses
+    mask = torch.ones(8, 63, dtype=torch.bool)
+    mask[3, 18:] = False
+    masked = task.module(x0, positions, mask).losses
+    assert torch.equal(losses[torch.arange(8) != 3], masked[torch.arange(8) != 3])
+    assert losses[3] != masked[3]
+    z = task.codec.g(x0).transpose(1, 2)
+    each = [task.codec.prior(task.codec.quantizer.encode(z, books=books)).mean((1, 2)) for books in trained.rates]
+    drawn = torch.stack([torch.isclose(losses, rate, rtol=1e-4) for rate in each])
+    assert drawn.any(0).all()
+    assert drawn.any(1).all()
