@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.page.html import NOTHING, Html, element, explained, is_number, join, scrolling, signed
-from trainer.page.systems import TABLES, Report, System, system_name, table_key, with_role
+from trainer.page.systems import TABLES, Report, System, system_name, with_role
 
 FigureInfo = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ def lead(report: Report) -> str:
     parts = [f"Mean and {spread}."]
     if any(is_number(result.get("control")) for result in results):
         parts.append(
-            "In brackets the same figure of decodes from another clip's z: what a codec gains over it, it knows."
+            "In brackets the same figure where another clip's z was decoded: what lies between, z has carried."
         )
     parts.append("Within each range of rates the best is marked; ceilings and floors do not compete.")
     if any(result.get("significant") is False for result in results):
@@ -151,7 +151,7 @@ def _best_keys(report: Report, figure: FigureInfo, means: Mapping[str, float]) -
     best = set()
     for table in TABLES:
         systems = [s for role in ("system", "baseline") for s in with_role(report, role, table)]
-        rivals = [s["key"] for s in systems if s["key"] in means and table_key(s) == table.key]
+        rivals = [s["key"] for s in systems if s["key"] in means]
         if len(rivals) > 1:
             chosen = best_of(figure)(means[key] for key in rivals)
             best |= {key for key in rivals if means[key] == chosen}

@@ -160,7 +160,7 @@ class Deck {
 
   pause() {
     const at = this.#context.currentTime + Deck.AHEAD;
-    this.#rest = this.#secondsAt(at);
+    this.#rest = this.#secondsAt(at) % this.#voice.source.buffer.duration;
     this.#release(at, fadeCurves(0).fall);
     this.#voice = null;
   }
