@@ -100,7 +100,7 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
         words = shlex.split(re.sub(r"\[.*?\]", "", line).split("   ")[0].split("  #")[0])
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
-            recipe = options.recipe if options.recipe in ("demo", "tiny", "woosh") else "demo"
+            recipe = options.recipe if options.recipe in ("demo", "tiny", "spresso_11hz") else "demo"
             load(recipe, [override for override in overrides if not override.startswith("stage=")])
 
 

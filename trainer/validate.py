@@ -154,8 +154,8 @@ def _ranges(config: Config) -> list[str]:
 
 
 def _trained(config: Config) -> list[str]:
-    """Stages whose settings matter: all but a prior that is not asked for."""
-    return [name for name in TRAINED_STAGES if name != "prior" or config.prior.samples]
+    """The trained stages that this recipe has: the settings of the others don't matter."""
+    return [name for name in config.stages if name in TRAINED_STAGES]
 
 
 def _strategy(config: Config) -> list[str]:

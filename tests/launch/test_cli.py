@@ -265,7 +265,7 @@ def test_no_space_on_the_disk(prepared, tmp_path, monkeypatch, capsys):
 
 def test_plan_works_where_pretrained_weights_are_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", "woosh"]) == 0
+    assert main(["plan", "spresso_11hz"]) == 0
     text = capsys.readouterr().out
     assert "autoencode: 3000000 samples" in text
     assert re.search(r"# memory: autoencode\nleft out.*checkpoints/Woosh-Flow", text)

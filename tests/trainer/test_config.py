@@ -123,9 +123,9 @@ def test_a_model_is_a_choice_of_any_recipe(released):
     assert {config.autoencoder.folder, config.text.folder, config.pretrained.folder} == {"/models/sao"}
     assert config.autoencode.samples == 128  # the recipe's, of which the model says nothing
     assert "pretrain" not in config.stages
-    config = recipe.load("woosh", ["latent_encoder.pooling=3"])
+    config = recipe.load("spresso_11hz", ["latent_encoder.pooling=3"])
     assert (config.autoencoder.folder, config.latent_encoder.pooling) == ("checkpoints/Woosh-AE", 3)
-    other = recipe.load("woosh", ["model=stable_audio_open"])
+    other = recipe.load("spresso_11hz", ["model=stable_audio_open"])
     assert (other.autoencoder.kind, other.latent_encoder.pooling, other.latent_encoder.width) == ("oobleck", 2, 768)
 
 
