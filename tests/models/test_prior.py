@@ -142,7 +142,9 @@ def test_frequencies_are_those_of_exact_arithmetic():
 
 def test_frequencies_of_many_are_those_of_whole_numbers():
     """numpy's int64, of as many sums as rounding would need to show."""
-    coder = make_prior(1, 256).coder()
+    prior = make_prior(1, 256)
+    prior.out.data *= 3
+    coder = prior.coder()
     known = np.random.default_rng(0).integers(-(2**11), 2**11, (1000, 32))
     mix, bias, out, logit = (getattr(coder, name)[0].astype(np.int64) for name in ("mix", "mix_bias", "out", "bias"))
     hidden = ((known @ mix.T + bias + 512) >> 10).clip(-1024, 1024)
