@@ -193,7 +193,7 @@ class SPresso(nn.Module):
         return self.x0_to_z(x0_BCT, self.z_frames(audio_B1S.shape[-1]))
 
     def x0_to_z(self, x0_BCT: Tensor, z_frames: int) -> Tensor:
-        """Latents of any length → z (B, Z, z_frames); long ones by windows that overlap by half.
+        """Latents of any length → z (B, Z, z_frames); long ones by windows that overlap by nearly half.
 
         At a window's ends g lacks what lies beyond: a quarter at each end is left to the window beside it.
         """

@@ -86,8 +86,10 @@ def test_what_is_there_is_not_done_again_unless_forced(codec, sounds, tmp_path, 
     assert "2 done, 1 there already" in capsys.readouterr().err
     spresso("decode", out, back, "--codec", codec)
     assert "3 done, 0 there already" in capsys.readouterr().err  # two streams are newer, and one sound was cut
+    written = {path: path.stat().st_mtime_ns for path in back.rglob("*.*")}
     spresso("decode", out, back, "--codec", codec)
     assert "0 done, 3 there already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in back.rglob("*.*")} == written
     spresso("encode", sounds, out, "--codec", codec, "--books", 2)
     assert "3 done, 0 there already" in capsys.readouterr().err
     spresso("encode", sounds, out, "--codec", codec, "--books", 2, "--force")

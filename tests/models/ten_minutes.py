@@ -1,4 +1,4 @@
-"""What `test_codec.py` runs apart: a codec takes some seconds, then ten minutes; it says how much more MB that took."""
+"""What `test_codec.py` runs apart: a codec takes some seconds, then ten minutes, and says how many more MB it took."""
 
 from __future__ import annotations
 

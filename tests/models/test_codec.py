@@ -22,6 +22,7 @@ from models.pretrained import load_dit
 from models.prior import Prior
 from models.residual_quantizer import ResidualQuantizer
 from models.weights import load_weights, save_weights
+from models.windows import Joint
 
 SHAPES = LatentEncoderConfig(
     z_channels=8, pooling=9, patch_size=3, width=16, encoder_depth=1, upsampler_depth=1, heads=2
@@ -201,10 +202,12 @@ def test_long_sounds_are_decoded_jointly_and_short_ones_at_once(codec, seconds, 
     monkeypatch.setattr(
         codec.dit, "forward", lambda x, *rest, **more: lengths.add(x.shape[-1]) or forward(x, *rest, **more)
     )
-    steps = []
+    steps, grids, starts = [], [], Joint.starts
+    monkeypatch.setattr(Joint, "starts", lambda self, frames: grids.append(self.step) or starts(self, frames))
     codec.decode(codec.encode(noise(seconds)), progress=lambda done, total: steps.append((done, total)))
     assert lengths == ({63} if seconds > 1 else {81})
     assert steps == [(1, 2), (2, 2)]
+    assert grids == ([0, 1] if seconds > 1 else [])
 
 
 def test_codes_that_the_quantizer_does_not_have_are_refused(codec):
@@ -213,6 +216,23 @@ def test_codes_that_the_quantizer_does_not_have_are_refused(codec):
         other = dataclasses.replace(stream, header=dataclasses.replace(stream.header, **changes))
         with pytest.raises(ValueError, match="damaged"):
             codec.decode(other)
+
+
+def test_long_files_are_encoded_by_windows_that_know_their_neighbours(codec):
+    """A window is 7 z; of all but the first the z at its beginning is the window's before."""
+    x0 = codec.autoencoder.encode(noise(3)[None])[..., :270]
+    z = codec.x0_to_z(x0, 30)
+    torch.testing.assert_close(z[..., :6], codec.g(x0[..., :63])[..., :6])
+    torch.testing.assert_close(z[..., 6:11], codec.g(x0[..., 45:108])[..., 1:6])
+    torch.testing.assert_close(z[..., -6:], codec.g(x0[..., -63:])[..., -6:])
+
+
+def test_mid_and_side_start_from_other_noise(codec):
+    """With the same, what is made up would lean to the left: here, with the same codes, all of it."""
+    stream = codec.encode(noise(0.5, channels=2))
+    alike = dataclasses.replace(stream.header, gains_db=(0.0, 0.0))
+    left, right = codec.decode(dataclasses.replace(stream, header=alike, codes=stream.codes[:1].repeat(2, axis=0)))
+    assert right.abs().mean() > 0.1 * left.abs().mean()
 
 
 def test_another_models_stream_is_refused(codec):

@@ -140,6 +140,18 @@ def test_frequencies_are_those_of_exact_arithmetic():
         assert table.sum() == 2**24 - 64
 
 
+def test_frequencies_of_many_are_those_of_whole_numbers():
+    """numpy's int64, of as many sums as rounding would need to show."""
+    prior = make_prior(1, 256)
+    prior.out.data *= 3
+    coder = prior.coder()
+    known = np.random.default_rng(0).integers(-(2**11), 2**11, (1000, 32))
+    mix, bias, out, logit = (getattr(coder, name)[0].astype(np.int64) for name in ("mix", "mix_bias", "out", "bias"))
+    hidden = ((known @ mix.T + bias + 512) >> 10).clip(-1024, 1024)
+    assert np.abs(hidden).mean() < 900
+    assert np.array_equal(coder._table(0, known.astype(float)), module._frequencies(hidden @ out.T + logit))
+
+
 def test_frequencies_depend_on_no_order_of_summation_and_no_number_of_rows():
     """Features put in another order are summed in another order, and more rows take other paths through BLAS."""
     prior, random = make_prior(3, 256), np.random.default_rng(0)

@@ -87,6 +87,8 @@ def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
     assert torch.equal(losses[torch.arange(8) != 3], masked[torch.arange(8) != 3])
     assert losses[3] != masked[3]
     z = task.codec.g(x0).transpose(1, 2)
+    heard = [task.codec.prior(task.codec.quantizer.encode(z[3:4, :2], books=books)).mean() for books in trained.rates]
+    assert torch.isclose(masked[3], torch.stack(heard), rtol=1e-4).any()
     each = [task.codec.prior(task.codec.quantizer.encode(z, books=books)).mean((1, 2)) for books in trained.rates]
     drawn = torch.stack([torch.isclose(losses, rate, rtol=1e-4) for rate in each])
     assert drawn.any(0).all()
