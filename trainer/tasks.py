@@ -10,7 +10,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +24,13 @@ from models.prior import Prior
 from models.quantizer import make_quantizer
 from trainer.config import Config
 from trainer.data.stream import Batch
-from trainer.data.text import Text, WantedText
-from trainer.randomness import integers, keys, normal, uniform
+from trainer.data.text import WantedText
+from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization, heard
+from trainer.randomness import keys, uniform
 from trainer.run import base_model, stage_before, stage_folder
 
 Progressed = Callable[[int, int], None] | None
 _VECTORS_PER_CODEWORD = 16  # whose codes are counted, before a prior learns what they depend on
-
-
-class Losses(NamedTuple):
-    """Per-sample losses (b,) and where in the noise levels' distribution each sample lay, in (0, 1), (b,)."""
-
-    losses: Tensor
-    quantiles: Tensor
 
 
 class Task(ABC):
@@ -63,7 +56,7 @@ class Task(ABC):
     def text(self) -> WantedText | None:
         """What text its D reads, if it does, and of which samples; what is dropped goes by a sample's position."""
         settings, module = self.config.stage(self.stage), self.module
-        if not isinstance(module, _Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
+        if not isinstance(module, Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
             return None
 
         def keeps(positions_B: Tensor) -> Tensor:
@@ -108,139 +101,9 @@ class Task(ABC):
 
 def frozen_base(module: nn.Module) -> set[Tensor]:
     """D's own weights in a stage's module where they are not trained: they may be more than a device can hold."""
-    if not isinstance(module, _Denoiser):
+    if not isinstance(module, Denoiser):
         return set()
     return {value for value in module.dit.parameters() if not value.requires_grad}
-
-
-class _Denoiser(nn.Module):
-    """E‖D(x0 + noise, condition) − x0‖², in the chosen formulation; what is random comes from a sample's position."""
-
-    def __init__(self, config: Config, stage: str, dit: Decoder) -> None:
-        super().__init__()
-        self.dit = dit
-        self.diffusion = make_diffusion(config.diffusion.name, **config.diffusion.options)
-        self.purpose, self.seed = stage, config.seed
-        self.condition_dropout = config.stage(stage).condition_dropout
-
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
-    ) -> Losses:
-        u_B = uniform(self.keys("level", positions_B))
-        noise_BCT = normal(self.keys("noise", positions_B), *x0_BCT.shape[1:])
-        condition = self.condition(x0_BCT, positions_B)
-        t_B = self.diffusion.noise_level(u_B)
-        conditions = {"condition": condition}
-        if text is not None:
-            conditions |= {"text": text.tokens, "text_mask": text.mask}
-        losses_B = self.diffusion.loss(lambda x, t: self.dit(x, t, **conditions), x0_BCT, noise_BCT, t_B, mask_BT)
-        return Losses(losses_B, u_B)
-
-    def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor | None:
-        """Nothing, unless a stage says otherwise."""
-        return None
-
-    def keys(self, purpose: str, positions_B: Tensor) -> Tensor:
-        """Keys of one purpose, apart from the other stages' keys."""
-        return keys(self.seed, f"{self.purpose}/{purpose}", positions_B)
-
-
-class _LatentDenoiser(_Denoiser):
-    """D on f(z), with z = g(x0), or z_q at a number of codebooks drawn for each sample."""
-
-    def __init__(self, config: Config, stage: str, codec: SPresso, rates: list[int]) -> None:
-        super().__init__(config, stage, codec.dit)
-        self.g, self.f = codec.g, codec.f
-        # in a tuple it is no part of this module: frozen, in float32 whatever the rest is computed in, on every rank
-        self.quantizers = (codec.quantizer,)
-        self.rates = rates
-
-    def condition(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
-        z_BZN = self.g(x0_BCT)
-        if self.rates:
-            z_BZN = self.quantized(z_BZN, positions_B)
-        kept_B = uniform(self.keys("drop", positions_B)) >= self.condition_dropout
-        return self.f(z_BZN) * kept_B[:, None, None]
-
-    def quantized(self, z_BZN: Tensor, positions_B: Tensor) -> Tensor:
-        """z_q, each sample at the rate that its key draws."""
-        (quantizer,) = self.quantizers
-        assert quantizer is not None
-        with torch.no_grad(), torch.autocast(z_BZN.device.type, enabled=False):
-            drawn_B = integers(self.keys("rate", positions_B), len(self.rates))
-            z_q = torch.empty_like(z_BZN)
-            for rate, books in enumerate(self.rates):
-                chosen = drawn_B == rate
-                codes_BNM = quantizer.encode(z_BZN[chosen].transpose(1, 2).float(), books=books)
-                z_q[chosen] = quantizer.decode(codes_BNM).transpose(1, 2).to(z_q.dtype)
-        return z_q
-
-
-def _heard(mask_BT: Tensor | None, z_BNZ: Tensor) -> Tensor:
-    """Which z are of a sample, at least in part, and not of its padding: (b, N), bool."""
-    if mask_BT is None:
-        return torch.ones(z_BNZ.shape[:2], dtype=torch.bool, device=z_BNZ.device)
-    return mask_BT.unflatten(1, (z_BNZ.shape[1], -1)).any(2)
-
-
-class _Quantization(nn.Module):
-    """The quantizer's own loss on z, of clips heard at gains that their keys draw."""
-
-    def __init__(self, config: Config, stage: str, codec: SPresso) -> None:
-        super().__init__()
-        self.g, self.quantizer = codec.g, codec.quantizer
-        self.frozen = (codec.autoencoder,)  # in a tuple it is no part of this module
-        self.gain_db, self.seed, self.purpose = config.quantizer.gain_db, config.seed, f"{stage}/gain"
-
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
-    ) -> Losses:
-        assert self.quantizer is not None
-        with torch.no_grad():
-            z_BNZ = self.g(self.regained(x0_BCT, positions_B)).transpose(1, 2)
-        losses_BN = self.quantizer(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
-        heard_BN = _heard(mask_BT, z_BNZ).to(losses_BN.dtype)
-        losses_B = (losses_BN * heard_BN).sum(1) / heard_BN.sum(1).clamp_min(1)
-        return Losses(losses_B, torch.full_like(losses_B, 0.5))
-
-    def regained(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
-        """x0 as it would be at another gain, the sample's own."""
-        if self.gain_db == 0:
-            return x0_BCT
-        (autoencoder,) = self.frozen
-        gain_db_B = self.gain_db * (2 * uniform(keys(self.seed, self.purpose, positions_B)) - 1)
-        with torch.autocast(x0_BCT.device.type, enabled=False):
-            held_BCT = torch.cat([x0_BCT, x0_BCT[..., -1:]], dim=-1).float()  # its last frame has a whole hop, too
-            audio_B1S = autoencoder.decode(held_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
-            return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
-
-
-class _CodePrior(nn.Module):
-    """Bits a code, of z's codes at a number of codebooks drawn for each sample."""
-
-    def __init__(self, config: Config, stage: str, codec: SPresso) -> None:
-        super().__init__()
-        self.g, self.prior = codec.g, codec.prior
-        self.quantizers = (codec.quantizer,)  # in a tuple for the reasons that _LatentDenoiser has
-        self.seed, self.purpose, self.rates = config.seed, stage, config.rates
-
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
-    ) -> Losses:
-        (quantizer,), prior = self.quantizers, self.prior
-        assert quantizer is not None
-        assert prior is not None
-        with torch.no_grad():
-            z_BNZ = self.g(x0_BCT).transpose(1, 2).float()
-        heard_BN = _heard(mask_BT, z_BNZ).float()
-        drawn_B = integers(keys(self.seed, f"{self.purpose}/rate", positions_B), len(self.rates))
-        losses_B = z_BNZ.new_zeros(len(z_BNZ))
-        for rate, books in enumerate(self.rates):
-            chosen_B = drawn_B == rate
-            if chosen_B.any():
-                bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * heard_BN[chosen_B]
-                losses_B[chosen_B] = bits_BN.sum(1) / heard_BN[chosen_B].sum(1).clamp_min(1)
-        return Losses(losses_B, torch.full_like(losses_B, 0.5))
 
 
 class Pretrain(Task):
@@ -250,7 +113,7 @@ class Pretrain(Task):
         super().__init__(config, stage)
         self.autoencoder = load_autoencoder(**dataclasses.asdict(config.autoencoder))
         self.dit = DiT(config.dit)
-        self.module = _Denoiser(config, stage, self.dit)
+        self.module = Denoiser(config, stage, self.dit)
 
     def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
         """Unconditional samples of the same length."""
@@ -334,7 +197,7 @@ class Autoencode(_CodecTask):
         super().__init__(config, stage)
         codec = fresh_codec(config)
         self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
-        self.module = _LatentDenoiser(config, stage, codec, rates=[])
+        self.module = LatentDenoiser(config, stage, codec, rates=[])
 
 
 class Quantize(_CodecTask):
@@ -346,7 +209,7 @@ class Quantize(_CodecTask):
         codec.quantizer = make_quantizer(config.quantizer.description(config.latent_encoder.z_channels))
         codec.config.rates = config.rates
         self._take(codec, [codec.quantizer])
-        self.module = self.quantization = _Quantization(config, stage, codec)
+        self.module = self.quantization = Quantization(config, stage, codec)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -363,7 +226,7 @@ class Quantize(_CodecTask):
             x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
             z_BNZ = self.codec.g(self.quantization.regained(x0_BCT, positions_B)).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            vectors.append(gather(z_BNZ)[gather(_heard(mask_BT, z_BNZ))])
+            vectors.append(gather(z_BNZ)[gather(heard(mask_BT, z_BNZ))])
         if main:
             assert self.codec.quantizer is not None
             every = torch.cat(vectors)[: self.config.quantizer.vectors]
@@ -378,7 +241,7 @@ class FitPrior(_CodecTask):
         codec = SPresso.from_pretrained(stage_folder(config, "quantize") / "export")
         codec.prior = Prior(books=config.quantizer.books, size=config.quantizer.size)
         self._take(codec, [codec.prior])
-        self.module = _CodePrior(config, stage, codec)
+        self.module = CodePrior(config, stage, codec)
 
     @torch.no_grad()
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
@@ -391,7 +254,7 @@ class FitPrior(_CodecTask):
             batch = next(batches)
             z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(_heard(mask_BT, z_BNZ))])
+            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(heard(mask_BT, z_BNZ))])
         prior.fit(torch.cat(codes))
 
 
@@ -404,7 +267,7 @@ class Finetune(_CodecTask):
         assert before is not None
         codec = SPresso.from_pretrained(stage_folder(config, before) / "export")
         self._take(codec, [codec.f, list(codec.adapter_parameters().values())])
-        self.module = _LatentDenoiser(config, stage, codec, rates=config.rates)
+        self.module = LatentDenoiser(config, stage, codec, rates=config.rates)
 
 
 TASKS: dict[str, type[Task]] = {

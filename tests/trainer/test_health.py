@@ -16,9 +16,9 @@ from trainer.feed import Feed
 from trainer.health import Health
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.objectives import Denoiser
 from trainer.parallel import Parallel
 from trainer.run import RunDirectory
-from trainer.tasks import _Denoiser
 
 RUN = (*PRETRAIN, "pretrain.samples=128", "checkpoint.every=16", "checkpoint.keep_last=3", "health.rewind_after=3")
 
@@ -93,7 +93,7 @@ def poison(monkeypatch):
     seen: set[int] = set()
 
     def make(*positions: int) -> set[int]:
-        plain = _Denoiser.forward
+        plain = Denoiser.forward
 
         def forward(self, x0_BCT, positions_B, mask_BT=None):
             result = plain(self, x0_BCT, positions_B, mask_BT)
@@ -102,7 +102,7 @@ def poison(monkeypatch):
             bad_B = torch.isin(positions_B, torch.tensor(positions))
             return result._replace(losses=torch.where(bad_B, float("nan"), 1.0) * result.losses)
 
-        monkeypatch.setattr(_Denoiser, "forward", forward)
+        monkeypatch.setattr(Denoiser, "forward", forward)
         return seen
 
     return make

@@ -18,9 +18,9 @@ from models.pretrained import outline_autoencoder, read_dit_config
 from models.prior import Prior
 from models.quantizer import make_quantizer
 from trainer.config import Config
+from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization
 from trainer.run import base_model
 from trainer.strategy import blocks_of
-from trainer.tasks import _CodePrior, _Denoiser, _LatentDenoiser, _Quantization
 
 Shapes = dict[str, torch.Size]
 
@@ -76,21 +76,21 @@ def stage_module(config: Config, stage: str, dit: DecoderConfig) -> nn.Module:
     """
     with torch.device("meta"):
         if stage == "pretrain":
-            return _Denoiser(config, stage, make_decoder(dit))
+            return Denoiser(config, stage, make_decoder(dit))
         codec = _codec(config, dit)
         if stage == "quantize":
             codec.quantizer.requires_grad_(True)
             no_gain = dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, gain_db=0.0))
-            return _Quantization(no_gain, stage, cast(SPresso, codec))
+            return Quantization(no_gain, stage, cast(SPresso, codec))
         if stage == "prior":
             codec.prior = Prior(config.quantizer.books, config.quantizer.size)
-            return _CodePrior(config, stage, cast(SPresso, codec))
+            return CodePrior(config, stage, cast(SPresso, codec))
         learned = [value for name, value in codec.dit.named_parameters() if f".{ADAPTER}." in name]
         for part in (codec.g, codec.f) if stage == "autoencode" else (codec.f,):
             learned += part.parameters()
         for parameter in learned:
             parameter.requires_grad_(True)
-        return _LatentDenoiser(config, stage, cast(SPresso, codec), rates=[])
+        return LatentDenoiser(config, stage, cast(SPresso, codec), rates=[])
 
 
 def _codec(config: Config, dit_config: DecoderConfig) -> Any:
