@@ -39,6 +39,8 @@ from trainer.run import write_atomically  # noqa: E402
 SIZE, BITS = 256, (64, 96, 120)
 BOOKS = [bits // 8 for bits in BITS]
 GAINS_DB = (-9.0, -6.0, -3.0, 3.0, 6.0, 9.0, -12.0, 12.0, 0.0)
+TRAINING, SEARCH = (4, 8), (32, 64)
+"""Beam and candidates of ours, while it learns and when it is measured."""
 Decoded = Callable[[Tensor], Tensor]
 
 
@@ -128,9 +130,11 @@ def regained(codec: SPresso, x0_1CT: Tensor, gain_db: float) -> Tensor:
 
 def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One quantizer of 15 books, whose prefixes are the lower rates."""
-    quantizer = QINCo2(data["train"].shape[1], max(BOOKS), SIZE)
+    torch.manual_seed(0)
+    quantizer = QINCo2(data["train"].shape[1], max(BOOKS), SIZE, beam=TRAINING[0], candidates=TRAINING[1])
     seconds = timed(lambda: quantizer.fit(data["train"], seed=0))[0]
     more, quantizer = timed(lambda: learned(quantizer, data, options))
+    quantizer.beam, quantizer.candidates = SEARCH
     usage = [len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T]
     for books in BOOKS:
         row = measured(data["test"], partial_encode(quantizer, books), quantizer.decode, seconds + more)
@@ -153,7 +157,7 @@ def learned(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Nam
             error = relative(average.decode(average.encode(validation)), validation)
             if error < best_error:
                 best, best_error = copy.deepcopy(average.state_dict()), error
-            say(f"  step {step}: validation {error:.4f}")
+            say(f"  step {step}: validation {1000 * error:.4g}")
         rate = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = options.lr * max(1e-3, rate)
         rows = torch.randint(len(data["train"]), (options.batch,), generator=generator)
@@ -302,6 +306,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def markdown(figures: dict[str, Any]) -> str:
     lines = [
+        f"Relative error in thousandths; {figures['vectors']['train']} vectors to train on.\n",
         "| method | " + " | ".join(f"{bits} bits" for bits in BITS) + " | fit s | encode µs | decode µs |",
         "|---" * (len(BITS) + 4) + "|",
     ]
@@ -309,7 +314,7 @@ def markdown(figures: dict[str, Any]) -> str:
         rows = {row["books"]: row for row in figures["rows"] if row["method"] == name}
         if rows:
             middle = rows[BOOKS[1]]
-            errors = " | ".join(f"{rows[books]['error']:.4f}" for books in BOOKS)
+            errors = " | ".join(f"{1000 * rows[books]['error']:.4g}" for books in BOOKS)
             lines.append(f"| {name} | {errors} | {middle['fit_s']} | {middle['encode_us']} | {middle['decode_us']} |")
     return "\n".join(lines)
 
