@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -411,5 +412,20 @@ def _line(error: Exception) -> str:
     return str(error)
 
 
+def command() -> None:
+    """`main` as a process of its own.
+
+    Where torch was used it ends here and now, when all that is registered for the end has been done: threads of torch
+    and of what computes for it do not always survive the interpreter's own end, and abort what has succeeded.
+    """
+    status = main()
+    if "torch" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,12 @@ class Zero(Strategy):
         self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
     ) -> None:
         super().__init__(computed, settings)
+        with _local_rank():
+            self._begin(computed, settings, config, stage=stage, parts=parts, micro=micro)
+
+    def _begin(
+        self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
+    ) -> None:
         deepspeed = _deepspeed(computed.device_type)
         self.stage = stage
         initial = {name: value.detach().float().cpu().clone() for name, value in self.learned.items()}
@@ -193,9 +200,21 @@ def _deepspeed(device_type: str) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed wants to read one, also where there is but one rank; what starts later must not take it for its own."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
 
 
 def reduce_bucket(learned: int) -> int:

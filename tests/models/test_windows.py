@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from models import windows
-from models.diffusion import FlowMatching, sample
+from models.diffusion import FlowMatching
+from models.samplers import sample
 from models.windows import Joint, starts
 
 

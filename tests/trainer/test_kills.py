@@ -16,6 +16,8 @@ from trainer import checkpoint
 from trainer.loop import train
 from trainer.recipe import load
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = 640
 RUN = (f"pretrain.samples={SAMPLES}", "log.every=8", "log.samples_every=0", "log.held_out=4", "log.clips=1")
 QUICK = ("parallel.threads=1", "parallel.device=cpu", "checkpoint.every=16", *RUN)
