@@ -1,8 +1,8 @@
 """Quantizers beside each other, on z of held-out sounds: python benchmarks/quantizer.py CODEC LATENTS [--json FILE].
 
 CODEC is the export of an `autoencode` stage, LATENTS its latents (`train/` and `test/`, split by file). Vectors are z
-at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, with all
-cores; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by gradient
+at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, on the
+same threads; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by gradient
 take the same number of steps and of vectors a step; when to stop is decided on files held out from training, never on
 the test.
 """
@@ -53,15 +53,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", help="methods, of those in the table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     data = vectors(options.codec, options.latents, options.vectors, options.held_out)
     figures: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread(s)",
         "versions": {"torch": torch.__version__, "faiss": faiss.__version__},
         "vectors": {name: len(part) for name, part in data.items()},
         "steps": options.steps,
