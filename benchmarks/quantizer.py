@@ -2,9 +2,9 @@
 
 CODEC is the export of an `autoencode` stage, LATENTS its latents (`train/` and `test/`, split by file). Vectors are z
 at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, on the
-same threads; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by gradient
-take the same number of steps and of vectors a step; when to stop is decided on files held out from training, never on
-the test.
+same threads; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by
+gradient take the same number of steps and of vectors a step; when to stop is decided on files held out from training,
+never on the test.
 """
 
 from __future__ import annotations
