@@ -13,7 +13,7 @@ demo: install
 	$(VENV)/bin/spresso run $(RECIPE) name="$(NAME)" $(if $(AUDIO),data.audio="$(SOUNDS)")
 
 test: install
-	$(VENV)/bin/python -m pytest -m "not slow and not alone" -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow and not alone" -n auto --dist loadfile --no-loadscope-reorder
 	$(VENV)/bin/python -m pytest -m "not slow and alone"
 
 test-all: test

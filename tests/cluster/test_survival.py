@@ -190,6 +190,7 @@ def test_a_rank_that_hangs(start: Start, undisturbed: dict[int, float]):
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_when_there_is_notice(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     fault = {"what": "hang", "rank": 1, "at": 708, "once": True}
     run = start(f"pretrain.samples={SHORT}", fault=fault)
@@ -216,6 +217,7 @@ def test_a_batch_that_does_not_come_when_there_is_notice(start: Start, undisturb
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_notice_in_the_middle_of_an_evaluation(start: Start, undisturbed: dict[int, float], cluster: SlurmCluster):
     fault = {"what": "slow_evaluation", "rank": 1, "at": 0}
     run = start(f"pretrain.samples={SHORT}", "log.held_out=200", "parallel.micro_batch=2", fault=fault)
