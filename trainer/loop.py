@@ -54,7 +54,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
     parallel = Parallel(config.parallel, timeout=timeout)
     log = run.path / "logs" / f"rank_{parallel.rank}.log"
     log_to(log, show=parallel.main)
-    with Watchdog(log, health_settings.hang_seconds) as watchdog, _failures_told(config, stage, parallel):
+    with Watchdog(log, health_settings.hang_seconds) as watchdog, _failures_told(config, stage, parallel, watchdog):
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
@@ -253,24 +253,32 @@ def _hopeless(health: Health, stage: str, settings: TrainConfig, samples: int, *
 
 
 @contextmanager
-def _failures_told(config: Config, stage: str, parallel: Parallel) -> Iterator[None]:
+def _failures_told(config: Config, stage: str, parallel: Parallel, watchdog: Watchdog) -> Iterator[None]:
     """All of them in this rank's log; what does not fit into memory is explained."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        logger.error("%s: %s", stage, error)
-        raise
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            logger.exception("%s: rank %d failed", stage, parallel.rank)
+    except Exception as error:
+        with (
+            watchdog.patient()
+        ):  # where one rank's clock ends it, the next one's is not to cut off what it says of that
+            told = _told(error, config, stage, parallel)
+        if told is None:
             raise
-        peak, total = parallel.memory()
-        told = out_of_memory(config, stage, parallel.world_size, peak, total)
-        logger.error("%s: %s\n%s", stage, error, told)
         raise ValueError(told) from error
-    except Exception:
+
+
+def _told(error: Exception, config: Config, stage: str, parallel: Parallel) -> str | None:
+    """Log a failure; returns what explains it better than it does itself, if anything does."""
+    if isinstance(error, ValueError | OSError):
+        logger.error("%s: %s", stage, error)
+        return None
+    if not (isinstance(error, RuntimeError) and _out_of_memory(error)):
         logger.exception("%s: rank %d failed", stage, parallel.rank)
-        raise
+        return None
+    peak, total = parallel.memory()
+    told = out_of_memory(config, stage, parallel.world_size, peak, total)
+    logger.error("%s: %s\n%s", stage, error, told)
+    return told
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

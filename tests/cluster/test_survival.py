@@ -86,6 +86,7 @@ def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undi
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.slow
 def test_a_time_limit_again_and_again(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     slow = {"what": "slow", "rank": 0, "seconds": 0.1, "always": True}
     run = start("cluster.time=1", "cluster.grace_seconds=40", fault=slow)
