@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ from trainer.recipe import load
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_rank_left() -> Iterator[None]:
+    """An engine of DeepSpeed that a test did not close leaves its rank behind, which commands would take for theirs."""
+    before = os.environ.get("LOCAL_RANK")
+    yield
+    if before is None:
+        os.environ.pop("LOCAL_RANK", None)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,12 +30,7 @@ class Zero(Strategy):
         self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
     ) -> None:
         super().__init__(computed, settings)
-        with _local_rank():
-            self._begin(computed, settings, config, stage=stage, parts=parts, micro=micro)
-
-    def _begin(
-        self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
-    ) -> None:
+        os.environ.setdefault("LOCAL_RANK", "0")  # read at every step, also where there is but one rank
         deepspeed = _deepspeed(computed.device_type)
         self.stage = stage
         initial = {name: value.detach().float().cpu().clone() for name, value in self.learned.items()}
@@ -202,19 +196,6 @@ def _deepspeed(device_type: str) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
-
-
-@contextmanager
-def _local_rank() -> Iterator[None]:
-    """DeepSpeed wants to read one, also where there is but one rank; what starts later must not take it for its own."""
-    if "LOCAL_RANK" in os.environ:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        yield
-    finally:
-        del os.environ["LOCAL_RANK"]
 
 
 def reduce_bucket(learned: int) -> int:
