@@ -34,6 +34,7 @@ from models.codec import SPresso  # noqa: E402
 from models.qinco2 import QINCo2  # noqa: E402
 from models.residual_quantizer import ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
+from trainer.objectives import at_gain  # noqa: E402
 from trainer.run import write_atomically  # noqa: E402
 
 SIZE, BITS = 256, (64, 96, 120)
@@ -112,19 +113,13 @@ def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float
             say(f"vectors: {number} of {len(ids)} clips")
         x0_1CT = torch.from_numpy(np.asarray(shards.latents([id_])[0], np.float32))[None]
         for gain_db in gains_db:
-            heard = x0_1CT if gain_db == 0 else regained(codec, x0_1CT, gain_db)
+            heard = x0_1CT if gain_db == 0 else at_gain(codec.autoencoder, x0_1CT, torch.tensor([gain_db]))
             for offset in range(pooling):
                 shifted = heard[..., offset:]
                 windows = [part for part in shifted.split(window, dim=-1) if part.shape[-1] == window]
                 if windows:
                     found.append(codec.g(torch.cat(windows)).transpose(1, 2).flatten(0, 1))
     return torch.cat(found)
-
-
-def regained(codec: SPresso, x0_1CT: Tensor, gain_db: float) -> Tensor:
-    """x0 of the same sound at another gain."""
-    audio = codec.autoencoder.decode(torch.cat([x0_1CT, x0_1CT[..., -1:]], dim=-1))
-    return codec.autoencoder.encode(audio * 10 ** (gain_db / 20))[..., : x0_1CT.shape[-1]]
 
 
 # ---- methods
@@ -137,11 +132,12 @@ def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[
     seconds = timed(lambda: quantizer.fit(data["train"], seed=0))[0]
     more, quantizer = timed(lambda: learned(quantizer, data, options))
     quantizer.beam, quantizer.candidates = SEARCH
-    usage = [len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T]
+    used = sum(len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T)
+    dead = SIZE * max(BOOKS) - used
     for books in BOOKS:
         row = measured(data["test"], partial_encode(quantizer, books), quantizer.decode, seconds + more)
         prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
-        yield row | {"books": books, "prefix_error": relative(prefix, data["test"]), "dead": SIZE * 15 - sum(usage)}
+        yield row | {"books": books, "prefix_error": relative(prefix, data["test"]), "dead": dead}
 
 
 def partial_encode(quantizer: Any, books: int) -> Decoded:

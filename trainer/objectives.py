@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.autoencoder import AudioAE
 from models.codec import SPresso
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
@@ -122,9 +123,14 @@ class Quantization(nn.Module):
         (autoencoder,) = self.frozen
         gain_db_B = self.gain_db * (2 * uniform(keys(self.seed, self.purpose, positions_B)) - 1)
         with torch.autocast(x0_BCT.device.type, enabled=False):
-            held_BCT = torch.cat([x0_BCT, x0_BCT[..., -1:]], dim=-1).float()  # its last frame has a whole hop, too
-            audio_B1S = autoencoder.decode(held_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
-            return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
+            return at_gain(autoencoder, x0_BCT, gain_db_B)
+
+
+def at_gain(autoencoder: AudioAE, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:
+    """x0 of the same sounds at other gains, by way of their audio."""
+    held_BCT = torch.cat([x0_BCT, x0_BCT[..., -1:]], dim=-1).float()  # its last frame has a whole hop, too
+    audio_B1S = autoencoder.decode(held_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
+    return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
 
 
 class CodePrior(nn.Module):
