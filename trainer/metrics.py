@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.data.audio import write_audio
-from trainer.parallel import Parallel
 from trainer.run import RunDirectory, write_atomically
 from trainer.spectrogram import log_mel_image
 
 
 class LossSums:
-    """Sums of losses by noise level, gathered without waiting for the device and reduced over ranks only when read."""
+    """Sums of losses by noise level, gathered without waiting for the device."""
 
     def __init__(self, bins: int, device: torch.device) -> None:
         self.bins = bins
@@ -32,12 +32,18 @@ class LossSums:
         self.sums[0].index_add_(0, bin_B, losses_B.double())
         self.sums[1].index_add_(0, bin_B, torch.ones_like(losses_B, dtype=torch.float64))
 
-    def read(self, parallel: Parallel) -> tuple[float, list[float | None]]:
-        """The mean since the last reading, over all and by bin (None where nothing fell), on all ranks; starts anew."""
-        totals, counts = parallel.sum(self.sums).tolist()
+    def read(self) -> tuple[list[float], list[float]]:
+        """This rank's sums of losses by bin since the last reading, and how many they are; starts anew."""
+        totals, counts = self.sums.tolist()
         self.sums.zero_()
-        by_bin = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
-        return sum(totals) / max(1.0, sum(counts)), by_bin
+        return totals, counts
+
+
+def mean_loss(of_ranks: Iterable[tuple[list[float], list[float]]]) -> tuple[float, list[float | None]]:
+    """The mean over what all ranks' `LossSums` gave, over all and by bin (None where nothing fell)."""
+    totals, counts = ([sum(bin_) for bin_ in zip(*part, strict=True)] for part in zip(*of_ranks, strict=True))
+    by_bin = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+    return sum(totals) / max(1.0, sum(counts)), by_bin
 
 
 class Metrics:

@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+from trainer import collective
 from trainer.config import Config
 from trainer.ema import EMA
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.held_out import Clips, HeldOutLoss
-from trainer.metrics import LossSums, Metrics
+from trainer.metrics import LossSums, Metrics, mean_loss
 from trainer.parallel import Parallel
 from trainer.progress import Progress
 from trainer.run import RunDirectory, write_atomically
@@ -21,7 +22,7 @@ from trainer.saver import Saver
 from trainer.stop import Leaving, Stop
 from trainer.strategy import Strategy
 from trainer.tasks import Task
-from trainer.timing import StepClock
+from trainer.timing import StepClock, compared
 
 logger = logging.getLogger("spresso")
 
@@ -61,9 +62,10 @@ class Report:
 
     def line(self, samples: int, *, lr: float, grad_norm: float, feed: Feed, saver: Saver) -> None:
         """A line of the log: what was gathered since the last."""
-        loss, by_bin = self.losses.read(self.parallel)
-        times = self.clock.read(feed.waited)
+        of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
         feed.waited = 0.0
+        loss, by_bin = mean_loss(losses for losses, _ in of_ranks)
+        times = compared([times for _, times in of_ranks])
         seconds = times["step_seconds"][1] / self.settings.global_batch
         if self.metrics is not None:
             self.metrics.write(
@@ -134,7 +136,7 @@ class Report:
 
     def went_back(self, samples: int, position: int, health: Health, *, from_: int, to: str) -> None:
         """The run goes on from an older checkpoint, with later data."""
-        self.losses.read(self.parallel)
+        self.losses.read()
         self.clock.restart()
         if self.metrics is not None:
             logger.warning(

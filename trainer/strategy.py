@@ -140,7 +140,8 @@ class TorchStrategy(Strategy):
 
     def step(self, lr: float, accept: Accept) -> float:
         """See `Strategy`."""
-        parameters = [value for value in self.learned.values() if value.grad is not None]
+        learned = (value for group in self.optimizer.param_groups for value in group["params"])
+        parameters = [value for value in learned if value.grad is not None]
         gradients = [value.grad for value in parameters if value.grad is not None]
         if self.scale != 1:
             torch._foreach_mul_(gradients, 1 / self.scale)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-
-from trainer import collective
 
 _SLOW = 1.5  # times the median rank's own time
 _NOTED, _LEAST = 0.1, 0.05  # of a step, and seconds: what is below that is nobody's concern
@@ -56,27 +55,37 @@ class StepClock:
         event.record()
         return event
 
-    def read(self, waited: float) -> dict[str, Any]:
-        """Over all ranks, seconds a step as [min, median, max]: whole steps, own time, waits for data; and who is slow.
-
-        All ranks. Begins anew.
-        """
+    def read(self, waited: float) -> Times:
+        """This rank's times a step, `waited` seconds of all for data; begins anew."""
         steps = max(1, self.steps)
-        mine = (self.whole / steps, self.own / steps, waited / steps, os.uname().nodename)
+        mine = Times(self.whole / steps, self.own / steps, waited / steps, os.uname().nodename)
         self.restart()
-        everyone = collective.gather(mine)
-        whole, own, waits, hosts = zip(*everyone, strict=True)
-        slow = [
-            {"rank": rank, "host": host, "own": round(own[rank], 4), "data_wait": round(waits[rank], 4)}
-            for rank, host in enumerate(hosts)
-            if any(_stands_out(times, rank, whole[rank]) for times in (own, waits))
-        ]
-        return {
-            "step_seconds": _spread(whole),
-            "own_seconds": _spread(own),
-            "data_wait_seconds": _spread(waits),
-            "slow_ranks": slow,
-        }
+        return mine
+
+
+class Times(NamedTuple):
+    """A rank's: seconds a step, of its own, and waiting for data; and the host it is on."""
+
+    whole: float
+    own: float
+    data_wait: float
+    host: str
+
+
+def compared(of_ranks: Sequence[Times]) -> dict[str, Any]:
+    """Seconds a step as [min, median, max] over ranks: whole steps, own time, waits for data; and who is slow."""
+    whole, own, waits, hosts = zip(*of_ranks, strict=True)
+    slow = [
+        {"rank": rank, "host": host, "own": round(own[rank], 4), "data_wait": round(waits[rank], 4)}
+        for rank, host in enumerate(hosts)
+        if any(_stands_out(times, rank, whole[rank]) for times in (own, waits))
+    ]
+    return {
+        "step_seconds": _spread(whole),
+        "own_seconds": _spread(own),
+        "data_wait_seconds": _spread(waits),
+        "slow_ranks": slow,
+    }
 
 
 def _stands_out(times: tuple[float, ...], rank: int, step: float) -> bool:
