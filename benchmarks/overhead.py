@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--strategies", nargs="+", choices=list(PLAIN), default=list(PLAIN))
-    parser.add_argument("--pairs", type=int, default=40, help=f"pairs of blocks of {BLOCK} steps")
+    parser.add_argument("--pairs", type=int, default=30, help=f"pairs of blocks of {BLOCK} steps")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="spresso-benchmark-"))
     try:

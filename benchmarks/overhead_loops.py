@@ -24,7 +24,8 @@ from trainer.config import Config
 from trainer.stop import Stop
 
 SIZE = ("dit.width=384", "dit.depth=4", "dit.hidden_width=1536", "latent_encoder.width=256", "lora.rank=16")
-GLOBAL_BATCH, BLOCK = 16, 5
+GLOBAL_BATCH = 16
+BLOCK = 20  # steps to a line of the log, as in the demo
 RECIPE = (
     *SIZE,
     f"autoencode.global_batch={GLOBAL_BATCH}",

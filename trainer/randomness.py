@@ -66,10 +66,20 @@ def normal(keys: Tensor, *shape: int) -> Tensor:
 
 def integers(keys: Tensor, high: int | Tensor) -> Tensor:
     """int64 (B,), uniform in [0, high) to 1 part in 2³³; `high` is one number or one for each sample, 1 … 2³¹ - 1."""
+    return below(high, bits(keys))
+
+
+def bits(keys: Tensor) -> Tensor:
+    """int64 (B,), 64 random bits for each key: for `below`, where a bound is known only later."""
+    low_word, high_word, _, _ = (word[:, 0] for word in _words(keys, ()))
+    return low_word | high_word << 32
+
+
+def below(high: int | Tensor, bits: Tensor) -> Tensor:
+    """What `integers` gives for the keys that these bits (B,) are of."""
     if not bool(((torch.as_tensor(high) >= 1) & (torch.as_tensor(high) < 2**31)).all()):
         raise ValueError(f"integers are drawn below a `high` from 1 to 2**31 - 1, not {high}")
-    low_word, high_word, _, _ = (word[:, 0] for word in _words(keys, ()))
-    return (high_word * high + (low_word * high >> 32)) >> 32
+    return ((bits >> 32 & _MASK) * high + ((bits & _MASK) * high >> 32)) >> 32
 
 
 def philox4x32(counter: list[Tensor], key0: int | Tensor, key1: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

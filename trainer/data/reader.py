@@ -20,7 +20,7 @@ from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
 from trainer.data.text import Text
-from trainer.randomness import integers, keys
+from trainer.randomness import below
 
 _SUBSTITUTES = 64  # samples tried in place of a damaged one
 
@@ -48,11 +48,11 @@ def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
 
 @dataclass(frozen=True)
 class Crop:
-    """What to read, columns of B: positions in the stream, places in the reader's order, ids, rows of the batch."""
+    """What to read, columns of B: places in the reader's order, ids, random bits for the crop, rows of the batch."""
 
-    positions: NDArray[np.int64]
     places: NDArray[np.int64]
     ids: NDArray[np.int64]
+    bits: NDArray[np.int64]
     rows: NDArray[np.int64]
 
 
@@ -63,7 +63,6 @@ class Reader:
     shard_set: ShardSet
     part: Part
     order: Order
-    seed: int
     damage: Damage
 
     def ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -79,8 +78,7 @@ class Reader:
         values = np.empty((len(crop.rows), channels * self.shard_set.longest_frames), np.float16)
         ids = self._fill(crop, values)
         lengths = self.shard_set.index["frames"][ids].astype(np.int64)
-        crop_keys = keys(self.seed, "crop", torch.from_numpy(crop.positions))
-        starts = integers(crop_keys, torch.from_numpy(np.maximum(0, lengths - frames) + 1))
+        starts = below(torch.from_numpy(np.maximum(0, lengths - frames) + 1), torch.from_numpy(crop.bits))
         for row, clip, length, start in zip(crop.rows.tolist(), values, lengths.tolist(), starts.tolist(), strict=True):
             cut_CT = clip[: channels * length].reshape(channels, length)[:, start : start + frames]
             out[row, :, : cut_CT.shape[1]] = cut_CT

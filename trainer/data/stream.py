@@ -20,6 +20,7 @@ from trainer.data.order import Buckets, Mixture, Order
 from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
 from trainer.data.text import Text, WantedText
+from trainer.randomness import bits, keys
 
 _DEALT = 4096  # samples whose places are computed at once
 _LOOK_UP = 0.25  # seconds between two looks whether to wait on for a batch
@@ -107,7 +108,7 @@ class LatentStream:
         damage = Damage(errors, max_damaged)
         parts = {shard_set: cut(shard_set, lengths if self._padded else [crop_frames]) for shard_set in self.sets}
         self._readers = [
-            Reader(shard_set, part, shuffle.order(shard_set, seed, part), seed, damage)
+            Reader(shard_set, part, shuffle.order(shard_set, seed, part), damage)
             for shard_set, of_set in parts.items()
             for part in of_set
         ]
@@ -283,7 +284,8 @@ class LatentStream:
         ids = np.empty_like(places)
         for number, rows in _groups(readers, len(self._readers)):
             ids[rows] = self._readers[number].ids(places[rows])
-        return _Deal(positions, readers, places, ids)
+        crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
+        return _Deal(positions, readers, places, ids, bits(crop_keys).numpy())
 
     def _deal_buckets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         steps, which = np.unique(positions // self.global_batch, return_inverse=True)
@@ -301,7 +303,7 @@ class LatentStream:
         mask = np.ones((size, frames), bool) if self._padded else None
         ids = deal.ids.copy()
         for number, rows in _groups(deal.readers, len(self._readers)):
-            crop = Crop(deal.positions[rows], deal.places[rows], ids[rows], rows)
+            crop = Crop(deal.places[rows], ids[rows], deal.bits[rows], rows)
             ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
         return Batch(
             x0,
@@ -337,10 +339,13 @@ class _Deal:
     places: NDArray[np.int64]
     """In their reader's order."""
     ids: NDArray[np.int64]
+    bits: NDArray[np.int64]
+    """Random, of each position, for its crop: drawn here, as many at once cost little more than a few."""
 
     def cut(self, start: int, end: int) -> _Deal:
         """Some rows."""
-        return _Deal(self.positions[start:end], self.readers[start:end], self.places[start:end], self.ids[start:end])
+        columns = (self.positions, self.readers, self.places, self.ids, self.bits)
+        return _Deal(*(column[start:end] for column in columns))
 
 
 def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[np.int64]]]:
