@@ -16,7 +16,8 @@ import torch
 
 from models import bitstream
 from models.bitstream import Header
-from models.codec import Sampling, SPresso, read_frames_of
+from models.codec import SPresso, read_frames_of
+from models.codec_config import Sampling
 from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
 from trainer.data.files import write_whole
 from trainer.progress import Progress

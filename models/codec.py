@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from models import streams, windows
 from models.autoencoder import AudioAE
 from models.bitstream import FramesOf, Stream
-from models.decoder import Decoder, DecoderConfig, decoder_config
+from models.codec_config import FORMAT, CodecConfig, Sampling, read_description
+from models.decoder import Decoder
 from models.diffusion import Diffusion, guided, make_diffusion
-from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
+from models.latent_encoder import LatentEncoder, Upsampler
 from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, outline_autoencoder, save_weights
 from models.prior import Coder, Prior
 from models.quantizer import Quantizer, make_quantizer
@@ -35,38 +35,7 @@ from models.weights import write_safetensors
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-FORMAT = 1
 ADAPTER = "default"
-
-
-@dataclass
-class Sampling:
-    """How D decodes: the sampler's name and steps, the guidance of z (1: none), and the temperature: by how much the
-    noise is scaled that it starts from. Below 1, decodes of the same codes differ less and keep to the likely."""
-
-    sampler: str = "dpmpp"
-    steps: int = 16
-    guidance: float = 1.0
-    temperature: float = 1.0
-
-
-@dataclass
-class CodecConfig:
-    """What an SPresso is made of, next to the weights."""
-
-    autoencoder: dict[str, Any]
-    """Of the AudioAE: `kind`, `folder` (or None)."""
-    latent_encoder: LatentEncoderConfig
-    dit: DecoderConfig
-    diffusion: dict[str, Any]
-    """`name` and `options` of the formulation."""
-    lora: dict[str, Any]
-    """`rank` and `alpha`."""
-    window: int
-    """x0 frames that g and D see at a time, a multiple of the pooling: the crop of training."""
-    rates: list[int] = field(default_factory=list)
-    """Numbers of codebooks that D was finetuned for, the most first."""
-    sampling: Sampling = field(default_factory=Sampling)
 
 
 class SPresso(nn.Module):
@@ -312,8 +281,8 @@ class SPresso(nn.Module):
             ValueError: no export, a damaged one, or another base model than it was trained on.
         """
         folder = Path(folder)
-        description = _read_description(folder)
-        config = _codec_config(description["config"])
+        description = read_description(folder)
+        config = CodecConfig.from_dict(description["config"])
         base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
         codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=load_dit(base_path))
         _require_same("the base model", base_path, codec.base_hash, description["base"]["hash"])
@@ -359,7 +328,7 @@ class SPresso(nn.Module):
 
 def read_frames_of(folder: Path) -> FramesOf:
     """`z_frames` of an export, of which nothing but its description is read."""
-    config = _read_description(folder)["config"]
+    config = read_description(folder)["config"]
     return partial(_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
 
 
@@ -422,24 +391,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)  # the same bytes on the disk, yet each export is whole
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    try:
-        description = json.loads((folder / "codec.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{folder / 'codec.json'} is damaged: export it again") from None
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {FORMAT}")
-    return description
-
-
-def _codec_config(values: dict[str, Any]) -> CodecConfig:
-    parts = {"latent_encoder": LatentEncoderConfig, "sampling": Sampling}
-    read = {name: part(**values[name]) for name, part in parts.items()}
-    return CodecConfig(**values | read | {"dit": decoder_config(values["dit"])})
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

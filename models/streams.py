@@ -12,7 +12,8 @@ from models.bitstream import Header, Stream
 from models.channels import Rows, channels_of
 
 if TYPE_CHECKING:
-    from models.codec import Sampling, SPresso
+    from models.codec import SPresso
+    from models.codec_config import Sampling
 
 _OTHER_ROW = 2**31
 """Added to the seed for the side: with the mid's own noise all that is made up would lean to one channel."""

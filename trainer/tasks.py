@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
-from models.codec import CodecConfig, Sampling, SPresso, generate
+from models.codec import SPresso, generate
+from models.codec_config import CodecConfig, Sampling
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT

@@ -15,7 +15,8 @@ from peft import PeftModel
 
 from models import bitstream
 from models.autoencoder import SpectralAE
-from models.codec import CodecConfig, Sampling, SPresso
+from models.codec import SPresso
+from models.codec_config import CodecConfig, Sampling
 from models.dit import DiT, DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 from models.pretrained import load_dit

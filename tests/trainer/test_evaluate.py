@@ -13,7 +13,8 @@ import soundfile
 import torch
 
 from launch import pipeline
-from models.codec import Sampling, SPresso
+from models.codec import SPresso
+from models.codec_config import Sampling
 from tests.trainer.tiny_codecs import save_tiny_codecs
 from trainer import evaluate
 from trainer.baselines import DAC, Opus

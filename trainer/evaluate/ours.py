@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from models import bitstream
-from models.codec import Sampling, SPresso
+from models.codec import SPresso
+from models.codec_config import Sampling
 from trainer.baselines.base import resample
 from trainer.config import Config, fingerprint
 from trainer.evaluate.clips import Clips

@@ -1,0 +1,244 @@
+"""What each command of `spresso` does with its options. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+
+def synth(options: argparse.Namespace) -> None:
+    """Sounds for those who have none."""
+    from launch.pipeline import synthesize
+
+    synthesize(options.folder, hours=options.hours, seed=options.seed, workers=options.workers)
+
+
+def index(options: argparse.Namespace) -> None:
+    """An index for tars, or a check of one."""
+    from launch import files
+
+    if options.verify:
+        files.verify(options.folder, workers=options.workers)
+    else:
+        files.index(
+            options.folder, kind=options.autoencoder, weights=options.autoencoder_folder, workers=options.workers
+        )
+
+
+def data(options: argparse.Namespace) -> None:
+    """A set of latents at a glance."""
+    from launch import files
+
+    if options.samples < 1:
+        raise ValueError("--samples is at least 1")
+    files.describe(options.location, samples=options.samples, play_to=options.play_to)
+
+
+def checkpoint(options: argparse.Namespace) -> int:
+    """The checkpoints of a run."""
+    from launch import files
+
+    return files.checkpoint(options.folder, verify=options.verify)
+
+
+def run(options: argparse.Namespace) -> int:
+    """All stages of a recipe."""
+    from launch import pipeline
+    from trainer.recipe import load
+
+    config = load(options.recipe, _overrides(options))
+    if config.cluster.kind == "slurm":
+        return _submit(config, None, dry=options.dry_run)
+    return _outcome(pipeline.run(config))
+
+
+def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
+    from launch import submission
+
+    if not dry:
+        submission.run(config, only=stage)
+        return 0
+    for name, text in submission.scripts(config, only=stage):
+        print(f"# ---- {name}\n{text}")
+    return 0
+
+
+def sbatch(options: argparse.Namespace) -> None:
+    """A script for plain sbatch."""
+    from launch import submission
+    from trainer.config import STAGES
+    from trainer.recipe import load
+
+    stage, overrides = _named_stage(options.overrides)
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"stage={stage} is none of {', '.join(STAGES)}")
+    print(submission.whole_script(load(options.recipe, overrides), only=stage))
+
+
+def _named_stage(overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The stage that `stage=…` names, and the other overrides."""
+    named = [override.removeprefix("stage=") for override in overrides if override.startswith("stage=")]
+    return named[-1] if named else None, [item for item in overrides if not item.startswith("stage=")]
+
+
+def status(options: argparse.Namespace) -> None:
+    """How far runs are."""
+    from launch import status
+
+    print(status.report(status.resolve(options.run) if options.run else None))
+
+
+def logs(options: argparse.Namespace) -> None:
+    """What a run writes."""
+    from launch import logs, status
+
+    logs.logs(status.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
+
+
+def cancel(options: argparse.Namespace) -> None:
+    """End a run's jobs."""
+    from launch import status
+
+    print(status.cancel(status.resolve(options.run)), file=sys.stderr)
+
+
+def requeue(options: argparse.Namespace) -> None:
+    """Have a run leave its nodes and wait for others."""
+    from launch import status
+
+    run = status.resolve(options.run)
+    told = status.requeue(run)
+    if told is not None:
+        print(told, file=sys.stderr)
+        return
+    from launch import submission
+    from trainer.recipe import load
+
+    submission.run(load(str(run / "config.yaml"), []))
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """The settings given, and `--resume`, which is one too."""
+    return [*options.overrides, *([f"checkpoint.resume={options.resume}"] if options.resume else [])]
+
+
+def train(options: argparse.Namespace) -> int:
+    """One trained stage."""
+    from launch import pipeline
+    from trainer.config import TRAINED_STAGES
+    from trainer.recipe import load
+
+    stage, overrides = _named_stage(_overrides(options))
+    if stage not in TRAINED_STAGES:
+        raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
+    config = load(options.recipe, overrides)
+    if config.cluster.kind == "slurm":
+        return _submit(config, stage, dry=options.dry_run)
+    return _outcome(pipeline.train(config, stage))
+
+
+def _outcome(outcome: str) -> int:
+    from launch.preemption import STOPPED
+
+    if outcome == "stopped":
+        print("spresso: stopped and saved; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Sound files → latents."""
+    from launch import pipeline
+    from trainer.recipe import load
+
+    part, parts = _part(options)
+    pipeline.prepare_latents(load(options.recipe, options.overrides), part=part, parts=parts)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Figures of the trained codec."""
+    from launch import pipeline
+    from trainer.recipe import load
+
+    part, parts = _part(options)
+    pipeline.evaluate(load(options.recipe, options.overrides), part=part, parts=parts)
+
+
+def _part(options: argparse.Namespace) -> tuple[int, int]:
+    part, slash, parts = (options.part or "0/1").partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--part {options.part} is not like 0/8, one of 0/8 to 7/8")
+    return int(part), int(parts)
+
+
+def listen_test(options: argparse.Namespace) -> None:
+    """A blind listening test."""
+    from launch import pipeline
+    from trainer.recipe import load
+
+    systems = options.systems.split(",") if options.systems else None
+    config = load(options.recipe, options.overrides)
+    pipeline.listening_test(config, options.out, systems=systems, clips=options.clips, seed=options.seed)
+
+
+def page(options: argparse.Namespace) -> None:
+    """The page to listen to."""
+    from launch import pipeline
+    from trainer.recipe import load
+
+    pipeline.run_stage(load(options.recipe, options.overrides), "page")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """The resolved config, batches and memory."""
+    from launch.plan import plan
+    from trainer.recipe import load
+
+    for line in plan(load(options.recipe, options.overrides, released=False)):
+        print(line, flush=True)
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Sound → streams."""
+    from launch import streams
+
+    failed = streams.encode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        books=options.books,
+        channels=options.channels,
+        entropy=not options.no_entropy_coding,
+        force=options.force,
+    )
+    return 1 if failed else 0
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Streams → sound."""
+    from launch import streams
+
+    failed = streams.decode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        seed=options.seed,
+        steps=options.steps,
+        samples=options.samples,
+        rate=options.rate,
+        force=options.force,
+    )
+    return 1 if failed else 0
+
+
+def info(options: argparse.Namespace) -> None:
+    """What a stream holds."""
+    from launch import streams
+
+    streams.info(options.input, codec=options.codec)
