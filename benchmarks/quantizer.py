@@ -174,7 +174,7 @@ def learned(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Nam
 
 
 def faiss_rq(train_beam: int, search_beam: int, points: int = POINTS) -> Callable[..., Iterator[dict[str, Any]]]:
-    """faiss's residual quantizer, on so many vectors a codeword; one of 15 books, whose prefixes are the lower rates."""
+    """faiss's residual quantizer of 15 books, whose prefixes are the lower rates; on so many vectors a codeword."""
 
     def method(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         width = data["train"].shape[1]
@@ -310,8 +310,8 @@ def markdown(figures: dict[str, Any]) -> str:
     """The table, and whether the bars are met."""
     lines = [
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}, faiss "
-        f"{figures['versions']['faiss']}. Relative error in thousandths; {figures['vectors']['train']} vectors to train "
-        f"on, {figures['vectors']['test']} of held-out files; {figures['steps']} steps of {figures['batch']}.\n",
+        f"{figures['versions']['faiss']}. Relative error in thousandths; {figures['vectors']['train']} vectors to "
+        f"train on, {figures['vectors']['test']} of held-out files; {figures['steps']} steps of {figures['batch']}.\n",
         "| method | " + " | ".join(f"{bits} bits" for bits in BITS) + " | cut from 120 bits: "
         "64 | 96 | fit s | encode µs | decode µs |",
         "|---" * (len(BITS) + 6) + "|",
@@ -329,8 +329,8 @@ def markdown(figures: dict[str, Any]) -> str:
         ratios = [f"{mine[books]['error'] / best[books]['error']:.3f}" for books in BOOKS]
         cut = [f"{mine[books]['prefix_error'] / best[books]['prefix_error']:.3f}" for books in BOOKS[:2]]
         lines.append(
-            f"\nOurs to RQ of beam 32: {' / '.join(ratios)} at {' / '.join(map(str, BITS))} bits; of codes that were found "
-            f"for all books and cut, {' / '.join(cut)} at 64 / 96. Codes that no training vector uses: "
+            f"\nOurs to RQ of beam 32: {' / '.join(ratios)} at {' / '.join(map(str, BITS))} bits; of codes that were "
+            f"found for all books and cut, {' / '.join(cut)} at 64 / 96. Codes that no training vector uses: "
             f"{mine[BOOKS[0]]['dead']} of {SIZE * max(BOOKS)}."
         )
     return "\n".join(lines)
