@@ -9,6 +9,8 @@ import torch
 
 from models import bitstream
 from models.codec import SPresso
+from trainer.evaluate.clips import load_clips
+from trainer.evaluate.ours import own_sources
 from trainer.loop import train
 from trainer.run import stage_before, stage_folder, training_sets
 from trainer.tasks import make_task
@@ -93,3 +95,17 @@ def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
     drawn = torch.stack([torch.isclose(losses, rate, rtol=1e-4) for rate in each])
     assert drawn.any(0).all()
     assert drawn.any(1).all()
+
+
+def test_evaluation_counts_entropy_coded_bits(trained):
+    """Those of a stream as `spresso encode` would write it, headers aside."""
+    clips = load_clips(trained, torch.device("cpu"))
+    ours, _ = own_sources(trained, clips, torch.device("cpu"))
+    source = next(source for source in ours if source.key == f"zq{trained.rates[0]}")
+    with torch.inference_mode():
+        made = source.decode([0, 1])
+    codec = SPresso.from_pretrained(stage_folder(trained, "finetune") / "export")
+    streams = [codec.encode(clips.audio([row])[0], books=trained.rates[0]) for row in (0, 1)]
+    written = [bitstream.write(stream, coder=codec.coder()) for stream in streams]
+    assert made.coded_bits == [8 * bitstream.read_header(file)[1] for file in written]
+    assert made.file_bytes == [len(bitstream.write(stream)) for stream in streams]

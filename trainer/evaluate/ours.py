@@ -33,7 +33,7 @@ class Export:
     def __init__(self, folder: Path, clips: Clips, *, sampling: Sampling | None, device: torch.device) -> None:
         self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
         self._z: dict[int, Tensor] = {}
-        self._files: dict[tuple[int, int], bytes] = {}
+        self._files: dict[tuple[int, int], _File] = {}
 
     @functools.cached_property
     def model_hash(self) -> str:
@@ -72,13 +72,16 @@ class Export:
                 self._z[row] = self.codec.audio_to_z(self.audio([row]))[0]
         return torch.stack([self._z[row] for row in rows])
 
-    def through_files(self, rows: Sequence[int], books: int) -> tuple[Tensor, list[bytes]]:
+    def through_files(self, rows: Sequence[int], books: int) -> tuple[Tensor, list[_File]]:
         """z_q (B, Z, N), by way of the real files; and these."""
         for row in rows:  # again for the next clip's control, and the search for codes is slow
             if (row, books) not in self._files:
-                self._files[row, books] = bitstream.write(self.codec.encode(self.audio([row])[0], books=books))
+                stream, coder = self.codec.encode(self.audio([row])[0], books=books), self.codec.coder()
+                coded = bitstream.write(stream, coder=coder) if coder else None
+                self._files[row, books] = _File(bitstream.write(stream), coded)
         files = [self._files[row, books] for row in rows]
-        codes = [torch.from_numpy(bitstream.read(file, frames_of=self.codec.z_frames).codes)[0] for file in files]
+        frames_of = self.codec.z_frames
+        codes = [torch.from_numpy(bitstream.read(file.content, frames_of=frames_of).codes)[0] for file in files]
         assert self.codec.quantizer is not None
         return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
 
@@ -117,6 +120,19 @@ class Export:
         return torch.stack(errors).mean(0).unflatten(0, (-1, len(audio))).mean(0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A clip as a stream, and as an entropy-coded one where the codec has a prior."""
+
+    content: bytes
+    coded: bytes | None
+
+    @property
+    def coded_bits(self) -> int | None:
+        """Bits of its codes when they are entropy-coded, headers aside."""
+        return None if self.coded is None else 8 * bitstream.read_header(self.coded)[1]
+
+
 class Own(Source):
     """One system of ours: an export, and what D is told."""
 
@@ -150,7 +166,7 @@ class Own(Source):
         """z, perhaps through codes, to audio."""
         export, clips = self.export, self.export.clips
         source = [(row + 1) % len(clips) for row in rows] if self.told == "other" else rows
-        files: list[bytes] = []
+        files: list[_File] = []
         z_BZN: Tensor | None = None
         if self.books is not None:
             z_BZN, files = export.through_files(source, self.books)
@@ -161,7 +177,11 @@ class Own(Source):
         for take in range(1, self.takes if page else 1):
             takes.append(export.decode(None if z_BZN is None else z_BZN[: len(page)], page, take=take))
         return Decoded(
-            self._described(), takes, export.denoising(z_BZN, rows), file_bytes=[len(content) for content in files]
+            self._described(),
+            takes,
+            export.denoising(z_BZN, rows),
+            file_bytes=[len(file.content) for file in files],
+            coded_bits=[bits for file in files if (bits := file.coded_bits) is not None],
         )
 
     def _described(self) -> System:

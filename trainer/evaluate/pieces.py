@@ -37,6 +37,8 @@ class Piece:
     """Of each clip that went through; empty where there are no bits."""
     file_bytes: list[int] = dataclasses.field(default_factory=list)
     """Likewise, with headers."""
+    coded_bits: list[int] = dataclasses.field(default_factory=list)
+    """Likewise, of the entropy-coded codes; empty where there is no prior."""
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     """By a clip's key, what a codec by others raised."""
 

@@ -44,11 +44,14 @@ class Gathered:
 
     def _described(self, pieces: Sequence[Piece], seconds: float) -> System:
         system = System(**next((piece.system for piece in pieces if piece.unavailable), pieces[0].system))
-        bits, sizes = ([n for piece in pieces for n in getattr(piece, key)] for key in ("payload_bits", "file_bytes"))
+        measured = ("payload_bits", "file_bytes", "coded_bits")
+        bits, sizes, coded = ([n for piece in pieces for n in getattr(piece, key)] for key in measured)
         if bits:
             system.payload_kbps = sum(bits) / (len(bits) * seconds) / 1000
         if sizes:
             system.file_kbps = 8 * sum(sizes) / (len(sizes) * seconds) / 1000
+        if coded:
+            system.coded_kbps = sum(coded) / (len(coded) * seconds) / 1000
         if self.failures and not system.unavailable:
             first = next(iter(self.failures.values()))
             if len(self.failures) == len(self.rows):

@@ -31,7 +31,7 @@ from trainer.progress import Progress
 from trainer.run import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
 
 _REPORT, _LOCK = "evaluation.json", ".merge.lock"
-_FORMAT = 1  # of pieces; another one is computed anew
+_FORMAT = 2  # of pieces; another one is computed anew
 TIMED_CLIPS = 3
 
 
@@ -173,6 +173,7 @@ class _Plan:
             piece.failures = {clips.keys[row]: told for row, told in made.failures.items()}
             piece.windows, piece.embedding = _without(made.failures, rows, piece)
             piece.payload_bits, piece.file_bytes = made.payload_bits, made.file_bytes
+            piece.coded_bits = made.coded_bits
             if made.system.role != "original":
                 piece.figures = scorer.figures(clips.audio(rows), made, rows)
             if made.system.page:

@@ -24,6 +24,7 @@ class Decoded:
     """The error of D alone, (clips,), where D is used."""
     payload_bits: list[int] = dataclasses.field(default_factory=list)
     file_bytes: list[int] = dataclasses.field(default_factory=list)
+    coded_bits: list[int] = dataclasses.field(default_factory=list)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
     """By row, what went wrong: what `takes` holds there counts for nothing."""
 

@@ -21,6 +21,9 @@ class System:
     note: str = ""
     payload_kbps: float | None = None
     file_kbps: float | None = None
+    """With headers."""
+    coded_kbps: float | None = None
+    """Of the payload when it is entropy-coded by the codec's prior."""
     page: bool = True
     """Whether the page plays it, or only the tables have it."""
     table: str = ""

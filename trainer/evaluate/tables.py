@@ -185,6 +185,7 @@ def _rows(report: Report, role: str, table_: str) -> list[Row]:
             continue
         scores = report["results"].get(system["key"], {})
         kbps = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
+        kbps += f" ({system['coded_kbps']:.3f} entropy-coded)" if system.get("coded_kbps") else ""
         cells = [_cell(scores.get(key) or {}, digits[key]) for key in digits]
         rows.append(Row(system["title"], kbps, cells, system["unavailable"], system["licence"]))
     return rows

@@ -10,7 +10,10 @@ from trainer.page.systems import TABLES, Report, System, system_name, with_role
 
 FigureInfo = Mapping[str, Any]
 
-_RATE_NOTE = "Of the codes alone; beneath it what the files take, measured by their sizes, headers and all."
+_RATE_NOTE = (
+    "Of the codes alone; beneath it what they take entropy-coded, where the codec has a prior, and what the files "
+    "take, measured by their sizes, headers and all."
+)
 
 
 def lead(report: Report) -> str:
@@ -83,8 +86,9 @@ def _rows(
 def _rate_cell(system: System) -> Html:
     if not system.get("payload_kbps"):
         return _empty_cell()
-    measured = element("small", f"{system['file_kbps']:.3g} in files") if system.get("file_kbps") else None
-    return element("td", f"{system['payload_kbps']:.3g}", measured, class_="rate")
+    told = (("coded_kbps", "entropy-coded"), ("file_kbps", "in files"))
+    more = [element("small", f"{system[key]:.3g} {what}") for key, what in told if system.get(key)]
+    return element("td", f"{system['payload_kbps']:.3g}", *more, class_="rate")
 
 
 class _Column:
