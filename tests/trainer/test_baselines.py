@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import types
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -159,7 +161,12 @@ def test_weights_that_are_nowhere(monkeypatch, tmp_path):
     assert "hf download facebook/encodec_24khz" in codec.available()
     assert not codec.fetches
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert codec.fetches
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hub:  # answers everything with an error
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        Thread(target=hub.handle_request, daemon=True).start()
+        assert codec.fetches
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    assert not codec.fetches
     assert "holds no config.json" in make_baseline("encodec", str(tmp_path)).available()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import urllib.error
+import urllib.request
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -14,6 +17,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 Audio = NDArray[np.float32]
+
+_PATIENCE = 10.0  # seconds for the hub to answer
 
 
 class Baseline(ABC):
@@ -95,6 +100,22 @@ def lacks(package: str, install: str) -> str:
 
 
 def offline() -> bool:
-    """Whether the environment forbids the hub."""
+    """Whether the hub is not to be asked: the environment says so, or it does not answer, which is tried once.
+
+    Its own client would try again for a minute at each file.
+    """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+    if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names):
+        return True
+    return not _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+
+
+@functools.cache
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE):
+            return True
+    except urllib.error.HTTPError:
+        return True  # whatever it says
+    except (OSError, ValueError):
+        return False

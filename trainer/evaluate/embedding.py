@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Clap(Embedding):
         from transformers import ClapFeatureExtractor, ClapModel
 
         try:
-            local: dict[str, Any] = {"local_files_only": offline()}
+            local: dict[str, Any] = {"local_files_only": Path(self.where).exists() or offline()}
             extractor = ClapFeatureExtractor.from_pretrained(self.where, **local)
             model: torch.nn.Module = ClapModel.from_pretrained(self.where, use_safetensors=True, **local)
         except (OSError, ValueError) as error:
