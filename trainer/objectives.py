@@ -155,8 +155,7 @@ class CodePrior(nn.Module):
         drawn_B = integers(keys(self.seed, f"{self.purpose}/rate", positions_B), len(self.rates))
         losses_B = z_BNZ.new_zeros(len(z_BNZ))
         for rate, books in enumerate(self.rates):
-            chosen_B = drawn_B == rate
-            if chosen_B.any():
-                bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * heard_BN[chosen_B]
-                losses_B[chosen_B] = bits_BN.sum(1) / heard_BN[chosen_B].sum(1).clamp_min(1)
+            chosen_B = drawn_B == rate  # none is a batch, too: ranks gather weights together, call by call
+            bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * heard_BN[chosen_B]
+            losses_B[chosen_B] = bits_BN.sum(1) / heard_BN[chosen_B].sum(1).clamp_min(1)
         return Losses(losses_B, torch.full_like(losses_B, 0.5))

@@ -109,3 +109,15 @@ def test_evaluation_counts_entropy_coded_bits(trained):
     written = [bitstream.write(stream, coder=codec.coder()) for stream in streams]
     assert made.coded_bits == [8 * bitstream.read_header(file)[1] for file in written]
     assert made.file_bytes == [len(bitstream.write(stream)) for stream in streams]
+
+
+def test_ranks_call_it_alike_whatever_rates_they_draw(trained):
+    """Under zero3 and fsdp2 each call gathers weights from all ranks, which would wait for one that is not made."""
+    task, calls = make_task(trained, "prior"), []
+    task.codec.prior.register_forward_hook(lambda module, given, bits: calls.append(bits.shape[-1]))
+    for position in range(4):
+        losses = task.module(sounds(trained)[..., :63], torch.tensor([position])).losses
+        assert torch.isfinite(losses).all()
+        losses.mean().backward()
+        assert all(torch.isfinite(value.grad).all() for value in task.learned.values())
+    assert calls == 4 * list(trained.rates)
