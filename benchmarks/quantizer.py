@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from models.codec import SPresso  # noqa: E402
 from models.qinco2 import QINCo2  # noqa: E402
-from models.residual_quantizer import ResidualQuantizer  # noqa: E402
+from models.residual_quantizer import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
 from trainer.objectives import at_gain  # noqa: E402
 from trainer.run import write_atomically  # noqa: E402
@@ -135,6 +135,7 @@ def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[
     seconds = timed(lambda: quantizer.fit(data["train"], seed=0))[0]
     more, quantizer = timed(lambda: learned(quantizer, data, options))
     quantizer.beam, quantizer.candidates = SEARCH
+    quantizer.revive(data["train"][: VECTORS_PER_CODEWORD * SIZE])
     used = sum(len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T)
     dead = SIZE * max(BOOKS) - used
     for books in BOOKS:

@@ -42,6 +42,10 @@ class FSQ(Quantizer):
         deviation = self.standardise(vectors.to(self.mean.device)).std(dim=0, correction=0)
         self.spread.copy_(torch.where(deviation > 0, deviation, 1.0))
 
+    def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
+        """Its codewords stay where they are."""
+        return 0
+
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
         """Codes ``(..., books)`` of ``z`` (..., width): the first books of them, whose codes depend on no other."""

@@ -146,6 +146,10 @@ class QINCo2(Quantizer):
             before_NW = estimate_NW
         return total_N
 
+    def _split(self, book: int, code: int, busy: int, step_W: Tensor) -> None:
+        for codebook_KW in (self.codebooks[book], *([self.preselection[book - 1]] if book else [])):
+            codebook_KW[code] = codebook_KW[busy] + step_W
+
     def _estimates(self, codes: Tensor) -> list[Tensor]:
         """What each prefix of ``codes`` (..., m) decodes to, (..., W), in the units of the codebooks."""
         books = self._checked_books(codes.shape[-1])

@@ -69,6 +69,32 @@ class Quantizer(nn.Module, ABC):
         """`loss`, by the call that wrappers of modules know."""
         return self.loss(z)
 
+    @torch.no_grad()
+    def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
+        """Move codewords that no code of ``vectors`` (N, width) has to where they are used; returns how many are left.
+
+        Each goes beside the codeword of its book that is used most, halfway to what that one serves worst.
+        """
+        x_NW, dead = self.standardise(vectors), 0
+        for round_ in range(rounds + 1):
+            codes_NM = self.encode(vectors)
+            used_MK = torch.stack([torch.bincount(codes_N, minlength=self.size) for codes_N in codes_NM.T])
+            dead = int((used_MK == 0).sum())
+            if dead == 0 or round_ == rounds:
+                break
+            for book in (used_MK == 0).any(dim=1).nonzero().flatten().tolist():
+                left_NW = x_NW - self.standardise(self.decode(codes_NM[:, : book + 1]))
+                unused = (used_MK[book] == 0).nonzero().flatten().tolist()
+                for code, busy in zip(unused, used_MK[book].topk(len(unused)).indices.tolist(), strict=True):
+                    served = left_NW[codes_NM[:, book] == busy]
+                    if len(served):
+                        self._split(book, code, busy, served[served.square().sum(dim=1).argmax()] / 2)
+        return dead
+
+    def _split(self, book: int, code: int, busy: int, step_W: Tensor) -> None:
+        """Let a codeword be another one and a step."""
+        raise NotImplementedError
+
     def bits(self, books: int | None = None) -> int:
         """Bits a vector, with the first ``books`` books or all of them."""
         return self._checked_books(books) * (self.size.bit_length() - 1)

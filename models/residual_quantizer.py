@@ -83,6 +83,9 @@ class ResidualQuantizer(Quantizer):
         error_NMW = prefixes_NMW - self.standardise(z).unsqueeze(-2)
         return error_NMW.square().mean(dim=-1).sum(dim=-1)
 
+    def _split(self, book: int, code: int, busy: int, step_W: Tensor) -> None:
+        self.codebooks[book, code] = self.codebooks[book, busy] + step_W
+
     def _codewords(self, codes: Tensor) -> Tensor:
         books = self._checked_books(codes.shape[-1])
         return self.codebooks[torch.arange(books, device=codes.device), codes]

@@ -18,7 +18,7 @@ from trainer.parallel import Parallel
 from trainer.report import Report
 from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
 from trainer.saver import Saver
-from trainer.state import TrainState, export
+from trainer.state import TrainState, filled
 from trainer.stop import Stop
 from trainer.tasks import make_task
 from trainer.watchdog import Watchdog, collective_timeout
@@ -221,7 +221,9 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
                 weights = state.averaged_weights()
                 strategy.close()
                 if parallel.main:
-                    exported = export(make_task(config, stage), weights, task.statistics, run.export)
+                    finished = filled(make_task(config, stage), weights, task.statistics)
+                    finished.finish(feed.from_the_beginning(), parallel.device)
+                    exported = finished.export(run.export)
                     run.write_status("done", samples=samples, of=settings.samples, export=exported)
                     logger.info("%s: done, exported to %s", stage, run.export)
                 parallel.wait()

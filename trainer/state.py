@@ -71,10 +71,10 @@ class TrainState:
 
 
 @torch.no_grad()
-def export(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor], folder: Path) -> str:
-    """What others load, from a stage's fresh Task and what was trained of it; returns its hash."""
+def filled(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Task:
+    """A stage's fresh Task with what was trained of it."""
     for name, parameter in fresh.learned.items():
         parameter.copy_(weights[name])
     for name, value in fresh.statistics.items():
         value.copy_(statistics[name])
-    return fresh.export(folder)
+    return fresh

@@ -7,6 +7,7 @@ itself for the log, and exports what others load.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,15 @@ from models.dit import DiT
 from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
 from models.prior import Prior
 from models.quantizer import make_quantizer
+from models.residual_quantizer import VECTORS_PER_CODEWORD
 from trainer.config import Config
 from trainer.data.stream import Batch
 from trainer.data.text import WantedText
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization, heard
 from trainer.randomness import keys, uniform
 from trainer.run import base_model, stage_before, stage_folder
+
+logger = logging.getLogger("spresso")
 
 Progressed = Callable[[int, int], None] | None
 _VECTORS_PER_CODEWORD = 16  # whose codes are counted, before a prior learns what they depend on
@@ -72,6 +76,9 @@ class Task(ABC):
 
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:  # noqa: B027
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
+
+    def finish(self, batches: Iterator[Batch], device: torch.device) -> None:  # noqa: B027
+        """On rank 0, once the averaged weights are in place, before the export. `batches` are its own parts."""
 
     def to(self, device: torch.device) -> None:
         """Move all that the stage computes with, except the frozen base, which `Parallel.prepare` moves."""
@@ -221,17 +228,32 @@ class Quantize(_CodecTask):
     @torch.no_grad()
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
         """Fit the codebooks on z of random crops: every frame offset gives other vectors."""
+        every = self._vectors(batches, gather, self.config.quantizer.vectors)
+        if main:
+            assert self.codec.quantizer is not None
+            self.codec.quantizer.fit(every, seed=self.config.seed)
+
+    @torch.no_grad()
+    def finish(self, batches: Iterator[Batch], device: torch.device) -> None:
+        """Give codewords that learning has left without any use another place."""
+        quantizer = self.codec.quantizer
+        assert quantizer is not None
+        self.to(device)
+        vectors = self._vectors(batches, lambda rows: rows, VECTORS_PER_CODEWORD * quantizer.size)
+        if left := quantizer.revive(vectors):
+            total = quantizer.books * quantizer.size
+            logger.warning("%s: none of %d vectors uses %d of %d codewords", self.stage, len(vectors), left, total)
+        self.to(torch.device("cpu"))
+
+    def _vectors(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], count: int) -> Tensor:
         vectors: list[Tensor] = []
-        while sum(map(len, vectors)) < self.config.quantizer.vectors:
+        while sum(map(len, vectors)) < count:
             batch = next(batches)
             x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
             z_BNZ = self.codec.g(self.quantization.regained(x0_BCT, positions_B)).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
             vectors.append(gather(z_BNZ)[gather(heard(mask_BT, z_BNZ))])
-        if main:
-            assert self.codec.quantizer is not None
-            every = torch.cat(vectors)[: self.config.quantizer.vectors]
-            self.codec.quantizer.fit(every, seed=self.config.seed)
+        return torch.cat(vectors)[:count]
 
 
 class FitPrior(_CodecTask):

@@ -309,6 +309,30 @@ def test_a_forked_process_fits_after_its_parent_has(fitted):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["residual", "qinco2"])
+def test_idle_codewords_find_work_and_no_error_grows(kind):
+    vectors = make_vectors(2000)
+    quantizer = make_quantizer({"kind": kind, "width": vectors.shape[1], "books": 3, "size": 16, "beam": 4})
+    quantizer.fit(vectors, seed=0)
+    with torch.no_grad():
+        for book in (0, 2):
+            quantizer.codebooks[book, 5:9] = 100.0
+        if kind == "qinco2":
+            quantizer.preselection[1, 5:9] = 100.0
+    before = relative_error(quantizer, vectors)
+    assert quantizer.revive(vectors, rounds=0) == 8
+    assert quantizer.revive(vectors) == 0
+    used = [len(torch.unique(codes)) for codes in quantizer.encode(vectors).T]
+    assert used == [16, 16, 16]
+    assert relative_error(quantizer, vectors) < before
+
+
+def test_codewords_that_no_vector_can_use_are_told():
+    quantizer = make_quantizer({"kind": "residual", "width": 4, "books": 2, "size": 16})
+    quantizer.fit(torch.randn(3, 4).repeat(20, 1), seed=0)
+    assert quantizer.revive(torch.randn(3, 4)) >= 2 * (16 - 3)
+
+
 def test_a_quantizer_is_made_again_from_its_config_and_state(fitted, held_out):
     again = make_quantizer(fitted.config())
     again.load_state_dict(fitted.state_dict())
