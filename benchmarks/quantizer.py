@@ -200,11 +200,19 @@ def faiss_rq(train_beam: int, search_beam: int, points: int = POINTS) -> Callabl
 
 
 def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """faiss's local search quantizer, one for each rate: its codes have no order."""
+    """faiss's local search quantizer, one for each rate: its codes have no order. It is made for unit scale."""
+    mean, scale = data["train"].mean(0).numpy(), data["train"].std().item()
+
+    def standardised(z: np.ndarray) -> np.ndarray:
+        return (z - mean) / scale
+
     for books in BOOKS:
         quantizer = faiss.LocalSearchQuantizer(data["train"].shape[1], books, 8)
-        seconds, _ = timed(lambda quantizer=quantizer: quantizer.train(sample(data["train"])))
-        yield measured(data["test"], *of_faiss(quantizer), seconds) | {"books": books}
+        points = standardised(sample(data["train"]))
+        seconds, _ = timed(lambda quantizer=quantizer, points=points: quantizer.train(points))
+        encode, decode = of_faiss(quantizer, standardised)
+        row = measured(data["test"], encode, lambda codes, d=decode: d(codes) * scale + mean, seconds)
+        yield row | {"books": books}
 
 
 def faiss_pq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
