@@ -4,7 +4,7 @@ CODEC is the export of an `autoencode` stage, LATENTS its latents (`train/` and 
 at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, on the
 same threads; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by
 gradient take the same number of steps and of vectors a step; when to stop is decided on files held out from training,
-never on the test.
+never on the test. ResidualVQ takes `pip install vector-quantize-pytorch`; without it `--only` names the others.
 """
 
 from __future__ import annotations
