@@ -103,11 +103,11 @@ class Feed:
             return self.stream.blank(self.stream.global_batch // (self.parallel.world_size * self.parts))
         return batch
 
-    def from_the_beginning(self) -> Iterator[Batch]:
-        """This rank's part of one global batch after another; apart from the training's own."""
-        parallel, size = self.parallel, self.stream.global_batch
+    def from_the_beginning(self, *, whole: bool = False) -> Iterator[Batch]:
+        """This rank's part of one global batch after another, or all of it; apart from the training's own."""
+        rank, world_size = (0, 1) if whole else (self.parallel.rank, self.parallel.world_size)
         for step in itertools.count():
-            yield self.stream.batch(step * size, rank=parallel.rank, world_size=parallel.world_size)
+            yield self.stream.batch(step * self.stream.global_batch, rank=rank, world_size=world_size)
 
     def samples_at(self, position: int) -> dict[str, list[int]]:
         """The ids of the whole global batch there, by the sets' locations."""

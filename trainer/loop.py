@@ -222,7 +222,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
                 strategy.close()
                 if parallel.main:
                     finished = filled(make_task(config, stage), weights, task.statistics)
-                    finished.finish(feed.from_the_beginning(), parallel.device)
+                    finished.finish(feed.from_the_beginning(whole=True), parallel.device)
                     exported = finished.export(run.export)
                     run.write_status("done", samples=samples, of=settings.samples, export=exported)
                     logger.info("%s: done, exported to %s", stage, run.export)

@@ -78,7 +78,7 @@ class Task(ABC):
         """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
 
     def finish(self, batches: Iterator[Batch], device: torch.device) -> None:  # noqa: B027
-        """On rank 0, once the averaged weights are in place, before the export. `batches` are its own parts."""
+        """On rank 0, once the averaged weights are in place, before the export. `batches` are whole ones."""
 
     def to(self, device: torch.device) -> None:
         """Move all that the stage computes with, except the frozen base, which `Parallel.prepare` moves."""
