@@ -15,13 +15,17 @@ FORMAT = 1
 
 @dataclass
 class Sampling:
-    """How D decodes: the sampler's name and steps, the guidance of z (1: none), and the temperature: by how much the
-    noise is scaled that it starts from. Below 1, decodes of the same codes differ less and keep to the likely."""
+    """How D decodes."""
 
     sampler: str = "dpmpp"
+    """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
     steps: int = 16
+    """Steps of the sampler; `heun` calls D twice a step."""
     guidance: float = 1.0
+    """Classifier-free guidance of z; 1: none."""
     temperature: float = 1.0
+    """By how much the noise is scaled that sampling starts from: below 1, decodes of the same codes differ less and
+    keep to the likely."""
 
 
 @dataclass

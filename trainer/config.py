@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from models.codec_config import Sampling
 from models.dit import DiTConfig
 from models.latent_encoder import LatentEncoderConfig
 from trainer.cluster import ClusterConfig
@@ -275,20 +276,6 @@ class HealthConfig:
 
 
 @dataclass
-class SamplingConfig:
-    """How D decodes."""
-
-    sampler: str = "dpmpp"
-    """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
-    steps: int = 16
-    """Steps of the sampler; `heun` calls D twice a step."""
-    guidance: float = 1.0
-    """Classifier-free guidance of z; 1: none."""
-    temperature: float = 1.0
-    """By how much the noise is scaled that sampling starts from: below 1, decodes differ less and are nearer."""
-
-
-@dataclass
 class EvaluateConfig:
     """Figures and page, on held-out clips."""
 
@@ -346,7 +333,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=Sampling)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def stage(self, name: str) -> TrainConfig:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.codec import SPresso, generate
-from models.codec_config import CodecConfig, Sampling
+from models.codec_config import CodecConfig
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
@@ -102,10 +102,6 @@ class Task(ABC):
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
         """Weights in what a stage exported, under the names that `learned` and `statistics` have; the base's hash."""
 
-    def sampling(self) -> Sampling:
-        """The recipe's."""
-        return Sampling(**dataclasses.asdict(self.config.sampling))
-
 
 def frozen_base(module: nn.Module) -> set[Tensor]:
     """D's own weights in a stage's module where they are not trained: they may be more than a device can hold."""
@@ -128,7 +124,8 @@ class Pretrain(Task):
         noise = [torch.randn(x0_BCT.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise_BCT = torch.stack(noise).to(x0_BCT.device)
         diffusion = make_diffusion(self.config.diffusion.name, **self.config.diffusion.options)
-        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=self.sampling(), progress=progress)
+        sampling = self.config.sampling
+        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=sampling, progress=progress)
         return self.autoencoder.decode(x0_BCT)
 
     def export(self, folder: Path) -> str:
@@ -171,11 +168,11 @@ class _CodecTask(Task):
         if self.codec.quantizer is not None:
             z_BZN = self.codec.quantizer.decode(self.codec.quantizer.encode(z_BZN.transpose(1, 2))).transpose(1, 2)
         noise = self.codec.noise(seeds, z_frames)
-        return self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling(), progress=progress)
+        return self.codec.z_to_audio(z_BZN, noise, sampling=self.config.sampling, progress=progress)
 
     def export(self, folder: Path) -> str:
         """The whole codec as it is after this stage."""
-        self.codec.config.sampling = self.sampling()
+        self.codec.config.sampling = self.config.sampling
         return self.codec.save_pretrained(folder, base=self._base, card=self._card())
 
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
@@ -332,6 +329,6 @@ def fresh_codec(config: Config) -> SPresso:
         diffusion=dataclasses.asdict(config.diffusion),
         lora=dataclasses.asdict(config.lora),
         window=config.autoencode.crop_frames,
-        sampling=Sampling(**dataclasses.asdict(config.sampling)),
+        sampling=config.sampling,
     )
     return SPresso(codec_config, autoencoder=load_autoencoder(**codec_config.autoencoder), dit=dit)

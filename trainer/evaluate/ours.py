@@ -235,10 +235,9 @@ class Ceiling(Source):
 
 def own_sources(config: Config, clips: Clips, device: torch.device) -> tuple[list[Source], list[Source]]:
     """The run's codec and those of `evaluate.codecs`, each with its wrong-z control; and the floors. None is loaded."""
-    sampling = Sampling(**dataclasses.asdict(config.sampling))
     open_export = functools.partial(Export, clips=clips, device=device)
     stages = ("autoencode", "finetune", "quantize")
-    of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=sampling) for name in stages}
+    of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=config.sampling) for name in stages}
     continuous = of_stage["autoencode"]
     rows = [Own(continuous, System("z", "Continuous z", "system"))]
     for stage in ("finetune", "quantize"):
