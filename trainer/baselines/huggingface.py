@@ -48,7 +48,9 @@ class _FromHub(Baseline):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it would go through ours
-        options = {"subfolder": self.folder_in_hub} if self.folder_in_hub and self.weights is None else {}
+        options: dict[str, Any] = {"local_files_only": self.weights is not None or offline()}
+        if self.folder_in_hub and self.weights is None:
+            options["subfolder"] = self.folder_in_hub
         model = kind.from_pretrained(self.weights or self.hub, use_safetensors=True, **options)
         self.model = model.to(device).eval()
         self.sample_rate = self.model.config.sampling_rate
