@@ -44,14 +44,10 @@ class Gathered:
 
     def _described(self, pieces: Sequence[Piece], seconds: float) -> System:
         system = System(**next((piece.system for piece in pieces if piece.unavailable), pieces[0].system))
-        measured = ("payload_bits", "file_bytes", "coded_bits")
-        bits, sizes, coded = ([n for piece in pieces for n in getattr(piece, key)] for key in measured)
-        if bits:
-            system.payload_kbps = sum(bits) / (len(bits) * seconds) / 1000
-        if sizes:
-            system.file_kbps = 8 * sum(sizes) / (len(sizes) * seconds) / 1000
-        if coded:
-            system.coded_kbps = sum(coded) / (len(coded) * seconds) / 1000
+        rates = (("payload_kbps", "payload_bits", 1), ("file_kbps", "file_bytes", 8), ("coded_kbps", "coded_bits", 1))
+        for rate, measured, bits in rates:
+            if sizes := [size for piece in pieces for size in getattr(piece, measured)]:
+                setattr(system, rate, bits * sum(sizes) / (len(sizes) * seconds) / 1000)
         if self.failures and not system.unavailable:
             first = next(iter(self.failures.values()))
             if len(self.failures) == len(self.rows):
