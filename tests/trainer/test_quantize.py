@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.codec import SPresso
+from models.qinco2 import QINCo2
 from tests.trainer import ranks
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer.loop import train
@@ -94,6 +95,22 @@ def test_without_steps_it_is_the_fit_alone(start):
     quantizer = SPresso.from_pretrained(Path(config.run_dir) / "quantize/export").quantizer
     assert all(step.outward.weight.abs().max() == 0 for step in quantizer.steps)
     assert torch.equal(quantizer.preselection, quantizer.codebooks[1:])
+
+
+def test_idle_codewords_have_work_once_it_ends(start, monkeypatch):
+    fit = QINCo2.fit
+
+    def spoiled(self, vectors, *, seed):
+        fit(self, vectors, seed=seed)
+        with torch.no_grad():
+            self.codebooks[1, 3:6] = self.preselection[0, 3:6] = 100.0
+
+    monkeypatch.setattr(QINCo2, "fit", spoiled)
+    config = start("quantize.samples=0")
+    assert train(config, "quantize") == "done"
+    quantizer = SPresso.from_pretrained(Path(config.run_dir) / "quantize" / "export").quantizer
+    assert quantizer.codebooks.abs().max() < 50
+    assert quantizer.preselection.abs().max() < 50
 
 
 def test_fsq_needs_no_fit(start):

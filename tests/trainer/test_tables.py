@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 
 from trainer.evaluate import tables
+from trainer.evaluate.pieces import Piece
+from trainer.evaluate.report import Gathered
+from trainer.evaluate.system import System
 
 HOSTILE = r"50% & $x_1$ #2 {a} ~^\ <b> | pipe × ±"
 
@@ -121,3 +125,18 @@ def test_without_decodes_or_rivals_there_is_a_table(report):
         system["unavailable"] = "" if system["key"] in ("original", "ae") else "no"
     assert "spread" not in tables.table(report)
     assert tables.latex(report).count(r"\multicolumn{2}{l}{not available}") == 6
+
+
+def test_bit_rates_are_those_of_all_clips_and_the_entropy_coded_one_stands_beside(report):
+    system = dataclasses.asdict(System("zq", "zq", "system", table="ultra_low"))
+    halves = [
+        Piece(system, [0], payload_bits=[200], file_bytes=[40], coded_bits=[100]),
+        Piece(system, [1], payload_bits=[200], file_bytes=[44], coded_bits=[140]),
+    ]
+    found = Gathered(halves, seconds=2.0, control_of="").system
+    rates = (found.payload_kbps, found.file_kbps, found.coded_kbps)
+    assert rates == pytest.approx((0.1, 8 * 84 / 4 / 1000, 0.06))
+    report["systems"].append(dataclasses.asdict(found))
+    report["results"]["zq"] = report["results"]["zq1"]
+    assert "0.100 (0.060 entropy-coded)" in line_of(tables.markdown(report), "zq")
+    assert "entropy-coded" not in line_of(tables.markdown(report), "zq1")
