@@ -25,7 +25,7 @@ from ranks import give
 from subject import STAGE, LossOnly, batches, recipe, task_of
 from torch import Tensor
 
-from trainer.config import Config
+from trainer.recipes.schema import Config
 from trainer.tasks import Task
 
 SIZE = ("dit.width=1024", "dit.depth=8", "dit.hidden_width=4096", "latent_encoder.width=384")
@@ -84,10 +84,10 @@ class Ours(System):
     """This project, under one of its strategies."""
 
     def __init__(self, config: Config, strategy: str) -> None:
-        from trainer.ema import EMA
-        from trainer.parallel import Parallel
-        from trainer.saver import Saver
-        from trainer.state import TrainState
+        from trainer.checkpoints.ema import EMA
+        from trainer.checkpoints.saver import Saver
+        from trainer.checkpoints.state import TrainState
+        from trainer.ranks.parallel import Parallel
 
         config.parallel.strategy = strategy
         settings = config.stage(STAGE)
@@ -123,7 +123,7 @@ class Ours(System):
 
     def load(self, path: Path) -> None:
         """As the loop does: the newest whole checkpoint, its checksums verified."""
-        from trainer import checkpoint
+        from trainer.checkpoints import checkpoint
 
         newest = checkpoint.latest(path.parent)
         assert newest == path, f"{newest} is found, not {path}"

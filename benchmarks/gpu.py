@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ranks
 import subject
 
-from trainer.config import Config
+from trainer.checkpoints.saver import Saver
+from trainer.log.metrics import read_metrics
 from trainer.memory.estimate import GIB, Estimate
-from trainer.metrics import read_metrics
-from trainer.saver import Saver
+from trainer.recipes.schema import Config
 
 STEPS, LINE = 40, 10
 LARGE = (

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from subject import STAGE, LossOnly, recipe
 from torch import Tensor, nn
 
-from trainer.config import Config
+from trainer.recipes.schema import Config
 from trainer.stop import Stop
 
 SIZE = ("dit.width=384", "dit.depth=4", "dit.hidden_width=1536", "latent_encoder.width=256", "lora.rank=16")
@@ -86,7 +86,7 @@ def plain(config: Config, gate: Gate) -> None:
 def preloaded(config: Config) -> list[tuple[Tensor, Tensor]]:
     """The first batches of the same stream, in memory, float32."""
     from trainer.data.stream import LatentStream
-    from trainer.run import training_sets
+    from trainer.run_directory import training_sets
 
     settings = config.stage(STAGE)
     stream = LatentStream(training_sets(config), crop_frames=settings.crop_frames, global_batch=GLOBAL_BATCH, seed=0)

@@ -31,11 +31,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.codec import SPresso  # noqa: E402
-from models.qinco2 import QINCo2  # noqa: E402
-from models.residual_quantizer import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
+from models.quantizers.qinco2 import QINCo2  # noqa: E402
+from models.quantizers.residual import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
 from trainer.objectives import at_gain  # noqa: E402
-from trainer.run import write_atomically  # noqa: E402
+from trainer.run_directory import write_atomically  # noqa: E402
 
 SIZE, BITS = 256, (64, 96, 120)
 BOOKS = [bits // 8 for bits in BITS]

@@ -29,7 +29,7 @@ from recovery_peer import RECIPE, Loop
 from subject import STAGE, make_base, make_latents, recipe
 
 from tests.cluster.slurm_cluster import SlurmCluster
-from trainer.config import Config
+from trainer.recipes.schema import Config
 
 NODES, TASKS, STEPS = 2, 2, 12
 OURS, PEER = "this project", "Accelerate and submitit"
@@ -78,11 +78,11 @@ class Ours(Job):
 
     def __init__(self, cluster: SlurmCluster, config: Config) -> None:
         super().__init__(cluster)
-        from launch import preflight, submission
+        from launch.slurm import preflight, submit
 
         preflight.check = lambda *_: None  # it looks for mistakes, and there are none
         self.folder, self.batch = Path(config.run_dir) / STAGE, config.stage(STAGE).global_batch
-        [submitted] = submission.run(config, only=STAGE)
+        [submitted] = submit.run(config, only=STAGE)
         self.job = submitted.job
 
     def steps(self) -> list[tuple[int, float]]:

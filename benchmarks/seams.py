@@ -24,7 +24,7 @@ from torch import Tensor
 from models import windows
 from models.codec import SPresso, generate
 from trainer.data.shard_set import open_set
-from trainer.text import aligned
+from trainer.formatting import aligned
 
 NEAR = 4  # frames to either side of a joint that count as it
 FLOOR_DB = 60.0  # below the loudest band: less is not heard, and decides nothing

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.backbones.pretrained import load_autoencoder
 from models.dit import DiT
-from models.pretrained import load_autoencoder
 from models.weights import save_weights
-from trainer.config import Config
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.recipe import load
+from trainer.recipes.reading import load
+from trainer.recipes.schema import Config
 from trainer.tasks import Task, make_task
 
 STAGE, FRAMES, CHANNELS = "autoencode", 63, 128

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
-        from launch.preemption import INTERRUPTED
+        from launch.signals import INTERRUPTED
 
         print("spresso: interrupted", file=sys.stderr)
         return INTERRUPTED

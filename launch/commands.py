@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.config import Config
+    from trainer.recipes.schema import Config
 
 
 def synth(options: argparse.Namespace) -> None:
@@ -19,36 +19,36 @@ def synth(options: argparse.Namespace) -> None:
 
 def index(options: argparse.Namespace) -> None:
     """An index for tars, or a check of one."""
-    from launch import files
+    from launch import inspect_files
 
     if options.verify:
-        files.verify(options.folder, workers=options.workers)
+        inspect_files.verify(options.folder, workers=options.workers)
     else:
-        files.index(
+        inspect_files.index(
             options.folder, kind=options.autoencoder, weights=options.autoencoder_folder, workers=options.workers
         )
 
 
 def data(options: argparse.Namespace) -> None:
     """A set of latents at a glance."""
-    from launch import files
+    from launch import inspect_files
 
     if options.samples < 1:
         raise ValueError("--samples is at least 1")
-    files.describe(options.location, samples=options.samples, play_to=options.play_to)
+    inspect_files.describe(options.location, samples=options.samples, play_to=options.play_to)
 
 
 def checkpoint(options: argparse.Namespace) -> int:
     """The checkpoints of a run."""
-    from launch import files
+    from launch import inspect_files
 
-    return files.checkpoint(options.folder, verify=options.verify)
+    return inspect_files.checkpoint(options.folder, verify=options.verify)
 
 
 def run(options: argparse.Namespace) -> int:
     """All stages of a recipe."""
     from launch import pipeline
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     config = load(options.recipe, _overrides(options))
     if config.cluster.kind == "slurm":
@@ -57,26 +57,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
-    from launch import submission
+    from launch.slurm import submit
 
     if not dry:
-        submission.run(config, only=stage)
+        submit.run(config, only=stage)
         return 0
-    for name, text in submission.scripts(config, only=stage):
+    for name, text in submit.scripts(config, only=stage):
         print(f"# ---- {name}\n{text}")
     return 0
 
 
 def sbatch(options: argparse.Namespace) -> None:
     """A script for plain sbatch."""
-    from launch import submission
-    from trainer.config import STAGES
-    from trainer.recipe import load
+    from launch.slurm import submit
+    from trainer.recipes.reading import load
+    from trainer.recipes.schema import STAGES
 
     stage, overrides = _named_stage(options.overrides)
     if stage is not None and stage not in STAGES:
         raise ValueError(f"stage={stage} is none of {', '.join(STAGES)}")
-    print(submission.whole_script(load(options.recipe, overrides), only=stage))
+    print(submit.whole_script(load(options.recipe, overrides), only=stage))
 
 
 def _named_stage(overrides: list[str]) -> tuple[str | None, list[str]]:
@@ -87,38 +87,38 @@ def _named_stage(overrides: list[str]) -> tuple[str | None, list[str]]:
 
 def status(options: argparse.Namespace) -> None:
     """How far runs are."""
-    from launch import status
+    from launch.status import table
 
-    print(status.report(status.resolve(options.run) if options.run else None))
+    print(table.report(table.resolve(options.run) if options.run else None))
 
 
 def logs(options: argparse.Namespace) -> None:
     """What a run writes."""
-    from launch import logs, status
+    from launch.status import logs, table
 
-    logs.logs(status.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
+    logs.logs(table.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
 
 
 def cancel(options: argparse.Namespace) -> None:
     """End a run's jobs."""
-    from launch import status
+    from launch.status import table
 
-    print(status.cancel(status.resolve(options.run)), file=sys.stderr)
+    print(table.cancel(table.resolve(options.run)), file=sys.stderr)
 
 
 def requeue(options: argparse.Namespace) -> None:
     """Have a run leave its nodes and wait for others."""
-    from launch import status
+    from launch.status import table
 
-    run = status.resolve(options.run)
-    told = status.requeue(run)
+    run = table.resolve(options.run)
+    told = table.requeue(run)
     if told is not None:
         print(told, file=sys.stderr)
         return
-    from launch import submission
-    from trainer.recipe import load
+    from launch.slurm import submit
+    from trainer.recipes.reading import load
 
-    submission.run(load(str(run / "config.yaml"), []))
+    submit.run(load(str(run / "config.yaml"), []))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -129,8 +129,8 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 def train(options: argparse.Namespace) -> int:
     """One trained stage."""
     from launch import pipeline
-    from trainer.config import TRAINED_STAGES
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
+    from trainer.recipes.schema import TRAINED_STAGES
 
     stage, overrides = _named_stage(_overrides(options))
     if stage not in TRAINED_STAGES:
@@ -142,7 +142,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _outcome(outcome: str) -> int:
-    from launch.preemption import STOPPED
+    from launch.signals import STOPPED
 
     if outcome == "stopped":
         print("spresso: stopped and saved; the same command goes on from there", file=sys.stderr)
@@ -153,7 +153,7 @@ def _outcome(outcome: str) -> int:
 def prepare(options: argparse.Namespace) -> None:
     """Sound files → latents."""
     from launch import pipeline
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     part, parts = _part(options)
     pipeline.prepare_latents(load(options.recipe, options.overrides), part=part, parts=parts)
@@ -162,7 +162,7 @@ def prepare(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Figures of the trained codec."""
     from launch import pipeline
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     part, parts = _part(options)
     pipeline.evaluate(load(options.recipe, options.overrides), part=part, parts=parts)
@@ -178,7 +178,7 @@ def _part(options: argparse.Namespace) -> tuple[int, int]:
 def listen_test(options: argparse.Namespace) -> None:
     """A blind listening test."""
     from launch import pipeline
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     systems = options.systems.split(",") if options.systems else None
     config = load(options.recipe, options.overrides)
@@ -188,7 +188,7 @@ def listen_test(options: argparse.Namespace) -> None:
 def page(options: argparse.Namespace) -> None:
     """The page to listen to."""
     from launch import pipeline
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     pipeline.run_stage(load(options.recipe, options.overrides), "page")
 
@@ -196,7 +196,7 @@ def page(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """The resolved config, batches and memory."""
     from launch.plan import plan
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     for line in plan(load(options.recipe, options.overrides, released=False)):
         print(line, flush=True)
@@ -204,9 +204,9 @@ def plan(options: argparse.Namespace) -> None:
 
 def encode(options: argparse.Namespace) -> int:
     """Sound → streams."""
-    from launch import streams
+    from launch import codec_files
 
-    failed = streams.encode(
+    failed = codec_files.encode(
         options.input,
         options.output,
         codec=options.codec,
@@ -221,9 +221,9 @@ def encode(options: argparse.Namespace) -> int:
 
 def decode(options: argparse.Namespace) -> int:
     """Streams → sound."""
-    from launch import streams
+    from launch import codec_files
 
-    failed = streams.decode(
+    failed = codec_files.decode(
         options.input,
         options.output,
         codec=options.codec,
@@ -239,6 +239,6 @@ def decode(options: argparse.Namespace) -> int:
 
 def info(options: argparse.Namespace) -> None:
     """What a stream holds."""
-    from launch import streams
+    from launch import codec_files
 
-    streams.info(options.input, codec=options.codec)
+    codec_files.info(options.input, codec=options.codec)

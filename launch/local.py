@@ -11,10 +11,10 @@ from types import FrameType
 from typing import NoReturn
 
 from launch import owner
-from launch.attempt import TOKEN
-from launch.preemption import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
-from trainer.config import Config
-from trainer.run import stage_folder
+from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
+from launch.slurm.attempt import TOKEN
+from trainer.recipes.schema import Config
+from trainer.run_directory import stage_folder
 
 _GRACE = 5.0  # seconds for the other ranks to leave by themselves once one has left
 

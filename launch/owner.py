@@ -13,8 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch import queue
-from launch.attempt import TOKEN, Attempt, write_json
+from launch.slurm import scheduler
+from launch.slurm.attempt import TOKEN, Attempt, write_json
 
 _FILE = "owner.json"
 _SILENCE = 900.0  # seconds without a word in status.json, after which a holder on a machine out of sight counts as dead
@@ -104,8 +104,8 @@ def lives(held: Owner, folder: Path) -> bool:
     """Whether a holder is alive, as far as can be told from here."""
     if held.job:
         try:
-            return bool(queue.alive([held.job]))
-        except queue.QueueError:  # away from the cluster
+            return bool(scheduler.alive([held.job]))
+        except scheduler.QueueError:  # away from the cluster
             return _spoke_lately(folder)
     if held.host == socket.gethostname():
         return _born(held.pid) == held.born

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from trainer.config import TRAINED_STAGES, Config, to_yaml
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
-from trainer.data.synth import write_sounds
+from trainer.data.synth.dataset import write_sounds
 from trainer.progress import Progress
-from trainer.run import RunDirectory, stage_folder, stage_inputs, write_atomically
+from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
+from trainer.run_directory import RunDirectory, stage_folder, stage_inputs, write_atomically
 
 
 def run(config: Config) -> str:
@@ -90,8 +90,8 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     if shared_latents(config):
         say(f"  made before: {config.data.latents}")
         return
-    from models.pretrained import load_autoencoder
-    from trainer.data.text import embedder_factory
+    from models.backbones.pretrained import load_autoencoder
+    from trainer.data.text_embeddings import embedder_factory
 
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
     start = time.monotonic()
@@ -144,7 +144,7 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
 
 def _goes_on(config: Config, directory: RunDirectory) -> bool:
     """Whether nothing else is asked for than to go on from where the run is."""
-    from trainer.resume import followed
+    from trainer.checkpoints.resume import followed
 
     return config.checkpoint.resume == "auto" or followed(directory, config.checkpoint.resume)
 
@@ -163,7 +163,7 @@ def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
 def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
     """A folder for webMUSHRA, from the clips that the page plays."""
     from trainer.evaluate import evaluate
-    from trainer.listening_test import write_listening_test
+    from trainer.evaluate.listening_test import write_listening_test
 
     folder = stage_folder(config, "evaluate")
     made = write_listening_test(evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.ranks import share
-from trainer.config import TRAINED_STAGES, Config, to_yaml
-from trainer.run import RunDirectory, stage_folder
+from launch.slurm.slurm_task import share
+from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
+from trainer.run_directory import RunDirectory, stage_folder
 
 
 def plan(config: Config) -> Iterator[str]:
     """Lines: the resolved config, the arithmetic of batches and bits, and what each rank of each stage would hold."""
     yield from ("# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config), "")
-    from launch.memory import memory  # this takes seconds, and what follows some more
+    from launch.plan_memory import memory  # this takes seconds, and what follows some more
 
     yield from memory(config)
     yield from ("# run directory", *_run_directory(config), "")
     if config.cluster.kind == "slurm":
-        from launch import submission
+        from launch.slurm import submit
 
-        for stage, text in submission.scripts(config):
+        for stage, text in submit.scripts(config):
             yield from (f"# script: {stage}", text)
 
 
@@ -47,8 +47,8 @@ def checkpoint_bytes(config: Config, stage: str) -> int:
 
 def _run_directory(config: Config) -> Iterator[str]:
     """What each stage would go on from, and the disk that its checkpoints take."""
-    from trainer import checkpoint
-    from trainer.text import size
+    from trainer.checkpoints import checkpoint
+    from trainer.formatting import size
 
     for stage in config.stages:
         if stage not in TRAINED_STAGES:
@@ -76,7 +76,7 @@ def _stages(config: Config) -> list[str]:
 
 
 def _codec(config: Config) -> list[str]:
-    from models.pretrained import latent_timing
+    from models.backbones.pretrained import latent_timing
 
     try:
         sample_rate, hop = latent_timing(config.autoencoder.kind, config.autoencoder.folder)

@@ -1,7 +1,7 @@
 """AudioAE: audio ↔ latents `x0`, frozen, with 1 / hop latent frames a sample.
 
 `SpectralAE` computes its latents and needs no weights. `VocosAE` is the learned complex-STFT autoencoder of the public
-Woosh release (arXiv 2604.01929), whose weights `models.pretrained` loads.
+Woosh release (arXiv 2604.01929), whose weights `models.backbones.pretrained` loads.
 
 Shape suffixes: B batch, S samples, T latent frames, C latent channels, D features, F frequency bins.
 """

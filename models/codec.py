@@ -21,14 +21,21 @@ from torch import Tensor, nn
 
 from models import streams, windows
 from models.autoencoder import AudioAE
+from models.backbones.pretrained import (
+    hash_state,
+    load_autoencoder,
+    load_dit,
+    load_weights,
+    outline_autoencoder,
+    save_weights,
+)
 from models.bitstream import FramesOf, Stream
 from models.codec_config import FORMAT, CodecConfig, Sampling, read_description
 from models.decoder import Decoder
 from models.diffusion import Diffusion, guided, make_diffusion
 from models.latent_encoder import LatentEncoder, Upsampler
-from models.pretrained import hash_state, load_autoencoder, load_dit, load_weights, outline_autoencoder, save_weights
 from models.prior import Coder, Prior
-from models.quantizer import Quantizer, make_quantizer
+from models.quantizers.base import Quantizer, make_quantizer
 from models.samplers import sample
 from models.weights import write_safetensors
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from models.backbones.stable_audio import StableAudioConfig, StableAudioDiT
 from models.dit import DiT, DiTConfig
-from models.stable_audio import StableAudioConfig, StableAudioDiT
 
 Decoder = DiT | StableAudioDiT
 DecoderConfig = DiTConfig | StableAudioConfig

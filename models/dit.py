@@ -2,7 +2,7 @@
 
 Multi-stream blocks give latents and text their own weights and let them meet in one attention (Esser et al., arXiv
 2403.03206); single-stream blocks, after them, share one set of weights. The layout is that of the public Woosh release
-(arXiv 2604.01929), so its weights load by renaming alone (`models.pretrained`).
+(arXiv 2604.01929), so its weights load by renaming alone (`models.backbones.pretrained`).
 
 Shape suffixes: B batch, C latent channels, T frames, N latent tokens (T / patch_size), S all tokens of a sequence,
 D width, H heads, K features of a head, E features of a patch.

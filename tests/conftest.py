@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from launch import pipeline
-from trainer.config import Config
-from trainer.recipe import load
+from trainer.recipes.reading import load
+from trainer.recipes.schema import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

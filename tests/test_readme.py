@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from launch.cli import parser
-from trainer.recipe import load
+from trainer.recipes.reading import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,10 +7,10 @@ import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from trainer.config import Config, TrainConfig
 from trainer.data.stream import Batch, LatentStream, Shuffle
-from trainer.parallel import Parallel
-from trainer.run import training_sets
+from trainer.ranks.parallel import Parallel
+from trainer.recipes.schema import Config, TrainConfig
+from trainer.run_directory import training_sets
 from trainer.stop import Stop
 from trainer.tasks import Task
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import HealthConfig
+from trainer.recipes.schema import HealthConfig
 
 _SCALE_GROWS_AFTER = 2000  # accepted steps, as torch's GradScaler
 _LARGEST_SCALE = 2.0**24

@@ -8,20 +8,21 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from trainer import checkpoint, collective, resume
-from trainer.config import Config, TrainConfig
-from trainer.ema import EMA
+from trainer.checkpoints import checkpoint, resume
+from trainer.checkpoints.ema import EMA
+from trainer.checkpoints.saver import Saver
+from trainer.checkpoints.state import TrainState, filled
 from trainer.feed import Feed
 from trainer.health import Health
+from trainer.log.training_log import Report
 from trainer.memory.estimate import out_of_memory
-from trainer.parallel import Parallel
-from trainer.report import Report
-from trainer.run import RunDirectory, code_version, log_to, stage_folder, stage_inputs
-from trainer.saver import Saver
-from trainer.state import TrainState, filled
+from trainer.ranks import collective
+from trainer.ranks.parallel import Parallel
+from trainer.ranks.watchdog import Watchdog, collective_timeout
+from trainer.recipes.schema import Config, TrainConfig
+from trainer.run_directory import RunDirectory, code_version, log_to, stage_folder, stage_inputs
 from trainer.stop import Stop
 from trainer.tasks import make_task
-from trainer.watchdog import Watchdog, collective_timeout
 
 logger = logging.getLogger("spresso")
 

@@ -11,9 +11,9 @@ from models.autoencoder import AudioAE
 from models.codec import SPresso
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
-from trainer.config import Config
-from trainer.data.text import Text
+from trainer.data.text_embeddings import Text
 from trainer.randomness import integers, keys, normal, uniform
+from trainer.recipes.schema import Config
 
 
 class Losses(NamedTuple):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.figures import mel_energies
+from trainer.evaluate.figures import mel_energies
 
 FLOOR_DB = 70.0
 """What lies more than this below the clip's maximum is drawn as silence."""

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
+from models.backbones.pretrained import hash_state, load_autoencoder, load_dit, save_weights
 from models.codec import SPresso, generate
 from models.codec_config import CodecConfig
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
-from models.pretrained import hash_state, load_autoencoder, load_dit, save_weights
 from models.prior import Prior
-from models.quantizer import make_quantizer
-from models.residual_quantizer import VECTORS_PER_CODEWORD
-from trainer.config import Config
+from models.quantizers.base import make_quantizer
+from models.quantizers.residual import VECTORS_PER_CODEWORD
 from trainer.data.stream import Batch
-from trainer.data.text import WantedText
+from trainer.data.text_embeddings import WantedText
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization, heard
 from trainer.randomness import keys, uniform
-from trainer.run import base_model, stage_before, stage_folder
+from trainer.recipes.schema import Config
+from trainer.run_directory import base_model, stage_before, stage_folder
 
 logger = logging.getLogger("spresso")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launch import attempt, preflight, submission
+from launch.slurm import attempt, preflight, submit
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.cluster.slurm_nodes import until
-from trainer.config import Config
-from trainer.recipe import load
+from trainer.recipes.reading import load
+from trainer.recipes.schema import Config
 
 FAULTS = Path(__file__).parent / "faults"
 BATCH = 12
@@ -49,7 +49,7 @@ class Run:
         """Hand it over, without a look ahead, which takes as long as the test; returns the job's number."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preflight, "check", lambda *_: None)
-            [submitted] = submission.run(self.config, only="pretrain")
+            [submitted] = submit.run(self.config, only="pretrain")
         self.job = submitted.job
         return self.job
 
@@ -104,7 +104,7 @@ class Run:
                 words = (path.parent / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if f"SPRESSO_RUN={self.folder}".encode() in environment and b"launch.job" in words:
+            if f"SPRESSO_RUN={self.folder}".encode() in environment and b"launch.slurm.job_task" in words:
                 found.append(int(path.parent.name))
         return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.runs import Run, spresso
 from tests.cluster.slurm_cluster import SlurmCluster
-from trainer.recipe import load
+from trainer.recipes.reading import load
 
 pytestmark = pytest.mark.alone
 

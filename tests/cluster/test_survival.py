@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from launch import pipeline
-from launch.attempt import history
+from launch.slurm.attempt import history
 from tests.cluster.runs import LONG, SETTINGS, Run, assert_undisturbed
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.recorded import recorded_sounds
 from trainer.loop import train
-from trainer.recipe import load
+from trainer.recipes.reading import load
 
 pytestmark = pytest.mark.alone
 SHORT = 1200

@@ -18,7 +18,7 @@ import soundfile
 
 from launch.cli import main
 from models.weights import load_weights, save_weights
-from trainer.config import TRAINED_STAGES
+from trainer.recipes.schema import TRAINED_STAGES
 
 pytestmark = pytest.mark.alone
 
@@ -257,7 +257,7 @@ def test_no_space_on_the_disk(prepared, tmp_path, monkeypatch, capsys):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "step_000000000032")
 
-    monkeypatch.setattr("trainer.checkpoint._write", full)
+    monkeypatch.setattr("trainer.checkpoints.checkpoint._write", full)
     paths = [f"run_dir={tmp_path}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
     assert "o space left" in refused(capsys, "train", "tiny", "stage=pretrain", *QUICK, *paths)
     assert not list((tmp_path / "pretrain/checkpoints").glob("*"))

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from launch import owner, queue
-from launch.attempt import TOKEN, Attempt
+from launch import owner
 from launch.owner import Owner, Superseded
+from launch.slurm import scheduler
+from launch.slurm.attempt import TOKEN, Attempt
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_on_another_machine_silence_tells(tmp_path):
 
 def test_of_jobs_the_queue_tells(tmp_path, monkeypatch):
     living = ["7"]
-    monkeypatch.setattr(queue, "alive", lambda jobs: [job for job in jobs if job in living])
+    monkeypatch.setattr(scheduler, "alive", lambda jobs: [job for job in jobs if job in living])
     owner.take(tmp_path, by_job(tmp_path, "7"))
     with pytest.raises(ValueError, match=r"held by job 7, which is alive.*scancel 7"):
         owner.take(tmp_path, by_job(tmp_path, "8"))
@@ -73,7 +74,7 @@ def test_of_jobs_the_queue_tells(tmp_path, monkeypatch):
 
 
 def test_who_was_replaced_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue, "alive", lambda jobs: [])
+    monkeypatch.setattr(scheduler, "alive", lambda jobs: [])
     owner.take(tmp_path, by_job(tmp_path, "7"))
     owner.require(tmp_path)
     mine = os.environ[TOKEN]
@@ -98,9 +99,9 @@ def test_a_word_in_status_json_is_a_sign_of_life(tmp_path):
 
 def test_a_job_that_nobody_can_be_asked_about_is_judged_by_its_silence(tmp_path, monkeypatch):
     def down(jobs):
-        raise queue.QueueError("down")
+        raise scheduler.QueueError("down")
 
-    monkeypatch.setattr(queue, "alive", down)
+    monkeypatch.setattr(scheduler, "alive", down)
     owner.take(tmp_path, by_job(tmp_path, "7"))
     with pytest.raises(ValueError, match="alive"):
         owner.take(tmp_path, owner.by_hand())

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import owner, queue
-from launch.attempt import TOKEN, Attempt
+from launch import owner
 from launch.owner import Owner, Superseded
+from launch.slurm import scheduler
+from launch.slurm.attempt import TOKEN, Attempt
 
 LONG_AGO = (time.time() - 10_000,) * 2
 
@@ -35,9 +36,9 @@ def held(request, tmp_path, monkeypatch) -> Owner:
     """One on another machine, and a job whose queue gives no answer."""
 
     def silent(jobs: list[str]) -> list[str]:
-        raise queue.QueueError("there is no squeue here")
+        raise scheduler.QueueError("there is no squeue here")
 
-    monkeypatch.setattr(queue, "alive", silent)
+    monkeypatch.setattr(scheduler, "alive", silent)
     return (
         Owner("far", "elsewhere", 1, "1") if request.param == "elsewhere" else owner.by_job(Attempt(tmp_path, "7", 0))
     )
@@ -65,7 +66,7 @@ def test_who_has_just_begun_and_said_nothing_yet_is_alive(held, tmp_path):
 
 
 def test_a_start_takes_what_it_holds_already(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue, "alive", lambda jobs: jobs)
+    monkeypatch.setattr(scheduler, "alive", lambda jobs: jobs)
     mine = owner.by_job(Attempt(tmp_path, "7", 0))
     owner.take(tmp_path, mine)
     owner.take(tmp_path, dataclasses.replace(mine, pid=mine.pid + 1))

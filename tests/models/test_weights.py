@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.backbones.pretrained import load_dit
 from models.dit import DiT, DiTConfig
-from models.pretrained import load_dit
 from models.weights import Stored, open_weights, save_weights
-from tests.models.test_pretrained import flow_folder
+from tests.models.backbones.test_pretrained import flow_folder
 
 SMALL = DiTConfig(channels=4, width=16, depth=1, heads=2, hidden_width=32)
 LARGE = DiTConfig(width=1024, depth=5, heads=16, hidden_width=4096)
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 MEASURE = """
 import sys
-from models.pretrained import load_dit
+from models.backbones.pretrained import load_dit
 
 def resident(kind):
     with open("/proc/self/status") as status:

@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-import trainer.fsdp
-import trainer.loop  # noqa: F401
+import trainer.loop
+import trainer.ranks.fsdp  # noqa: F401
 
 torch.set_num_threads(1)

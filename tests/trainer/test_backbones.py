@@ -15,23 +15,23 @@ import torch
 import webdataset
 from peft import PeftConfig
 
-from launch import files, pipeline
+from launch import inspect_files, pipeline
+from models.backbones.stable_audio import StableAudioDiT
 from models.codec import SPresso
-from models.stable_audio import StableAudioDiT
 from tests import stable_audio as release
-from tests.models.test_pretrained import ae_folder, flow_folder
-from tests.trainer.strategies import group
+from tests.models.backbones.test_pretrained import ae_folder, flow_folder
+from tests.trainer.ranks.strategies import group
 from tests.trainer.test_loop import losses, stop_after, tensors
-from trainer import checkpoint
-from trainer.config import Config
+from trainer.checkpoints import checkpoint
 from trainer.data.shard_set import ShardSet
-from trainer.data.text import Text
+from trainer.data.text_embeddings import Text
 from trainer.feed import Feed
 from trainer.loop import train
 from trainer.memory.activations import Pass, activations
 from trainer.memory.outline import outline
-from trainer.parallel import Parallel
-from trainer.recipe import load
+from trainer.ranks.parallel import Parallel
+from trainer.recipes.reading import load
+from trainer.recipes.schema import Config
 from trainer.tasks import make_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -81,7 +81,7 @@ def trained(make, root: Path) -> Path:
 
 
 def test_text_lies_in_the_shards_as_d_reads_it(make, root, capsys):
-    from models.text import load_stable_audio_text
+    from models.text_encoder import load_stable_audio_text
 
     shard_set = ShardSet(root / "latents" / "train")
     encoder = load_stable_audio_text(root / "release")
@@ -93,12 +93,12 @@ def test_text_lies_in_the_shards_as_d_reads_it(make, root, capsys):
     for sample in webdataset.WebDataset([str(shard_set.paths[0])], shardshuffle=False).decode():
         assert sample["text.npy"].shape[1] == release.WIDTH
         assert sample["x0.npy"].shape == (release.CHANNELS, 113)
-    files.describe(str(root / "latents" / "train"), samples=1, play_to=None)
+    inspect_files.describe(str(root / "latents" / "train"), samples=1, play_to=None)
     assert (
         f"tokens of {release.WIDTH} a caption, up to {release.TOKENS}, by {encoder.identity()}"
         in capsys.readouterr().out
     )
-    files.verify(str(root / "latents"), workers=1)
+    inspect_files.verify(str(root / "latents"), workers=1)
 
 
 def test_an_index_made_again_knows_of_the_text(make, root, tmp_path):
@@ -112,7 +112,7 @@ def test_an_index_made_again_knows_of_the_text(make, root, tmp_path):
     for path in copy.iterdir():
         path.unlink()
     (tmp_path / "some.tar").rename(copy / "some.tar")
-    files.index(str(copy), kind="oobleck", weights=root / "release", workers=1)
+    inspect_files.index(str(copy), kind="oobleck", weights=root / "release", workers=1)
     made, before = ShardSet(copy), ShardSet(root / "latents" / "train")
     assert made.info.text is not None
     assert made.info.text["width"] == release.WIDTH

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.trainer import ranks
-from tests.trainer.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
+from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 PRECISIONS = ("fp32", "bf16", "fp16")

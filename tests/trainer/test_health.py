@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.trainer.test_loop import PRETRAIN, stop_after, tensors
-from trainer import checkpoint
-from trainer.config import HealthConfig
+from trainer.checkpoints import checkpoint
 from trainer.feed import Feed
 from trainer.health import Health
+from trainer.log.metrics import read_metrics
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.objectives import Denoiser
-from trainer.parallel import Parallel
-from trainer.run import RunDirectory
+from trainer.ranks.parallel import Parallel
+from trainer.recipes.schema import HealthConfig
+from trainer.run_directory import RunDirectory
 
 RUN = (*PRETRAIN, "pretrain.samples=128", "checkpoint.every=16", "checkpoint.keep_last=3", "health.rewind_after=3")
 

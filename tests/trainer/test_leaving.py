@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import checkpoint
+from trainer.checkpoints import checkpoint
 from trainer.data.stream import LatentStream
-from trainer.held_out import Clips, HeldOutLoss
+from trainer.log.held_out import Clips, HeldOutLoss
+from trainer.log.metrics import read_metrics
 from trainer.loop import train
-from trainer.metrics import read_metrics
-from trainer.ranges import whole_ranges
+from trainer.ranks.flat_ranges import whole_ranges
 from trainer.stop import Stop
 
 PRETRAIN = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32")

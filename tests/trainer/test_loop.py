@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from launch.local import train_here
-from trainer import checkpoint
-from trainer.config import TRAINED_STAGES, TrainConfig
+from trainer.checkpoints import checkpoint
+from trainer.log.metrics import read_metrics
 from trainer.loop import learning_rate, train
-from trainer.metrics import read_metrics
-from trainer.run import RunDirectory
+from trainer.recipes.schema import TRAINED_STAGES, TrainConfig
+from trainer.run_directory import RunDirectory
 from trainer.stop import Stop
 from trainer.tasks import _CodecTask, frozen_base, make_task
 
@@ -54,7 +54,7 @@ class stop_after(Stop):  # reads as what is asked for
 @pytest.fixture(scope="module")
 def whole(prepared, tmp_path_factory):
     """A run that nothing interrupted."""
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     run_dir = tmp_path_factory.mktemp("whole")
     paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
@@ -199,7 +199,7 @@ def test_out_of_memory_is_explained(tiny, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("trainer.strategy.Replicated.forward", full)
+    monkeypatch.setattr("trainer.ranks.strategy.Replicated.forward", full)
     told = r"(?s)out of memory in pretrain on 1 rank.*predicted.*parallel\.micro_batch=4"
     with pytest.raises(ValueError, match=told):
         train(tiny(*PRETRAIN), "pretrain")

@@ -10,9 +10,9 @@ import torch
 from models import bitstream
 from models.codec import SPresso
 from trainer.evaluate.clips import load_clips
-from trainer.evaluate.ours import own_sources
+from trainer.evaluate.own_codecs import own_sources
 from trainer.loop import train
-from trainer.run import stage_before, stage_folder, training_sets
+from trainer.run_directory import stage_before, stage_folder, training_sets
 from trainer.tasks import make_task
 
 BRIEF = (
@@ -25,7 +25,7 @@ BRIEF = (
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     """A recipe with a prior, run to the end of `finetune`."""
-    from trainer.recipe import load
+    from trainer.recipes.reading import load
 
     folder = tmp_path_factory.mktemp("prior")
     paths = [f"run_dir={folder}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from models.codec import SPresso
-from models.qinco2 import QINCo2
+from models.quantizers.qinco2 import QINCo2
 from tests.trainer import ranks
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer.loop import train
-from trainer.recipe import load
+from trainer.recipes.reading import load
 from trainer.tasks import make_task
 
 QINCO2 = (

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from models.loudness import is_silent, level
 from trainer.data.audio import encode_audio, read_audio
-from trainer.data.sources import Source
-from trainer.data.text import Embedder
+from trainer.data.sound_files import Source
+from trainer.data.text_embeddings import Embedder
 from trainer.data.workers import explained_death, follow_parent
 
 SHORTEST_SECONDS = 0.01

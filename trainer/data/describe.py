@@ -50,7 +50,7 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
 
 def play_to(shard_set: ShardSet, folder: Path, *, samples: int) -> Iterator[Path]:
     """Decode some samples, spread evenly, to wav files; yields each when it is there."""
-    from models.pretrained import load_autoencoder
+    from models.backbones.pretrained import load_autoencoder
 
     info = shard_set.info
     if "kind" not in info.ae_options:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encoder, encode_in_order
-from trainer.data.files import locked, replacing, write_whole
+from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.data.sources import list_sources
-from trainer.data.text import Embedder
-from trainer.data.units import SPLITS, Unit, durations, plan_units, sources_fingerprint
+from trainer.data.sound_files import list_sources
+from trainer.data.text_embeddings import Embedder
+from trainer.files import locked, replacing, write_whole
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
 _MENDS = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.files import locked
 from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
-from trainer.data.text import Text
+from trainer.data.text_embeddings import Text
+from trainer.files import locked
 from trainer.randomness import below
 
 _SUBSTITUTES = 64  # samples tried in place of a damaged one

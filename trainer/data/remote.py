@@ -29,7 +29,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from trainer.data.files import write_whole
+from trainer.files import write_whole
 
 logger = logging.getLogger("spresso")
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.ahead import FetchAhead, Needs
+from trainer.data.fetch_ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
 from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
-from trainer.data.text import Text, WantedText
+from trainer.data.text_embeddings import Text, WantedText
 from trainer.randomness import bits, keys
 
 _DEALT = 4096  # samples whose places are computed at once

@@ -11,8 +11,8 @@ The ceiling is the AudioAE alone; the floors are a decode from another clip's z,
 """
 
 from trainer.evaluate.clips import Clips, load_clips
-from trainer.evaluate.ours import LEVELS, NOISE_SEED
-from trainer.evaluate.run import evaluate, evaluate_part, evaluation_identity
+from trainer.evaluate.evaluation import evaluate, evaluate_part, evaluation_identity
+from trainer.evaluate.own_codecs import LEVELS, NOISE_SEED
 from trainer.evaluate.tables import table
 
 __all__ = [

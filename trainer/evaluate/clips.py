@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import Config, fingerprint
 from trainer.data.shard_set import ShardSet
-from trainer.run import held_out_set
+from trainer.recipes.schema import Config, fingerprint
+from trainer.run_directory import held_out_set
 
 _OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
 

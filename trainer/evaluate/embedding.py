@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.baselines.base import lacks, offline, resample
-from trainer.figures import EMBEDDING, mel_statistics
+from trainer.evaluate.baselines.base import lacks, offline, resample
+from trainer.evaluate.figures import EMBEDDING, mel_statistics
 
 CLAP = "clap:"
 
@@ -30,7 +30,7 @@ class Embedding(ABC):
 
 
 class MelStatistics(Embedding):
-    """`trainer.figures.mel_statistics`: no weights."""
+    """`trainer.evaluate.figures.mel_statistics`: no weights."""
 
     name = EMBEDDING
     note = f"the {EMBEDDING} embedding: means and deviations of a log-mel spectrogram in half-second windows."

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from trainer.evaluate import bootstrap
 from trainer.evaluate.bootstrap import Numbers, SetReplicates
+from trainer.evaluate.figures import Figure, set_figures
 from trainer.evaluate.pieces import Piece
 from trainer.evaluate.scores import SPREAD
-from trainer.evaluate.system import TABLES, System
-from trainer.figures import Figure, set_figures
+from trainer.evaluate.systems import TABLES, System
 
 _COMPETE = ("system", "baseline")
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.baselines.base import resample
+from trainer.evaluate.baselines.base import resample
 from trainer.evaluate.embedding import Embedding
-from trainer.evaluate.source import Decoded
-from trainer.figures import FIGURES, Figure, clip_figures, log_mel_distance
+from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance
+from trainer.evaluate.under_test import Decoded
 
 logger = logging.getLogger("spresso")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluate.system import TABLES
-from trainer.run import write_atomically
-from trainer.text import aligned
+from trainer.evaluate.systems import TABLES
+from trainer.formatting import aligned
+from trainer.run_directory import write_atomically
 
 Report = Mapping[str, Any]
 

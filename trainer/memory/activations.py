@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.decoder import DecoderConfig, block_counts, with_blocks
-from trainer.config import Config
-from trainer.data.text import Text
+from trainer.data.text_embeddings import Text
 from trainer.memory.outline import stage_module
-from trainer.strategy import DTYPES, Computed, blocks_of, recompute
+from trainer.ranks.strategy import DTYPES, Computed, blocks_of, recompute
+from trainer.recipes.schema import Config
 
 Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from trainer.config import Config, ParallelConfig
+from trainer.formatting import aligned, size
 from trainer.memory.activations import Activations, Pass, activations
 from trainer.memory.ledger import ON_DEVICE, Parts, Ranks, Sharing, held
 from trainer.memory.outline import outline
-from trainer.text import aligned, size
+from trainer.recipes.schema import Config, ParallelConfig
 
 GIB = 2**30
 SPARE = GIB

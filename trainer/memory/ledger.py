@@ -1,7 +1,7 @@
 """What a rank holds of a stage's weights, gradients and moments under each strategy, in bytes, reckoned from shapes.
 
 The rank is the first, whose parts are never the smaller ones. Where DDP, FSDP2 and DeepSpeed 0.19 keep what was read in
-them; `tests/trainer/test_memory.py` holds it against live ones.
+them; `tests/trainer/memory/test_memory.py` holds it against live ones.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.config import ParallelConfig
 from trainer.memory.outline import Outline
-from trainer.strategy import DTYPES
-from trainer.zero import reduce_bucket
+from trainer.ranks.strategy import DTYPES
+from trainer.ranks.zero import reduce_bucket
+from trainer.recipes.schema import ParallelConfig
 
 PERSISTENT = 100_000
 """ZeRO-3 keeps a parameter whole that has no more numbers than this; DeepSpeed's default."""

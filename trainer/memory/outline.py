@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.backbones.pretrained import outline_autoencoder, read_dit_config
 from models.codec import ADAPTER, SPresso, lora_config
 from models.decoder import DecoderConfig, make_decoder
 from models.latent_encoder import LatentEncoder, Upsampler
-from models.pretrained import outline_autoencoder, read_dit_config
 from models.prior import Prior
-from models.quantizer import make_quantizer
-from trainer.config import Config
+from models.quantizers.base import make_quantizer
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization
-from trainer.run import base_model
-from trainer.strategy import blocks_of
+from trainer.ranks.strategy import blocks_of
+from trainer.recipes.schema import Config
+from trainer.run_directory import base_model
 
 Shapes = dict[str, torch.Size]
 

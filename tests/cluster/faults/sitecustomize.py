@@ -78,7 +78,7 @@ def in_evaluation(module):
 PATCHES = {
     **dict.fromkeys(("raise", "kill", "hang", "slow"), ("trainer.feed", in_feed)),
     "stall": ("trainer.data.stream", in_stream),
-    "slow_evaluation": ("trainer.held_out", in_evaluation),
+    "slow_evaluation": ("trainer.log.held_out", in_evaluation),
 }
 
 

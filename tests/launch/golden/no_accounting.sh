@@ -24,10 +24,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # synth
-settings=$(/home/me/.venv/bin/python -m launch.batch begin synth) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin synth) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/synth/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job synth
-/home/me/.venv/bin/python -m launch.batch end synth $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/synth/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.slurm.job_task synth
+/home/me/.venv/bin/python -m launch.slurm.begin_end end synth $? || exit $?
 exit 0
 
 # ---- prepare
@@ -58,10 +58,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # prepare
-settings=$(/home/me/.venv/bin/python -m launch.batch begin prepare) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin prepare) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/prepare/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job prepare
-/home/me/.venv/bin/python -m launch.batch end prepare $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/prepare/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.slurm.job_task prepare
+/home/me/.venv/bin/python -m launch.slurm.begin_end end prepare $? || exit $?
 exit 0
 
 # ---- pretrain
@@ -92,10 +92,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # pretrain
-settings=$(/home/me/.venv/bin/python -m launch.batch begin pretrain) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin pretrain) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job pretrain
-/home/me/.venv/bin/python -m launch.batch end pretrain $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.slurm.job_task pretrain
+/home/me/.venv/bin/python -m launch.slurm.begin_end end pretrain $? || exit $?
 exit 0
 
 # ---- autoencode
@@ -126,10 +126,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # autoencode
-settings=$(/home/me/.venv/bin/python -m launch.batch begin autoencode) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin autoencode) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job autoencode
-/home/me/.venv/bin/python -m launch.batch end autoencode $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.slurm.job_task autoencode
+/home/me/.venv/bin/python -m launch.slurm.begin_end end autoencode $? || exit $?
 exit 0
 
 # ---- quantize
@@ -160,10 +160,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # quantize
-settings=$(/home/me/.venv/bin/python -m launch.batch begin quantize) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin quantize) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/quantize/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job quantize
-/home/me/.venv/bin/python -m launch.batch end quantize $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/quantize/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.slurm.job_task quantize
+/home/me/.venv/bin/python -m launch.slurm.begin_end end quantize $? || exit $?
 exit 0
 
 # ---- finetune
@@ -194,10 +194,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # finetune
-settings=$(/home/me/.venv/bin/python -m launch.batch begin finetune) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin finetune) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.job finetune
-/home/me/.venv/bin/python -m launch.batch end finetune $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out /home/me/.venv/bin/python -u -m launch.slurm.job_task finetune
+/home/me/.venv/bin/python -m launch.slurm.begin_end end finetune $? || exit $?
 exit 0
 
 # ---- evaluate
@@ -228,10 +228,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # evaluate
-settings=$(/home/me/.venv/bin/python -m launch.batch begin evaluate) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin evaluate) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/evaluate/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job evaluate
-/home/me/.venv/bin/python -m launch.batch end evaluate $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/evaluate/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.slurm.job_task evaluate
+/home/me/.venv/bin/python -m launch.slurm.begin_end end evaluate $? || exit $?
 exit 0
 
 # ---- page
@@ -262,8 +262,8 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # page
-settings=$(/home/me/.venv/bin/python -m launch.batch begin page) || exit $?
+settings=$(/home/me/.venv/bin/python -m launch.slurm.begin_end begin page) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/page/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.job page
-/home/me/.venv/bin/python -m launch.batch end page $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/page/logs/job_%j_%t.out --nodes=1 --ntasks=1 /home/me/.venv/bin/python -u -m launch.slurm.job_task page
+/home/me/.venv/bin/python -m launch.slurm.begin_end end page $? || exit $?
 exit 0

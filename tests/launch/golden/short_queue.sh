@@ -33,10 +33,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # synth
-settings=$(python3 -m launch.batch begin synth) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin synth) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/synth/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job synth
-python3 -m launch.batch end synth $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/synth/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task synth
+python3 -m launch.slurm.begin_end end synth $? || exit $?
 exit 0
 
 # ---- prepare
@@ -77,10 +77,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # prepare
-settings=$(python3 -m launch.batch begin prepare) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin prepare) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/prepare/logs/job_%A_%a_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job prepare
-python3 -m launch.batch end prepare $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/prepare/logs/job_%A_%a_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task prepare
+python3 -m launch.slurm.begin_end end prepare $? || exit $?
 exit 0
 
 # ---- pretrain
@@ -122,10 +122,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # pretrain
-settings=$(python3 -m launch.batch begin pretrain) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin pretrain) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job pretrain
-python3 -m launch.batch end pretrain $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/pretrain/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task pretrain
+python3 -m launch.slurm.begin_end end pretrain $? || exit $?
 exit 0
 
 # ---- autoencode
@@ -167,10 +167,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # autoencode
-settings=$(python3 -m launch.batch begin autoencode) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin autoencode) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job autoencode
-python3 -m launch.batch end autoencode $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/autoencode/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task autoencode
+python3 -m launch.slurm.begin_end end autoencode $? || exit $?
 exit 0
 
 # ---- quantize
@@ -212,10 +212,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # quantize
-settings=$(python3 -m launch.batch begin quantize) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin quantize) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/quantize/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job quantize
-python3 -m launch.batch end quantize $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/quantize/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task quantize
+python3 -m launch.slurm.begin_end end quantize $? || exit $?
 exit 0
 
 # ---- finetune
@@ -257,10 +257,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # finetune
-settings=$(python3 -m launch.batch begin finetune) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin finetune) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job finetune
-python3 -m launch.batch end finetune $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/finetune/logs/job_%j_%t.out --cpus-per-task=12 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task finetune
+python3 -m launch.slurm.begin_end end finetune $? || exit $?
 exit 0
 
 # ---- evaluate
@@ -302,10 +302,10 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # evaluate
-settings=$(python3 -m launch.batch begin evaluate) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin evaluate) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/evaluate/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job evaluate
-python3 -m launch.batch end evaluate $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/evaluate/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task evaluate
+python3 -m launch.slurm.begin_end end evaluate $? || exit $?
 exit 0
 
 # ---- page
@@ -345,8 +345,8 @@ export PYTHONPATH=/home/me/runs/tiny/submissions/0001/code${PYTHONPATH:+:$PYTHON
 export SUBMITIT_EXECUTOR=slurm
 
 # page
-settings=$(python3 -m launch.batch begin page) || exit $?
+settings=$(python3 -m launch.slurm.begin_end begin page) || exit $?
 eval "$settings"
-srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/page/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.job page
-python3 -m launch.batch end page $? || exit $?
+srun --unbuffered --kill-on-bad-exit=1 --wait=0 --open-mode=append --output=/home/me/runs/tiny/page/logs/job_%j_%t.out --cpus-per-task=12 --nodes=1 --ntasks=1 --container-image=/images/spresso.sqsh --container-mounts=/data:/data,/home:/home python3 -u -m launch.slurm.job_task page
+python3 -m launch.slurm.begin_end end page $? || exit $?
 exit 0

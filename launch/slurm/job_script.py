@@ -1,0 +1,165 @@
+"""Stages as SLURM jobs, through submitit: what sbatch is told, the lines of the script, the submission.
+
+submitit writes the script's head and hands it to sbatch. Its own runner is left out: that pickles a function at
+submission and acts on signals on one rank alone, from inside a signal handler. The tasks run `launch.slurm.job_task`
+instead, and nothing of a job but its run directory decides where it goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import SlurmExecutor
+
+from launch.slurm.job_task import GRACE, PARTS, RUN, SUBMISSION, TASKS
+from trainer.recipes.cluster import ARRAYS, ClusterConfig
+from trainer.recipes.schema import TRAINED_STAGES
+
+
+class Job(SlurmExecutor):
+    """One job: a stage, or several in a row."""
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        stages: Sequence[str],
+        *,
+        name: str,
+        run: Path,
+        submission: Path,
+        after: Sequence[str] = (),
+    ) -> None:
+        """Says nothing to SLURM yet.
+
+        Args:
+            cluster: what the job asks for.
+            stages: to be done in this order.
+            name: of the run.
+            run: its directory, absolute.
+            submission: holds the code and the config that the job uses, and the script.
+            after: numbers of the jobs that have to end well before.
+        """
+        super().__init__(submission / "jobs")
+        self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
+        self.elastic = cluster.least_nodes < cluster.most_nodes
+        alone = len(self.stages) == 1 and self.stages[0] in ARRAYS
+        self.array = cluster.array if alone and cluster.array > 1 else 0
+        self.update_parameters(
+            job_name=f"{name}.{self.stages[0]}" if len(self.stages) == 1 else name,
+            nodes=cluster.nodes,
+            ntasks_per_node=None if self.elastic else cluster.ranks_per_node,
+            gpus_per_node=cluster.gpus_per_node or None,
+            cpus_per_task=cluster.cpus_per_task,
+            time=cluster.time,
+            mem=cluster.mem,
+            partition=cluster.partition,
+            account=cluster.account,
+            qos=cluster.qos,
+            constraint=cluster.constraint,
+            signal_delay_s=cluster.grace_seconds,
+            wckey=None,
+            stderr_to_stdout=True,
+            use_srun=False,
+            setup=self._setup(),
+            additional_parameters=self._options(after),
+        )
+
+    @property
+    def log(self) -> Path:
+        """What the script says goes there, in sbatch's own placeholders."""
+        stage = self.stages[0] if len(self.stages) == 1 else ""
+        return self.run / stage / "logs" / ("job_%A_%a.out" if self.array else "job_%j.out")
+
+    @property
+    def text(self) -> str:
+        """What sbatch is given."""
+        return self._make_submission_file_text(self._command, "")
+
+    def hand_over(self) -> str:
+        """Give it to sbatch; returns the job's number.
+
+        Raises:
+            ValueError: sbatch refuses it, and why.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folders()
+        try:
+            return self._submit_command(self._command).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise ValueError(f"sbatch refuses the job of {', '.join(self.stages)}: {error}") from None
+        except FileNotFoundError:
+            raise ValueError("there is no sbatch here: run this on a login node of the cluster") from None
+
+    def make_folders(self) -> None:
+        """Those of the logs: SLURM makes none, and a job without them fails without a word."""
+        for folder in (self.log.parent, *(self.run / stage / "logs" for stage in self.stages)):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def affinity(cls) -> int:
+        """A script can be written anywhere."""
+        return 1
+
+    def _num_tasks(self) -> int:
+        return self.cluster.least_nodes * self.cluster.ranks_per_node
+
+    def _setup(self) -> list[str]:
+        cluster = self.cluster
+        variables = {
+            **cluster.environment,
+            "PYTHONSAFEPATH": "1",  # or the folder that the job was submitted from would come before the code's copy
+            RUN: str(self.run),
+            SUBMISSION: str(self.submission),
+            GRACE: str(cluster.grace_seconds),
+            PARTS: str(max(1, self.array)),
+            TASKS: str(cluster.ranks_per_node),
+        }
+        exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
+        code = shlex.quote(str(self.submission / "code"))
+        return [*cluster.setup, *exports, f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+
+    def _options(self, after: Sequence[str]) -> dict[str, Any]:
+        options = {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.options.items()}
+        options |= {"requeue": True, "output": str(self.log), "chdir": str(Path.cwd())}
+        if self.elastic:
+            # with --ntasks-per-node SLURM 22.05 has a requeued job wait for as many nodes as it had, whatever the range
+            options["mincpus"] = self.cluster.ranks_per_node * (self.cluster.cpus_per_task or 1)
+        if self.array:
+            options["array"] = f"0-{self.array - 1}"
+        if after:
+            options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+        return {key: value for key, value in options.items() if value is not None and value is not False}
+
+    @property
+    def _command(self) -> str:
+        return "\n".join(line for stage in self.stages for line in self._lines(stage)) + "\nexit 0"
+
+    def _lines(self, stage: str) -> Iterator[str]:
+        python = self.cluster.python or shlex.quote(sys.executable)
+        yield f"\n# {stage}"
+        yield f"settings=$({python} -m launch.slurm.begin_end begin {stage}) || exit $?"
+        yield 'eval "$settings"'
+        yield f"{shlex.join(['srun', *self._srun(stage)])} {python} -u -m launch.slurm.job_task {stage}"
+        yield f"{python} -m launch.slurm.begin_end end {stage} $? || exit $?"
+
+    def _srun(self, stage: str) -> list[str]:
+        log = str(self.run / stage / "logs" / self.log.name).replace(".out", "_%t.out")
+        options: dict[str, Any] = {"unbuffered": True, "kill-on-bad-exit": 1, "wait": 0, "open-mode": "append"}
+        options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}  # srun does not take sbatch's
+        if stage not in TRAINED_STAGES:
+            options |= {"nodes": 1, "ntasks": 1}
+        elif self.elastic:
+            options["ntasks-per-node"] = self.cluster.ranks_per_node
+        return flags(options | self.cluster.srun)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """As words of a command line; what is None or false is left out."""
+    named = {key.replace("_", "-").lstrip("-"): value for key, value in options.items()}
+    given = {key: value for key, value in named.items() if value is not None and value is not False}
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]

@@ -1,0 +1,107 @@
+"""A task of a job as a rank among the others: what SLURM's environment says, in the words that torch reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launch.slurm import scheduler
+
+if TYPE_CHECKING:
+    from trainer.recipes.schema import Config
+
+_PORTS = range(10_000, 32_000)  # below those that the kernel gives to connections
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a job step."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_counts: tuple[int, ...]
+    """Tasks on each node."""
+
+    @classmethod
+    def here(cls) -> Task:
+        """This process, by SLURM's environment."""
+        counts = local_counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        return cls(int(os.environ["SLURM_PROCID"]), sum(counts), int(os.environ["SLURM_LOCALID"]), tuple(counts))
+
+    def join(self, ranks: int) -> None:
+        """Set what torch reads, for the first so many tasks as ranks. MASTER_ADDR and MASTER_PORT are the script's."""
+        first = self.rank - self.local_rank
+        node_count = self.local_counts[int(os.environ["SLURM_NODEID"])]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        one_device = len(visible) == 1 and visible[0] != "" and node_count > 1  # SLURM gave each task a GPU of its own
+        os.environ |= {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": "0" if one_device else str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(min(ranks - first, node_count)),
+        }
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that are this task's own."""
+        own = os.environ.get("SLURM_CPUS_PER_TASK")
+        return int(own or max(1, len(os.sched_getaffinity(0)) // self.local_counts[int(os.environ["SLURM_NODEID"])]))
+
+
+def local_counts(text: str) -> list[int]:
+    """`2(x3),1` → 2, 2, 2, 1."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def share(config: Config, stage: str, tasks: int) -> tuple[int, int]:
+    """How many of the tasks are used, and the clips to a micro batch: nothing of what is learned depends on it.
+
+    The most ranks among which the stage's global batch divides, in groups as `parallel.replicas` asks; and micro
+    batches of at most `parallel.micro_batch`.
+    """
+    batch, replicas = config.stage(stage).global_batch, config.parallel.replicas
+    fitting = [ranks for ranks in range(1, tasks + 1) if batch % ranks == 0 and ranks % replicas == 0]
+    if not fitting:
+        raise ValueError(
+            f"{stage}.global_batch={batch} divides among no number of ranks up to {tasks} that is a multiple of "
+            f"parallel.replicas={replicas}: change one of them, or take more nodes"
+        )
+    ranks = fitting[-1]
+    mine, most = batch // ranks, config.parallel.micro_batch or batch
+    return ranks, next(micro for micro in range(min(mine, most), 0, -1) if mine % micro == 0)
+
+
+def rendezvous(token: str) -> dict[str, str]:
+    """Where the ranks meet: on this, the job's first node, at a port that depends on the start and is free now."""
+    first = scheduler.hostnames(os.environ["SLURM_JOB_NODELIST"])[0]
+    return {"MASTER_ADDR": _reachable(first), "MASTER_PORT": str(free_port(token))}
+
+
+def free_port(token: str) -> int:
+    """A port of this host that nobody listens at: the first that is free of those that a name gives."""
+    for number in range(_TRIES):
+        port = _PORTS[zlib.crc32(f"{token}/{number}".encode()) % len(_PORTS)]
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of {_TRIES} ports below {_PORTS[-1]} is free on {socket.gethostname()}")
+
+
+def _reachable(node: str) -> str:
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:  # a node's name need not be a host's
+        return scheduler.address_of(node)

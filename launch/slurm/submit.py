@@ -1,0 +1,139 @@
+"""A run on a cluster: its code and config set aside, its jobs handed over one after another, and their numbers kept.
+
+What a job uses lies under `submissions/N/` of the run directory: `code/`, a copy of this code, so that editing a
+checkout changes no queued job; `config.yaml`; and the scripts. `jobs.jsonl` in the run directory has a line for each
+job that was handed over.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.pipeline import say, shared_latents
+from launch.slurm import preflight, scheduler
+from launch.slurm.job_script import Job
+from launch.slurm.submitted_jobs import Submitted, keep, submitted
+from trainer.recipes.cluster import ClusterConfig
+from trainer.recipes.reading import RECIPES
+from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
+from trainer.run_directory import COPIED_FROM, RunDirectory, code_version, local_changes, stage_folder
+
+_PACKAGES = ("models", "trainer", "launch", "configs")
+
+
+def run(config: Config, *, only: str | None = None) -> list[Submitted]:
+    """Hand over the stages that have not ended yet, each after the one before; or one of them.
+
+    Raises:
+        ValueError: something would fail later, a job of the run is alive, or SLURM refuses; nothing is left in the
+            queue then.
+    """
+    stages = _stages(config, only)
+    if not stages:
+        say("all stages have ended")
+        return []
+    root = Path(config.run_dir).resolve()
+    require_idle(root, stages)
+    submission = _set_aside(config, root)
+    preflight.check(config, stages, submission, _jobs(config, stages, root, submission))
+    handed_over: list[Submitted] = []
+    try:
+        for stage in stages:
+            after = [handed_over[-1].job] if handed_over else []
+            job = _job(config, [stage], root, submission, after)
+            number = job.hand_over()
+            handed_over.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
+            say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {told(job.cluster)}")
+    except BaseException:  # a full disk or Ctrl-C, too
+        if handed_over:
+            scheduler.cancel(*(item.job for item in handed_over))
+        raise
+    keep(root, handed_over)
+    (root / "config.yaml").write_text(to_yaml(config))
+    say(f"`spresso status {config.run_dir}` says how it goes, `spresso logs {config.run_dir} -f` what it does")
+    return handed_over
+
+
+def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]:
+    """What sbatch would be given, for each stage that has not ended; nothing is written."""
+    root = Path(config.run_dir).resolve()
+    jobs = _jobs(config, _stages(config, only), root, root / "submissions" / _next(root))
+    return [(job.stages[0], job.text) for job in jobs]
+
+
+def whole_script(config: Config, *, only: str | None = None) -> str:
+    """One script for all stages in a row, or for one, that plain sbatch takes; its code and config are set aside."""
+    root = Path(config.run_dir).resolve()
+    stages = [only] if only else config.stages
+    submission = _set_aside(config, root)
+    job = _job(config, stages, root, submission, [])
+    job.make_folders()
+    (root / "config.yaml").write_text(to_yaml(config))
+    return job.text
+
+
+def require_idle(root: Path, stages: Sequence[str]) -> None:
+    """Raise ValueError where one of the run's jobs is alive."""
+    jobs = {item.job: stage for stage, item in submitted(root).items() if stage in stages}
+    if living := scheduler.alive(list(jobs)):
+        told = ", ".join(f"{job} ({jobs[job]})" for job in living)
+        raise ValueError(
+            f"{root} has jobs that wait or run: {told}. They go on by themselves; `spresso cancel {root}` ends them"
+        )
+
+
+def told(cluster: ClusterConfig) -> str:
+    """What a job asks for, in a few words."""
+    gpus = f" × {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else f" × {cluster.ranks_per_node} CPU rank(s)"
+    where = f" of {cluster.partition}" if cluster.partition else ""
+    array = f", {cluster.array} of them" if cluster.array > 1 else ""
+    return f"{cluster.nodes} node(s){where}{gpus}{array}"
+
+
+def _stages(config: Config, only: str | None) -> list[str]:
+    """Those that are to be done, in order."""
+    if only is not None:
+        return [] if _ended(config, only) else [only]
+    made = shared_latents(config)
+    return [
+        stage for stage in config.stages if not (made and stage in ("synth", "prepare")) and not _ended(config, stage)
+    ]
+
+
+def _ended(config: Config, stage: str) -> bool:
+    if stage not in TRAINED_STAGES:
+        return False
+    directory = RunDirectory(stage_folder(config, stage), stage)
+    directory.require_same(config)
+    return directory.done(config)
+
+
+def _jobs(config: Config, stages: Sequence[str], root: Path, submission: Path) -> list[Job]:
+    """As they would be handed over, with names in place of the numbers of those before."""
+    before = [[], *([f"<{stage}>"] for stage in stages)]
+    return [_job(config, [stage], root, submission, after) for stage, after in zip(stages, before, strict=False)]
+
+
+def _job(config: Config, stages: Sequence[str], root: Path, submission: Path, after: Sequence[str]) -> Job:
+    cluster = config.cluster.of(stages[0]) if len(stages) == 1 else config.cluster
+    return Job(cluster, stages, name=config.name, run=root, submission=submission, after=after)
+
+
+def _next(root: Path) -> str:
+    numbers = [int(path.name) for path in (root / "submissions").glob("[0-9]*") if path.name.isdecimal()]
+    return f"{max(numbers, default=0) + 1:04d}"
+
+
+def _set_aside(config: Config, root: Path) -> Path:
+    """The code and the config that the jobs use."""
+    folder = root / "submissions" / _next(root)
+    source = RECIPES.parent
+    for package in _PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(source / package, folder / "code" / package, ignore=ignored)
+    (folder / "code" / COPIED_FROM).write_text(f"{code_version()}\n{local_changes()}")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder

@@ -1,0 +1,228 @@
+"""A stage of a run as its directory and the queue tell of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from launch import owner
+from launch.slurm import attempt
+from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
+from launch.slurm.scheduler import JobState
+from launch.slurm.submitted_jobs import Submitted
+
+STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "prior", "finetune", "evaluate", "page")
+"""All there are, in order."""
+SILENCE = 900.0
+"""Seconds without a word after which a training that says it runs may not."""
+
+_TAIL = 65_536  # bytes of a metrics.jsonl: the last lines are in them, however long it is
+_OUTCOMES = {DONE: "done", OVER: "failed", REQUEUE: "pending"}
+_WORST_LAST = ("done", "gone", "cancelled", "failed", "pending", "running")  # of an array, what its state is then
+_ENDS = {"COMPLETED": "done", "FAILED": "failed", "GONE": "gone"}
+
+
+@dataclass
+class Stage:
+    """Read when first asked for, and then as it was."""
+
+    folder: Path
+    job: Submitted | None
+    """The last that was handed over for it."""
+    elements: list[JobState] = field(default_factory=list)
+    """What SLURM says of the job, several where it is an array; empty where SLURM was not asked or gave no answer."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of it."""
+        names = ("status.json", "owner.json", "config.yaml", "attempts/history.jsonl")
+        return any((self.folder / name).exists() for name in names)
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """What the training says of itself."""
+        try:
+            status = json.loads((self.folder / "status.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    @cached_property
+    def line(self) -> dict[str, Any]:
+        """The last whole `train` line of its metrics.jsonl; empty where there is none."""
+        return last_line(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """Lines on its starts, as `launch.slurm.begin_end` writes them, oldest first."""
+        lines = attempt.history(self.folder)
+        return [line for line in lines if isinstance(line, dict) and {"job", "restart"} <= line.keys()]
+
+    @cached_property
+    def _held(self) -> tuple[owner.Owner | None, str]:
+        try:
+            return owner.holder(self.folder), ""
+        except ValueError as error:
+            return None, str(error)
+
+    @property
+    def holder(self) -> owner.Owner | None:
+        """Who holds the directory."""
+        return self._held[0]
+
+    @property
+    def damaged(self) -> str:
+        """What can't be read, for people."""
+        return self._held[1]
+
+    @property
+    def living(self) -> list[JobState]:
+        """The job, or those of an array, that run or will."""
+        return [element for element in self.elements if element.alive]
+
+    @property
+    def by_hand(self) -> str:
+        """The process that trains it without SLURM, dead or alive; empty where there is none, or a job came since."""
+        return self.holder.told if self.holder is not None and not self.holder.job and not self.living else ""
+
+    @cached_property
+    def _alive_by_hand(self) -> bool:
+        # never of a job's holder: that would ask SLURM again, for each stage
+        return self.holder is not None and not self.holder.job and owner.lives(self.holder, self.folder)
+
+    @property
+    def over(self) -> bool:
+        """Whether the job's own script has said so."""
+        return not self.array and self.of_this_job[-1:] != [] and self.of_this_job[-1].get("then") in (DONE, OVER)
+
+    @property
+    def of_this_job(self) -> list[dict[str, Any]]:
+        """The lines of the history on the last job; all where there was none."""
+        return [line for line in self.history if self.job is None or line["job"].partition("_")[0] == self.job.job]
+
+    @property
+    def array(self) -> bool:
+        """Whether its job is cut into parts."""
+        numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
+        return self.job is not None and ("%a" in self.job.log or any("_" in number for number in numbers))
+
+    def _written(self, *names: str) -> float:
+        """When the newest of some files was written; 0 where there is none."""
+        paths = [self.folder / name for name in names]
+        return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+    @property
+    def spoke(self) -> float:
+        """When it last gave a sign of life."""
+        return self._written("status.json", "owner.json", "attempts/history.jsonl")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs, as far as can be told."""
+        return self.state in ("running", "running?")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has written a line since it was started, by which can be told how fast it is."""
+        return self.runs and self.line.get("time", -1.0) >= self._written("owner.json")
+
+    @cached_property
+    def state(self) -> str:
+        """In a word. `running?` and `silent` are guesses by when it last gave a sign of life."""
+        told, last = self.status.get("state"), (self.of_this_job or [{}])[-1]
+        if self.by_hand:
+            return "running" if self._alive_by_hand else "done" if told == "done" else "died"
+        if parts := self.parts:
+            return next(kind for kind in _WORST_LAST[::-1] if parts[kind])
+        if self.over:
+            return _OUTCOMES[last["then"]]
+        if self.elements and self.elements[0].state != "GONE":
+            return _ENDS.get(self.elements[0].state, self.elements[0].state.lower())
+        if not self.elements and last.get("then") == REQUEUE:
+            return "requeued"
+        if told in ("done", "stopped") and (self.elements or self._written("status.json") >= last.get("began", 0.0)):
+            return told
+        if self.elements:
+            return "gone"
+        if self.job is not None and not last:
+            return "submitted"
+        return "running?" if time.time() - self.spoke < SILENCE else "silent"
+
+    @cached_property
+    def parts(self) -> Counter[str]:
+        """Of an array: how many are done, failed, running, pending, cancelled, gone; empty where it is none."""
+        if self.job is None or not self.array:
+            return Counter()
+        known = {}
+        for line in self.of_this_job:
+            known[line["job"].partition("_")[2]] = _OUTCOMES.get(line.get("then", ""), "running")
+        if self.elements:  # then it is for SLURM to say what lives
+            known = {part: kind if kind in ("done", "failed") else "gone" for part, kind in known.items()}
+        for element in self.elements:
+            kind = _ENDS.get(element.state, "cancelled")
+            if element.alive:
+                kind = "pending" if element.state == "PENDING" else "running"
+            known |= {part: kind for part in elements_of(element.job) if element.alive or known.get(part) != "failed"}
+        cancelled = any(element.state == "CANCELLED" and not elements_of(element.job) for element in self.elements)
+        rest = "pending" if self.living or not self.elements else "cancelled" if cancelled else "gone"
+        counted = Counter(dict.fromkeys(_WORST_LAST, 0))
+        counted.update(known.values())
+        counted[rest] += max(0, self._size - len(known))
+        return counted
+
+    @property
+    def _size(self) -> int:
+        """Parts that an array has, by its script: SLURM forgets those that have ended and cuts long lists short."""
+        assert self.job is not None
+        path = Path(self.job.submission) / "jobs" / f"{self.job.job}_submission.sh"
+        try:
+            match = re.search(r"^#SBATCH --array=0-(\d+)", path.read_text("utf-8"), re.MULTILINE)
+        except OSError:
+            return 0
+        return int(match[1]) + 1 if match else 0
+
+
+def elements_of(job: str) -> list[str]:
+    """`12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
+    found = []
+    for word in job.partition("_")[2].strip("[]").partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word):
+            found += [str(number) for number in range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))]
+    return found
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole `train` line of a metrics.jsonl, of which only the end is read; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for text in reversed(lines):
+        try:
+            line = json.loads(text)
+        except ValueError:  # torn
+            continue
+        if isinstance(line, dict) and line.get("kind") == "train" and {"samples", "time"} <= line.keys():
+            return line
+    return {}
+
+
+def count(number: int) -> str:
+    """`2,000,000`."""
+    return f"{number:,}"
+
+
+def span(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h`, `4 days`."""
+    for unit, size, until in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds / size < until:
+            return f"{max(0.0, seconds) / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"

@@ -1,0 +1,287 @@
+"""What runs, where, how far: from the run directories and the queue. Answers without torch."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch.slurm import scheduler
+from launch.slurm.begin_end import place
+from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
+from launch.slurm.submitted_jobs import submitted
+from launch.status.stage_status import SILENCE, STAGES, Stage, count, span
+from trainer.formatting import aligned
+
+_HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
+_RIGHT = (4, 5, 6)
+_WIDTH = 120
+_INDENT = " " * 14  # below the row of a stage, right of its name
+_NODES = 14  # characters of a list of nodes, which the lines on a run's starts have in full
+_WAITS = {
+    "": "waits",
+    "Priority": "waits behind others",
+    "Resources": "waits for nodes",
+    "BeginTime": "back in a moment",
+    "DependencyNeverSatisfied": "never: one before failed",
+    "JobHeldUser": "held, by scontrol hold",
+    "JobHeldAdmin": "held by the cluster",
+}
+
+
+def runs() -> list[Path]:
+    """The run directories under runs/, and those elsewhere one level down that have the config of a run."""
+    own = [path for path in Path("runs").glob("*/") if _is_run(path)]
+    others = [path.parent for path in Path().glob("[!.]*/[!.]*/config.yaml") if _is_run(path.parent)]
+    return sorted({*own, *others})
+
+
+def resolve(text: str) -> Path:
+    """A run's directory, given by path or by its name under runs/; raises ValueError naming those there are."""
+    folders = [path.resolve() for path in (Path(text), Path("runs") / text) if path.is_dir()]
+    if folders:
+        return next((path for path in folders if _is_run(path)), folders[0])
+    known = ", ".join(path.name for path in runs()) or "none"
+    raise ValueError(f"there is no run {text}: give its directory, or the name of one under runs/ ({known})")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "jobs.jsonl").exists() or any(Stage(folder / name, None).begun for name in STAGES)
+
+
+def report(run: Path | None) -> str:
+    """All runs in a table; or one, with what became of each of its starts."""
+    stages, problems = {}, []
+    for folder in [run] if run is not None else runs():
+        try:
+            stages[folder] = stages_of(folder)
+        except ValueError as error:  # one damaged run is not to hide the others
+            problems.append(str(error))
+    # a job that its script has declared over needs no question; each that SLURM has forgotten would cost one more
+    asked = [stage for each in stages.values() for stage in each if not stage.over]
+    if word := ask_the_queue(asked):
+        problems.append(textwrap.shorten(f"from the run directories alone: {word}", _WIDTH, placeholder=" …"))
+    told = [_table(stages)] if any(stages.values()) else [f"nothing has begun under {_shown(run or Path('runs'))}"]
+    if run is not None:
+        starts = [line for stage in stages.get(run, ()) for line in _starts(stage)]
+        told += ["", *starts] if starts else []
+    return "\n".join([*told, *problems])
+
+
+def stages_of(run: Path) -> list[Stage]:
+    """Those that were begun or handed over, in order. Raises ValueError where the list of jobs can't be read."""
+    try:
+        jobs = submitted(run)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): mend or remove the line") from None
+    return [stage for name in STAGES if (stage := Stage(run / name, jobs.get(name))).job or stage.begun]
+
+
+def ask_the_queue(stages: Sequence[Stage]) -> str:
+    """Fill in what SLURM says of the stages' jobs, in one question; returns what to tell where it says nothing."""
+    numbers = list(dict.fromkeys(stage.job.job for stage in stages if stage.job is not None))
+    try:
+        found = scheduler.states(numbers)
+    except scheduler.QueueError as error:
+        return f"SLURM does not answer: {str(error).splitlines()[0].rpartition(' failed: ')[2]}"
+    for stage in stages:
+        if stage.job is not None:
+            stage.elements = found[stage.job.job]
+    return ""
+
+
+def cancel(run: Path) -> str:
+    """End all jobs of a run, those that wait first; returns which. Raises ValueError where none is alive."""
+    living = _living(run)
+    if not living:
+        by_hand = _by_hand(run)
+        how = f"; it is trained by {by_hand}, which Ctrl-C or `kill` ends" if by_hand else ""
+        raise ValueError(f"{_shown(run)} has no job that waits or runs{how}")
+    waiting = [job for job, (_, each) in living.items() if any(state.state == "PENDING" for state in each)]
+    others = [job for job, (_, each) in living.items() if any(state.state != "PENDING" for state in each)]
+    waiting.reverse()  # the last of a chain first: SLURM itself would take it out after the one before
+    if waiting:
+        scheduler.cancel("--state=PENDING", *waiting)
+    scheduler.cancel(*living)  # also one that has started since it was asked
+    told = [*(job for job in waiting if job not in others), *others]
+    saving = f"; {_named(living, others)}: what trains saves before it ends" if others else ""
+    return f"cancelled {_named(living, told)}{saving}"
+
+
+def requeue(run: Path) -> str | None:
+    """Have a running job save, leave and wait again; returns what was done, None where no job is alive.
+
+    Raises:
+        ValueError: SLURM does not answer, or the run is trained without it.
+    """
+    living = _living(run)
+    running = [state.job for _, each in living.values() for state in each if state.state == "RUNNING"]
+    for job in running:
+        scheduler.cancel("--signal=USR2", job)  # to its steps: the script stays, and requeues the job
+    if running:
+        return f"told to save, leave and come back: {', '.join(running)}"
+    if living:
+        return f"nothing to do, it waits or ends already: {_named(living, living)}"
+    if by_hand := _by_hand(run):
+        raise ValueError(f"{_shown(run)} is trained by {by_hand}, and not by a job that could be requeued")
+    return None
+
+
+def _living(run: Path) -> dict[str, tuple[str, list[scheduler.JobState]]]:
+    """The run's jobs that are alive, by number: whose they are, and the living parts of each. A job may be several's.
+
+    Here all are asked about, as somebody may have requeued one that was over. Raises ValueError without an answer.
+    """
+    stages, found = stages_of(run), dict[str, tuple[str, list[scheduler.JobState]]]()
+    if word := ask_the_queue(stages):
+        raise ValueError(word)
+    for stage in stages:
+        if stage.job is not None and stage.living:
+            names = [found[stage.job.job][0], stage.folder.name] if stage.job.job in found else [stage.folder.name]
+            found[stage.job.job] = (", ".join(names), stage.living)
+    return found
+
+
+def _by_hand(run: Path) -> str:
+    """The living process that trains a run without SLURM; empty where there is none."""
+    return next((stage.by_hand for stage in stages_of(run) if stage.by_hand and stage.state == "running"), "")
+
+
+def _named(living: dict[str, tuple[str, list[scheduler.JobState]]], jobs: Sequence[str] | dict[str, Any]) -> str:
+    return ", ".join(f"{job} ({living[job][0]})" for job in jobs)
+
+
+def _table(stages: dict[Path, list[Stage]]) -> str:
+    rows: list[tuple[str, ...]] = [_HEADER]
+    above, below = [list[str]()], [list[str]()]
+    for run, each in stages.items():
+        for number, stage in enumerate(each):
+            rows.append(_row(stage, each[:number]))
+            above.append([] if number else [_shown(run)])
+            below.append([line for text in _remarks(stage) for line in _wrapped(text, _INDENT)])
+    lines = aligned(rows, right=_RIGHT).split("\n")
+    return "\n".join(
+        text for three in zip(above, lines, below, strict=True) for text in (*three[0], three[1], *three[2])
+    )
+
+
+def _row(stage: Stage, before: Sequence[Stage]) -> tuple[str, ...]:
+    status, line, parts = stage.status, stage.line, stage.parts
+    seen, of = status.get("samples"), status.get("of")
+    where = " ".join(dict.fromkeys(state.nodes for state in stage.living if state.nodes))
+    if stage.by_hand and stage.holder is not None:
+        where = stage.holder.host
+    samples = f"{count(seen)} of {count(of)}" if of and seen is not None else ""
+    return (
+        f"  {stage.folder.name}",
+        f"pid {stage.holder.pid}" if stage.by_hand and stage.holder else stage.job.job if stage.job else "",
+        stage.state,
+        where if len(where) <= _NODES else f"{where[: _NODES - 1]}…",
+        f"{parts['done']} of {sum(parts.values())} parts" if parts else samples,
+        f"{line['samples_per_second']:.4g}" if stage.speaks and line.get("samples_per_second") else "",
+        f"{line['loss']:.4f}" if isinstance(line.get("loss"), int | float) else "",
+        _age(stage.folder),
+        _expected(stage, before),
+    )
+
+
+def _expected(stage: Stage, before: Sequence[Stage]) -> str:
+    """When it will be done, or why that can't be said."""
+    if stage.state == "pending":
+        waits = next((state for state in stage.living if state.state == "PENDING"), None)
+        if waits is None:
+            return ""
+        if waits.reason == "Dependency":
+            names = [other.folder.name for other in before if other.living or other.state == "running?"]
+            return f"waits for {names[-1] if names else 'the stage before'}"
+        return _WAITS.get(waits.reason, f"waits: {waits.reason}")
+    if not stage.runs:
+        return "never began" if stage.state == "gone" and not stage.of_this_job else ""
+    if not stage.speaks:
+        return "starts up" if stage.holder else ""  # of those that train, which alone have a holder and lines
+    if (quiet := time.time() - stage.line["time"]) > SILENCE:
+        return f"silent for {span(quiet)}"
+    left, speed = stage.status.get("of", 0) - stage.line["samples"], stage.line.get("samples_per_second")
+    return _clock(max(time.time(), stage.line["time"] + max(0, left) / speed)) if speed else ""
+
+
+def _remarks(stage: Stage) -> Iterator[str]:
+    """What there is to tell of a stage beyond its row."""
+    kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
+    if len(kinds) > 1:
+        yield f"parts: {', '.join(kinds)}"
+    whys = {then: [_why(entry) for entry in stage.of_this_job if entry.get("then") == then] for then in (REQUEUE, OVER)}
+    times = "once" if len(whys[REQUEUE]) == 1 else f"{len(whys[REQUEUE])} times"
+    if stage.state == "failed" and whys[OVER]:
+        yield f"over{f', after it was requeued {times}' if whys[REQUEUE] else ''}: {whys[OVER][-1]}"
+    elif whys[REQUEUE]:
+        yield f"requeued {times}{', the last' if times != 'once' else ''}: {whys[REQUEUE][-1]}"
+    if stage.state == "died":
+        yield f"{stage.by_hand} is dead: the same command goes on from the last checkpoint"
+    if stage.state == "gone" and stage.of_this_job:
+        yield "SLURM has forgotten the job, and it did not say how it ended"
+    if stage.state == "silent":
+        yield f"no word for {span(time.time() - stage.spoke)}"
+    if stage.damaged:
+        yield stage.damaged
+
+
+def _why(entry: dict[str, Any]) -> str:
+    return entry.get("why") or "not told why"
+
+
+def _starts(stage: Stage) -> Iterator[str]:
+    """What became of each start, in full."""
+    closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
+    opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
+    for key in dict.fromkeys((entry["job"], entry["restart"]) for entry in stage.history):
+        first, last = opened.get(key, {}), closed.get(key, {})
+        when = f"from {_clock(first['began'])}" if first else ""
+        when += f" to {_clock(last['ended'])}" if last.get("ended") else ""
+        words = (f"{stage.folder.name}, job {key[0]}", first.get("nodes", ""), when.strip())
+        yield from _wrapped(f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}", "")
+
+
+def _outcome(stage: Stage, key: tuple[str, int], last: dict[str, Any]) -> str:
+    if not last:
+        return "goes on" if _goes_on(stage, key) else "ended without a word: cancelled, killed, or its node is lost"
+    at = f" at {count(last['place'])} samples" if last.get("place") and last["then"] != DONE else ""
+    return f"{last['then']}{at}{': ' if last.get('why') else ''}{last.get('why', '')}"
+
+
+def _goes_on(stage: Stage, key: tuple[str, int]) -> bool:
+    """Whether a start that has no end is the one under way."""
+    newest = max(entry["restart"] for entry in stage.history if entry["job"] == key[0])
+    running = [state.job for state in stage.living if state.state != "PENDING"]
+    return key[1] == newest and (key[0] in running or stage.state == "running?")
+
+
+def _age(folder: Path) -> str:
+    """Of the newest checkpoint."""
+    newest = place(folder)
+    path = folder / "checkpoints" / f"step_{newest or 0:012d}" / "manifest.json"
+    try:
+        return f"{span(time.time() - path.stat().st_mtime)} ago" if newest else ""
+    except OSError:  # removed just now, or damaged
+        return ""
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def _shown(run: Path) -> str:
+    """As one would write it here."""
+    here = Path.cwd()
+    return str(run.relative_to(here)) if run.is_absolute() and run.is_relative_to(here) and run != here else str(run)
+
+
+def _clock(moment: float) -> str:
+    """Local time: the hour, with the weekday or the date where it is another day."""
+    then, now = datetime.fromtimestamp(moment), datetime.now()
+    if then.date() == now.date():
+        return then.strftime("%H:%M")
+    return then.strftime("%a %H:%M" if 0 < moment - now.timestamp() < 6 * 86400 else "%d %b %H:%M")

@@ -1,0 +1,328 @@
+"""The diffusion Transformer of Stable Audio Open (arXiv 2407.14358) as D, from diffusers' layout.
+
+It reads text by cross-attention, and is told where in a longer sound its window begins and how long that sound is. A
+crop is told as a sound of its own. Without text, all that it could cross-attend to is zeros, as in its training.
+
+Shape suffixes: B batch, C latent channels, T frames, N text tokens, E features of a text token, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones.oobleck import read_oobleck_config
+from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
+from models.weights import filled
+
+_CLASS = "StableAudioDiTModel"
+_SETTINGS = (
+    *("sample_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads", "out_channels"),
+    *("num_key_value_attention_heads", "cross_attention_dim", "time_proj_dim", "global_states_input_dim"),
+    "cross_attention_input_dim",
+)
+PROJECTION_SETTINGS = ("text_encoder_dim", "conditioning_dim", "min_value", "max_value")
+_SCHEDULER = "CosineDPMSolverMultistepScheduler"
+_TEXT_TOKENS = 128
+_PROJECTION = "projection_model."
+_NAMES = {
+    "time_features.weight": "time_proj.weight",
+    "time_embed": "timestep_proj",
+    "seconds_embed": "global_proj",
+    "text_embed": "cross_attention_proj",
+    "mix_in": "preprocess_conv",
+    "input": "proj_in",
+    "blocks": "transformer_blocks",
+    "output": "proj_out",
+    "mix_out": "postprocess_conv",
+    "start.features": f"{_PROJECTION}start_number_conditioner.time_positional_embedding.0.weights",
+    "start.out": f"{_PROJECTION}start_number_conditioner.time_positional_embedding.1",
+    "end.features": f"{_PROJECTION}end_number_conditioner.time_positional_embedding.0.weights",
+    "end.out": f"{_PROJECTION}end_number_conditioner.time_positional_embedding.1",
+}
+
+
+@dataclass
+class StableAudioConfig:
+    """Size and shape of a `StableAudioDiT`; the defaults are the public release's."""
+
+    kind: str = "stable_audio"
+    """Tells these settings from another D's."""
+    channels: int = 64
+    """Latent channels, in and out."""
+    depth: int = 24
+    """Blocks."""
+    heads: int = 24
+    """Attention heads."""
+    head_width: int = 64
+    """Features of one."""
+    text_heads: int = 12
+    """Heads of keys and values in cross-attention, shared among the heads of queries."""
+    cross_width: int = 768
+    """Features of what is cross-attended to."""
+    time_features: int = 256
+    """Fourier features of the noise level."""
+    text_width: int = 768
+    """Features of a text token, as the text encoder and its projection give them."""
+    text_tokens: int = _TEXT_TOKENS
+    """Text tokens a caption always has: those that shorter ones lack are zeros."""
+    seconds_features: int = 256
+    """Fourier features of the seconds that a sound begins at and lasts."""
+    shortest_seconds: float = 0.0
+    """Fewer are told as this."""
+    longest_seconds: float = 512.0
+    """More are told as this."""
+    frame_seconds: float = 2048 / 44100
+    """Seconds of a latent frame."""
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.heads * self.head_width
+
+    @property
+    def patch_size(self) -> int:
+        """Latent frames to a token."""
+        return 1
+
+
+class FourierFeatures(nn.Module):
+    """Cosines, then sines, of a number at learned frequencies: `(B,) → (B, features)`, always in float32."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features // 2))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """`(B, features)`."""
+        angles = 2 * math.pi * t_B.float()[:, None] * self.weight.float()
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class Seconds(nn.Module):
+    """A number of seconds as a token `(B, 1, E)`: itself, as a fraction of a range, and its sines and cosines."""
+
+    def __init__(self, config: StableAudioConfig):
+        super().__init__()
+        self.shortest, self.longest = config.shortest_seconds, config.longest_seconds
+        self.features = nn.Parameter(torch.empty(config.seconds_features // 2))
+        self.out = nn.Linear(config.seconds_features + 1, config.text_width)
+
+    def forward(self, seconds_B: Tensor) -> Tensor:
+        """The token."""
+        fraction = ((seconds_B - self.shortest) / (self.longest - self.shortest)).clamp(0, 1)[:, None]
+        angles = fraction * self.features.float() * 2 * math.pi
+        features = torch.cat((fraction, angles.sin(), angles.cos()), -1)
+        return self.out(features.to(self.out.weight.dtype))[:, None]
+
+
+class StableAudioDiT(nn.Module):
+    """The parts of diffusers' `StableAudioDiTModel` behind the interface of `models.dit.DiT`.
+
+    `condition` is added to the projected latents: at zero, the output is the release's to the bit.
+    """
+
+    lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    """Names of the linear layers that LoRA adapts: both attentions and the MLP of each block."""
+    diffusion: dict[str, Any] | None = None
+    """`name` and `options` of the formulation of its weights, where that is known."""
+
+    def __init__(self, config: StableAudioConfig):
+        super().__init__()
+        require_package("diffusers", "stable_audio", "Stable Audio Open's diffusion Transformer")
+        from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTModel
+
+        self.config = config
+        model = StableAudioDiTModel(
+            in_channels=config.channels,
+            out_channels=config.channels,
+            num_layers=config.depth,
+            attention_head_dim=config.head_width,
+            num_attention_heads=config.heads,
+            num_key_value_attention_heads=config.text_heads,
+            cross_attention_dim=config.cross_width,
+            time_proj_dim=config.time_features,
+            global_states_input_dim=2 * config.text_width,
+            cross_attention_input_dim=config.text_width,
+        )
+        self.time_features = FourierFeatures(config.time_features)
+        self.time_embed = model.timestep_proj
+        self.start, self.end = Seconds(config), Seconds(config)
+        self.seconds_embed = model.global_proj
+        self.text_embed = model.cross_attention_proj
+        self.mix_in, self.input = model.preprocess_conv, model.proj_in
+        self.blocks = model.transformer_blocks
+        self.output, self.mix_out = model.proj_out, model.postprocess_conv
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction `(B, C, T)` for noised latents.
+
+        Args:
+            x: noised latents `(B, C, T)`, scaled as the diffusion's formulation has it.
+            t: noise level `(B,)`, as that tells it.
+            text: `(B, text_tokens, text_width)`, projected as the release does; None is unconditional.
+            text_mask: `(B, text_tokens)`, 1 where `text` is real; a row of none is unconditional. None: all is real.
+            condition: `(B, width, T)`, added to the projected latents.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        self._check(x, t, text, text_mask, condition)
+        x_BCT = x.to(self.input.weight.dtype)
+        x_BTD = self.input((self.mix_in(x_BCT) + x_BCT).transpose(1, 2))
+        if condition is not None:
+            x_BTD = x_BTD + condition.transpose(1, 2).type_as(x_BTD)
+        start, end = self._seconds(len(x), x.shape[2], x.device)
+        time_BD = self.time_embed(self.time_features(t).to(self.input.weight.dtype))
+        first_B1D = self.seconds_embed(torch.cat((start, end), 2)) + time_BD[:, None]
+        x_BTD = torch.cat((first_B1D, x_BTD), 1)
+        cross_BNE = self.text_embed(_cross(text, text_mask, start, end))
+        rotary = self._rotary(x_BTD.shape[1], x.device)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, None, cross_BNE, None, rotary)
+        out_BCT = self.output(x_BTD).transpose(1, 2)[:, :, 1:]
+        return (self.mix_out(out_BCT) + out_BCT).to(x.dtype)
+
+    def _seconds(self, batch: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where a sound of so many frames begins and ends, a token each."""
+        zeros_B = torch.zeros(batch, device=device)
+        return self.start(zeros_B), self.end(zeros_B + frames * self.config.frame_seconds)
+
+    def _rotary(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for half of each head's features, as the release's pipeline gives them."""
+        from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+        positions: Any = torch.arange(tokens, device=device)  # a number of them would give them on the CPU
+        width = self.config.head_width // 2
+        return get_1d_rotary_pos_embed(width, positions, use_real=True, repeat_interleave_real=False)
+
+    def _check(
+        self, x: Tensor, t: Tensor, text: Tensor | None, text_mask: Tensor | None, condition: Tensor | None
+    ) -> None:
+        config = self.config
+        if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
+            raise ValueError(f"x is {tuple(x.shape)}: this D takes floats (batch, {config.channels}, frames)")
+        batch, frames = len(x), x.shape[2]
+        expected = {
+            "t": (t, (batch,)),
+            "text": (text, (batch, config.text_tokens, config.text_width)),
+            "text_mask": (text_mask, (batch, config.text_tokens)),
+            "condition": (condition, (batch, config.width, frames)),
+        }
+        for name, (value, shape) in expected.items():
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}: it must be {shape}")
+        if text is None and text_mask is not None:
+            raise ValueError("text_mask without text: give both, or neither")
+
+
+def _cross(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, end_B1E: Tensor) -> Tensor:
+    """What is cross-attended to: text, where it begins, where it ends; zeros where there is no text.
+
+    Nothing here has a bias, so zeros give zeros however many they are: one is enough where no sample has any text.
+    """
+    if text_BNE is None:
+        return torch.zeros_like(start_B1E)
+    text_BNE = text_BNE.type_as(start_B1E)
+    if mask_BN is None:
+        return torch.cat((text_BNE, start_B1E, end_B1E), 1)
+    real_BN = mask_BN.bool()
+    whole = torch.cat((torch.where(real_BN[..., None], text_BNE, 0.0), start_B1E, end_B1E), 1)
+    return torch.where(real_BN.any(1)[:, None, None], whole, 0.0)
+
+
+def load_stable_audio(folder: str | Path) -> StableAudioDiT:
+    """D of a release (`transformer/`, with what `projection_model/` knows of seconds), by its folder or its hub name.
+
+    Raises:
+        ValueError: it is not there, is damaged, or is another model.
+    """
+    config = read_stable_audio_config(folder)
+    transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
+    own = {
+        f"{_PROJECTION}{name}": value
+        for name, value in open_part(projection).items()
+        if not name.startswith("text_projection.")  # of the text encoder, which is none of D
+    }
+    dit = filled(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _name)
+    dit.diffusion = _formulation(folder)
+    return dit
+
+
+def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
+    """Its sizes alone; raises as `load_stable_audio` does."""
+    transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
+    given = read_config(transformer, _CLASS, _SETTINGS)
+    seconds = read_config(projection, "StableAudioProjectionModel", PROJECTION_SETTINGS)
+    autoencoder = read_oobleck_config(folder)
+    channels, width = given["in_channels"], seconds["conditioning_dim"]
+    require(
+        transformer / "config.json",
+        {
+            "out_channels is in_channels": given["out_channels"] == channels,
+            "in_channels is the autoencoder's decoder_input_channels": autoencoder.latent_channels == channels,
+            "cross_attention_input_dim is the projection's conditioning_dim": given["cross_attention_input_dim"]
+            == width,
+            "global_states_input_dim is twice that": given["global_states_input_dim"] == 2 * width,
+        },
+    )
+    return StableAudioConfig(
+        channels=channels,
+        depth=given["num_layers"],
+        heads=given["num_attention_heads"],
+        head_width=given["attention_head_dim"],
+        text_heads=given["num_key_value_attention_heads"],
+        cross_width=given["cross_attention_dim"],
+        time_features=given["time_proj_dim"],
+        text_width=width,
+        text_tokens=text_tokens(folder),
+        shortest_seconds=seconds["min_value"],
+        longest_seconds=seconds["max_value"],
+        frame_seconds=autoencoder.hop / autoencoder.sample_rate,
+    )
+
+
+def text_tokens(folder: str | Path) -> int:
+    """Tokens that the release pads or cuts every caption to."""
+    settings = locate(folder) / "tokenizer" / "tokenizer_config.json"
+    if not settings.is_file():
+        return _TEXT_TOKENS
+    tokens = read_json(settings).get("model_max_length", _TEXT_TOKENS)
+    return int(tokens) if 0 < tokens < 1e6 else _TEXT_TOKENS  # a tokenizer that was told of no length has 10³⁰
+
+
+def _formulation(folder: str | Path) -> dict[str, Any]:
+    """What the weights were trained in, as the release's scheduler tells it."""
+    path = locate(folder) / "scheduler" / "scheduler_config.json"
+    given = read_json(path)
+    require(
+        path,
+        {
+            f"_class_name is {_SCHEDULER}": given.get("_class_name") == _SCHEDULER,
+            "prediction_type is v_prediction": given.get("prediction_type") == "v_prediction",
+        },
+    )
+    defaults = {"sigma_data": 1.0, "sigma_min": 0.3, "sigma_max": 500.0}
+    options = {name: float(given[name]) for name, value in defaults.items() if given.get(name, value) != value}
+    return {"name": "v_prediction", "options": options}
+
+
+def _name(ours: str) -> str:
+    """What a tensor of ours is called in the release."""
+    for prefix, theirs in _NAMES.items():
+        if ours == prefix or ours.startswith(f"{prefix}."):
+            return theirs + ours.removeprefix(prefix)
+    raise AssertionError(ours)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from launch import signals
+from launch.signals import StopFlag
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_signal_sets_the_flag_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+    assert signal.getsignal(number) is before
+
+
+def test_one_press_of_ctrl_c_may_come_twice_and_a_second_press_interrupts(monkeypatch):
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        monkeypatch.setattr(signals, "_ONE_PRESS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,230 @@
+"""What is predicted of a rank's memory, against live strategies, real tensors and known totals."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.dit import DiTConfig
+from models.weights import save_weights
+from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
+from trainer.memory.activations import Pass, _of_depth, activations, measure
+from trainer.memory.estimate import GIB, SPEED, Change, Estimate, Row, cheapest, fastest, gpu_memory, out_of_memory
+from trainer.memory.ledger import ON_DEVICE, Parts, Sharing, held
+from trainer.memory.outline import outline
+from trainer.ranks.strategy import Computed, blocks_of, recompute
+from trainer.recipes.reading import load
+from trainer.recipes.schema import Config
+from trainer.tasks import make_task
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RANKS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    make_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def really(folder: Path) -> dict[tuple[str, int], dict[str, int]]:
+    return live(folder, RANKS)
+
+
+def ledger(config: Config, ranks: int, sharing: Sharing | None = None) -> Parts:
+    estimate = Estimate(config, "autoencode", ranks)
+    parts = held(estimate.outline, sharing or estimate.own, estimate.ranks)
+    return dataclasses.replace(parts, base=parts.base - estimate.outline.beside)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("way", [way for way in WAYS if "offloaded" not in way])
+def test_parts_are_those_of_a_live_strategy(really, folder, way, precision, ranks):
+    parts, real = ledger(recipe(folder, *overrides(way, precision)), ranks), really[f"{way}, {precision}", ranks]
+    for name in ("base", "trained", "moments", "ema"):
+        assert getattr(parts, name) == real[name], name
+    if way == "zero1":  # the live one was looked at when it had let go of all but its part
+        assert real["gradients"] < 1.05 * parts.gradients
+    else:
+        assert parts.gradients == pytest.approx(real["gradients"], rel=0.02)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("way", [way for way in WAYS if "offloaded" in way])
+def test_offloaded_parts_are_those_of_a_live_strategy(really, folder, way, precision, ranks):
+    """On a CPU both lie in the same memory; gradients in staging buffers are not looked at there."""
+    parts, real = ledger(recipe(folder, *overrides(way, precision)), ranks), really[f"{way}, {precision}", ranks]
+    predicted = parts.host + sum(getattr(parts, name) for name in ON_DEVICE) - parts.buffers
+    assert parts.moments == parts.ema == 0
+    assert 0.75 * predicted <= sum(real.values()) <= predicted
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode"])
+def test_the_outline_has_the_shapes_of_the_real_task(folder, stage):
+    config = recipe(folder)
+    found, module = outline(config, stage), make_task(config, stage).module
+    named = dict(module.named_parameters())
+    assert found.trained == {name: value.shape for name, value in named.items() if value.requires_grad}
+    assert found.frozen == {name: value.shape for name, value in named.items() if not value.requires_grad}
+    assert len(found.blocks) == len(blocks_of(module))
+    assert sum(map(len, found.blocks)) == sum(len(list(block.parameters())) for block in blocks_of(module))
+
+
+def real_saved(computed: Computed, shape: tuple[int, int, int]) -> int:
+    """Bytes that autograd saves of a forward pass on numbers, weights aside, by its own hooks."""
+    weights = {value.untyped_storage().data_ptr() for value in computed.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        losses_B, _ = computed(torch.randn(shape), torch.arange(shape[0]))
+        losses_B.mean()
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in kept}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_that_autograd_saves(folder, stage, precision):
+    config = recipe(folder)
+    how = Pass(clips=16, frames=63, precision=precision, lower_trained=False, recomputed=False, cuda=False)
+    found = activations(config, stage, outline(config, stage).dit, how)
+    assert sum(size for _, _, size in found.largest(10_000)) == found.saved
+    computed = real_module(config, stage, precision)
+    x0 = 4 * 16 * 128 * 63
+    assert found.saved == pytest.approx(real_saved(computed, (16, 128, 63)) + x0, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fake_tensors_take_what_real_ones_take(folder, precision, recomputed):
+    config = recipe(folder)
+    how = Pass(clips=4, frames=63, precision=precision, lower_trained=False, recomputed=recomputed, cuda=False)
+    computed = real_module(config, "autoencode", precision)
+    for block in blocks_of(computed) if recomputed else ():
+        recompute(block)
+    fake = activations(config, "autoencode", outline(config, "autoencode").dit, how)
+    real = measure(computed, (4, 128, 63))
+    for name in ("saved", "forward", "backward"):
+        assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.002), name
+
+
+def real_module(config: Config, stage: str, precision: str) -> Computed:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    module = make_task(config, stage).module
+    for value in module.parameters():
+        if not value.requires_grad:
+            value.data = value.data.to(dtype)
+    return Computed(module, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_deep_model_is_measured_at_a_few_blocks(folder, recomputed):
+    config = recipe(folder)
+    dit = dataclasses.replace(config.dit, depth=8, multistream_depth=4, text_width=24, text_tokens=7)
+    how = Pass(2, 63, "bf16", lower_trained=False, recomputed=recomputed, cuda=True)
+    assert activations(config, "autoencode", dit, how) == _of_depth(config, "autoencode", dit, how, (4, 4))
+
+
+def test_known_totals(folder):
+    config = recipe(folder)
+    trained = sum(shape.numel() for shape in outline(config, "autoencode").trained.values())
+    on_one, on_two = ledger(config, 1), ledger(config, 2)
+    assert on_one.trained + on_one.gradients + on_one.moments == 16 * trained
+    assert on_one.ema == 4 * trained
+    assert (on_one.buffers, on_two.buffers) == (0, 4 * trained)
+    assert ledger(recipe(folder, "parallel.precision=bf16"), 1).base * 2 == on_one.base
+
+
+def test_more_clips_and_frames_take_more(folder):
+    def total(*given: str) -> int:
+        estimate = Estimate(recipe(folder, "autoencode.global_batch=64", *given), "autoencode", 2)
+        return estimate.row(estimate.own).parts.total
+
+    micro = "parallel.micro_batch=4"
+    assert total("parallel.micro_batch=8") > total(micro) > total(micro, "parallel.checkpoint_activations=true")
+    assert total(micro) > total(micro, "autoencode.crop_frames=27")
+
+
+def test_more_ranks_hold_less_each(folder):
+    def rows(ranks: int, *given: str) -> dict[str, int]:
+        estimate = Estimate(recipe(folder, *given), "autoencode", ranks)
+        parts = {way.short: held(estimate.outline, way, estimate.ranks) for way in SPEED}
+        return {way: part.total + part.host for way, part in parts.items()}
+
+    few, many, grouped = rows(2), rows(8), rows(8, "parallel.strategy=fsdp2", "parallel.replicas=4")
+    assert many.pop("ddp") == few["ddp"]
+    assert all(total < few[way] for way, total in many.items())
+    assert {way for way, total in grouped.items() if total > rows(8)[way]} == {"fsdp2", "fsdp2 base cut"}
+
+
+def test_the_fastest_that_fits():
+    def row(sharing: Sharing, gib: float) -> Row:
+        return Row(sharing, Parts(base=int(gib * GIB)))
+
+    needed = {"ddp": 90, "zero1": 80, "zero2": 70, "fsdp2": 40, "zero3": 30}
+    rows = [row(sharing, needed[sharing.strategy] / (2 if sharing.checkpoint_activations else 1)) for sharing in SPEED]
+    chosen = {total: fastest(rows, total * GIB) for total in (100, 80, 50, 20, 10)}
+    labels = {total: row and row.sharing.settings for total, row in chosen.items()}
+    assert labels == {
+        100: ["parallel.strategy=ddp"],
+        80: ["parallel.strategy=zero2"],
+        50: ["parallel.strategy=fsdp2"],
+        20: ["parallel.strategy=zero3", "parallel.checkpoint_activations=true"],
+        10: None,
+    }
+
+
+def test_every_way_can_be_set():
+    for sharing in SPEED:
+        config = load("demo", [*sharing.settings, "parallel.processes=4"])
+        assert Sharing.of(config.parallel) == sharing
+
+
+def test_cheapest_changes_are_of_different_kinds():
+    def change(gib: float, cost: str) -> Change:
+        return Change([f"{cost}={gib}"], cost, Row(Sharing(), Parts(base=int(gib * GIB))))
+
+    now = change(50, "now").row
+    candidates = [change(40, "a"), change(20, "a"), change(10, "a"), change(60, "b"), change(30, "c"), change(5, "d")]
+    assert [found.settings for found in cheapest(candidates, now, 35 * GIB)] == [["a=20"], ["c=30"], ["d=5"]]
+    assert [found.settings for found in cheapest(candidates, now, 3 * GIB)] == [["d=5"], ["a=10"], ["c=30"]]
+
+
+def test_out_of_memory_tells_what_to_set(folder):
+    config = recipe(folder, "autoencode.global_batch=64")
+    estimate = Estimate(config, "autoencode", 2)
+    now = estimate.row(estimate.own).parts.total
+    told = out_of_memory(config, "autoencode", 2, 1.2 * now, 1.25 * now + GIB / 0.95 + now)
+    assert re.search(r"base +trained +gradients +moments +ema +activations +buffers +predicted +measured", told)
+    assert "parallel.micro_batch=16" in told
+    changes = re.findall(r"^  (\S+)=\S+.*: [\d.]+ [KM]iB; ", told, re.MULTILINE)
+    assert len(changes) == 3
+    assert "no one change is enough" in out_of_memory(config, "autoencode", 2, now, GIB)
+
+
+def test_a_missing_folder_is_told(tmp_path):
+    config = load("demo", [f"pretrained.folder={tmp_path / 'none'}"], released=False)
+    assert "pretrained.folder" not in config.stages
+    with pytest.raises((ValueError, OSError), match="none"):
+        outline(config, "autoencode")
+    assert "Lower parallel.micro_batch" in out_of_memory(config, "autoencode", 1, GIB, GIB)
+
+
+def test_sizes_come_from_the_header_of_an_export(tmp_path):
+    sizes = DiTConfig(channels=128, width=24, depth=1, heads=2, hidden_width=48, text_width=None)
+    save_weights(tmp_path / "dit.safetensors", {}, dataclasses.asdict(sizes) | {"diffusion": {"name": "edm"}})
+    config = load("demo", [f"pretrained.folder={tmp_path}"])
+    assert outline(config, "autoencode").dit == sizes
+
+
+def test_memory_of_a_gpu():
+    assert gpu_memory(load("demo", ["parallel.gpu_gib=24", "parallel.device=cpu"]).parallel) == 24 * GIB
+    with pytest.raises(ValueError, match=r"parallel\.gpu_gib"):
+        load("demo", ["parallel.gpu_gib=0"])

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from trainer.recipes.reading import load
+
+
+def test_a_choice_is_a_file_that_recipe_and_overrides_change(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("kind: slurm\nnodes: 3\nstages: {prepare: {array: 5}}\n")
+    config = load("tiny", [f"cluster={mine}", "cluster.stages.prepare.mem=4G"])
+    assert (config.cluster.nodes, config.cluster.of("prepare").array, config.cluster.of("prepare").mem) == (
+        "3",
+        5,
+        "4G",
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("cluster: no_accounting\n")
+    assert load(str(recipe), ["cluster.nodes=4"]).cluster.nodes == "4"
+    assert load(str(recipe), ["cluster=slurm"]).cluster.gpus_per_node == 8
+    with pytest.raises(ValueError, match=r"no cluster=nowhere.*no_accounting, preemptible"):
+        load("tiny", ["cluster=nowhere"])
+
+
+def test_nodes_and_ranks():
+    cluster = load("tiny", ["cluster=preemptible"]).cluster
+    assert (cluster.least_nodes, cluster.most_nodes, cluster.ranks_per_node) == (2, 8, 8)
+    assert cluster.of("evaluate").ranks_per_node == cluster.of("page").ranks_per_node == 1
+    assert cluster.of("quantize").nodes == "1"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("kind=pbs", "neither local nor slurm"),
+        ("nodes=8-2", "neither a number like 4 nor a range like 2-8"),
+        ("nodes=0", "neither a number"),
+        ("time=soon", "no time limit"),
+        ("gpus_per_node=-1", "at least 0"),
+        ("grace_seconds=0", "at least 1"),
+        ("options.time=60", r"say cluster\.time=…"),
+        ("options.ntasks-per-node=4", r"say cluster\.tasks_per_node=…"),
+        ("options.no-requeue=true", "jobs that come back stand on it"),
+        ("stages.prepaer.array=2", "no such stage, the nearest is prepare"),
+        ("stages.prepare.arry=2", r"unknown key cluster\.stages\.prepare\.arry.*array"),
+        ("stages.prepare.array=many", "is no int"),
+        ("stages.evaluate.nodes=0", r"cluster\.stages\.evaluate\.nodes=0"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_mend(override, told):
+    with pytest.raises(ValueError, match=told):
+        load("tiny", ["cluster=slurm", f"cluster.{override}"])

@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.recipes import reading
+from trainer.recipes import schema as schema
+
+
+def test_recipes_are_found_by_name_and_by_path(tmp_path):
+    assert reading.load("demo", []).name == "demo"
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nfinetune: {lr: 1e-5}\n")
+    config = reading.load(str(path), ["finetune.samples=7", "data.synth_hours=1"])
+    assert (config.name, config.run_dir, config.finetune.lr, config.finetune.samples) == ("mine", "runs/mine", 1e-5, 7)
+
+
+def test_every_recipe_of_the_house_is_valid(monkeypatch):
+    # pretrained weights are the user's to fetch, latents are still to be made
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "latents")
+    recipes = sorted(reading.RECIPES.glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        reading.load(str(path), [])
+
+
+def test_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"no recipe .demmo.*demo"):
+        reading.load("demmo", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("autoencode.lrr=1", "autoencode.lr"), ("sede=1", "seed"), ("latent_encoder.poling=9", "latent_encoder.pooling")],
+)
+def test_unknown_key_names_the_nearest(override, nearest):
+    with pytest.raises(ValueError, match=f"unknown key {override.split('=')[0]}.*{nearest}$"):
+        reading.load("demo", [override])
+
+
+def test_value_of_another_type_names_its_key():
+    with pytest.raises(ValueError, match=r"finetune\.samples"):
+        reading.load("demo", ["finetune.samples=many"])
+
+
+def test_override_without_a_value():
+    with pytest.raises(ValueError, match="key=value"):
+        reading.load("demo", ["finetune"])
+
+
+def test_all_problems_are_found_at_once():
+    overrides = [
+        "autoencode.crop_frames=100",  # 9 does not divide it
+        "quantizer.size=200",
+        "quantizer.rates=[99]",
+        "data.audio=/nowhere",
+        "parallel.processes=3",
+        "diffusion.options={logit_men: 1}",
+    ]
+    with pytest.raises(ValueError, match="crop_frames") as error:
+        reading.load("demo", overrides)
+    text = str(error.value)
+    for mend in ("take 99 or 108", "128 or 256", "rates holds 99", "/nowhere", "multiple of 3", "logit_men"):
+        assert mend in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (["sampling.sampler=magic", "latent_encoder.pooling=0"], "dpmpp\nlatent_encoder.pooling=0 must be above zero"),
+        (["latent_encoder.heads=0"], "latent_encoder.heads=0 must be above"),
+        (["diffusion.options={log_mean: 1"], "'diffusion.options={log_mean: 1' is not valid YAML"),
+        (["log.clips=0"], "log.clips=0 must be above zero"),
+        (["pretrain.betas=[0.9]"], "two numbers"),
+        (["evaluate.clips=1"], "at least 2"),
+        (["evaluate.page_clips=0"], "page_clips=0 must be above"),
+        (["quantizer.vectors=100"], "at least 10240"),
+        (["data.clip_seconds=1"], "autoencode.crop_frames=126 is longer .* 100 frames: take 99"),
+        (["data.window=10"], "at least 4096"),
+        (["data.mix={/nowhere: 0}"], "share 0 of /nowhere"),
+        (["data.mix={/nowhere: 1}"], "/nowhere is no set and holds no train/"),
+    ],
+)
+def test_what_would_fail_late_is_refused_at_once(overrides, mend):
+    with pytest.raises(ValueError, match=mend):
+        reading.load("demo", overrides)
+
+
+def test_resolved_config_starts_the_same_run(tmp_path):
+    config = reading.load("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
+    path = tmp_path / "config.yaml"
+    path.write_text(schema.to_yaml(config))
+    assert reading.load(str(path), []) == config
+    assert OmegaConf.load(path).data.latents == "/tmp/elsewhere/latents"
+
+
+def test_stages_follow_from_what_is_given(tmp_path):
+    assert reading.load("demo", ["prior.samples=8", "prior.crop_frames=126"]).stages == list(schema.STAGES)
+    assert reading.load("demo", []).stages == [stage for stage in schema.STAGES if stage != "prior"]
+    given = reading.load("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
+    assert given.stages == ["prepare", "autoencode", "quantize", "finetune", "evaluate", "page"]
+
+
+def test_fingerprint_changes_with_any_value():
+    first, second = (schema.flatten(reading.load("demo", [f"seed={seed}"])) for seed in (0, 1))
+    assert schema.fingerprint(first) != schema.fingerprint(second)
+    assert schema.fingerprint(first) == schema.fingerprint(dict(reversed(first.items())))
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """As if folders of pretrained weights were there."""
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "latents")
+
+
+def test_a_model_is_a_choice_of_any_recipe(released):
+    config = reading.load("tiny", ["model=stable_audio_open", "data.clip_seconds=5", "pretrained.folder=/models/sao"])
+    assert (config.autoencoder.kind, config.diffusion.name, config.latent_encoder.pooling) == (
+        "oobleck",
+        "v_prediction",
+        2,
+    )
+    assert {config.autoencoder.folder, config.text.folder, config.pretrained.folder} == {"/models/sao"}
+    assert config.autoencode.samples == 128  # the recipe's, of which the model says nothing
+    assert "pretrain" not in config.stages
+    config = reading.load("spresso_11hz", ["latent_encoder.pooling=3"])
+    assert (config.autoencoder.folder, config.latent_encoder.pooling) == ("checkpoints/Woosh-AE", 3)
+    other = reading.load("spresso_11hz", ["model=stable_audio_open"])
+    assert (other.autoencoder.kind, other.latent_encoder.pooling, other.latent_encoder.width) == ("oobleck", 2, 768)
+
+
+def test_a_model_replaces_the_formulation_and_a_recipe_the_models_settings(released, tmp_path):
+    assert reading.load("demo", ["model=woosh", "data.clip_seconds=5"]).diffusion.options == {}
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: woosh\nlatent_encoder: {pooling: 3}\nautoencoder: {folder: mine}\n")
+    config = reading.load(str(path), [])
+    assert (config.latent_encoder.pooling, config.autoencoder.folder, config.autoencoder.kind) == (3, "mine", "woosh")
+    with pytest.raises(ValueError, match=r"there is no model=magic: .* stable_audio_open, woosh"):
+        reading.load("demo", ["model=magic"])
+
+
+def test_crops_fit_the_latent_rate_of_the_model(released):
+    with pytest.raises(ValueError, match=r"autoencode\.crop_frames=200 is longer .* 107 frames: take 106"):
+        reading.load("stable_audio_open", ["autoencode.crop_frames=200"])
+
+
+def test_weights_that_are_nowhere_are_told_with_the_command_that_fetches_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"pretrained\.folder=.*hf download stabilityai/stable-audio-open-1\.0"):
+        reading.load("stable_audio_open", [])

@@ -1,0 +1,132 @@
+"""What lies in checkpoints, as tables: for `spresso checkpoint`, and for the log of a run that goes on from one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints import checkpoint
+from trainer.formatting import aligned, size
+
+_NO_PARTS = ("statistics",)  # kinds of tensors that are not cut by parts of the model
+
+
+def find(location: Path) -> list[Path]:
+    """The checkpoints of a run directory, of a stage's, of a folder of checkpoints; or the one that this is.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if (location / checkpoint.MANIFEST).exists():
+        return [location]
+    for folders in ([location], [location / "checkpoints"], sorted(location.glob("*/checkpoints"))):
+        found = [path for folder in folders for path in checkpoint.checkpoints(folder)]
+        if found:
+            return found
+    raise ValueError(f"{location} holds no checkpoints: give a run directory, a stage's, or a step_… folder")
+
+
+def listing(paths: Iterable[Path]) -> str:
+    """A line a checkpoint: how far it is, what wrote it, its size, its loss on held-out clips."""
+    rows = [["checkpoint", "samples", "written", "by", "size", "held-out loss", ""]]
+    for path in paths:
+        problems = checkpoint.verify(path, checksums=False)
+        if problems:
+            rows.append([str(path), f"{checkpoint.samples_of(path)}", "", "", "", "", f"DAMAGED: {problems[0]}"])
+            continue
+        manifest = checkpoint.read_manifest(path)
+        meta, loss = manifest["meta"], manifest["meta"].get("held_out_loss")
+        rows.append(
+            [
+                str(path),
+                f"{meta['samples']}",
+                _when(meta),
+                writer(meta),
+                size(_bytes(manifest)),
+                "" if loss is None else f"{loss:.4f}",
+                "",
+            ]
+        )
+    return aligned(rows, right=(1, 4, 5))
+
+
+def verification(path: Path) -> tuple[str, bool]:
+    """What holding a checkpoint against its checksums gave, and whether it is whole."""
+    problems = checkpoint.verify(path)
+    if problems:
+        return f"{path}: DAMAGED: {'; '.join(problems)}", False
+    manifest = checkpoint.read_manifest(path)
+    return f"{path}: whole, {len(manifest['files'])} files, {size(_bytes(manifest))}, all checksums right", True
+
+
+def explanation(path: Path) -> str:
+    """All that a checkpoint tells of itself.
+
+    Raises:
+        ValueError: it is damaged; says how.
+    """
+    if problems := checkpoint.verify(path, checksums=False):
+        raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
+    manifest = checkpoint.read_manifest(path)
+    meta = dict(manifest["meta"])
+    health = meta.pop("health", {})
+    known = {
+        "stage": meta.pop("stage", "?"),
+        "samples": f"{meta.pop('samples')} in {meta.pop('steps', '?')} steps",
+        "written": f"{_when(meta)} by {writer(meta)}",
+        "size": f"{size(_bytes(manifest))} in {len(manifest['files'])} files",
+    }
+    for told in ("strategy", "world_size", "time"):
+        meta.pop(told, None)
+    rest = {name: str(value) for name, value in meta.items() if value not in ("", None)}
+    if health.get("skipped") or health.get("rewinds"):
+        rest["health"] = f"went back {health['rewinds']} times, {len(health['skipped'])} steps skipped in a row"
+    facts = aligned([[name, value] for name, value in (known | rest).items()])
+    return f"{path}\n{facts}\n\n{contents(manifest)}"
+
+
+def contents(manifest: Mapping[str, Any]) -> str:
+    """Parts of the model, how many numbers each has, and what is stored of each number."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, shape in manifest["tensors"].items():
+        kind, _, plain = name.partition("/")
+        part = parts.setdefault(part_of(kind, plain), {"tensors": set(), "numbers": 0, "bytes": 0, "kinds": []})
+        numbers = math.prod(shape)
+        part["bytes"] += 4 * numbers
+        if plain not in part["tensors"]:
+            part["tensors"].add(plain)
+            part["numbers"] += numbers
+        if kind not in part["kinds"]:
+            part["kinds"].append(kind)
+    rows = [["part", "tensors", "numbers", "size", "of each"]]
+    rows += [
+        [name, f"{len(part['tensors'])}", f"{part['numbers']:,}", size(part["bytes"]), ", ".join(part["kinds"])]
+        for name, part in sorted(parts.items())
+    ]
+    total = [sum(part[key] for part in parts.values()) for key in ("numbers", "bytes")]
+    rows.append(["all", f"{sum(len(part['tensors']) for part in parts.values())}", f"{total[0]:,}", size(total[1]), ""])
+    return aligned(rows, right=(1, 2, 3))
+
+
+def part_of(kind: str, name: str) -> str:
+    """The part of the model that a tensor belongs to."""
+    if kind in _NO_PARTS:
+        return kind
+    part = {"dit": "D"}.get(name.partition(".")[0], name.partition(".")[0])
+    return f"{part}, LoRA" if ".lora_" in name else part
+
+
+def writer(meta: Mapping[str, Any]) -> str:
+    """The strategy and the number of ranks that wrote it."""
+    return f"{meta.get('strategy', '?')} on {meta['world_size']} rank{'s' if meta['world_size'] > 1 else ''}"
+
+
+def _when(meta: Mapping[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(meta["time"])) if "time" in meta else "?"
+
+
+def _bytes(manifest: Mapping[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in manifest["files"].values())

@@ -1,0 +1,150 @@
+"""What a run goes on from, or begins with.
+
+What lies in the run directory decides. A path in `checkpoint.resume` is followed once: a run that is started again by
+the same command goes on from its own newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoints import checkpoint, inventory
+from trainer.ranks import collective
+from trainer.ranks.flat_ranges import whole_ranges
+from trainer.recipes.schema import Config
+from trainer.run_directory import RunDirectory, read_json, write_atomically
+from trainer.tasks import Task
+
+logger = logging.getLogger("spresso")
+
+_FOLLOWED = "resumed_from.json"
+
+
+def find(config: Config, run: RunDirectory, identity: str) -> Path | None:
+    """The checkpoint to go on from, None for a fresh run. All ranks.
+
+    Args:
+        config: its `checkpoint.resume` says `auto`, `never` or a path.
+        run: the stage's directory.
+        identity: the hash of all that the stage learns from, which that of the path has to be.
+
+    Raises:
+        ValueError: on every rank, if `resume` asks for what can't be; the message says why, and the mend.
+    """
+
+    def decide() -> tuple[Path | None, str]:
+        try:
+            return _decide(config.checkpoint.resume, run, identity), ""
+        except ValueError as error:
+            return None, str(error)
+
+    path, problem = collective.on_rank_0(decide)
+    if problem:
+        raise ValueError(problem)
+    return path
+
+
+def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
+    """On rank 0."""
+    newest = checkpoint.newest(run.checkpoints)
+    if choice == "auto":
+        return newest
+    if choice == "never":
+        if newest is not None:
+            raise ValueError(
+                f"{run.path} holds a run at {checkpoint.samples_of(newest)} samples, and checkpoint.resume=never: take "
+                f"another run_dir=…, remove {run.path}, or leave it out to go on"
+            )
+        return None
+    if newest is not None and followed(run, choice):
+        return newest
+    path = Path(choice).resolve()
+    _require_fit(path, run, identity)
+    ours = {other.resolve(): other for other in checkpoint.checkpoints(run.checkpoints)}
+    path_here = ours.get(path, path)
+    for other in ours.values():
+        if path not in ours or checkpoint.samples_of(other) > checkpoint.samples_of(path_here):
+            left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
+            logger.warning("%s is left behind as %s: the run goes on from %s", other.name, left.name, path)
+    write_atomically(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
+    return path_here
+
+
+def followed(run: RunDirectory, choice: str) -> bool:
+    """Whether the run went on from this path before."""
+    return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
+
+
+def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
+    if problems := checkpoint.verify(path):
+        raise ValueError(f"checkpoint.resume={path} can't be followed: {'; '.join(problems)}")
+    meta = checkpoint.read_manifest(path)["meta"]
+    if meta["stage"] != run.stage:
+        raise ValueError(f"checkpoint.resume={path} is of the stage {meta['stage']}, not {run.stage}")
+    if meta["config"] != identity:
+        raise ValueError(
+            f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} begins a "
+            f"new run with its weights alone"
+        )
+
+
+def start(task: Task, location: str) -> None:
+    """Give a fresh run's task the weights of a checkpoint (its averages), or of an export. All ranks, alike.
+
+    Raises:
+        ValueError: there is neither, or it does not hold all that the task learns.
+    """
+    path = Path(location)
+    if (path / checkpoint.MANIFEST).exists():
+        if problems := checkpoint.verify(path):
+            raise ValueError(f"checkpoint.start_from={path} can't be used: {'; '.join(problems)}")
+        wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
+        wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
+        _require_base(task, path, checkpoint.read_manifest(path)["meta"].get("base", ""))
+        checkpoint.load(path, whole_ranges(wanted), partly=True)
+    elif path.is_dir():
+        _copy_export(task, path)
+    else:
+        raise ValueError(f"checkpoint.start_from={path} is neither a checkpoint nor an export/ folder")
+    logger.info("%s: begins with the weights of %s", task.stage, path)
+
+
+@torch.no_grad()
+def _copy_export(task: Task, folder: Path) -> None:
+    theirs, base_hash = task.read_export(folder)
+    _require_base(task, folder, base_hash)
+    for name, ours in {**task.learned, **task.statistics}.items():
+        if name not in theirs:
+            raise ValueError(f"checkpoint.start_from={folder} has no {name}, which the stage {task.stage} learns")
+        if theirs[name].shape != ours.shape:
+            raise ValueError(
+                f"checkpoint.start_from={folder}: {name} has shape {tuple(theirs[name].shape)}, not {tuple(ours.shape)}"
+            )
+        ours.data.copy_(theirs[name])
+
+
+def _require_base(task: Task, path: Path, base_hash: str) -> None:
+    if task.base_hash and base_hash != task.base_hash:
+        raise ValueError(
+            f"checkpoint.start_from={path} was trained on a base model with the hash {base_hash[:12]}, and this one "
+            f"has {task.base_hash[:12]}: give that base with pretrained.folder=…"
+        )
+
+
+def told(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
+    """What was restored from a checkpoint, in one table."""
+    manifest = checkpoint.read_manifest(path)
+    meta: dict[str, Any] = manifest["meta"]
+    now = inventory.writer({"strategy": strategy, "world_size": world_size})
+    base = f"\n  the frozen base is not in it: {base_hash[:12]}, the same as then" if base_hash else ""
+    table = inventory.contents(manifest).replace("\n", "\n  ")
+    return (
+        f"resumed from {path} at {meta['samples']} samples, {meta['steps']} steps; "
+        f"written by {inventory.writer(meta)}, now {now}\n  {table}{base}"
+    )

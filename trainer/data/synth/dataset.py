@@ -1,0 +1,202 @@
+"""A small synthesizer of captioned sound effects: data to train on without a download.
+
+Every sound is a pure function of (seed, index), so a set of them is planned without being made, made by any number of
+workers, and made on after a kill, always with the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from trainer.data.synth import signals, sounds
+from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
+from trainer.data.workers import explained_death, follow_parent
+from trainer.files import write_whole
+
+# Where a sound is heard decides in which room or how far off it may be.
+INDOORS = sounds.INDOORS | signals.INDOORS
+OUTDOORS = sounds.OUTDOORS | signals.OUTDOORS
+RECIPES = INDOORS | OUTDOORS
+KINDS = tuple(RECIPES)
+# Raise it when any recipe sounds different: sets of two versions must not mix in one folder.
+VERSION = 1
+SHORTEST, LONGEST = 1.5, 5.0  # seconds
+PEAK = 0.9
+CAPTIONS = "captions.jsonl"
+PLAN = "synth.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """One synthesized sound: `audio` is (samples,), float32, at most 0.9 in magnitude."""
+
+    key: str
+    kind: str
+    caption: str
+    audio: np.ndarray
+    sample_rate: int = SAMPLE_RATE
+
+
+def synthesize(seed: int, index: int) -> Sound:
+    """Sound number `index` of the set that `seed` names; the kinds go round. The same on every platform to 16 bits."""
+    random = _random(seed, index)
+    samples = _draw_samples(random)
+    kind = _kind(index)
+    caption, sound = RECIPES[kind](random, samples)
+    where, sound, peak = _surround(random, sound, outdoors=kind in OUTDOORS)
+    return Sound(_key(index), kind, caption + where, _finish(random, sound, peak))
+
+
+def _random(seed: int, index: int) -> Random:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+
+
+def _draw_samples(random: Random) -> int:
+    """The length of a sound, in whole hundredths of a second: the first number drawn, so that it is known cheaply."""
+    return round(random.uniform(SHORTEST, LONGEST) * 100) * SAMPLE_RATE // 100
+
+
+def _kind(index: int) -> str:
+    return KINDS[index % len(KINDS)]
+
+
+def _key(index: int) -> str:
+    return f"{_kind(index)}_{index:05d}"
+
+
+def _name(index: int) -> str:
+    return f"{_key(index)}.flac"
+
+
+def _surround(random: Random, sound: np.ndarray, *, outdoors: bool) -> tuple[str, np.ndarray, float]:
+    """Where the sound is heard: words for the caption, the sound as heard there, and its peak."""
+    peak = PEAK * 10 ** (-random.uniform(0, 12) / 20)
+    if random.random() < 0.6:
+        return "", sound, peak
+    if outdoors:
+        far = shape(sound, partial(low_pass, cutoff=random.uniform(1500, 3500)))
+        return ", in the distance", reverberate(random, far, random.uniform(0.4, 0.8), wet=0.25), peak / 3
+    where, shortest, longest = pick(random, ((", in a small room", 0.25, 0.5), (", in a large hall", 1.2, 2.2)))
+    return where, reverberate(random, sound, random.uniform(shortest, longest), wet=0.4), peak
+
+
+def _finish(random: Random, sound: np.ndarray, peak: float) -> np.ndarray:
+    """Without rumble below hearing, at the given peak, over the faint hiss of any recording, faded at both ends."""
+    sound = shape(sound, lambda f: 1 - low_pass(f, 25, 4))
+    sound *= peak / np.abs(sound).max()
+    sound += 10 ** (random.uniform(-78, -62) / 20) * (2 * random.random(len(sound)) - 1)
+    return np.clip(sound * swell(len(sound), 0.005, 0.04), -PEAK, PEAK).astype(np.float32)
+
+
+def write_sounds(
+    folder: Path,
+    *,
+    hours: float,
+    seed: int,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Fills a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
+
+    A line of captions.jsonl is {"file", "caption", "kind", "seconds"}; it is written last: where it is, all is there.
+    Called again after a kill it makes only what is missing; the bytes are the same whatever the workers and the kills.
+    `progress` is told (sounds there, sounds in all). Returns the number of sounds in all.
+
+    Raises:
+        ValueError: an argument is out of range, the folder holds something else, or a worker died.
+        OSError: the sounds can't be written; none is there by half.
+    """
+    _check(hours=hours, seed=seed, workers=workers)
+    _claim(folder, hours=hours, seed=seed)
+    lengths = _lengths(seed, hours)
+    captions = [_written_caption(folder / _name(index), samples) for index, samples in enumerate(lengths)]
+    missing = [index for index, caption in enumerate(captions) if caption is None]
+    with closing(_write_all(folder, seed, missing, workers)) as made:  # stops the workers if `progress` raises
+        for there, (index, caption) in enumerate(zip(missing, made, strict=True), len(lengths) - len(missing) + 1):
+            captions[index] = caption
+            if progress:
+                progress(there, len(lengths))
+    lines = [
+        {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
+        for index, samples in enumerate(lengths)
+    ]
+    write_whole(folder / CAPTIONS, "".join(json.dumps(line) + "\n" for line in lines))
+    return len(lengths)
+
+
+def _check(*, hours: float, seed: int, workers: int) -> None:
+    if not 0 < hours < float("inf"):
+        raise ValueError(f"hours must be a number above 0, not {hours}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+
+
+def _claim(folder: Path, *, hours: float, seed: int) -> None:
+    """Writes into an empty folder what it is for; refuses one that is for something else."""
+    purpose = json.dumps({"hours": float(hours), "seed": seed, "version": VERSION})
+    plan = folder / PLAN
+    if plan.exists():
+        held = plan.read_text()
+        if held != purpose:
+            raise ValueError(f"{folder} holds the sounds of {held}, not of {purpose}: name another folder or delete it")
+        return
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        raise ValueError(f"{folder} holds something other than synthesized sounds: name a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(plan, purpose)
+
+
+def _lengths(seed: int, hours: float) -> list[int]:
+    lengths: list[int] = []
+    remaining = hours * 3600 * SAMPLE_RATE
+    while remaining > 0:
+        lengths.append(_draw_samples(_random(seed, len(lengths))))
+        remaining -= lengths[-1]
+    return lengths
+
+
+def _written_caption(path: Path, samples: int) -> str | None:
+    """The caption of a sound that is there, which its file holds as its title; None where the sound must be made."""
+    if not path.exists():
+        return None
+    try:
+        with soundfile.SoundFile(path) as file:
+            return file.title if file.title and file.frames == samples else None
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) -> Generator[str, None, None]:
+    """Makes and writes the sounds; gives their captions in order."""
+    write = partial(_write, folder, seed)
+    if workers == 1 or len(indices) < 2:
+        yield from map(write, indices)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(indices)), mp_context=context, initializer=follow_parent)
+    with pool, explained_death():
+        yield from pool.map(write, indices, chunksize=4)
+
+
+def _write(folder: Path, seed: int, index: int) -> str:
+    sound = synthesize(seed, index)
+    # Encoded in memory, because libsndfile would not say that a disk is full in an OSError.
+    encoded = io.BytesIO()
+    with soundfile.SoundFile(encoded, "w", SAMPLE_RATE, 1, format="FLAC", subtype="PCM_16") as file:
+        file.title = sound.caption
+        file.write(np.round(sound.audio * 32768).astype(np.int16))
+    write_whole(folder / _name(index), encoded.getvalue())
+    return sound.caption

@@ -1,0 +1,135 @@
+"""DAC, EnCodec and the Stable Audio VAE, as transformers and diffusers have them. Only safetensors are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from trainer.evaluate.baselines.base import Audio, Baseline, lacks, offline, padded
+
+_INSTALL = "pip install 'spresso[baselines]'"
+
+
+class _FromHub(Baseline):
+    """Weights from a folder, or by their name from the hub's cache."""
+
+    hub: ClassVar[str]
+    folder_in_hub: ClassVar[str] = ""
+    package: ClassVar[str]
+    model: Any
+
+    def available(self) -> str:
+        """A package, a folder or a cached file is missing."""
+        if missing := lacks(self.package, _INSTALL):
+            return missing
+        if self.weights is not None:
+            if (Path(self.weights) / "config.json").is_file() and any(Path(self.weights).glob("*.safetensors")):
+                return ""
+            return f"evaluate.weights.{self.name}={self.weights} holds no config.json with *.safetensors"
+        from huggingface_hub import try_to_load_from_cache
+
+        inside = f"{self.folder_in_hub}/" if self.folder_in_hub else ""
+        if isinstance(try_to_load_from_cache(self.hub, f"{inside}config.json"), str):
+            return ""
+        return (
+            f"the weights {self.hub} are not in the hub's cache: `hf download {self.hub}` where there is a network, or "
+            f"evaluate.weights.{self.name}=FOLDER"
+        )
+
+    @property
+    def fetches(self) -> bool:
+        """Unless the environment says that the hub is not to be asked."""
+        return self.weights is None and not offline() and not lacks(self.package, _INSTALL)
+
+    def _load(self, kind: Any, device: torch.device) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would go through ours
+        options: dict[str, Any] = {"local_files_only": self.weights is not None or offline()}
+        if self.folder_in_hub and self.weights is None:
+            options["subfolder"] = self.folder_in_hub
+        model = kind.from_pretrained(self.weights or self.hub, use_safetensors=True, **options)
+        self.model = model.to(device).eval()
+        self.sample_rate = self.model.config.sampling_rate
+
+
+class DAC(_FromHub):
+    """Descript's audio codec (arXiv 2306.06546): 44.1 kHz, up to 9 books of 1024 at 86 Hz."""
+
+    name, title, licence = "dac", "DAC", "MIT"
+    rates = tuple(round(0.8613 * books, 1) for books in range(1, 10))
+    default_kbps = 1.7
+    hub, package = "descript/dac_44khz", "transformers"
+
+    def load(self, device: torch.device) -> None:
+        """From `weights` or the hub."""
+        from transformers import DacModel
+
+        self._load(DacModel, device)
+        config = self.model.config
+        self.hop, self.code_bits = config.hop_length, math.log2(config.codebook_size)
+        assert self.kbps is not None
+        self.books = max(1, round(1000 * self.kbps * self.hop / (self.sample_rate * self.code_bits)))
+        if self.books > config.n_codebooks:
+            raise ValueError(f"{self.spec} takes {self.books} codebooks, these weights have {config.n_codebooks}")
+
+    def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
+        """Padded to whole frames, which are paid for."""
+        audio_11S = padded(audio_S, self.hop, self.model.device)
+        codes_1MT = self.model.encode(audio_11S, n_quantizers=self.books).audio_codes
+        decoded_1S = self.model.decode(audio_codes=codes_1MT).audio_values
+        return decoded_1S[0].cpu().numpy(), math.ceil(codes_1MT.numel() * self.code_bits)
+
+
+class EnCodec(_FromHub):
+    """Meta's codec (arXiv 2210.13438): 24 kHz, books of 1024 at 75 Hz."""
+
+    name, title, licence = "encodec", "EnCodec", "MIT (code); its weights' own card"
+    rates = (1.5, 3.0, 6.0, 12.0, 24.0)
+    default_kbps = 1.5
+    hub, package = "facebook/encodec_24khz", "transformers"
+
+    def load(self, device: torch.device) -> None:
+        """From `weights` or the hub."""
+        from transformers import EncodecModel
+
+        self._load(EncodecModel, device)
+
+    def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
+        """The codes, and 32 bits for the scale of each chunk where the weights ask for one."""
+        config = self.model.config
+        audio_1CS = padded(audio_S, config.hop_length, self.model.device).expand(-1, config.audio_channels, -1)
+        encoded = self.model.encode(audio_1CS, bandwidth=self.kbps)
+        decoded_1CS = self.model.decode(
+            encoded.audio_codes, encoded.audio_scales, last_frame_pad_length=encoded.last_frame_pad_length or 0
+        ).audio_values
+        chunks, _, books, frames = encoded.audio_codes.shape
+        codes = books * (chunks * frames - (encoded.last_frame_pad_length or 0))
+        scales = sum(scale.numel() for scale in encoded.audio_scales if scale is not None)
+        return decoded_1CS[0].mean(0).cpu().numpy(), math.ceil(codes * math.log2(config.codebook_size)) + 32 * scales
+
+
+class StableAudio(_FromHub):
+    """The VAE of Stable Audio Open (arXiv 2407.14358): continuous, 44.1 kHz stereo, 64 channels at 21.5 Hz."""
+
+    name, title, licence = "stable_audio", "Stable Audio VAE", "Stability AI Community License"
+    rates: ClassVar[tuple[float, ...]] = ()
+    default_kbps = None
+    hub, folder_in_hub, package = "stabilityai/stable-audio-open-1.0", "vae", "diffusers"
+
+    def load(self, device: torch.device) -> None:
+        """From `weights` or the hub."""
+        from diffusers import AutoencoderOobleck
+
+        self._load(AutoencoderOobleck, device)
+        self.hop = math.prod(self.model.config.downsampling_ratios)
+
+    def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
+        """Mono in each of its channels, and their mean; the mode of the latents, not a draw from them."""
+        audio_1CS = padded(audio_S, self.hop, self.model.device)
+        audio_1CS = audio_1CS.expand(-1, self.model.config.audio_channels, -1)
+        latents = self.model.encode(audio_1CS).latent_dist.mode()
+        return self.model.decode(latents).sample[0].mean(0).cpu().numpy(), None

@@ -1,0 +1,287 @@
+"""One evaluation: which systems on which clips, done piece by piece, by one process or by many, and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.codec import SPresso
+from trainer.data.audio import write_audio
+from trainer.evaluate.bootstrap import LEVEL
+from trainer.evaluate.clips import load_clips
+from trainer.evaluate.embedding import make_embedding
+from trainer.evaluate.other_codecs import other_sources
+from trainer.evaluate.own_codecs import Export, Own, own_sources
+from trainer.evaluate.pieces import Piece, Pieces
+from trainer.evaluate.report import Gathered, results_of, systems_of, variability
+from trainer.evaluate.scores import Scorer, figures_of
+from trainer.evaluate.systems import TABLES
+from trainer.evaluate.tables import write_tables
+from trainer.evaluate.under_test import Source
+from trainer.files import locked
+from trainer.progress import Progress
+from trainer.recipes.schema import Config, fingerprint
+from trainer.run_directory import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
+
+_REPORT, _LOCK = "evaluation.json", ".merge.lock"
+_FORMAT = 2  # of pieces; another one is computed anew
+TIMED_CLIPS = 3
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Score the run's codec beside others; writes `evaluate/evaluation.json`, tables and what the page plays; returns
+    the report. What an earlier call has done, in one process or in parts, is not done again.
+
+    Raises:
+        ValueError: a stage has not ended yet, or what was asked for can't be loaded.
+    """
+    report = evaluate_part(config, part=0, parts=1)
+    assert report is not None
+    return report
+
+
+def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | None:
+    """Every `parts`-th block of clips from `part` on; the last of them to end puts all together.
+
+    Returns:
+        The report; None where other parts have not ended. It does not depend on the number of parts, to the bit, but
+        for `speed` and `created`.
+
+    Raises:
+        ValueError: as `evaluate`, or there is no such part.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"the parts of an evaluation in {parts} are 0 to {parts - 1}, not {part}")
+    plan = _Plan(config)
+    if plan.holds(report := read_json(plan.folder / _REPORT)):
+        return report
+    with torch.inference_mode():
+        plan.work(part, parts)
+        if not plan.complete():
+            return None
+        with locked(plan.folder / _LOCK):
+            if plan.holds(report := read_json(plan.folder / _REPORT)):
+                return report
+            return plan.merge()
+
+
+def evaluation_identity(config: Config) -> str:
+    """Changes with all that the figures depend on: the models, how they decode, which clips, and which figures.
+
+    Raises:
+        ValueError: a stage has not ended, or not since the one before it was trained on.
+    """
+    return _Plan(config).identity
+
+
+class _Plan:
+    """What there is to do, and where it lies."""
+
+    def __init__(self, config: Config) -> None:
+        _require_ended(config)
+        self.config, self.folder = config, stage_folder(config, "evaluate")
+        use_cuda = torch.cuda.is_available() and config.parallel.device != "cpu"
+        self.device = torch.device("cuda" if use_cuda else "cpu")
+        self.clips = load_clips(config, self.device)
+        self.blocks = self.clips.blocks(config.evaluate.batch)
+        ours, floors = own_sources(config, self.clips, self.device)
+        self.sources = [*ours, *other_sources(config, self.clips, self.device), *floors]
+        self.pieces = Pieces(self.folder)
+        chosen = config.evaluate
+        of_all = {"format": _FORMAT, "clips": self.clips.identity, "batch": chosen.batch}
+        of_all |= {"embedding": chosen.embedding, "visqol": chosen.visqol}
+        self.names = {
+            source.key: f"{source.key}-{fingerprint(of_all | {'source': source.identity})[:8]}"
+            for source in self.sources
+        }
+        if len(self.names) < len(self.sources):
+            raise ValueError(f"evaluate.codecs has titles that are too much alike: {', '.join(chosen.codecs)}")
+        self._finetuned = next(
+            source.export for source in self.sources if isinstance(source, Own) and source.key.startswith("zq")
+        )
+        asked = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
+        self.speed_name = f"speed-{fingerprint(of_all | asked)[:8]}"
+        order = [*self.names.values(), self.speed_name]
+        self.identity = fingerprint({"name": config.name, "systems": order, "decodes": chosen.decodes})
+
+    def holds(self, report: dict[str, Any]) -> bool:
+        """Whether a report is that of this evaluation, and nothing that it lacked could be had now."""
+        if report.get("identity") != self.identity:
+            return False
+        lacking = {system["key"] for system in report["systems"] if system["unavailable"]}
+        return not any(source.key in lacking and source.retry() for source in self.sources)
+
+    def complete(self) -> bool:
+        """Whether all pieces are there."""
+        numbers = range(len(self.blocks))
+        there = all(self.pieces.path(name, number).is_file() for name in self.names.values() for number in numbers)
+        return there and self._speed_path.is_file()
+
+    @property
+    def _speed_path(self) -> Path:
+        return self.folder / "pieces" / self.speed_name / "speed.json"
+
+    def work(self, part: int, parts: int) -> None:
+        """Make the pieces of this part that are missing, and measure the speed in the first one."""
+        chosen = self.config.evaluate
+        embedding = make_embedding(chosen.embedding, self.device)
+        scorer = Scorer(embedding, self.clips.sample_rate, visqol=chosen.visqol)
+        mine = range(part, len(self.blocks), parts)
+        with Progress("evaluate", total=len(self.sources) * len(mine) + 1, unit="pieces") as progress:
+            for done, (source, number) in enumerate(self._ordered(mine), start=1):
+                if not self._made(source, number):
+                    self._make(source, number, scorer)
+                progress.to(done, last=source.key)
+            if part == 0 and not self._speed_path.is_file():
+                write_atomically(self._speed_path, json.dumps(self._speed()))
+            progress.to(len(self.sources) * len(mine) + 1)
+
+    def _ordered(self, numbers: range) -> Iterator[tuple[Source, int]]:
+        """Source by source, those of one codec together, which is then let go of."""
+        groups: dict[int, list[Source]] = {}
+        for source in self.sources:
+            groups.setdefault(id(getattr(source, "export", source)), []).append(source)
+        for group in groups.values():
+            for source in group:
+                for number in numbers:
+                    yield source, number
+            group[0].unload()
+
+    def _made(self, source: Source, number: int) -> bool:
+        name = self.names[source.key]
+        if not self.pieces.path(name, number).is_file():
+            return False
+        if not source.retry():
+            return True
+        piece = self.pieces.read(name, number)
+        return piece is not None and not piece.unavailable
+
+    def _make(self, source: Source, number: int, scorer: Scorer) -> None:
+        rows, clips = self.blocks[number], self.clips
+        made = source.decode(rows)
+        piece = Piece(dataclasses.asdict(made.system), rows)
+        if made.takes:
+            takes = [take.to(self.device) for take in made.takes]
+            piece.embedding, piece.windows = scorer.embed(takes[0])
+            piece.failures = {clips.keys[row]: told for row, told in made.failures.items()}
+            piece.windows, piece.embedding = _without(made.failures, rows, piece)
+            piece.payload_bits, piece.file_bytes = made.payload_bits, made.file_bytes
+            piece.coded_bits = made.coded_bits
+            if made.system.role != "original":
+                piece.figures = scorer.figures(clips.audio(rows), made, rows)
+            if made.system.page:
+                piece.audio = self._write_audio(self.names[source.key], rows, takes, made.failures)
+        self.pieces.write(self.names[source.key], number, piece)
+
+    def _write_audio(
+        self, name: str, rows: list[int], takes: list[torch.Tensor], failures: dict[int, str]
+    ) -> dict[str, list[str]]:
+        """Of the page's clips, each take; returns their files by clip."""
+        folder = self.pieces.audio(name)
+        (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        written: dict[str, list[str]] = {}
+        for index, row in enumerate(rows):
+            if row >= self.clips.on_page or row in failures:
+                continue
+            key = self.clips.keys[row]
+            files = [str(folder / f"{key}.{take}.flac") for take in range(len(takes))]
+            for file, take_B1S in zip(files, takes, strict=True):
+                write_audio(self.folder / file, take_B1S[index].cpu().numpy(), self.clips.sample_rate)
+            written[key] = files
+        return written
+
+    def _speed(self) -> dict[str, Any]:
+        """Real-time factors of the codec as it is used: a clip at a time, from audio to a stream and back."""
+        export: Export = self._finetuned
+        codec: SPresso = export.codec
+        rows = range(min(TIMED_CLIPS, len(self.clips)))
+        clips = self.clips.audio(rows)
+        encoding, streams = _timed(lambda: [codec.encode(audio_1S) for audio_1S in clips], self.device)
+        decoding, _ = _timed(
+            lambda: [codec.decode(stream, sampling=export.sampling) for stream in streams], self.device
+        )
+        export.unload()
+        on_gpu = self.device.type == "cuda"
+        return {
+            "encode_realtime_factor": round(len(rows) * self.clips.seconds / encoding, 2),
+            "decode_realtime_factor": round(len(rows) * self.clips.seconds / decoding, 2),
+            "steps": export.sampling.steps,
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        }
+
+    def merge(self) -> dict[str, Any]:
+        """Put the pieces together; writes the report and its tables, and removes what older evaluations left."""
+        report = self._report() | {"identity": self.identity}
+        write_atomically(self.folder / _REPORT, json.dumps(report, indent=1))
+        write_tables(report, self.folder)
+        self.pieces.keep({*self.names.values(), self.speed_name})
+        return report
+
+    def _report(self) -> dict[str, Any]:
+        config, clips = self.config, self.clips
+        gathered = [self._gather(source) for source in self.sources]
+        figures = figures_of(
+            embedding := make_embedding(config.evaluate.embedding, self.device), visqol=config.evaluate.visqol
+        )
+        results = results_of(gathered, gathered[0].embedding, figures)
+        page = range(clips.on_page)
+        return {
+            "recipe": config.name,
+            "model_hash": self._finetuned.model_hash,
+            "created": datetime.now(UTC).date().isoformat(),
+            "sample_rate": clips.sample_rate,
+            "subtitle": f"{len(clips)} held-out clips of {clips.seconds:.1f} s, which no stage saw",
+            "systems": systems_of(gathered),
+            "tables": TABLES,
+            "figures": [dataclasses.asdict(figure) for figure in figures],
+            "embedding": embedding.name,
+            "confidence": LEVEL,
+            "results": results,
+            "variability": variability(results, config.evaluate.decodes),
+            "clips": [
+                {
+                    "key": clips.keys[row],
+                    "caption": clips.metadata(row).get("caption", ""),
+                    "seconds": clips.seconds,
+                    "audio": {one.system.key: files for one in gathered if (files := one.audio.get(clips.keys[row]))},
+                }
+                for row in page
+            ],
+            "speed": read_json(self._speed_path),
+        }
+
+    def _gather(self, source: Source) -> Gathered:
+        found = [self.pieces.read(self.names[source.key], number) for number in range(len(self.blocks))]
+        pieces = [piece for piece in found if piece is not None]
+        return Gathered(pieces, seconds=self.clips.seconds, control_of=source.control_of)
+
+
+def _require_ended(config: Config) -> None:
+    for stage in ("autoencode", "quantize", "finetune"):
+        directory = RunDirectory(stage_folder(config, stage), stage)
+        if directory.status.get("export") is None:
+            raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run that first")
+        directory.require_same(config, stage_inputs(config, stage))
+
+
+def _without(failures: dict[int, str], rows: list[int], piece: Piece) -> tuple[list[int], torch.Tensor]:
+    """The embedding less the rows of clips that failed."""
+    parts = piece.embedding.split(piece.windows)
+    kept = [part[:0] if row in failures else part for row, part in zip(rows, parts, strict=True)]
+    return [len(part) for part in kept], torch.cat(kept)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    work()  # once to warm up
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

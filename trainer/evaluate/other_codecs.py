@@ -1,0 +1,98 @@
+"""Codecs by others as rows: what they raise is told, and ends nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from trainer.evaluate.baselines import Baseline, make_baseline
+from trainer.evaluate.clips import Clips
+from trainer.evaluate.systems import System, table_of
+from trainer.evaluate.under_test import Decoded, Source
+from trainer.recipes.schema import Config, fingerprint
+
+logger = logging.getLogger("spresso")
+
+
+class Other(Source):
+    """One codec by others at one rate."""
+
+    def __init__(self, baseline: Baseline, clips: Clips, device: torch.device) -> None:
+        self.baseline, self.clips, self.device = baseline, clips, device
+        self.key = baseline.spec.replace("@", "_")
+        self.identity = fingerprint({"spec": baseline.spec, "weights": baseline.weights})
+        self._trouble: str | None = None  # not tried yet
+
+    def decode(self, rows: Sequence[int]) -> Decoded:
+        """Clip by clip, with the clip's own seed for whatever is random in it."""
+        system = self._system()
+        if self._trouble is None:
+            self._trouble = self._load()
+        if self._trouble:
+            system.unavailable = self._trouble
+            return Decoded(system, [])
+        audio_B1S = self.clips.audio(rows)
+        out, made = torch.zeros_like(audio_B1S), Decoded(system, [])
+        for index, row in enumerate(rows):
+            try:
+                with torch.random.fork_rng():
+                    torch.manual_seed(row)
+                    clip_S = audio_B1S[index, 0].cpu().numpy()
+                    decoded_S, bits = self.baseline.code(clip_S, self.clips.sample_rate)
+                    out[index, 0] = torch.from_numpy(decoded_S)
+            except Exception as error:  # others' code may raise anything
+                made.failures[row] = _told(error)
+                logger.warning("%s failed on %s: %s", self.key, self.clips.keys[row], made.failures[row])
+                continue
+            made.payload_bits += [] if bits is None else [bits]
+        made.takes = [out]
+        return made
+
+    def retry(self) -> bool:
+        """All of it is here."""
+        return not self.baseline.available()
+
+    def unload(self) -> None:
+        """The weights."""
+        if self._trouble == "":
+            self.baseline, self._trouble = make_baseline(self.baseline.spec, self.baseline.weights), None
+
+    def _load(self) -> str:
+        missing = self.baseline.available()
+        if missing and not self.baseline.fetches:
+            return missing
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # others' own deprecations
+                self.baseline.load(self.device)
+        except Exception as error:  # others' code may raise anything
+            return missing or _told(error)
+        return ""
+
+    def _system(self) -> System:
+        baseline = self.baseline
+        rate = "" if baseline.kbps is None else f", {baseline.kbps:g} kbps"
+        return System(
+            key=self.key,
+            title=f"{baseline.title}{rate}",
+            role="baseline",
+            note=f"Licence: {baseline.licence}.",
+            licence=baseline.licence,
+            table=table_of(baseline.kbps),
+        )
+
+
+def other_sources(config: Config, clips: Clips, device: torch.device) -> list[Source]:
+    """Those of `evaluate.baselines`; nothing is loaded."""
+    return [
+        Other(make_baseline(spec, config.evaluate.weights.get(spec.partition("@")[0])), clips, device)
+        for spec in config.evaluate.baselines
+    ]
+
+
+def _told(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,320 @@
+"""Our own codecs: the AudioAE alone, z, its codes at each rate, and each of them decoded from another clip's z."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import bitstream
+from models.codec import SPresso
+from models.codec_config import Sampling
+from trainer.evaluate.baselines.base import resample
+from trainer.evaluate.clips import Clips
+from trainer.evaluate.systems import System, table_of
+from trainer.evaluate.under_test import Decoded, Source
+from trainer.recipes.schema import Config, fingerprint
+from trainer.run_directory import stage_folder
+
+LEVELS = 8  # of noise, at which the denoising error is taken
+NOISE_SEED = 500_000  # of that noise: another one than the decodes start from
+_KBPS = "<kbps>"  # in a title, until the rate is known
+VARIABLE = 4  # systems of which several decodes of the same codes are kept, as on the paper's page
+
+
+class Export:
+    """A codec's folder. It is loaded when the first clip goes through, and remembers each clip's z."""
+
+    def __init__(self, folder: Path, clips: Clips, *, sampling: Sampling | None, device: torch.device) -> None:
+        self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
+        self._z: dict[int, Tensor] = {}
+        self._files: dict[tuple[int, int], _File] = {}
+
+    @functools.cached_property
+    def model_hash(self) -> str:
+        """Known without loading it."""
+        try:
+            return json.loads((self.folder / "codec.json").read_text())["model"]
+        except (OSError, ValueError, KeyError):
+            raise ValueError(
+                f"{self.folder} holds no codec: give an export folder, such as runs/demo/finetune/export"
+            ) from None
+
+    @functools.cached_property
+    def codec(self) -> SPresso:
+        """In memory, until `unload`."""
+        return SPresso.from_pretrained(self.folder, device=self.device)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How D decodes: as the run says, or as the export does."""
+        return self.asked or self.codec.config.sampling
+
+    def unload(self) -> None:
+        """Let go of the weights."""
+        self._z.clear()
+        self._files.clear()
+        self.__dict__.pop("codec", None)
+
+    def audio(self, rows: Sequence[int]) -> Tensor:
+        """The clips (B, 1, samples) at the codec's rate."""
+        return _resampled(self.clips.audio(rows), self.clips.sample_rate, self.codec.autoencoder.sample_rate)
+
+    def z(self, rows: Sequence[int]) -> Tensor:
+        """(B, Z, N): each clip's by itself, so that it does not depend on the company."""
+        for row in rows:
+            if row not in self._z:
+                self._z[row] = self.codec.audio_to_z(self.audio([row]))[0]
+        return torch.stack([self._z[row] for row in rows])
+
+    def through_files(self, rows: Sequence[int], books: int) -> tuple[Tensor, list[_File]]:
+        """z_q (B, Z, N), by way of the real files; and these."""
+        for row in rows:  # again for the next clip's control, and the search for codes is slow
+            if (row, books) not in self._files:
+                stream, coder = self.codec.encode(self.audio([row])[0], books=books), self.codec.coder()
+                coded = bitstream.write(stream, coder=coder) if coder else None
+                self._files[row, books] = _File(bitstream.write(stream), coded)
+        files = [self._files[row, books] for row in rows]
+        frames_of = self.codec.z_frames
+        codes = [torch.from_numpy(bitstream.read(file.content, frames_of=frames_of).codes)[0] for file in files]
+        assert self.codec.quantizer is not None
+        return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
+
+    def decode(self, z_BZN: Tensor | None, rows: Sequence[int], *, take: int = 0) -> Tensor:
+        """(B, 1, samples) at the clips' rate; z None: an unconditional sample."""
+        samples = _length(self.clips.samples, self.clips.sample_rate, self.codec.autoencoder.sample_rate)
+        noise = self.codec.noise(self.clips.seeds(rows, take), self.codec.z_frames(samples))
+        return self.back(self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling))
+
+    def back(self, audio_B1S: Tensor) -> Tensor:
+        """Of the codec's rate to that of the clips, and as long as they are."""
+        rate = self.codec.autoencoder.sample_rate
+        return _resampled(audio_B1S, rate, self.clips.sample_rate)[..., : self.clips.samples]
+
+    def denoising(self, z_BZN: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+        """The error that training minimises, of each clip (B,): at evenly filled noise levels, always the same noise.
+
+        In windows as long as in training; what fills none at a clip's end is left out. None for another AudioAE, whose
+        x0 is another thing.
+        """
+        codec = self.codec
+        if codec.autoencoder.identity() != self.clips.autoencoder:
+            return None
+        audio, pooling = self.audio(rows), codec.config.latent_encoder.pooling
+        x0_BCT = codec.autoencoder.encode(audio)
+        frames = min(codec.config.window // pooling, x0_BCT.shape[-1] // pooling) * pooling
+        x0_WCT = _windows(x0_BCT, frames)
+        condition = None if z_BZN is None else codec.f(_windows(z_BZN, frames // pooling)[: len(x0_WCT)])
+        noise_WCT = codec.noise([NOISE_SEED + n for n in range(len(x0_WCT))], frames // pooling)
+        errors = []
+        for level in range(LEVELS):
+            u_W = torch.full((len(x0_WCT),), (level + 0.5) / LEVELS, device=audio.device)
+            network = functools.partial(codec.dit, condition=condition)
+            t_W = codec.diffusion.noise_level(u_W)
+            errors.append(codec.diffusion.loss(network, x0_WCT, noise_WCT.roll(level, -1), t_W))
+        return torch.stack(errors).mean(0).unflatten(0, (-1, len(audio))).mean(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A clip as a stream, and as an entropy-coded one where the codec has a prior."""
+
+    content: bytes
+    coded: bytes | None
+
+    @property
+    def coded_bits(self) -> int | None:
+        """Bits of its codes when they are entropy-coded, headers aside."""
+        return None if self.coded is None else 8 * bitstream.read_header(self.coded)[1]
+
+
+class Own(Source):
+    """One system of ours: an export, and what D is told."""
+
+    def __init__(
+        self,
+        export: Export,
+        system: System,
+        *,
+        books: int | None = None,
+        told: str = "own",
+        takes: int = 1,
+        control_of: str = "",
+    ) -> None:
+        """Says what it will be.
+
+        Args:
+            export: the codec.
+            system: its row.
+            books: how many codebooks z goes through; None: it stays continuous.
+            told: which z: the clip's `own`, the next clip's (`other`), or none (`nothing`).
+            takes: decodes of the page's clips.
+            control_of: see `Source`.
+        """
+        self.export, self.system, self.books, self.told, self.takes = export, system, books, told, takes
+        self.key, self.control_of = system.key, control_of
+        sampling = dataclasses.asdict(export.asked) if export.asked else None
+        facts = {"model": export.model_hash, "sampling": sampling, "books": books, "told": told, "takes": takes}
+        self.identity = fingerprint(facts | {"title": system.title})
+
+    def decode(self, rows: Sequence[int]) -> Decoded:
+        """z, perhaps through codes, to audio."""
+        export, clips = self.export, self.export.clips
+        source = [(row + 1) % len(clips) for row in rows] if self.told == "other" else rows
+        files: list[_File] = []
+        z_BZN: Tensor | None = None
+        if self.books is not None:
+            z_BZN, files = export.through_files(source, self.books)
+        elif self.told != "nothing":
+            z_BZN = export.z(source)
+        takes = [export.decode(z_BZN, rows)]
+        page = [row for row in rows if row < clips.on_page]
+        for take in range(1, self.takes if page else 1):
+            takes.append(export.decode(None if z_BZN is None else z_BZN[: len(page)], page, take=take))
+        return Decoded(
+            self._described(),
+            takes,
+            export.denoising(z_BZN, rows),
+            file_bytes=[len(file.content) for file in files],
+            coded_bits=[bits for file in files if (bits := file.coded_bits) is not None],
+        )
+
+    def _described(self) -> System:
+        codec, system = self.export.codec, dataclasses.replace(self.system)
+        if self.books is not None:
+            assert codec.quantizer is not None
+            system.payload_kbps = codec.kbps(self.books)
+            system.detail = f"{self.books} × {codec.quantizer.bits(1)} bits at {codec.z_rate:.1f} Hz"
+            system.title = system.title.replace(_KBPS, f"{system.payload_kbps:.2g} kbps")
+        elif system.role == "system":
+            width = codec.config.latent_encoder.z_channels
+            system.detail = f"{codec.z_rate:.1f} Hz × {width}, {codec.compression:.0f}×"
+        if system.role == "system":
+            system.table = table_of(system.payload_kbps)
+        return system
+
+    def unload(self) -> None:
+        """The export's weights."""
+        self.export.unload()
+
+
+class Original(Source):
+    """The clips themselves."""
+
+    def __init__(self, clips: Clips) -> None:
+        self.key, self.identity, self.clips = "original", "", clips
+
+    def decode(self, rows: Sequence[int]) -> Decoded:
+        """As they are."""
+        return Decoded(System("original", "Original", "original"), [self.clips.audio(rows)])
+
+
+class Ceiling(Source):
+    """The AudioAE alone."""
+
+    def __init__(self, export: Export) -> None:
+        self.key, self.export = "autoencoder", export
+        self.identity = fingerprint({"model": export.model_hash})
+
+    def decode(self, rows: Sequence[int]) -> Decoded:
+        """Audio → x0 → audio."""
+        note = "No codec is better than the autoencoder it stands on."
+        autoencoder = self.export.codec.autoencoder
+        audio = self.export.back(autoencoder.decode(autoencoder.encode(self.export.audio(rows))))
+        return Decoded(System(self.key, "AudioAE alone", "ceiling", note=note), [audio])
+
+    def unload(self) -> None:
+        """The export's weights."""
+        self.export.unload()
+
+
+def own_sources(config: Config, clips: Clips, device: torch.device) -> tuple[list[Source], list[Source]]:
+    """The run's codec and those of `evaluate.codecs`, each with its wrong-z control; and the floors. None is loaded."""
+    open_export = functools.partial(Export, clips=clips, device=device)
+    stages = ("autoencode", "finetune", "quantize")
+    of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=config.sampling) for name in stages}
+    continuous = of_stage["autoencode"]
+    rows = [Own(continuous, System("z", "Continuous z", "system"))]
+    for stage in ("finetune", "quantize"):
+        finetuned = stage == "finetune"
+        for books in config.rates:
+            key = f"zq{books}" + ("" if finetuned else "_before")
+            title = _KBPS + ("" if finetuned else ", before finetuning")
+            rows.append(Own(of_stage[stage], System(key, title, "system", page=finetuned), books=books))
+    for title, folder in config.evaluate.codecs.items():
+        rows += _of_codec(title, Path(folder), functools.partial(open_export, sampling=None))
+    rows = _with_takes(rows, config.evaluate.decodes)
+    note = "Decoded from the z of the next clip: what is gained by following the source."
+    other = System("z_other", "Another clip's z", "floor", note=note)
+    note = "Decoded from no z at all: what the decoder makes up by itself."
+    nothing = System("unconditional", "Unconditional", "floor", note=note)
+    pairs = [source for row in rows for source in (row, *_control(row))]
+    floors: list[Source] = [
+        Own(continuous, other, told="other", control_of="z"),
+        Own(continuous, nothing, told="nothing"),
+    ]
+    return [Original(clips), Ceiling(continuous), *pairs], floors
+
+
+def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[Own]:
+    """Another export: its continuous z, by D before it was finetuned where that lies beside it, and its rates."""
+    folder = folder.resolve()
+    slug = "".join(letter if letter.isalnum() else "_" for letter in title.lower()).strip("_")
+    export, beside = open_export(folder), folder.parents[1] / "autoencode" / "export"
+    own_rates = _rates(folder)
+    before = open_export(beside) if own_rates and (beside / "codec.json").is_file() else export
+    note = "" if before is not export or not own_rates else "By the D that was finetuned on codes."
+    yield Own(before, System(f"{slug}_z", f"{title}, continuous z", "system", note=note))
+    for books in own_rates:
+        yield Own(export, System(f"{slug}_zq{books}", f"{title}, {_KBPS}", "system"), books=books)
+
+
+def _rates(folder: Path) -> list[int]:
+    """Numbers of codebooks that an export is for; none where it has no quantizer."""
+    if not (folder / "quantizer.safetensors").is_file():
+        return []
+    try:
+        rates = json.loads((folder / "codec.json").read_text())["config"]["rates"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{folder / 'codec.json'} is damaged: export it again") from None
+    return sorted(rates, reverse=True)
+
+
+def _with_takes(rows: list[Own], decodes: int) -> list[Own]:
+    """Several decodes for up to `VARIABLE` of those that the page plays: of rates in bits, evenly, then of z."""
+    played = sorted((row for row in rows if row.system.page), key=lambda row: row.books is None)
+    in_bits = [row for row in played if row.books is not None]
+    if len(in_bits) > VARIABLE:
+        played = [in_bits[round(n * (len(in_bits) - 1) / (VARIABLE - 1))] for n in range(VARIABLE)]
+    chosen = {row.key for row in played[:VARIABLE]}
+    return [Own(row.export, row.system, books=row.books, takes=decodes if row.key in chosen else 1) for row in rows]
+
+
+def _control(row: Own) -> list[Own]:
+    """The same from the codes of another clip, to be scored beside it; that of `z` is a row of its own."""
+    if row.key == "z":
+        return []
+    system = dataclasses.replace(row.system, key=f"{row.key}_other", page=False)
+    return [Own(row.export, system, books=row.books, told="other", control_of=row.key)]
+
+
+def _windows(x_BCT: Tensor, length: int) -> Tensor:
+    """Whole windows of (B, C, T), one after another: (windows · B, C, length), all clips' first ones first."""
+    count = x_BCT.shape[-1] // length
+    return x_BCT[..., : count * length].unflatten(-1, (count, length)).permute(2, 0, 1, 3).flatten(0, 1)
+
+
+def _length(samples: int, rate: int, to: int) -> int:
+    return samples if rate == to else round(samples * to / rate)
+
+
+def _resampled(audio_B1S: Tensor, rate: int, to: int) -> Tensor:
+    if rate == to:
+        return audio_B1S
+    rows = [torch.from_numpy(resample(audio_1S[0].cpu().numpy(), rate, to)) for audio_1S in audio_B1S]
+    return torch.stack(rows)[:, None].to(audio_B1S.device)

@@ -1,0 +1,79 @@
+"""What the log hears and measures of a run: a few held-out clips decoded, and the loss on more of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from trainer.ranks.parallel import Parallel
+from trainer.ranks.strategy import Strategy
+from trainer.recipes.schema import Config, TrainConfig
+from trainer.run_directory import held_out_set
+from trainer.tasks import Task
+
+_FIRST_POSITION = 2**62  # of held-out clips: keys that no training sample has
+
+
+def held_out_latents(config: Config, settings: TrainConfig, count: int) -> tuple[list[int], Tensor]:
+    """Ids of `count` clips spread evenly over the held-out set, and the beginnings of their x0 (B, C, T), float32."""
+    shards = held_out_set(config)
+    count = min(count, len(shards))
+    ids = [round(index * (len(shards) - 1) / max(1, count - 1)) for index in range(count)]
+    latents = shards.latents(ids)
+    unit = math.lcm(config.latent_encoder.pooling, config.dit.patch_size)
+    frames = min(settings.crop_frames, min(x0_CT.shape[1] for x0_CT in latents) // unit * unit)
+    return ids, torch.stack([torch.tensor(x0_CT[:, :frames]) for x0_CT in latents]).float()
+
+
+class Clips:
+    """A few held-out clips, always the same, that the log listens to. Decoded by all ranks alike."""
+
+    def __init__(self, config: Config, settings: TrainConfig, device: torch.device) -> None:
+        self.ids, x0_BCT = held_out_latents(config, settings, config.log.clips)
+        self.x0_BCT = x0_BCT.to(device)
+
+    def originals(self, task: Task) -> list[tuple[str, Tensor]]:
+        """What the AudioAE makes of the clips: the ceiling."""
+        return self._named("original", task.autoencoder.decode(self.x0_BCT))
+
+    def decoded(self, task: Task, strategy: Strategy, between: Callable[[], None]) -> list[tuple[str, Tensor]]:
+        """What the model makes of them; `between` is called between the sampler's steps. All ranks."""
+        with strategy.together():
+            audio = task.sample(self.x0_BCT, seeds=self.ids, progress=lambda done, total: between())
+        return self._named("decoded", audio)
+
+    def _named(self, kind: str, audio_B1S: Tensor) -> list[tuple[str, Tensor]]:
+        return [(f"clip_{id_}/{kind}", audio[0]) for id_, audio in zip(self.ids, audio_B1S, strict=True)]
+
+
+class HeldOutLoss:
+    """The loss on held-out clips with noise that is always the same, so that a curve shows the model alone."""
+
+    def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel) -> None:
+        ids, x0_BCT = held_out_latents(config, settings, config.log.held_out)
+        self.parallel, self.micro = parallel, config.parallel.micro_batch or len(ids)
+        positions_B = torch.arange(len(ids)) + _FIRST_POSITION
+        # ranks make equally many passes, as parts of the model may be gathered in each: the last repeat, uncounted
+        padded = -(-len(ids) // parallel.world_size) * parallel.world_size
+        index_B = torch.arange(padded)[parallel.rank :: parallel.world_size]
+        self.counted_B = (index_B < len(ids)).double()
+        self.x0_BCT, self.positions_B = x0_BCT[index_B % len(ids)], positions_B[index_B % len(ids)]
+
+    def __call__(self, strategy: Strategy, between: Callable[[], None]) -> float:
+        """The mean, on all ranks, which call it together; `between` is called after each batch."""
+        device, losses = self.parallel.device, []
+        with strategy.together():
+            for batch in self._batches(device):
+                losses.append(strategy.forward(*batch, None)[0].double().cpu())
+                between()
+        losses_B = torch.cat(losses)
+        sums = torch.stack([(losses_B * self.counted_B).sum(), self.counted_B.sum()]).to(device)
+        total, count = self.parallel.sum(sums).tolist()
+        return total / count
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        for x0_BCT, positions_B in zip(self.x0_BCT.split(self.micro), self.positions_B.split(self.micro), strict=True):
+            yield x0_BCT.to(device), positions_B.to(device)

@@ -1,0 +1,169 @@
+"""What a run says of itself while it trains: log lines, held-out loss, listening samples, incidents."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from trainer.checkpoints.ema import EMA
+from trainer.checkpoints.saver import Saver
+from trainer.feed import Feed
+from trainer.health import Health
+from trainer.log.held_out import Clips, HeldOutLoss
+from trainer.log.metrics import LossSums, Metrics, mean_loss
+from trainer.log.timing import StepClock, compared
+from trainer.progress import Progress
+from trainer.ranks import collective
+from trainer.ranks.parallel import Parallel
+from trainer.ranks.strategy import Strategy
+from trainer.recipes.schema import Config
+from trainer.run_directory import RunDirectory, write_atomically
+from trainer.stop import Leaving, Stop
+from trainer.tasks import Task
+
+logger = logging.getLogger("spresso")
+
+
+class Report:
+    """Gathered by all ranks together, written by the first."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        task: Task,
+        strategy: Strategy,
+        ema: EMA,
+        parallel: Parallel,
+        stop: Stop,
+    ) -> None:
+        self.config, self.run, self.task, self.parallel, self.stop = config, run, task, parallel, stop
+        self.strategy, self.ema = strategy, ema
+        self.settings = config.stage(task.stage)
+        self.clock = StepClock(parallel.device)
+        self.losses = LossSums(config.log.bins, parallel.device)
+        self.clips = Clips(config, self.settings, parallel.device)
+        self.held_out = HeldOutLoss(config, self.settings, parallel)
+        self.metrics: Metrics | None = None
+
+    def begin(self, samples: int, *, fresh: bool) -> None:
+        """Open the curve where it goes on."""
+        if self.parallel.main:
+            self.metrics = Metrics(self.run, resumed_at=samples, sample_rate=self.task.autoencoder.sample_rate)
+            if fresh:
+                for name, audio in self.clips.originals(self.task):
+                    self.metrics.listen(name, audio, 0)
+        self.progress.to(samples)
+        self.told_at = samples
+        self.clock.restart()
+
+    def line(self, samples: int, *, lr: float, grad_norm: float, feed: Feed, saver: Saver) -> None:
+        """A line of the log: what was gathered since the last."""
+        of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
+        feed.waited = 0.0
+        loss, by_bin = mean_loss(losses for losses, _ in of_ranks)
+        times = compared([times for _, times in of_ranks])
+        seconds = times["step_seconds"][1] / self.settings.global_batch
+        if self.metrics is not None:
+            self.metrics.write(
+                "train",
+                samples,
+                loss=loss,
+                loss_bins=by_bin,
+                lr=lr,
+                grad_norm=grad_norm,
+                samples_per_second=round(1 / seconds, 2),
+                data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
+                save_stall_seconds=round(saver.stalled, 4),
+                peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
+                **times,
+            )
+            self.run.write_status(
+                "running", samples=samples, of=self.settings.samples, loss=loss, save_seconds=round(saver.took, 2)
+            )
+            for slow in times["slow_ranks"]:
+                logger.warning(
+                    "rank %(rank)d on %(host)s is slow: %(own).3f s a step of its own, %(data_wait).3f s of them "
+                    "waiting for data; the median rank's is {:.3f} s".format(times["own_seconds"][1]),
+                    slow,
+                )
+        self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
+
+    def measure(self, samples: int) -> float | None:
+        """The averaged weights' loss on held-out clips; None where the run is to leave first."""
+        try:
+            with self.ema.applied():
+                loss = self.held_out(self.strategy, self._between)
+        except Leaving:
+            return None
+        if self.metrics is not None:
+            self.metrics.write("held_out", samples, loss=loss)
+        return loss
+
+    def listen(self, samples: int) -> bool:
+        """What the averaged weights make of a few held-out clips; False where the run is to leave first."""
+        try:
+            with self.ema.applied():
+                decoded = self.clips.decoded(self.task, self.strategy, self._between)
+        except Leaving:
+            return False
+        if self.metrics is not None:
+            for name, audio in decoded:
+                self.metrics.listen(name, audio, samples)
+        return True
+
+    def _between(self) -> None:
+        """Raise Leaving on all ranks if one of them was asked to leave."""
+        if self.parallel.any(self.stop()):
+            raise Leaving
+
+    def stopped(self, samples: int, *, saved: bool, took: float) -> None:
+        """The run leaves before its end. On rank 0."""
+        self.run.write_status("stopped", samples=samples, of=self.settings.samples, save_seconds=round(took, 2))
+        how = "saved" if saved else f"not saved: that took {took:.1f} s the last time, and there are fewer left"
+        logger.info("%s: stopped at %d samples, %s", self.task.stage, samples, how)
+
+    def step(self, samples: int, health: Health, feed: Feed, position: int) -> None:
+        """The step after so many samples has ended; where it was skipped, write down why, and which samples it had."""
+        self.clock.end()
+        if self.parallel.main and not health.good and health.skipped[-1]["samples"] == samples:
+            step = health.skipped[-1]
+            logger.warning("the step after %(samples)d samples is skipped: %(why)s (loss %(loss)s)", step)
+            self._incident("skipped a step", **step, position=position, sample_ids=feed.samples_at(position))
+
+    def went_back(self, samples: int, position: int, health: Health, *, from_: int, to: str) -> None:
+        """The run goes on from an older checkpoint, with later data."""
+        self.losses.read()
+        self.clock.restart()
+        if self.metrics is not None:
+            logger.warning(
+                "%d steps in a row were skipped: back from %d samples to %s, passing over the data in between",
+                *(self.config.health.rewind_after, from_, to),
+            )
+            self._incident("went back", from_samples=from_, samples=samples, position=position, times=health.rewinds)
+            self.metrics.go_back_to(samples)
+        self.progress.to(samples)
+
+    def _incident(self, what: str, **facts: Any) -> None:
+        path = self.run.path / "incident.json"
+        incidents = json.loads(path.read_text()) if path.exists() else []
+        same = [entry for entry in incidents if entry["what"] == what and entry["position"] == facts["position"]]
+        if not same:  # a run that was killed and comes by again has written it before
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomically(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
+
+    def __enter__(self) -> Self:
+        self.progress = Progress(
+            self.task.stage, total=self.settings.samples, unit="clips", shown=self.parallel.main
+        ).__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, traceback)
+        if self.metrics is not None:
+            self.metrics.close()

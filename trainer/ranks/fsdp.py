@@ -1,0 +1,101 @@
+"""FSDP2: trained weights, gradients and moments cut among ranks by torch, along each parameter's first dimension.
+
+With `replicas` (HSDP) the ranks are cut into so many groups, each of which holds all; gradients are then averaged
+across the groups as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from trainer.data.text_embeddings import Text
+from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.strategy import MOMENTS, Computed, Held, TorchStrategy, blocks_of
+from trainer.recipes.schema import TrainConfig
+
+
+class Sharded(TorchStrategy):
+    """`fully_shard` on every block and on the rest."""
+
+    def __init__(
+        self, computed: Computed, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
+    ) -> None:
+        super().__init__(computed, settings)
+        mesh = _mesh(computed.device_type, world_size, replicas)
+        self.copies, self.copy = replicas, mesh.get_local_rank("replicate") if replicas > 1 else 0
+        # a base that is cut goes to the device block by block, as `fully_shard` is called: nothing may hold on to it
+        whole = None if shard_base else {value for value in computed.parameters() if not value.requires_grad}
+        precision = MixedPrecisionPolicy(
+            param_dtype=None if computed.dtype == torch.float32 else computed.dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for part in (*blocks_of(computed), computed):
+            if shard_base or any(value.requires_grad for value in part.parameters()):
+                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=whole)
+        assert isinstance(computed, FSDPModule)
+        self.root: FSDPModule = computed
+        self._starts = {name: _start(value) for name, value in self.learned.items()}
+        self._begin()
+
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Strategy`."""
+        return self.computed(x0_BCT, positions_B, mask_BT, text)
+
+    @contextmanager
+    def reducing(self, *, last: bool) -> Iterator[None]:
+        """See `Strategy`."""
+        self.root.set_requires_gradient_sync(last)
+        yield
+
+    def held(self) -> dict[str, Held]:
+        """See `Strategy`."""
+        ranges = {}
+        with torch.no_grad():
+            for name, value in self.learned.items():
+                state, start = self.optimizer.state[value], self._starts[name]
+                moments = {kind: _local_range(state[kind], start) for kind in MOMENTS}
+                ranges[name] = Held(_local_range(value, start), moments)
+        return ranges
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        # parts are called one by one, not through the root, whose hooks would bring together what lies in no block
+        self.root.unshard()
+        try:
+            yield
+        finally:
+            self.root.reshard()
+
+    def _whole(self, norm: Tensor) -> Tensor:
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _mesh(device: str, world_size: int, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def _start(value: Tensor) -> int:
+    """Where in the flattened tensor the rows begin that this rank holds; found out once, as it takes a while."""
+    assert isinstance(value, DTensor)
+    _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    start = offset[0] * math.prod(value.shape[1:]) if offset else 0
+    return start if value.to_local().numel() else 0
+
+
+def _local_range(value: Tensor, start: int) -> FlatRange:
+    assert isinstance(value, DTensor)
+    return FlatRange(value.to_local().view(-1), tuple(value.shape), start)

@@ -1,0 +1,211 @@
+"""Where the work is done: ranks, device, precision, and the strategy by which ranks share a module.
+
+Nothing here changes what is learned: a global batch is cut among ranks and accumulation steps, and its mean gradient is
+the same however it is cut and wherever the weights lie.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast
+from torch import Tensor, nn
+
+from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
+from trainer.recipes.schema import ParallelConfig, TrainConfig
+
+_BUCKET = 2**24  # numbers that are put together at once
+
+
+class Parallel:
+    """This rank among the others. Ranks and rendezvous come from the environment (RANK, WORLD_SIZE, MASTER_ADDR, …)."""
+
+    def __init__(self, config: ParallelConfig, *, timeout: timedelta | None = None) -> None:
+        """Join the other ranks; `timeout` is after how long a collective gives up (None: torch's default)."""
+        self.config = config
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: take parallel.device=cpu")
+        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if on_cpu:
+            torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        """Ranks on this node."""
+        self.device: torch.device = self.accelerator.device
+        if self.world_size % config.replicas:
+            raise ValueError(
+                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): take a divisor, such "
+                f"as the number of nodes"
+            )
+        if config.strategy != "ddp" and not dist.is_initialized():  # a single rank: these want a group all the same
+            backend = "gloo" if on_cpu else "nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if dist.is_initialized():
+            atexit.register(_leave_group)
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes the log."""
+        return self.rank == 0
+
+    @property
+    def cuts_base(self) -> bool:
+        """Whether this rank holds no more than its part of the frozen base."""
+        return self.config.strategy == "zero3" or (self.config.strategy == "fsdp2" and self.config.shard_base)
+
+    def parts(self, global_batch: int) -> int:
+        """Micro batches to a step on each rank.
+
+        Raises:
+            ValueError: the global batch does not divide among ranks and micro batches.
+        """
+        micro = self.config.micro_batch or global_batch // self.world_size
+        if micro == 0 or global_batch % (self.world_size * micro):
+            raise ValueError(
+                f"a global batch of {global_batch} does not divide among {self.world_size} rank(s) of micro batches of "
+                f"{micro or 1}: set parallel.micro_batch or the stage's global_batch"
+            )
+        return global_batch // (self.world_size * micro)
+
+    def prepare(self, module: nn.Module, settings: TrainConfig) -> Strategy:
+        """A module, the same on all ranks and on this rank's device, under the config's strategy.
+
+        Its frozen weights are held in what is computed in. They may be in host memory still: the device never holds
+        more of them than the strategy does, and one block.
+        """
+        config, dtype = self.config, DTYPES[self.config.precision]
+        self._hold_frozen(module, dtype)
+        for block in blocks_of(module):
+            if config.checkpoint_activations:
+                recompute(block)
+            if config.compile:
+                block.compile()
+        computed = Computed(module, self.device, dtype)
+        if config.strategy == "ddp":
+            return Replicated(computed, settings, rank=self.rank, world_size=self.world_size)
+        if config.strategy == "fsdp2":
+            from trainer.ranks.fsdp import Sharded
+
+            return Sharded(
+                computed,
+                settings,
+                world_size=self.world_size,
+                replicas=config.replicas,
+                shard_base=config.shard_base,
+            )
+        from trainer.ranks.zero import Zero
+
+        parts = self.parts(settings.global_batch)
+        return Zero(
+            computed,
+            settings,
+            config,
+            stage=int(config.strategy.removeprefix("zero")),
+            parts=parts,
+            micro=settings.global_batch // (self.world_size * parts),
+        )
+
+    def _hold_frozen(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Frozen weights, one by one, in a dtype and on the device; those to be cut are moved when they are cut."""
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                held = parameter.data.to(dtype)
+                parameter.data = held if self.cuts_base else held.to(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def agree(self, number: Tensor, *flags: bool) -> Callable[[], tuple[float, list[bool]]]:
+        """The sum of a number over ranks, and whether each flag is set on any rank; one collective, the same on all.
+
+        It is begun at once, and waited for when what is returned is called: beside other work it costs nothing.
+        """
+        values = torch.tensor([0.0, *map(float, flags)], dtype=torch.float64, device=self.device)
+        values[0] = number
+        under_way = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+
+        def agreed() -> tuple[float, list[bool]]:
+            if under_way is not None:
+                under_way.wait()
+            total, *counts = values.tolist()
+            return total, [count > 0 for count in counts]
+
+        return agreed
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank. All ranks."""
+        return self.agree(torch.zeros((), device=self.device), flag)()[1][0]
+
+    def give_up_after(self, timeout: timedelta) -> None:
+        """Let all groups wait that long, those too that a strategy made for itself."""
+        for group in list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else ():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
+        """Tensors from all ranks' ranges, of which each element is on one rank; on rank 0 alone, in host memory."""
+        tensors: dict[str, Tensor] = {}
+        for names in _buckets({name: math.prod(part.shape) for name, part in ranges.items()}):
+            flats = [torch.zeros(math.prod(ranges[name].shape), device=self.device) for name in names]
+            for name, flat in zip(names, flats, strict=True):
+                part = ranges[name]
+                flat[part.start : part.stop] = part.data.to(self.device)
+            together = self.sum(torch.cat(flats))
+            if self.main:
+                whole = together.cpu().split([len(flat) for flat in flats])
+                tensors |= {name: flat.view(ranges[name].shape) for name, flat in zip(names, whole, strict=True)}
+        return tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all ranks, in the order of the global batch, of which each rank has every world_size-th row."""
+        return self.accelerator.gather(tensor).unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors those of rank 0, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                tensor.data.copy_(broadcast(tensor.detach().clone()))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device's memory that were in use at most, and that there are; of host memory on a CPU."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return torch.cuda.max_memory_allocated(self.device), total
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.accelerator.wait_for_everyone()
+
+
+def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in lists that are long enough to be worth a collective, and not so long as to fill the memory."""
+    names: list[str] = []
+    total = 0
+    for name, count in numbers.items():
+        names.append(name)
+        total += count
+        if total >= _BUCKET:
+            yield names
+            names, total = [], 0
+    if names:
+        yield names
+
+
+def _leave_group() -> None:
+    """Its threads don't survive the interpreter's end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

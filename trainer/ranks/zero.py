@@ -1,0 +1,231 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: moments and float32 masters; gradients too; weights too cut among ranks.
+
+DeepSpeed takes the steps; we say with what learning rate and loss scale, and whether at all. Its own checkpoints, which
+tie a run to its stage and world size, are not used: the ranges below are views of its partitions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.text_embeddings import Text
+from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.strategy import MOMENTS, Accept, Computed, Held, Strategy, fill_state, make_optimizer
+from trainer.recipes.schema import ParallelConfig, TrainConfig
+
+
+class Zero(Strategy):
+    """A DeepSpeed engine around the module."""
+
+    def __init__(
+        self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
+    ) -> None:
+        super().__init__(computed, settings)
+        os.environ.setdefault("LOCAL_RANK", "0")  # read at every step, also where there is but one rank
+        deepspeed = _deepspeed(computed.device_type)
+        self.stage = stage
+        initial = {name: value.detach().float().cpu().clone() for name, value in self.learned.items()}
+        base = make_optimizer(self.learned, settings, kind=_GatedAdamW)
+        assert isinstance(base, _GatedAdamW)
+        self.base = base
+        options = _settings(computed, settings, config, stage=stage, parts=parts, micro=micro)
+        if stage == 3:
+            _cut(deepspeed, computed, options)
+        log = logging.getLogger("DeepSpeed")
+        log.setLevel(logging.ERROR)  # it warns of every optimizer but its own
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=computed, optimizer=base, config=options, dist_init_required=False
+        )
+        log.setLevel(logging.WARNING)
+        self._make_state()
+        self._restore(initial)
+
+    def forward(
+        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Strategy`."""
+        return self.engine(x0_BCT, positions_B, mask_BT, text)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Strategy`."""
+        if self.computed.dtype == torch.float16:
+            self.optimizer.override_loss_scale(self.scale)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the micro batch, no more
+
+    def step(self, lr: float, accept: Accept) -> float:
+        """See `Strategy`."""
+        for group in self.base.param_groups:
+            group["lr"] = lr
+
+        @cache
+        def decision() -> tuple[float, bool]:
+            # asked for each partition of the weights, when the norm over all of them is known; decided once
+            norm = math.inf if self.optimizer.overflow else _norm(self.optimizer._global_grad_norm)
+            return norm, accept(norm)
+
+        self.base.gate = lambda: decision()[1]
+        self.engine.step()
+        self.base.gate = _closed
+        return decision()[0]
+
+    def held(self) -> dict[str, Held]:
+        """See `Strategy`."""
+        ranges = self._range_3 if self.stage == 3 else self._range_12
+        return {
+            name: Held(ranges(value, None), {kind: ranges(value, kind) for kind in MOMENTS})
+            for name, value in self.learned.items()
+        }
+
+    def refresh(self) -> None:
+        """See `Strategy`."""
+        optimizer = self.optimizer
+        if self.stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def set_steps(self, steps: int) -> None:
+        """See `Strategy`."""
+        for state in self.base.state.values():
+            state["step"].fill_(steps)
+
+    def close(self) -> None:
+        """See `Strategy`. DeepSpeed's hooks keep the engine for good, so what it holds is emptied."""
+        self.engine.destroy()
+        self.base.state.clear()
+        if self.stage == 3:
+            parts = [getattr(parameter, "ds_tensor", None) for parameter in self.computed.parameters()]
+            _empty([*parts, *self.computed.parameters(), *vars(self.optimizer).values()])
+
+    def _range_12(self, parameter: Any, kind: str | None) -> FlatRange:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            here = self.optimizer.single_partition_of_fp32_groups[0].device
+            return FlatRange(torch.zeros(0, device=here), tuple(parameter.shape))
+        return FlatRange(
+            mapping.get_hp_fragment(kind).detach(), tuple(parameter.shape), mapping.lp_fragment_address.start
+        )
+
+    def _range_3(self, parameter: Any, kind: str | None) -> FlatRange:
+        optimizer = self.optimizer
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        whole = flat if kind is None else self.base.state[flat][kind]
+        start = min(torch.distributed.get_rank() * numel, parameter.ds_numel)
+        owned = min(numel, parameter.ds_numel - start)  # the last partition is padded
+        return FlatRange(whole.detach().narrow(0, offset, owned), tuple(parameter.ds_shape), start)
+
+    def _make_state(self) -> None:
+        optimizer = self.optimizer
+        if self.stage == 3:
+            fill_state(self.base, optimizer.fp32_partitioned_groups_flat)
+        else:
+            fill_state(self.base, optimizer.single_partition_of_fp32_groups)
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _restore(self, initial: dict[str, Tensor]) -> None:
+        """The masters begin with the float32 weights, not with what the lower precision left of them."""
+        for name, held in self.held().items():
+            value = held.value
+            value.data.copy_(initial[name].view(-1)[value.start : value.stop])
+        self.refresh()
+
+
+def _empty(value: Any) -> None:
+    """Give back the memory of all tensors in nested lists and the like."""
+    if isinstance(value, Tensor):
+        value.data, value.grad = torch.empty(0, dtype=value.dtype, device=value.device), None
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            _empty(each)
+
+
+class _GatedAdamW(torch.optim.AdamW):
+    """Steps only where the gate is open: DeepSpeed would step without asking."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.gate: Callable[[], bool] = _closed
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Maybe a step."""
+        if self.gate():
+            super().step(closure)
+
+
+def _closed() -> bool:
+    return False
+
+
+def _norm(value: Any) -> float:
+    """DeepSpeed marks a norm that is not finite by a negative one."""
+    norm = float(value)
+    return norm if norm >= 0 else math.inf
+
+
+def _cut(deepspeed: Any, computed: Computed, options: dict[str, Any]) -> None:
+    """Bring weights to the device and cut them among ranks, one by one: the engine would first move all of them."""
+    for parameter in computed.parameters():
+        parameter.data = parameter.data.to(computed.dtype)
+    deepspeed.zero.Init(module=computed, config_dict_or_path=options)
+
+
+def _deepspeed(device_type: str) -> Any:
+    """DeepSpeed for this device: quiet, and without the operator that it compiles at first use on a CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    # DeepSpeed calls torch's collectives by their older names
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def reduce_bucket(learned: int) -> int:
+    """Numbers of gradient that are reduced at once: by default 5·10⁸, all allotted, however few are learned."""
+    return min(learned, 500_000_000)
+
+
+def _settings(
+    computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
+) -> dict[str, Any]:
+    cuda = computed.device_type == "cuda"
+    learned = sum(value.numel() for value in computed.parameters() if value.requires_grad)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": cuda, "contiguous_gradients": True}
+    zero["reduce_bucket_size"] = reduce_bucket(learned)
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    lower = {
+        torch.float32: {},
+        torch.bfloat16: {"bf16": {"enabled": True}, "communication_data_type": "fp32"},
+        torch.float16: {"fp16": {"enabled": True, "loss_scale": 1.0}, "communication_data_type": "fp32"},
+    }[computed.dtype]
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": parts,
+        "gradient_clipping": settings.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        **lower,
+    }

@@ -1,0 +1,330 @@
+"""What can be wrong with a recipe: everything at once, a line each, with the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, missing
+from models.diffusion import make_diffusion
+from models.prior import LARGEST_SIZE
+from models.quantizers.base import KINDS
+from trainer.data.order import SHUFFLES
+from trainer.data.remote import is_url
+from trainer.data.sound_files import MANIFESTS
+from trainer.data.text_embeddings import TEXT_KINDS
+from trainer.recipes.schema import STAGES, TRAINED_STAGES, Config, flatten
+
+
+def problems(config: Config, *, released: bool = True) -> list[str]:
+    """All that is wrong; empty where nothing is. `released`: also where folders of pretrained weights are missing."""
+    if found := [*_choices(config), *_above_zero(config)]:
+        return found  # the rest reckons with these
+    return [
+        *_ranges(config),
+        *_strategy(config),
+        *config.cluster.problems(STAGES),
+        *config.latent_encoder.problems(),
+        *_crops(config),
+        *_codebooks(config),
+        *_formulation(config),
+        *_folders(config),
+        *_evaluation(config),
+        *(_released(config) if released else ()),
+    ]
+
+
+_CHOICES = {
+    "autoencoder.kind": AUTOENCODERS,
+    "data.shuffle": SHUFFLES,
+    "text.kind": TEXT_KINDS,
+    "quantizer.kind": KINDS,
+    "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
+    "parallel.precision": ("fp32", "bf16", "fp16"),
+    "parallel.offload": ("none", "optimizer", "all"),
+    "parallel.device": ("auto", "cpu", "cuda"),
+    "sampling.sampler": ("euler", "heun", "dpmpp"),
+}
+
+_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
+"""Sample rate and hop of the public releases, for where they are not here to tell."""
+
+_POSITIVE = (
+    "data.clip_seconds",
+    "data.workers",
+    "data.shard_mb",
+    "data.block",
+    "data.window_mib",
+    "data.lanes",
+    "data.cache.gib",
+    "data.cache.patience",
+    "data.cache.fetchers",
+    "text.tokens",
+    "latent_encoder.pooling",
+    "latent_encoder.patch_size",
+    "latent_encoder.width",
+    "latent_encoder.heads",
+    "latent_encoder.z_channels",
+    "dit.patch_size",
+    "dit.width",
+    "dit.heads",
+    "lora.rank",
+    "quantizer.books",
+    "quantizer.beam",
+    "quantizer.candidates",
+    "quantizer.embedding",
+    "quantizer.hidden",
+    "parallel.processes",
+    "parallel.replicas",
+    "parallel.gpu_gib",
+    "health.spike_window",
+    "health.rewind_after",
+    "log.every",
+    "log.bins",
+    "log.clips",
+    "log.held_out",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "sampling.steps",
+    "sampling.temperature",
+    "evaluate.batch",
+    "evaluate.decodes",
+    "evaluate.page_clips",
+)
+
+
+_NOT_NEGATIVE = (
+    "quantizer.gain_db",
+    "quantizer.depth",
+    "health.spike",
+    "health.max_rewinds",
+    "health.hang_seconds",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
+    "log.samples_every",
+)
+
+
+def _choices(config: Config) -> list[str]:
+    flat = flatten(config)
+    return [
+        f"{key}={flat[key]} is none of {', '.join(known)}" for key, known in _CHOICES.items() if flat[key] not in known
+    ]
+
+
+def _above_zero(config: Config) -> list[str]:
+    flat = flatten(config)
+    return [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
+
+
+def _ranges(config: Config) -> list[str]:
+    found = []
+    if not 0 < config.data.holdout < 1:
+        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
+    if config.evaluate.clips == 1:
+        found.append("evaluate.clips=1: at least 2 are needed, because each is also decoded from another's z")
+    if not 0 <= config.data.max_damaged <= 1:
+        found.append(f"data.max_damaged={config.data.max_damaged} is a fraction, such as 0.01")
+    if config.data.readers < 0:
+        found.append(f"data.readers={config.data.readers} is a number of threads, or 0")
+    least = config.data.block * config.data.lanes
+    if config.data.window is not None and config.data.window < least:
+        found.append(f"data.window={config.data.window} must hold a block in each lane: take at least {least} samples")
+    found += [
+        f"data.mix: the share {share} of {folder} is not above 0"
+        for folder, share in config.data.mix.items()
+        if share < 1
+    ]
+    found += [
+        f"{key}={value} must not be below zero"
+        for key, value in flatten(config).items()
+        if key in _NOT_NEGATIVE and value is not None and value < 0
+    ]
+    for name in _trained(config):
+        stage = config.stage(name)
+        if stage.samples < 0 or stage.global_batch <= 0:
+            found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
+        if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+            found.append(f"{name}.betas={stage.betas} are two numbers in [0, 1), such as [0.9, 0.99]")
+        if not 0 <= stage.condition_dropout < 1:
+            found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
+        if not 0 <= stage.text_dropout <= 1:
+            found.append(f"{name}.text_dropout={stage.text_dropout} must lie in [0, 1]; 1: no text at all")
+        found += _cut(config, name)
+    return found
+
+
+def _trained(config: Config) -> list[str]:
+    """The trained stages that this recipe has: the settings of the others don't matter."""
+    return [name for name in config.stages if name in TRAINED_STAGES]
+
+
+def _strategy(config: Config) -> list[str]:
+    parallel, found = config.parallel, []
+    if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
+        found.append(
+            f"parallel.offload={parallel.offload} is for zero1, zero2 and zero3, not {parallel.strategy}: take "
+            f"parallel.strategy=zero2, or leave it out"
+        )
+    if parallel.offload == "all" and parallel.strategy in ("zero1", "zero2"):
+        found.append(f"parallel.offload=all needs parallel.strategy=zero3: {parallel.strategy} cuts no weights")
+    if parallel.compile and parallel.strategy == "zero3":
+        found.append(
+            "parallel.compile=true does not go with parallel.strategy=zero3, whose hooks inside of each block can't be "
+            "compiled: take fsdp2 with parallel.shard_base=true, or leave it out"
+        )
+    for key, value, unset in (("replicas", parallel.replicas, 1), ("shard_base", parallel.shard_base, False)):
+        if value != unset and parallel.strategy != "fsdp2":
+            found.append(f"parallel.{key}={value} is for parallel.strategy=fsdp2, not {parallel.strategy}")
+    if parallel.strategy == "fsdp2" and parallel.processes > 1 and parallel.processes % parallel.replicas:
+        found.append(
+            f"parallel.replicas={parallel.replicas} does not divide {parallel.processes} ranks: take a divisor"
+        )
+    return found
+
+
+def _cut(config: Config, name: str) -> list[str]:
+    batch = config.stage(name).global_batch
+    ranks, micro = config.parallel.processes, config.parallel.micro_batch
+    if batch % ranks or (micro and batch % (ranks * micro)):
+        unit = ranks * (micro or 1)
+        return [
+            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of "
+            f"{micro or 'any size'}: take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
+        ]
+    return []
+
+
+def _crops(config: Config) -> list[str]:
+    found = []
+    clip_frames = int(config.data.clip_seconds * _latent_rate(config))
+    for name in _trained(config):
+        frames = config.stage(name).crop_frames
+        unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
+        key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
+        if frames > clip_frames and not config.data.buckets:
+            found.append(
+                f"{name}.crop_frames={frames} is longer than a clip of data.clip_seconds={config.data.clip_seconds:g}, "
+                f"{clip_frames} frames: take {max(unit, clip_frames // unit * unit)}"
+            )
+        if frames % unit:
+            near = max(unit, frames // unit * unit)
+            found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
+    pooling = config.latent_encoder.pooling
+    for frames in config.data.buckets:
+        if frames < 1 or frames % pooling:
+            near = max(pooling, frames // pooling * pooling)
+            found.append(f"data.buckets holds {frames}, no multiple of latent_encoder.pooling={pooling}: take {near}")
+    if config.latent_encoder.pooling % config.dit.patch_size:
+        found.append(
+            f"dit.patch_size={config.dit.patch_size} does not divide "
+            f"latent_encoder.pooling={config.latent_encoder.pooling}: take a divisor of it"
+        )
+    return found
+
+
+def _latent_rate(config: Config) -> float:
+    """Frames of x0 a second."""
+    kind = config.autoencoder.kind
+    try:
+        sample_rate, hop = latent_timing(kind, config.autoencoder.folder)
+    except ValueError:  # the folder is not here, or not whole: told of elsewhere
+        sample_rate, hop = _RELEASED[kind]
+    return sample_rate / hop
+
+
+def _codebooks(config: Config) -> list[str]:
+    quantizer, found = config.quantizer, []
+    if quantizer.size < 2 or quantizer.size & (quantizer.size - 1):
+        near = 2 ** max(1, quantizer.size.bit_length() - 1)
+        found.append(f"quantizer.size={quantizer.size} is no power of two: take {near} or {2 * near}")
+    if quantizer.vectors < quantizer.size:
+        found.append(
+            f"quantizer.vectors={quantizer.vectors} can't fill books of {quantizer.size}: take at least "
+            f"{40 * quantizer.size}"
+        )
+    if quantizer.kind == "qinco2" and quantizer.candidates < quantizer.beam:
+        found.append(
+            f"quantizer.candidates={quantizer.candidates} can't fill quantizer.beam={quantizer.beam}: take as many"
+        )
+    if quantizer.kind == "fsq" and (width := config.latent_encoder.z_channels) % quantizer.books:
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        found.append(f"quantizer.books={quantizer.books} of fsq don't share {width} z_channels: take one of {divisors}")
+    if config.prior.samples and quantizer.size > LARGEST_SIZE:
+        found.append(
+            f"quantizer.size={quantizer.size} is too large for a prior: take up to {LARGEST_SIZE}, or prior.samples=0"
+        )
+    for rate in quantizer.rates:
+        if not 1 <= rate <= quantizer.books:
+            found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")
+    return found
+
+
+def _formulation(config: Config) -> list[str]:
+    try:
+        make_diffusion(config.diffusion.name, **config.diffusion.options)
+    except ValueError as error:
+        return [f"diffusion: {error}"]
+    return []
+
+
+def _folders(config: Config) -> list[str]:
+    found = []
+    if config.autoencoder.kind != "spectral" and config.autoencoder.folder is None:
+        found.append(
+            f"autoencoder.kind={config.autoencoder.kind} needs autoencoder.folder: the released folder with its config "
+            f"and weights"
+        )
+    if config.text.kind != "none" and config.text.folder is None:
+        found.append(f"text.kind={config.text.kind} needs text.folder, where it is")
+    if config.data.audio is None and config.data.synth_hours <= 0:
+        found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
+    audio = None if config.data.audio is None else Path(config.data.audio)
+    if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
+        found.append(f"data.audio={audio} is no folder, and no manifest ({', '.join(MANIFESTS)})")
+    if config.data.audio is not None and is_url(config.data.latents):
+        found.append(
+            f"data.latents={config.data.latents} can't be written to: leave data.audio out, or prepare to a folder "
+            f"and copy that there"
+        )
+    found += [
+        f"data.mix: {folder} is no set and holds no train/"
+        for folder in config.data.mix
+        if not is_url(folder) and not any((Path(folder) / name).exists() for name in ("train", "set.json"))
+    ]
+    latents = Path(config.data.latents)
+    if latents.is_dir() and any(latents.glob("*.tar")):
+        found.append(
+            f"data.latents={latents} holds shards itself: move them to its train/, and some that nothing "
+            f"is to learn from to its test/, then run `spresso index`; or name it in data.mix"
+        )
+    return found
+
+
+def _evaluation(config: Config) -> list[str]:
+    from trainer.evaluate import baselines
+    from trainer.evaluate.baselines.base import lacks
+
+    chosen = config.evaluate
+    found = baselines.problems_of(chosen.baselines, chosen.weights)
+    kind, colon, where = chosen.embedding.partition(":")
+    if chosen.embedding != "mel-stat" and not (kind == "clap" and colon and where):
+        found.append(f"evaluate.embedding={chosen.embedding} is neither mel-stat nor clap:FOLDER_OR_NAME")
+    if chosen.visqol and (missing := lacks("visqol", "pip install 'spresso[visqol]', or leave it out")):
+        found.append(f"evaluate.visqol=true: {missing}")
+    return found + [
+        f"evaluate.codecs: {title}={folder} is no export: give a folder such as runs/NAME/finetune/export"
+        for title, folder in chosen.codecs.items()
+        if not (Path(folder) / "codec.json").is_file()
+    ]
+
+
+def _released(config: Config) -> list[str]:
+    folders = {
+        f"{key}.folder": getattr(config, key).folder
+        for key in ("autoencoder", "pretrained", *(["text"] if config.text.kind != "none" else []))
+    }
+    return [
+        f"{key}={missing(folder)}"
+        for key, folder in folders.items()
+        if folder is not None and not locate(folder).is_dir()
+    ]
