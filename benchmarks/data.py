@@ -224,7 +224,7 @@ def _make_billion(folder: Path) -> None:
 
     from numpy.lib import format as npy
 
-    from trainer.data.shards import INDEX_ROW, VERSION, SetInfo
+    from trainer.data.shards import INDEX_ROW, SET_VERSION, SetInfo
 
     samples, shards, shard_bytes = 10**9, 27_000, 2**30
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def _make_billion(folder: Path) -> None:
     described = [{"name": f"{n:05d}.tar", "bytes": shard_bytes, "samples": samples // shards} for n in range(shards)]
     facts = {"fingerprint": "a", "samples": samples, "total_frames": 215 * samples}
     facts |= {"shortest_frames": 215, "longest_frames": 215, "shards": described}
-    (folder / "set.json").write_text(json.dumps({"version": VERSION} | asdict(info) | facts))
+    (folder / "set.json").write_text(json.dumps({"version": SET_VERSION} | asdict(info) | facts))
 
 
 def mixing() -> dict[str, float]:

@@ -14,7 +14,7 @@ from models.backbones.pretrained import load_autoencoder
 from models.dit import DiT
 from models.weights import save_weights
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.tasks import Task, make_task
 
@@ -29,7 +29,7 @@ COMMON = (
 def recipe(folder: Path, *overrides: str) -> Config:
     """The tiny recipe, larger, on what lies in a folder."""
     here = [f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", f"data.latents={folder / 'latents'}"]
-    return load("tiny", [*here, *COMMON, *overrides], released=False)
+    return load_recipe("tiny", [*here, *COMMON, *overrides], released=False)
 
 
 def make_base(folder: Path, config: Config) -> int:

@@ -26,7 +26,7 @@ SUFFIX = ".spr"
 
 
 @dataclass
-class Encoder:
+class FileEncoder:
     """How sounds are encoded, and the sums of what was."""
 
     spresso: SPresso
@@ -97,7 +97,7 @@ def encode(
 ) -> int:
     """A sound file → a stream, or a folder of them → a folder; says what it costs. Returns how many failed."""
     jobs = _jobs(source, target, find_audio, lambda path: path.with_name(path.name + SUFFIX))
-    encoder = Encoder(_load(codec or newest_codec(), device), books, channels, entropy)
+    encoder = FileEncoder(_load(codec or newest_codec(), device), books, channels, entropy)
     if books is not None:
         encoder.spresso.fitted_quantizer().bits(books)  # raises where there are none such
     if not source.is_dir():
@@ -111,7 +111,7 @@ def encode(
 
 
 @dataclass
-class Decoder:
+class FileDecoder:
     """How streams are decoded."""
 
     codec: Path | None
@@ -200,7 +200,7 @@ def decode(
     if rate is not None and not low <= rate <= high:
         raise ValueError(f"--rate {rate} does not lie between {low} and {high}")
     jobs = _jobs(source, target, find_streams, _sound_of)
-    decoder = Decoder(codec, device, seed, steps, samples, rate)
+    decoder = FileDecoder(codec, device, seed, steps, samples, rate)
     if source.is_dir():
         return _all("decode", jobs, decoder, None if force else decoder.made)
     with Progress(f"decode {target.name}", total=1, unit="of all steps") as progress:
@@ -240,10 +240,12 @@ def _rates(header: Header, payload: int, size: int, folder: Path | None) -> Iter
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
-Job = tuple[Path, Path]
+Conversion = tuple[Path, Path]
 
 
-def _jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], name: Callable[[Path], Path]) -> list[Job]:
+def _jobs(
+    source: Path, target: Path, find: Callable[[Path], list[Path]], name: Callable[[Path], Path]
+) -> list[Conversion]:
     """What is to be made of what."""
     if not source.is_dir():
         return [(source, target)]
@@ -254,7 +256,7 @@ def _jobs(source: Path, target: Path, find: Callable[[Path], list[Path]], name: 
 
 def _all(
     title: str,
-    jobs: list[Job],
+    jobs: list[Conversion],
     work: Callable[[Path, Path, Callable[[float], None]], None],
     made: Callable[[Path, Path], bool] | None,
 ) -> int:

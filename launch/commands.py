@@ -48,9 +48,9 @@ def checkpoint(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """All stages of a recipe."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
-    config = load(options.recipe, _overrides(options))
+    config = load_recipe(options.recipe, _overrides(options))
     if config.cluster.kind == "slurm":
         return _submit(config, None, dry=options.dry_run)
     return _outcome(pipeline.run(config))
@@ -70,13 +70,13 @@ def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
 def sbatch(options: argparse.Namespace) -> None:
     """A script for plain sbatch."""
     from launch.slurm import submit
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
     from trainer.recipes.schema import STAGES
 
     stage, overrides = _named_stage(options.overrides)
     if stage is not None and stage not in STAGES:
         raise ValueError(f"stage={stage} is none of {', '.join(STAGES)}")
-    print(submit.whole_script(load(options.recipe, overrides), only=stage))
+    print(submit.whole_script(load_recipe(options.recipe, overrides), only=stage))
 
 
 def _named_stage(overrides: list[str]) -> tuple[str | None, list[str]]:
@@ -116,9 +116,9 @@ def requeue(options: argparse.Namespace) -> None:
         print(told, file=sys.stderr)
         return
     from launch.slurm import submit
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
-    submit.run(load(str(run / "config.yaml"), []))
+    submit.run(load_recipe(str(run / "config.yaml"), []))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -129,13 +129,13 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 def train(options: argparse.Namespace) -> int:
     """One trained stage."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
     from trainer.recipes.schema import TRAINED_STAGES
 
     stage, overrides = _named_stage(_overrides(options))
     if stage not in TRAINED_STAGES:
         raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
-    config = load(options.recipe, overrides)
+    config = load_recipe(options.recipe, overrides)
     if config.cluster.kind == "slurm":
         return _submit(config, stage, dry=options.dry_run)
     return _outcome(pipeline.train(config, stage))
@@ -153,19 +153,19 @@ def _outcome(outcome: str) -> int:
 def prepare(options: argparse.Namespace) -> None:
     """Sound files → latents."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
     part, parts = _part(options)
-    pipeline.prepare_latents(load(options.recipe, options.overrides), part=part, parts=parts)
+    pipeline.prepare_latents(load_recipe(options.recipe, options.overrides), part=part, parts=parts)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Figures of the trained codec."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
     part, parts = _part(options)
-    pipeline.evaluate(load(options.recipe, options.overrides), part=part, parts=parts)
+    pipeline.evaluate(load_recipe(options.recipe, options.overrides), part=part, parts=parts)
 
 
 def _part(options: argparse.Namespace) -> tuple[int, int]:
@@ -178,27 +178,27 @@ def _part(options: argparse.Namespace) -> tuple[int, int]:
 def listen_test(options: argparse.Namespace) -> None:
     """A blind listening test."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
     systems = options.systems.split(",") if options.systems else None
-    config = load(options.recipe, options.overrides)
+    config = load_recipe(options.recipe, options.overrides)
     pipeline.listening_test(config, options.out, systems=systems, clips=options.clips, seed=options.seed)
 
 
 def page(options: argparse.Namespace) -> None:
     """The page to listen to."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
-    pipeline.run_stage(load(options.recipe, options.overrides), "page")
+    pipeline.run_stage(load_recipe(options.recipe, options.overrides), "page")
 
 
 def plan(options: argparse.Namespace) -> None:
     """The resolved config, batches and memory."""
     from launch.plan import plan
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
-    for line in plan(load(options.recipe, options.overrides, released=False)):
+    for line in plan(load_recipe(options.recipe, options.overrides, released=False)):
         print(line, flush=True)
 
 

@@ -72,7 +72,7 @@ def checkpoint(folder: Path, *, verify: bool) -> int:
     """List the checkpoints of a run, or explain one; with `verify` read all of each, and return 1 if one is damaged."""
     from trainer.checkpoints import inventory
 
-    paths = inventory.find(folder)
+    paths = inventory.find_checkpoints(folder)
     if verify:
         outcomes = [inventory.verification(path) for path in paths]
         print("\n".join(text for text, _ in outcomes))

@@ -144,25 +144,25 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
 
 def _goes_on(config: Config, directory: RunDirectory) -> bool:
     """Whether nothing else is asked for than to go on from where the run is."""
-    from trainer.checkpoints.resume import followed
+    from trainer.checkpoints.resume import was_followed
 
-    return config.checkpoint.resume == "auto" or followed(directory, config.checkpoint.resume)
+    return config.checkpoint.resume == "auto" or was_followed(directory, config.checkpoint.resume)
 
 
 def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
     """The figures, as a table on the terminal, and files of them; of all clips, or of one part of the job."""
-    from trainer import evaluate as evaluation
+    from trainer.evaluate import evaluation, tables
 
     report = evaluation.evaluate_part(config, part=part, parts=parts)
     if report is None:
         say(f"  part {part} of {parts} is done; the table is made when all parts are")
         return
-    print(evaluation.table(report))
+    print(tables.table(report))
 
 
 def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
     """A folder for webMUSHRA, from the clips that the page plays."""
-    from trainer.evaluate import evaluate
+    from trainer.evaluate.evaluation import evaluate
     from trainer.evaluate.listening_test import write_listening_test
 
     folder = stage_folder(config, "evaluate")
@@ -173,7 +173,7 @@ def listening_test(config: Config, out: Path, *, systems: list[str] | None, clip
 
 def page(config: Config) -> Path:
     """The listening page; returns the path to open."""
-    from trainer import evaluate as evaluation
+    from trainer.evaluate import evaluation
     from trainer.page import write_page
 
     folder = stage_folder(config, "evaluate")

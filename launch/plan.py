@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.slurm.slurm_task import share
+from launch.slurm.slurm_task import usable_ranks
 from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 
@@ -29,7 +29,7 @@ def ranks_of(config: Config, stage: str) -> tuple[int, int]:
         ranks = config.parallel.processes
         return ranks, config.parallel.micro_batch or config.stage(stage).global_batch // ranks
     cluster = config.cluster.of(stage)
-    return share(config, stage, cluster.least_nodes * cluster.ranks_per_node)
+    return usable_ranks(config, stage, cluster.least_nodes * cluster.ranks_per_node)
 
 
 def checkpoint_bytes(config: Config, stage: str) -> int:

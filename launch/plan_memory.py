@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from launch.plan import ranks_of
 from trainer.formatting import aligned, size
 from trainer.memory.activations import Activations
-from trainer.memory.estimate import GIB, Estimate, Row, gpu_memory
+from trainer.memory.estimate import GIB, Estimate, StrategyRow, gpu_memory
 from trainer.memory.ledger import ON_DEVICE
 from trainer.ranks.strategy import DTYPES
 from trainer.recipes.schema import TRAINED_STAGES, Config
@@ -63,13 +63,13 @@ def _stage(estimate: Estimate, total: int) -> Iterator[str]:
     yield f"between forward and backward pass, of one micro batch: {_groups(estimate.activations(own.sharing))}"
 
 
-def _cells(row: Row, unit: int, *, own: bool, fits: bool) -> list[str]:
+def _cells(row: StrategyRow, unit: int, *, own: bool, fits: bool) -> list[str]:
     numbers = [getattr(row.parts, part) for part in ON_DEVICE]
     shown = [f"{number / unit:.2f}" for number in (*numbers, row.parts.total, row.parts.host)]
     return [">" if own else "", row.sharing.short, *shown, "fits" if fits else "too much"]
 
 
-def _verdict(estimate: Estimate, own: Row, total: int) -> str:
+def _verdict(estimate: Estimate, own: StrategyRow, total: int) -> str:
     row = estimate.fastest(total)
     of = f"{total / GIB:.1f} GiB"
     if row is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.weights import hash_state
 
-BLOCK = 3000
+FRAMES_PER_BLOCK = 3000
 """Frames that are encoded or decoded at once: longer sounds in several blocks, which join as if there were one."""
 
 
@@ -96,11 +96,11 @@ class AudioAE(nn.Module):
 
     def _blocks(self, frames: int) -> Iterator[tuple[int, int, int, int]]:
         """(first, last) frames of each block, and with their context (begin, end)."""
-        if self.context is None or frames <= BLOCK + self.context:
+        if self.context is None or frames <= FRAMES_PER_BLOCK + self.context:
             yield 0, frames, 0, frames
             return
-        for first in range(0, frames, BLOCK):
-            last = min(first + BLOCK, frames)
+        for first in range(0, frames, FRAMES_PER_BLOCK):
+            last = min(first + FRAMES_PER_BLOCK, frames)
             yield first, last, max(0, first - self.context), min(last + self.context, frames)
 
     def identity(self) -> str:

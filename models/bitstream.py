@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAGIC = b"SPR"
-VERSION = 2
+BITSTREAM_VERSION = 2
 GAIN_STEP_DB = 0.5
 GAIN_RANGE_DB = (-128 * GAIN_STEP_DB, 127 * GAIN_STEP_DB)
 MAX_SAMPLES = 2**35 - 1
@@ -59,7 +59,7 @@ Codes = npt.NDArray[np.integer[Any]]
 FramesOf = Callable[[int, int], int]
 
 
-class Coder(Protocol):
+class EntropyCoder(Protocol):
     """What codes are entropy-coded by, such as :class:`models.prior.Coder`."""
 
     books: int
@@ -124,7 +124,7 @@ def rows_of(layout: str, channels: int) -> int:
     return {"separate": channels, "mid_side": 2, "mid": 1, "joint": 1}[layout]
 
 
-def write(stream: Stream, *, coder: Coder | None = None) -> bytes:
+def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
     """The file's bytes; entropy-coded where there is a coder and they are fewer for it.
 
     Raises:
@@ -142,7 +142,7 @@ def write(stream: Stream, *, coder: Coder | None = None) -> bytes:
     return body + _checksum(body)
 
 
-def read(data: bytes, *, frames_of: FramesOf, coder: Coder | None = None) -> Stream:
+def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None) -> Stream:
     """The stream of a file's bytes.
 
     Args:
@@ -242,7 +242,7 @@ def _written(header: Header, prior: bytes) -> bytes:
     flags = bool(prior) | LAYOUTS.index(header.layout) << 1 | place << 4
     gains = bytes(round(gain / GAIN_STEP_DB) & 255 for gain in header.gains_db)
     model = bytes.fromhex(header.model[: 2 * _MODEL_BYTES])
-    begun = MAGIC + bytes([VERSION]) + model + _varint(header.samples) + bytes([header.books, sizes, flags])
+    begun = MAGIC + bytes([BITSTREAM_VERSION]) + model + _varint(header.samples) + bytes([header.books, sizes, flags])
     return begun + (_varint(header.rate) if place == _OTHER_RATE else b"") + gains + prior
 
 
@@ -270,8 +270,10 @@ def _begun(data: bytes) -> tuple[_Reader, str]:
     fields = _Reader(data)
     if fields.take(len(MAGIC)) != MAGIC:
         raise ValueError("not an .spr file: it does not begin as one")
-    if (version := fields.byte()) != VERSION:
-        raise ValueError(f"the .spr file has version {version} of the format; this program reads version {VERSION}")
+    if (version := fields.byte()) != BITSTREAM_VERSION:
+        raise ValueError(
+            f"the .spr file has version {version} of the format; this program reads version {BITSTREAM_VERSION}"
+        )
     return fields, fields.take(_MODEL_BYTES).hex()
 
 

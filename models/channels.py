@@ -14,9 +14,9 @@ from torch import Tensor
 from models.bitstream import GAIN_RANGE_DB, Header, rows_of
 from models.loudness import gain_of
 
-BLOCK = 2**20
+SAMPLES_PER_BLOCK = 2**20
 """Samples of a channel that are looked at at once."""
-LAYOUTS = ("auto", "separate", "mid_side")
+LAYOUT_CHOICES = ("auto", "separate", "mid_side")
 """What a user chooses from: `auto` is mid/side for stereo."""
 
 
@@ -41,8 +41,8 @@ class Rows:
         self.layout = _layout(audio, layout, ae_channels)
         self.gains_db: tuple[float, ...] = ()
         count, samples = rows_of(self.layout, len(audio)), audio.shape[-1]
-        firsts = range(0, samples, BLOCK)
-        gains = [gain_of(self._raw(row, first, first + BLOCK) for first in firsts) for row in range(count)]
+        firsts = range(0, samples, SAMPLES_PER_BLOCK)
+        gains = [gain_of(self._raw(row, first, first + SAMPLES_PER_BLOCK) for first in firsts) for row in range(count)]
         self.gains_db = tuple(GAIN_RANGE_DB[1] if gain is None else gain for gain in gains)
         self._factors = [1.0 if gain is None else 10 ** (gain / 20) for gain in gains]
 
@@ -63,8 +63,8 @@ class Rows:
 
 def _layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
     channels = len(audio)
-    if wanted not in LAYOUTS:
-        raise ValueError(f"channels are coded as {', '.join(LAYOUTS)}, not as {wanted}")
+    if wanted not in LAYOUT_CHOICES:
+        raise ValueError(f"channels are coded as {', '.join(LAYOUT_CHOICES)}, not as {wanted}")
     if wanted == "mid_side" and channels != 2:
         raise ValueError(f"mid and side are of two channels, not of {channels}: leave the choice out")
     if ae_channels > 1:

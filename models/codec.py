@@ -30,12 +30,12 @@ from models.backbones.pretrained import (
     save_weights,
 )
 from models.bitstream import FramesOf, Stream
-from models.codec_config import FORMAT, CodecConfig, Sampling, read_description
+from models.codec_config import EXPORT_FORMAT, CodecConfig, Sampling, read_description
 from models.decoder import Decoder
 from models.diffusion import Diffusion, guided, make_diffusion
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Coder, Prior
-from models.quantizers.base import Quantizer, make_quantizer
+from models.quantizers.quantizer import Quantizer, make_quantizer
 from models.samplers import sample
 from models.weights import write_safetensors
 
@@ -261,7 +261,7 @@ class SPresso(nn.Module):
             _link_or_copy(base, making / "dit.safetensors")
         self.model_hash = self._hash()
         description = {
-            "format": FORMAT,
+            "format": EXPORT_FORMAT,
             "model": self.model_hash,
             "base": {"path": _where(base), "hash": self.base_hash},
             "autoencoder_identity": self.autoencoder.identity(),

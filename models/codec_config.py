@@ -10,7 +10,7 @@ from typing import Any
 from models.decoder import DecoderConfig, decoder_config
 from models.latent_encoder import LatentEncoderConfig
 
-FORMAT = 1
+EXPORT_FORMAT = 1
 
 
 @dataclass
@@ -62,6 +62,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
     except json.JSONDecodeError:
         raise ValueError(f"{folder / 'codec.json'} is damaged: export it again") from None
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {FORMAT}")
+    if description.get("format") != EXPORT_FORMAT:
+        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {EXPORT_FORMAT}")
     return description

@@ -142,7 +142,7 @@ class HeadNorm(nn.RMSNorm):
         return super().forward(x_BSHK.type_as(self.weight))
 
 
-class Stream(nn.Module):
+class TokenStream(nn.Module):
     """One stream's own weights in a multi-stream block: into and out of the common attention, and an MLP."""
 
     def __init__(self, config: DiTConfig):
@@ -178,8 +178,8 @@ class MultiStreamBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.latent = Stream(config)
-        self.text = Stream(config)
+        self.latent = TokenStream(config)
+        self.text = TokenStream(config)
 
     def forward(self, x_BSD: Tensor, text_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Both streams, as they came in and after the block."""

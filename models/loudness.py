@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-GAIN_STEP_DB = 0.5  # a gain fits in one signed byte of the bitstream
+from models.bitstream import GAIN_STEP_DB
+
 LARGEST_GAIN_DB = 60.0
 SILENCE = 1e-4  # -80 dB re full scale
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch import pipeline
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +30,7 @@ def _no_rank_left() -> Iterator[None]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents of three minutes of synthesized sounds, cut as the tiny recipe wants them."""
     folder = tmp_path_factory.mktemp("prepared")
-    config = load("tiny", [f"run_dir={folder}", "data.workers=1"])
+    config = load_recipe("tiny", [f"run_dir={folder}", "data.workers=1"])
     pipeline.synth(config)
     pipeline.prepare_latents(config)
     return folder
@@ -42,6 +42,6 @@ def tiny(prepared: Path, tmp_path: Path):
 
     def make(*overrides: str, run_dir: Path = tmp_path / "run") -> Config:
         paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
-        return load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *overrides])
+        return load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *overrides])
 
     return make

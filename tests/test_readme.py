@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from launch.cli import parser
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -101,7 +101,7 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
             recipe = options.recipe if options.recipe in ("demo", "tiny", "spresso_11hz") else "demo"
-            load(recipe, [override for override in overrides if not override.startswith("stage=")])
+            load_recipe(recipe, [override for override in overrides if not override.startswith("stage=")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

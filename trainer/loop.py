@@ -11,10 +11,10 @@ import torch
 from trainer.checkpoints import checkpoint, resume
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.saver import Saver
-from trainer.checkpoints.state import TrainState, filled
+from trainer.checkpoints.state import TrainState, fill_task
 from trainer.feed import Feed
 from trainer.health import Health
-from trainer.log.training_log import Report
+from trainer.log.training_log import TrainingLog
 from trainer.memory.estimate import out_of_memory
 from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
@@ -71,7 +71,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
         parallel.wait()
 
         # From where: a checkpoint, other weights, or the beginning.
-        source = resume.find(config, run, identity)
+        source = resume.find_start(config, run, identity)
         if source is None:
             task.initialise(feed.from_the_beginning(), parallel.gather, parallel.main)
             if config.checkpoint.start_from is not None:
@@ -94,7 +94,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
             logger.info(
                 "%s: %s",
                 stage,
-                resume.told(
+                resume.describe_resumed(
                     source,
                     strategy=config.parallel.strategy,
                     world_size=parallel.world_size,
@@ -108,7 +108,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
 
         with (
             Saver(run.checkpoints, config.checkpoint, permitted=permitted) as saver,
-            Report(config, run, task, strategy, ema, parallel, stop) as report,
+            TrainingLog(config, run, task, strategy, ema, parallel, stop) as report,
             closing(feed),
         ):
 
@@ -222,7 +222,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
                 weights = state.averaged_weights()
                 strategy.close()
                 if parallel.main:
-                    finished = filled(make_task(config, stage), weights, task.statistics)
+                    finished = fill_task(make_task(config, stage), weights, task.statistics)
                     finished.finish(feed.from_the_beginning(whole=True), parallel.device)
                     exported = finished.export(run.export)
                     run.write_status("done", samples=samples, of=settings.samples, export=exported)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from trainer.data.shard_set import ShardSet, open_set, open_training_set
 from trainer.files import file_digest
-from trainer.recipes.schema import TRAINED_STAGES, Config, fingerprint, flatten, to_yaml
+from trainer.recipes.schema import TRAINED_STAGES, Config, flatten, hash_values, to_yaml
 
 logger = logging.getLogger("spresso")
 
@@ -83,7 +83,7 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
         from models.backbones.pretrained import weight_files
 
         files = weight_files(base_model(config))
-        inputs["pretrained"] = fingerprint({name: file_digest(path) for name, path in files.items()})
+        inputs["pretrained"] = hash_values({name: file_digest(path) for name, path in files.items()})
     elif before is not None:
         export = RunDirectory(stage_folder(config, before), before).status.get("export")
         if export is None:
@@ -123,7 +123,7 @@ class RunDirectory:
 
     def identity(self, config: Config, inputs: dict[str, str]) -> str:
         """Hash of all that the stage learns from: settings, and what it builds on. A longer run has the same."""
-        return fingerprint(self._relevant(config) | inputs)
+        return hash_values(self._relevant(config) | inputs)
 
     def _relevant(self, config: Config | dict[str, Any]) -> dict[str, Any]:
         flat = flatten(config) if isinstance(config, Config) else config

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trainer.evaluate.figures import mel_energies
 
-FLOOR_DB = 70.0
+PICTURE_FLOOR_DB = 70.0
 """What lies more than this below the clip's maximum is drawn as silence."""
 
 _LEVELS = 64  # about 1 dB each, which the eye takes as continuous; few colours make small files
@@ -41,10 +41,10 @@ def log_mel_image(audio: Tensor, sample_rate: int, *, height: int, width: int | 
     mono = audio.reshape(-1, audio.shape[-1]).mean(0)
     energies = mel_energies(mono, sample_rate, n_fft=2048, hop=max(1, sample_rate // 200), bands=128)
     loudest = energies.max().clamp(min=1e-8)  # so that silence stays dark, and rounding noise with it
-    decibels = 10 * (energies / loudest).clamp(min=10 ** (-FLOOR_DB / 10)).log10()
+    decibels = 10 * (energies / loudest).clamp(min=10 ** (-PICTURE_FLOOR_DB / 10)).log10()
     size = (height, width or max(1, round(100 * mono.shape[-1] / sample_rate)))
     picture = F.interpolate(decibels[None, None], size=size, mode="bilinear", antialias=True)[0, 0].flip(0)
-    levels = ((picture / FLOOR_DB + 1) * (_LEVELS - 1)).round().clamp(0, _LEVELS - 1).to(torch.int64)
+    levels = ((picture / PICTURE_FLOOR_DB + 1) * (_LEVELS - 1)).round().clamp(0, _LEVELS - 1).to(torch.int64)
     return COLOURS[levels.numpy()]
 
 

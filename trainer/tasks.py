@@ -23,7 +23,7 @@ from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
 from models.prior import Prior
-from models.quantizers.base import make_quantizer
+from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import WantedText

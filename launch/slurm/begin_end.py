@@ -21,7 +21,7 @@ from launch import owner
 from launch.signals import MISTAKE
 from launch.slurm import scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import RUN, SUBMISSION, TASKS
+from launch.slurm.job_task import RUN, SUBMISSION, TASKS_PER_NODE
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, judge
 from launch.slurm.slurm_task import rendezvous
 
@@ -118,7 +118,7 @@ def place(folder: Path) -> int | None:
 
 def _tasks() -> int:
     """How many ranks there were; 0 where that is not known. SLURM does not tell the script of an elastic job."""
-    return int(os.environ.get("SLURM_JOB_NUM_NODES", "0")) * int(os.environ.get(TASKS, "0"))
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "0")) * int(os.environ.get(TASKS_PER_NODE, "0"))
 
 
 def _notes(attempt: Attempt, status: int) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch.slurm.job_task import GRACE, PARTS, RUN, SUBMISSION, TASKS
+from launch.slurm.job_task import GRACE, PARTS, RUN, SUBMISSION, TASKS_PER_NODE
 from trainer.recipes.cluster import ARRAYS, ClusterConfig
 from trainer.recipes.schema import TRAINED_STAGES
 
@@ -117,7 +117,7 @@ class Job(SlurmExecutor):
             SUBMISSION: str(self.submission),
             GRACE: str(cluster.grace_seconds),
             PARTS: str(max(1, self.array)),
-            TASKS: str(cluster.ranks_per_node),
+            TASKS_PER_NODE: str(cluster.ranks_per_node),
         }
         exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         code = shlex.quote(str(self.submission / "code"))

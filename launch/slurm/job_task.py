@@ -18,13 +18,13 @@ from launch import owner
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
-from launch.slurm.slurm_task import Task
+from launch.slurm.slurm_task import SlurmTask
 
 if TYPE_CHECKING:
     from trainer.recipes.schema import Config
 
 SUBMISSION, RUN, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_RUN", "SPRESSO_GRACE", "SPRESSO_PARTS"
-TASKS = "SPRESSO_TASKS_PER_NODE"
+TASKS_PER_NODE = "SPRESSO_TASKS_PER_NODE"
 """Environment variables that the batch script sets: folders, seconds, in how many parts a stage is cut, ranks."""
 
 _FAILED = 1
@@ -36,7 +36,7 @@ def main() -> None:
     """One task, from its environment; does not return."""
     stage = sys.argv[1]
     folder = Path(os.environ[RUN]) / stage
-    attempt, task = Attempt.here(folder), Task.here()
+    attempt, task = Attempt.here(folder), SlurmTask.here()
     os.environ.setdefault("OMP_NUM_THREADS", str(task.threads))
 
     def note(outcome: str, **facts: str) -> None:
@@ -71,13 +71,13 @@ def _at_once(stage: str) -> bool:
     return stage not in ("pretrain", "autoencode", "quantize", "prior", "finetune")
 
 
-def _work(stage: str, task: Task, notice: Notice) -> str:
+def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
     """Do this task's share of a stage; returns "done", "stopped" or "idle"."""
     from launch import pipeline
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
     from trainer.recipes.schema import TRAINED_STAGES
 
-    config = load(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
+    config = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
     if stage in TRAINED_STAGES:
         return pipeline.train(config, stage, how=lambda config, stage: _train(config, stage, task, notice))
     if task.rank > 0:
@@ -90,11 +90,11 @@ def _work(stage: str, task: Task, notice: Notice) -> str:
     return pipeline.run_stage(config, stage)
 
 
-def _train(config: Config, stage: str, task: Task, notice: Notice) -> str:
-    from launch.slurm.slurm_task import share
+def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
+    from launch.slurm.slurm_task import usable_ranks
     from trainer.loop import train
 
-    ranks, micro = share(config, stage, task.count)
+    ranks, micro = usable_ranks(config, stage, task.count)
     if task.rank >= ranks:
         return "idle"
     if task.rank == 0 and ranks < task.count:

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 
 _PATIENCE = 20.0  # seconds: a controller that is down makes a command try for nine
-OVER = {
+ENDED_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
 }
@@ -34,7 +34,7 @@ class JobState:
     @property
     def alive(self) -> bool:
         """Whether it runs, or will by itself."""
-        return self.state not in OVER and self.state != "GONE"
+        return self.state not in ENDED_STATES and self.state != "GONE"
 
 
 def states(jobs: list[str]) -> dict[str, list[JobState]]:
@@ -107,7 +107,7 @@ def _accounted(job: str) -> str:
     except QueueError:  # no accounting here
         return "GONE"
     words = text.split()
-    return words[0] if words and words[0] in OVER else "GONE"
+    return words[0] if words and words[0] in ENDED_STATES else "GONE"
 
 
 def _ask(*command: str) -> str:

@@ -19,7 +19,7 @@ _TRIES = 100
 
 
 @dataclass(frozen=True)
-class Task:
+class SlurmTask:
     """One task of a job step."""
 
     rank: int
@@ -29,7 +29,7 @@ class Task:
     """Tasks on each node."""
 
     @classmethod
-    def here(cls) -> Task:
+    def here(cls) -> SlurmTask:
         """This process, by SLURM's environment."""
         counts = local_counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
         return cls(int(os.environ["SLURM_PROCID"]), sum(counts), int(os.environ["SLURM_LOCALID"]), tuple(counts))
@@ -62,7 +62,7 @@ def local_counts(text: str) -> list[int]:
     return counts
 
 
-def share(config: Config, stage: str, tasks: int) -> tuple[int, int]:
+def usable_ranks(config: Config, stage: str, tasks: int) -> tuple[int, int]:
     """How many of the tasks are used, and the clips to a micro batch: nothing of what is learned depends on it.
 
     The most ranks among which the stage's global batch divides, in groups as `parallel.replicas` asks; and micro

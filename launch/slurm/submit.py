@@ -46,7 +46,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
             job = _job(config, [stage], root, submission, after)
             number = job.hand_over()
             handed_over.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
-            say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {told(job.cluster)}")
+            say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {describe_request(job.cluster)}")
     except BaseException:  # a full disk or Ctrl-C, too
         if handed_over:
             scheduler.cancel(*(item.job for item in handed_over))
@@ -79,13 +79,13 @@ def require_idle(root: Path, stages: Sequence[str]) -> None:
     """Raise ValueError where one of the run's jobs is alive."""
     jobs = {item.job: stage for stage, item in submitted(root).items() if stage in stages}
     if living := scheduler.alive(list(jobs)):
-        told = ", ".join(f"{job} ({jobs[job]})" for job in living)
+        named = ", ".join(f"{job} ({jobs[job]})" for job in living)
         raise ValueError(
-            f"{root} has jobs that wait or run: {told}. They go on by themselves; `spresso cancel {root}` ends them"
+            f"{root} has jobs that wait or run: {named}. They go on by themselves; `spresso cancel {root}` ends them"
         )
 
 
-def told(cluster: ClusterConfig) -> str:
+def describe_request(cluster: ClusterConfig) -> str:
     """What a job asks for, in a few words."""
     gpus = f" × {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else f" × {cluster.ranks_per_node} CPU rank(s)"
     where = f" of {cluster.partition}" if cluster.partition else ""

@@ -41,7 +41,7 @@ def logs(run: Path, *, stage: str | None, rank: int | None, follow: bool) -> Non
     if not shown:
         _show("== nothing is written yet")
     try:
-        for line in followed(run, stage, rank, files, shown[-1] if shown else None):
+        for line in follow_lines(run, stage, rank, files, shown[-1] if shown else None):
             _show(line)
     except KeyboardInterrupt:
         return
@@ -69,7 +69,7 @@ def newest(run: Path, stage: str | None, rank: int | None) -> list[Path]:
     return [path for path in (main, own if beside else None) if path is not None]
 
 
-def followed(
+def follow_lines(
     run: Path, stage: str | None, rank: int | None, files: dict[Path, _File], told: Path | None = None
 ) -> Iterator[str]:
     """Lines as they are written, with a head where they are another file's than those before; no end.

@@ -19,7 +19,7 @@ from launch.slurm.submitted_jobs import Submitted
 
 STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "prior", "finetune", "evaluate", "page")
 """All there are, in order."""
-SILENCE = 900.0
+SILENT_AFTER = 900.0
 """Seconds without a word after which a training that says it runs may not."""
 
 _TAIL = 65_536  # bytes of a metrics.jsonl: the last lines are in them, however long it is
@@ -152,7 +152,7 @@ class Stage:
             return "gone"
         if self.job is not None and not last:
             return "submitted"
-        return "running?" if time.time() - self.spoke < SILENCE else "silent"
+        return "running?" if time.time() - self.spoke < SILENT_AFTER else "silent"
 
     @cached_property
     def parts(self) -> Counter[str]:

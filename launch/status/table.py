@@ -13,7 +13,7 @@ from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.submitted_jobs import submitted
-from launch.status.stage_status import SILENCE, STAGES, Stage, count, span
+from launch.status.stage_status import SILENT_AFTER, STAGES, Stage, count, span
 from trainer.formatting import aligned
 
 _HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
@@ -202,7 +202,7 @@ def _expected(stage: Stage, before: Sequence[Stage]) -> str:
         return "never began" if stage.state == "gone" and not stage.of_this_job else ""
     if not stage.speaks:
         return "starts up" if stage.holder else ""  # of those that train, which alone have a holder and lines
-    if (quiet := time.time() - stage.line["time"]) > SILENCE:
+    if (quiet := time.time() - stage.line["time"]) > SILENT_AFTER:
         return f"silent for {span(quiet)}"
     left, speed = stage.status.get("of", 0) - stage.line["samples"], stage.line.get("samples_per_second")
     return _clock(max(time.time(), stage.line["time"] + max(0, left) / speed)) if speed else ""

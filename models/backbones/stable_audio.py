@@ -91,7 +91,7 @@ class StableAudioConfig:
         return 1
 
 
-class FourierFeatures(nn.Module):
+class FlatFourierFeatures(nn.Module):
     """Cosines, then sines, of a number at learned frequencies: `(B,) → (B, features)`, always in float32."""
 
     def __init__(self, features: int):
@@ -150,7 +150,7 @@ class StableAudioDiT(nn.Module):
             global_states_input_dim=2 * config.text_width,
             cross_attention_input_dim=config.text_width,
         )
-        self.time_features = FourierFeatures(config.time_features)
+        self.time_features = FlatFourierFeatures(config.time_features)
         self.time_embed = model.timestep_proj
         self.start, self.end = Seconds(config), Seconds(config)
         self.seconds_embed = model.global_proj

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.quantizers.base import Quantizer
+from models.quantizers.quantizer import Quantizer
 
 
 class FSQ(Quantizer):

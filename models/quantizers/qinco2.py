@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.quantizers.base import Quantizer, nearest, rows
+from models.quantizers.quantizer import Quantizer, nearest, rows
 from models.quantizers.residual import ResidualQuantizer
 
 _SEARCH_NUMBERS = 2**23

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.quantizers.base import Quantizer, nearest, rows
+from models.quantizers.quantizer import Quantizer, nearest, rows
 
 VECTORS_PER_CODEWORD = 40
 """Fewer training vectors than this for each codeword of a book, and the codebooks fit the vectors, not their law."""

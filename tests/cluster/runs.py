@@ -14,7 +14,7 @@ import pytest
 from launch.slurm import attempt, preflight, submit
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.cluster.slurm_nodes import until
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 
 FAULTS = Path(__file__).parent / "faults"
@@ -43,7 +43,7 @@ class Run:
         if fault:
             fault = {"mark": str(self.mark), **fault}
             given += [f"cluster.environment.PYTHONPATH={FAULTS}", f"cluster.environment.SPRESSO_FAULT={_quoted(fault)}"]
-        self.config: Config = load("tiny", given)
+        self.config: Config = load_recipe("tiny", given)
 
     def submit(self) -> str:
         """Hand it over, without a look ahead, which takes as long as the test; returns the job's number."""

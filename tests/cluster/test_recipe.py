@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.runs import Run, spresso
 from tests.cluster.slurm_cluster import SlurmCluster
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 pytestmark = pytest.mark.alone
 
@@ -31,7 +31,7 @@ def jobs(cluster: SlurmCluster, folder: Path) -> dict[str, str]:
 
 
 def test_each_stage_is_a_job_after_the_one_before(jobs: dict[str, str], cluster: SlurmCluster, folder: Path):
-    assert list(jobs) == load("tiny", []).stages
+    assert list(jobs) == load_recipe("tiny", []).stages
     waiting = spresso("status", str(folder / "run"))
     assert waiting.returncode == 0, waiting.stderr
     assert jobs["finetune"] in waiting.stdout

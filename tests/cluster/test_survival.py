@@ -16,7 +16,7 @@ from tests.cluster.runs import LONG, SETTINGS, Run, assert_undisturbed
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.recorded import recorded_sounds
 from trainer.loop import train
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 pytestmark = pytest.mark.alone
 SHORT = 1200
@@ -31,7 +31,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sounds.mkdir()
     for number, path in enumerate(recorded_sounds(folder)[:80]):
         (sounds / f"{number:03d}{path.suffix}").symlink_to(path)
-    pipeline.prepare_latents(load("tiny", [f"run_dir={folder}", f"data.audio={sounds}", "data.workers=1"]))
+    pipeline.prepare_latents(load_recipe("tiny", [f"run_dir={folder}", f"data.audio={sounds}", "data.workers=1"]))
     return folder / "latents"
 
 
@@ -40,7 +40,7 @@ def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The losses of a run on one rank, here, that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     settings = [*SETTINGS, f"run_dir={folder}", f"data.latents={latents}", f"pretrain.samples={LONG}"]
-    assert train(load("tiny", settings), "pretrain") == "done"
+    assert train(load_recipe("tiny", settings), "pretrain") == "done"
     run = Run.__new__(Run)
     run.stage = folder / "pretrain"
     return run.curve()

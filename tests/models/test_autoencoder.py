@@ -29,7 +29,7 @@ def test_blocks_join_as_if_there_were_one(ae, samples, monkeypatch):
     audio, read = noise(samples), []
     x0 = ae.encode(audio)
     decoded = ae.decode(x0)
-    monkeypatch.setattr("models.autoencoder.BLOCK", 40)
+    monkeypatch.setattr("models.autoencoder.FRAMES_PER_BLOCK", 40)
 
     def piece(first: int, last: int) -> torch.Tensor:
         read.append(last - first)
@@ -47,7 +47,7 @@ def test_blocks_join_as_if_there_were_one(ae, samples, monkeypatch):
 def test_a_context_too_short_shows_where_blocks_join(ae, monkeypatch):
     audio = noise(48_000)
     x0 = ae.encode(audio)
-    monkeypatch.setattr("models.autoencoder.BLOCK", 40)
+    monkeypatch.setattr("models.autoencoder.FRAMES_PER_BLOCK", 40)
     monkeypatch.setattr(ae, "context", 0)
     assert (ae.encode(audio) - x0).abs().max() > 1e-3
 

@@ -61,7 +61,7 @@ def test_every_row_is_levelled_by_itself():
 
 def test_the_gain_is_that_of_the_training(monkeypatch):
     audio = sound(0.02, samples=5_000)
-    monkeypatch.setattr("models.channels.BLOCK", 999)
+    monkeypatch.setattr("models.channels.SAMPLES_PER_BLOCK", 999)
     assert Rows(audio, layout="auto", ae_channels=1).gains_db == (level(audio)[1],)
 
 

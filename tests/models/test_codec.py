@@ -190,7 +190,7 @@ def test_a_stream_tells_of_the_sound_before_it_was_resampled(codec):
 def test_blocks_are_the_whole(codec, monkeypatch):
     stream = codec.encode(noise(3, channels=2))
     whole = codec.decode(stream, seed=5)
-    monkeypatch.setattr("models.autoencoder.BLOCK", 50)
+    monkeypatch.setattr("models.autoencoder.FRAMES_PER_BLOCK", 50)
     blocks = list(codec.decode_blocks(stream, seed=5))
     assert len(blocks) == 7
     torch.testing.assert_close(torch.cat(blocks, dim=-1), whole)

@@ -30,7 +30,7 @@ from trainer.loop import train
 from trainer.memory.activations import Pass, activations
 from trainer.memory.outline import outline
 from trainer.ranks.parallel import Parallel
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.tasks import make_task
 
@@ -58,7 +58,9 @@ def recipe(root: Path, run: Path, *overrides: str, model: str = "stable_audio_op
     log = ["log.every=8", "log.samples_every=0", "log.clips=1", "log.held_out=2", "checkpoint.every=8"]
     weights = [f"pretrained.folder={root / 'release'}"] if model == "stable_audio_open" else []
     where = [f"run_dir={run}", f"data.audio={root / 'audio'}", f"data.latents={root / 'latents'}"]
-    return load("tiny", [f"model={model}", *where, *small, *stage, *log, *weights, "parallel.threads=1", *overrides])
+    return load_recipe(
+        "tiny", [f"model={model}", *where, *small, *stage, *log, *weights, "parallel.threads=1", *overrides]
+    )
 
 
 @pytest.fixture(scope="module")

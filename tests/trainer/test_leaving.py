@@ -11,7 +11,7 @@ import torch
 
 from trainer.checkpoints import checkpoint
 from trainer.data.stream import LatentStream
-from trainer.log.held_out import Clips, HeldOutLoss
+from trainer.log.held_out import HeldOutLoss, ListeningClips
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
 from trainer.ranks.flat_ranges import whole_ranges
@@ -76,13 +76,13 @@ def test_an_evaluation_is_given_up_and_the_step_before_it_saved(tiny, tmp_path, 
 
 @pytest.mark.parametrize("samples_every", [32, 0], ids=["in the middle", "at the end"])
 def test_listening_is_given_up(tiny, tmp_path, stop, whole, monkeypatch, samples_every):
-    decoded = Clips.decoded
+    decoded = ListeningClips.decoded
 
     def asked_meanwhile(clips, task, strategy, between):
         stop.now = True
         return decoded(clips, task, strategy, between)
 
-    monkeypatch.setattr(Clips, "decoded", asked_meanwhile)
+    monkeypatch.setattr(ListeningClips, "decoded", asked_meanwhile)
     config = tiny(*PRETRAIN, f"log.samples_every={samples_every}")
     assert train(config, "pretrain", stop=stop) == "stopped"
     assert saved(tmp_path / "run")[-1] == (samples_every or 96)

@@ -54,11 +54,11 @@ class stop_after(Stop):  # reads as what is asked for
 @pytest.fixture(scope="module")
 def whole(prepared, tmp_path_factory):
     """A run that nothing interrupted."""
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
     run_dir = tmp_path_factory.mktemp("whole")
     paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
-    config = load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *PRETRAIN])
+    config = load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *PRETRAIN])
     assert train(config, "pretrain") == "done"
     return run_dir
 

@@ -9,8 +9,8 @@ import torch
 
 from models import bitstream
 from models.codec import SPresso
-from trainer.evaluate.clips import load_clips
 from trainer.evaluate.own_codecs import own_sources
+from trainer.evaluate.scored_clips import load_clips
 from trainer.loop import train
 from trainer.run_directory import stage_before, stage_folder, training_sets
 from trainer.tasks import make_task
@@ -25,11 +25,11 @@ BRIEF = (
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     """A recipe with a prior, run to the end of `finetune`."""
-    from trainer.recipes.reading import load
+    from trainer.recipes.reading import load_recipe
 
     folder = tmp_path_factory.mktemp("prior")
     paths = [f"run_dir={folder}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
-    config = load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *BRIEF])
+    config = load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *BRIEF])
     for stage in ("pretrain", "autoencode", "quantize", "prior", "finetune"):
         assert train(config, stage) == "done"
     return config

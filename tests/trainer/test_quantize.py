@@ -13,7 +13,7 @@ from models.quantizers.qinco2 import QINCo2
 from tests.trainer import ranks
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer.loop import train
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.tasks import make_task
 
 QINCO2 = (
@@ -27,7 +27,7 @@ QINCO2 = (
 def autoencoded(prepared, tmp_path_factory) -> Path:
     """A run whose step 1 has ended."""
     folder = tmp_path_factory.mktemp("autoencoded") / "run"
-    config = load("tiny", [*places(folder, prepared), "pretrain.samples=8", "autoencode.samples=8"])
+    config = load_recipe("tiny", [*places(folder, prepared), "pretrain.samples=8", "autoencode.samples=8"])
     for stage in ("pretrain", "autoencode"):
         assert train(config, stage) == "done"
     return folder
@@ -42,7 +42,7 @@ def places(run_dir: Path | str, prepared: Path | str) -> list[str]:
 def start(autoencoded, prepared, tmp_path):
     def make(*overrides: str, name: str = "run"):
         shutil.copytree(autoencoded, tmp_path / name)
-        return load("tiny", [*places(tmp_path / name, prepared), *QINCO2, *overrides])
+        return load_recipe("tiny", [*places(tmp_path / name, prepared), *QINCO2, *overrides])
 
     return make
 
@@ -52,12 +52,12 @@ def whole(autoencoded, prepared, tmp_path_factory) -> Path:
     """A stage that nothing interrupted, on one rank."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(autoencoded, folder)
-    assert train(load("tiny", [*places(folder, prepared), *QINCO2]), "quantize") == "done"
+    assert train(load_recipe("tiny", [*places(folder, prepared), *QINCO2]), "quantize") == "done"
     return folder
 
 
 def learn(rank: int, run_dir: str, prepared: str, *overrides: str) -> None:
-    assert train(load("tiny", [*places(run_dir, prepared), *QINCO2, *overrides]), "quantize") == "done"
+    assert train(load_recipe("tiny", [*places(run_dir, prepared), *QINCO2, *overrides]), "quantize") == "done"
 
 
 def test_it_learns_and_is_exported(whole):

@@ -40,7 +40,7 @@ from trainer.ranks import collective
 from trainer.ranks.collective import shortened
 from trainer.ranks.flat_ranges import FlatRange
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step_(\d{12,})")
@@ -88,7 +88,7 @@ def save(
         collective.on_rank_0(lambda: _begin(temporary, permitted), group)
         written = collective.together(lambda: _write(temporary, tensors), group)
         manifest = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "meta": {**meta, "samples": samples, "time": round(time.time()), "world_size": len(written)},
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
@@ -225,8 +225,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}, and this version of the program reads {FORMAT}")
+    if manifest["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest['format']}, and this version of the program reads {CHECKPOINT_FORMAT}"
+        )
     return manifest
 
 

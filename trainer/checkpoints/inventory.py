@@ -14,7 +14,7 @@ from trainer.formatting import aligned, size
 _NO_PARTS = ("statistics",)  # kinds of tensors that are not cut by parts of the model
 
 
-def find(location: Path) -> list[Path]:
+def find_checkpoints(location: Path) -> list[Path]:
     """The checkpoints of a run directory, of a stage's, of a folder of checkpoints; or the one that this is.
 
     Raises:

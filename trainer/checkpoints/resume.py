@@ -26,7 +26,7 @@ logger = logging.getLogger("spresso")
 _FOLLOWED = "resumed_from.json"
 
 
-def find(config: Config, run: RunDirectory, identity: str) -> Path | None:
+def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
     """The checkpoint to go on from, None for a fresh run. All ranks.
 
     Args:
@@ -62,7 +62,7 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
                 f"another run_dir=…, remove {run.path}, or leave it out to go on"
             )
         return None
-    if newest is not None and followed(run, choice):
+    if newest is not None and was_followed(run, choice):
         return newest
     path = Path(choice).resolve()
     _require_fit(path, run, identity)
@@ -76,7 +76,7 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     return path_here
 
 
-def followed(run: RunDirectory, choice: str) -> bool:
+def was_followed(run: RunDirectory, choice: str) -> bool:
     """Whether the run went on from this path before."""
     return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
 
@@ -137,7 +137,7 @@ def _require_base(task: Task, path: Path, base_hash: str) -> None:
         )
 
 
-def told(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
+def describe_resumed(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
     """What was restored from a checkpoint, in one table."""
     manifest = checkpoint.read_manifest(path)
     meta: dict[str, Any] = manifest["meta"]

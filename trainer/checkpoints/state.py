@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.ema import EMA
-from trainer.ranks.flat_ranges import FlatRange, equal_ranges, share, whole_ranges
+from trainer.ranks.flat_ranges import FlatRange, equal_ranges, split_among_copies, whole_ranges
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.tasks import Task
@@ -31,7 +31,7 @@ class TrainState:
         """The same, each element on one rank alone: what a save writes."""
         rank, world_size = self.parallel.rank, self.parallel.world_size
         statistics = equal_ranges(self._statistics(), rank=rank, world_size=world_size)
-        return statistics | share(self._trained(), index=self.strategy.copy, copies=self.strategy.copies)
+        return statistics | split_among_copies(self._trained(), index=self.strategy.copy, copies=self.strategy.copies)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Fill all of it from a checkpoint, of whatever strategy and world size; returns the checkpoint's `meta`.
@@ -52,7 +52,7 @@ class TrainState:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving averages, whole and in host memory; empty on all ranks but the first, which exports them."""
-        ranges = share(self._averages(), index=self.strategy.copy, copies=self.strategy.copies)
+        ranges = split_among_copies(self._averages(), index=self.strategy.copy, copies=self.strategy.copies)
         return self.parallel.whole(ranges)
 
     def _statistics(self) -> Mapping[str, Tensor]:
@@ -71,7 +71,7 @@ class TrainState:
 
 
 @torch.no_grad()
-def filled(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Task:
+def fill_task(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Task:
     """A stage's fresh Task with what was trained of it."""
     for name, parameter in fresh.learned.items():
         parameter.copy_(weights[name])

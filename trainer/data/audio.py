@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from trainer.files import replacing
 
+Audio = NDArray[np.float32]
+"""Sound as float32, (channels, samples) or (samples,), full scale 1."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 _MOST_VORBIS = 192_000  # samples a second; libsndfile crashes where libvorbis refuses more
@@ -53,7 +55,7 @@ def duration(path: Path) -> float:
         return 0.0
 
 
-def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np.float32]:
+def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
     """Read a sound file of any rate, depth and number of channels.
 
     Returns:
@@ -73,7 +75,7 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> NDArray[np
     return np.ascontiguousarray(audio.T)
 
 
-def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
+def read_sound(path: Path) -> tuple[Audio, int]:
     """Read a sound file as it is.
 
     Returns:
@@ -88,7 +90,7 @@ def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
     return audio.T, rate
 
 
-def _read(path: Path) -> tuple[NDArray[np.float32], int]:
+def _read(path: Path) -> tuple[Audio, int]:
     """Samples (samples, channels), and their rate."""
     try:
         with soundfile.SoundFile(path) as file:
@@ -105,7 +107,7 @@ def _read(path: Path) -> tuple[NDArray[np.float32], int]:
     return audio, rate
 
 
-def resample(audio: NDArray[np.float32], rate: int, wanted: int, *, samples: int) -> NDArray[np.float32]:
+def resample(audio: Audio, rate: int, wanted: int, *, samples: int) -> Audio:
     """Audio (channels, any length) at another rate, cut or filled up with zeros to so many samples."""
     if rate != wanted:
         audio = soxr.resample(audio.T, rate, wanted).T
@@ -113,9 +115,7 @@ def resample(audio: NDArray[np.float32], rate: int, wanted: int, *, samples: int
     return np.pad(audio, ((0, 0), (0, missing))) if missing > 0 else audio[:, :samples]
 
 
-def resampled(
-    blocks: Iterable[NDArray[np.float32]], rate: int, wanted: int, *, channels: int, samples: int
-) -> Iterator[NDArray[np.float32]]:
+def resampled(blocks: Iterable[Audio], rate: int, wanted: int, *, channels: int, samples: int) -> Iterator[Audio]:
     """`resample` of blocks (channels, …) that come one by one, to `samples` in all."""
     stream = None if rate == wanted else soxr.ResampleStream(rate, wanted, channels, dtype="float32")
     left = samples
@@ -151,7 +151,7 @@ def _last_page_is_missing(path: Path) -> bool:
     return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
-def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> None:
+def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
     """Write (channels, samples) as the suffix says: .wav or .flac of 24 bits, or .ogg (Vorbis). The file appears whole.
 
     Values are clipped to [-1, 1].
@@ -165,7 +165,7 @@ def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> Non
         file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
 
 
-def write_blocks(path: Path, blocks: Iterable[NDArray[np.float32]], sample_rate: int, channels: int) -> None:
+def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int) -> None:
     """`write_audio` of blocks (channels, …) that come one by one; ValueError also for a rate that the format lacks."""
     if not can_write(path):
         raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
@@ -199,14 +199,14 @@ def sound_length(path: Path) -> tuple[int, int] | None:
     return found.frames, found.samplerate
 
 
-def _write(file: soundfile.SoundFile, audio: NDArray[np.float32]) -> None:
+def _write(file: soundfile.SoundFile, audio: Audio) -> None:
     if not np.isfinite(audio).all():
         raise ValueError("audio with values that are not finite can't be written")
     for start in range(0, audio.shape[1], _WRITE_BLOCK):
         file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
 
 
-def encode_audio(audio: NDArray[np.float32], sample_rate: int, *, suffix: str) -> bytes:
+def encode_audio(audio: Audio, sample_rate: int, *, suffix: str) -> bytes:
     """The bytes of the file that `write_audio` would write."""
     container, subtype = _FORMATS[suffix]
     content = io.BytesIO()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.loudness import is_silent, level
 from trainer.data.audio import encode_audio, read_audio
-from trainer.data.sound_files import Source
+from trainer.data.sound_files import SoundFile
 from trainer.data.text_embeddings import Embedder
 from trainer.data.workers import explained_death, follow_parent
 
@@ -27,7 +27,7 @@ _CLIPS_AT_ONCE = 8
 _AHEAD = 2  # files under way for each worker
 
 
-class Encoder(Protocol):
+class AudioEncoder(Protocol):
     """What is needed of an `AudioAE`."""
 
     sample_rate: int
@@ -80,10 +80,10 @@ def clip_starts(samples: int, clip_samples: int) -> list[int]:
 class ClipEncoder:
     """Makes clips of `clip_samples` of a file; a file shorter than that is repeated."""
 
-    def __init__(self, ae: Encoder, clip_samples: int, embedder: Embedder | None = None):
+    def __init__(self, ae: AudioEncoder, clip_samples: int, embedder: Embedder | None = None):
         self.ae, self.clip_samples, self.embedder = ae, clip_samples, embedder
 
-    def __call__(self, source: Source, keep_audio: bool) -> EncodedFile:
+    def __call__(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
         """All clips of a file, with their (levelled) audio or without."""
         try:
             audio_CS = self._read(source)
@@ -102,7 +102,7 @@ class ClipEncoder:
         ]
         return EncodedFile(audio_CS.shape[1] / self.ae.sample_rate, clips, problems)
 
-    def _text(self, source: Source) -> tuple[NDArray[np.float16] | None, list[str]]:
+    def _text(self, source: SoundFile) -> tuple[NDArray[np.float16] | None, list[str]]:
         """A file's text, and what is wrong with it: it has none then, and its sound is used all the same."""
         if self.embedder is None:
             return None, []
@@ -111,7 +111,7 @@ class ClipEncoder:
         except ValueError as error:
             return np.zeros((0, self.embedder.width), np.float16), [str(error)]
 
-    def _read(self, source: Source) -> Tensor:
+    def _read(self, source: SoundFile) -> Tensor:
         rate = self.ae.sample_rate
         audio = torch.from_numpy(read_audio(source.path, sample_rate=rate, channels=self.ae.channels))
         if audio.shape[1] < SHORTEST_SECONDS * rate:
@@ -121,7 +121,7 @@ class ClipEncoder:
         return audio
 
     def _clips(
-        self, source: Source, audio_CS: Tensor, starts: dict[int, int], left_out: Counter[str], keep_audio: bool
+        self, source: SoundFile, audio_CS: Tensor, starts: dict[int, int], left_out: Counter[str], keep_audio: bool
     ) -> Iterator[Clip]:
         """The clips of these numbers and starts; those that can't be used are counted."""
         rate = self.ae.sample_rate
@@ -155,9 +155,9 @@ class ClipEncoder:
 
 
 def encode_in_order(
-    tasks: Iterator[tuple[Source, bool]],
+    tasks: Iterator[tuple[SoundFile, bool]],
     encode: ClipEncoder,
-    make_ae: Callable[[], Encoder],
+    make_ae: Callable[[], AudioEncoder],
     make_embedder: Callable[[], Embedder] | None = None,
     *,
     workers: int,
@@ -203,7 +203,7 @@ _worker_encode: ClipEncoder
 
 
 def _start_worker(
-    make_ae: Callable[[], Encoder], make_embedder: Callable[[], Embedder] | None, clip_samples: int
+    make_ae: Callable[[], AudioEncoder], make_embedder: Callable[[], Embedder] | None, clip_samples: int
 ) -> None:
     global _worker_encode
     follow_parent()
@@ -211,5 +211,5 @@ def _start_worker(
     _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder())
 
 
-def _encode_in_worker(source: Source, keep_audio: bool) -> EncodedFile:
+def _encode_in_worker(source: SoundFile, keep_audio: bool) -> EncodedFile:
     return _worker_encode(source, keep_audio)

@@ -18,11 +18,13 @@ from trainer.data.shards import SetInfo, find_members, index_rows, text_width, w
 from trainer.data.workers import explained_death, follow_parent
 
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Is called with shards done and shards in all."""
 
 
-def index_folder(folder: Path, info: SetInfo, *, workers: int = 1, progress: Progress | None = None) -> ShardSet:
+def index_folder(
+    folder: Path, info: SetInfo, *, workers: int = 1, progress: ProgressCallback | None = None
+) -> ShardSet:
     """Make a folder of tars a set, in the order of their names; its samples are as `scan_shard` finds them.
 
     Args:
@@ -62,7 +64,7 @@ def _with_text(info: SetInfo, paths: list[Path], shards: dict[str, NDArray[np.vo
     return replace(info, text={"encoder": "unknown", "tokens": tokens, "width": width})
 
 
-def verify_folder(folder: Path, *, workers: int = 1, progress: Progress | None = None) -> list[str]:
+def verify_folder(folder: Path, *, workers: int = 1, progress: ProgressCallback | None = None) -> list[str]:
     """What of a set is not as its index says, a line each, from reading all of it; empty where all is.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.clips import SHORTEST_SECONDS, ClipEncoder, EncodedFile, Encoder, encode_in_order
+from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sound_files import list_sources
@@ -65,7 +65,7 @@ class PrepareReport:
 def prepare(
     audio: Path,
     out: Path,
-    make_ae: Callable[[], Encoder],
+    make_ae: Callable[[], AudioEncoder],
     make_embedder: Callable[[], Embedder] | None = None,
     *,
     clip_seconds: float,
@@ -153,7 +153,9 @@ def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
         raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
 
 
-def _set_info(ae: Encoder, embedder: Embedder | None, ae_options: dict[str, Any], settings: dict[str, Any]) -> SetInfo:
+def _set_info(
+    ae: AudioEncoder, embedder: Embedder | None, ae_options: dict[str, Any], settings: dict[str, Any]
+) -> SetInfo:
     return SetInfo(
         ae_identity=settings["ae"],
         ae_options=ae_options,

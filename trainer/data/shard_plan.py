@@ -10,8 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from trainer.data.audio import duration
-from trainer.data.clips import Encoder, clip_starts
-from trainer.data.sound_files import Source, held_out
+from trainer.data.clips import AudioEncoder, clip_starts
+from trainer.data.sound_files import SoundFile, held_out
 from trainer.files import write_whole
 
 SPLITS = ("train", "test")
@@ -25,10 +25,10 @@ class Unit:
 
     split: str
     number: int
-    sources: list[Source]
+    sources: list[SoundFile]
 
 
-def sources_fingerprint(sources: Iterable[Source]) -> str:
+def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
     """Changes with any file, or with what is told of it."""
     digest = blake2b(digest_size=16)
     for source in sources:
@@ -41,7 +41,7 @@ def sources_fingerprint(sources: Iterable[Source]) -> str:
     return digest.hexdigest()
 
 
-def durations(sources: list[Source], memory: Path) -> dict[Source, float]:
+def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     """Seconds of sound in each file, 0 where its header can't be read; written to `memory`, or read from there."""
     if memory.is_file():
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def durations(sources: list[Source], memory: Path) -> dict[Source, float]:
 
 
 def plan_units(
-    seconds: dict[Source, float], ae: Encoder, clip_samples: int, *, holdout: float, seed: int, shard_bytes: int
+    seconds: dict[SoundFile, float], ae: AudioEncoder, clip_samples: int, *, holdout: float, seed: int, shard_bytes: int
 ) -> list[Unit]:
     """Share out files of these lengths; those of 0 count nothing, and why is found out later."""
     tested = held_out((source.base_name for source in seconds if seconds[source]), fraction=holdout, seed=seed)

@@ -22,11 +22,11 @@ from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, Sha
 from trainer.data.shards import (
     INDEX_ROWS,
     MAKE_AGAIN,
-    VERSION,
+    SET_VERSION,
     DamagedSample,
     SetInfo,
-    fingerprint,
     pread,
+    set_fingerprint,
     text_fits,
     well_formed,
 )
@@ -62,7 +62,7 @@ class ShardSet:
             raise NoSetError(f"{error.filename} is missing: {mend}") from error
         except ValueError as error:
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
-        if description.pop("version", None) != VERSION:
+        if description.pop("version", None) != SET_VERSION:
             raise ValueError(f"{self.location}/set.json is of another version of this program: {MAKE_AGAIN}")
         shards = description.pop("shards")
         if strays := [shard["name"] for shard in shards if Path(shard["name"]).name != shard["name"]]:
@@ -110,7 +110,7 @@ class ShardSet:
 
     def recomputed_fingerprint(self) -> str:
         """What `fingerprint` is if the index is whole; reads all of it."""
-        return fingerprint(self.info, self.index)
+        return set_fingerprint(self.info, self.index)
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.float16]) -> dict[int, DamagedSample]:
         """Read the latents of samples (B,) into rows of `out` (B, at least the longest one's C · frames values).

@@ -54,7 +54,7 @@ INDEX_ROWS = (
 _X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
-VERSION = 2
+SET_VERSION = 2
 MAKE_AGAIN = "restore it and run `spresso index` on the folder, or remove the set and run `spresso prepare` again"
 
 
@@ -261,9 +261,9 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
         raise ValueError(f"not all text in {folder} is of up to {info.text}, as it should")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
     description = {
-        "version": VERSION,
+        "version": SET_VERSION,
         **asdict(info),
-        "fingerprint": fingerprint(info, index),
+        "fingerprint": set_fingerprint(info, index),
         "samples": len(index),
         "total_frames": int(index["frames"].sum(dtype=np.int64)),
         "shortest_frames": int(index["frames"].min()),
@@ -278,7 +278,7 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     write_whole(folder / "set.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
+def set_fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
     """A hash of all latents, and of their text, in their order, from their index."""
     digest = blake2b(info.ae_identity.encode(), digest_size=16)
     for column in ("frames", "x0_crc32", *(["text_crc32"] if "text_crc32" in (index.dtype.names or ()) else [])):

@@ -20,7 +20,7 @@ MANIFESTS = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
-class Source:
+class SoundFile:
     """A sound file."""
 
     path: Path
@@ -38,7 +38,7 @@ class Source:
         return unicodedata.normalize("NFC", self.path.stem)
 
 
-def list_sources(audio: Path) -> list[Source]:
+def list_sources(audio: Path) -> list[SoundFile]:
     """All sound files of a folder, sorted by path, or those of a manifest, sorted by name.
 
     A manifest is a `.jsonl` (an object a line) or a `.csv` (with a header) that gives each sound's `file`, absolute or
@@ -63,7 +63,7 @@ def list_sources(audio: Path) -> list[Source]:
         path = (audio.parent if audio.suffix.lower() in MANIFESTS else audio) / name
         caption = _caption(entry) or _sidecar_caption(path) or _caption_from_name(path.stem)
         facts = {key: value for key, value in entry.items() if key not in ("file", "caption")}
-        sources.append(Source(path, name, _free_key(path.stem, taken), caption, facts))
+        sources.append(SoundFile(path, name, _free_key(path.stem, taken), caption, facts))
     return sources
 
 

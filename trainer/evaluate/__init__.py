@@ -9,19 +9,3 @@ The ceiling is the AudioAE alone; the floors are a decode from another clip's z,
     scores.py     sounds → figures of a block         embedding.py   what distances of sets are taken over
     pieces.py     what is done already                run.py         the evaluation, whole or in parts
 """
-
-from trainer.evaluate.clips import Clips, load_clips
-from trainer.evaluate.evaluation import evaluate, evaluate_part, evaluation_identity
-from trainer.evaluate.own_codecs import LEVELS, NOISE_SEED
-from trainer.evaluate.tables import table
-
-__all__ = [
-    "LEVELS",
-    "NOISE_SEED",
-    "Clips",
-    "evaluate",
-    "evaluate_part",
-    "evaluation_identity",
-    "load_clips",
-    "table",
-]

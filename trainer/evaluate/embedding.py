@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.evaluate.baselines.base import lacks, offline, resample
+from trainer.evaluate.baselines.baseline import lacks, offline, resample_mono
 from trainer.evaluate.figures import EMBEDDING, mel_statistics
 
 CLAP = "clap:"
@@ -68,7 +68,7 @@ class Clap(Embedding):
     def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
         """Windows as long as the model's longest input; a shorter one is repeated to fill it, as it was in training."""
         extractor, model = self._parts
-        audio_S = resample(audio_1S[0].cpu().numpy(), sample_rate, extractor.sampling_rate)
+        audio_S = resample_mono(audio_1S[0].cpu().numpy(), sample_rate, extractor.sampling_rate)
         longest = int(extractor.max_length_s * extractor.sampling_rate)
         parts = [np.ascontiguousarray(audio_S[at : at + longest]) for at in range(0, max(1, len(audio_S)), longest)]
         inputs = extractor(

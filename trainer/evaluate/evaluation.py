@@ -15,19 +15,19 @@ import torch
 from models.codec import SPresso
 from trainer.data.audio import write_audio
 from trainer.evaluate.bootstrap import LEVEL
-from trainer.evaluate.clips import load_clips
 from trainer.evaluate.embedding import make_embedding
 from trainer.evaluate.other_codecs import other_sources
 from trainer.evaluate.own_codecs import Export, Own, own_sources
 from trainer.evaluate.pieces import Piece, Pieces
 from trainer.evaluate.report import Gathered, results_of, systems_of, variability
+from trainer.evaluate.scored_clips import load_clips
 from trainer.evaluate.scores import Scorer, figures_of
 from trainer.evaluate.systems import TABLES
 from trainer.evaluate.tables import write_tables
-from trainer.evaluate.under_test import Source
+from trainer.evaluate.under_test import SystemUnderTest
 from trainer.files import locked
 from trainer.progress import Progress
-from trainer.recipes.schema import Config, fingerprint
+from trainer.recipes.schema import Config, hash_values
 from trainer.run_directory import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
 
 _REPORT, _LOCK = "evaluation.json", ".merge.lock"
@@ -98,7 +98,7 @@ class _Plan:
         of_all = {"format": _FORMAT, "clips": self.clips.identity, "batch": chosen.batch}
         of_all |= {"embedding": chosen.embedding, "visqol": chosen.visqol}
         self.names = {
-            source.key: f"{source.key}-{fingerprint(of_all | {'source': source.identity})[:8]}"
+            source.key: f"{source.key}-{hash_values(of_all | {'source': source.identity})[:8]}"
             for source in self.sources
         }
         if len(self.names) < len(self.sources):
@@ -107,9 +107,9 @@ class _Plan:
             source.export for source in self.sources if isinstance(source, Own) and source.key.startswith("zq")
         )
         asked = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
-        self.speed_name = f"speed-{fingerprint(of_all | asked)[:8]}"
+        self.speed_name = f"speed-{hash_values(of_all | asked)[:8]}"
         order = [*self.names.values(), self.speed_name]
-        self.identity = fingerprint({"name": config.name, "systems": order, "decodes": chosen.decodes})
+        self.identity = hash_values({"name": config.name, "systems": order, "decodes": chosen.decodes})
 
     def holds(self, report: dict[str, Any]) -> bool:
         """Whether a report is that of this evaluation, and nothing that it lacked could be had now."""
@@ -143,9 +143,9 @@ class _Plan:
                 write_atomically(self._speed_path, json.dumps(self._speed()))
             progress.to(len(self.sources) * len(mine) + 1)
 
-    def _ordered(self, numbers: range) -> Iterator[tuple[Source, int]]:
+    def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest, int]]:
         """Source by source, those of one codec together, which is then let go of."""
-        groups: dict[int, list[Source]] = {}
+        groups: dict[int, list[SystemUnderTest]] = {}
         for source in self.sources:
             groups.setdefault(id(getattr(source, "export", source)), []).append(source)
         for group in groups.values():
@@ -154,7 +154,7 @@ class _Plan:
                     yield source, number
             group[0].unload()
 
-    def _made(self, source: Source, number: int) -> bool:
+    def _made(self, source: SystemUnderTest, number: int) -> bool:
         name = self.names[source.key]
         if not self.pieces.path(name, number).is_file():
             return False
@@ -163,7 +163,7 @@ class _Plan:
         piece = self.pieces.read(name, number)
         return piece is not None and not piece.unavailable
 
-    def _make(self, source: Source, number: int, scorer: Scorer) -> None:
+    def _make(self, source: SystemUnderTest, number: int, scorer: Scorer) -> None:
         rows, clips = self.blocks[number], self.clips
         made = source.decode(rows)
         piece = Piece(dataclasses.asdict(made.system), rows)
@@ -257,7 +257,7 @@ class _Plan:
             "speed": read_json(self._speed_path),
         }
 
-    def _gather(self, source: Source) -> Gathered:
+    def _gather(self, source: SystemUnderTest) -> Gathered:
         found = [self.pieces.read(self.names[source.key], number) for number in range(len(self.blocks))]
         pieces = [piece for piece in found if piece is not None]
         return Gathered(pieces, seconds=self.clips.seconds, control_of=source.control_of)

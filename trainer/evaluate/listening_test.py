@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
-from trainer.data.audio import read_audio, write_audio
+from trainer.data.audio import Audio, read_audio, write_audio
 
 MOST_CONDITIONS = 12
 """To a trial, the reference and the anchors among them: more than BS.1534 holds that people can compare."""
@@ -37,8 +36,6 @@ _INTRODUCTION = (
     "(excellent). One of the versions is the reference itself. Please use headphones, in a quiet place."
 )
 _QUESTION = "How near is each version to the reference?"
-
-Audio = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def write_listening_test(
     return ListeningTest(config, key_file, len(trials), len(chosen) + len(ANCHORS))
 
 
-def low_pass(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
+def anchor_filter(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
     """What of (1, samples) lies below a frequency in Hz, not delayed: a windowed sinc, 80 dB down beyond it."""
     times = np.arange(_TAPS) - _TAPS // 2
     kernel = 2 * cutoff / sample_rate * np.sinc(2 * cutoff / sample_rate * times) * np.blackman(_TAPS)
@@ -140,7 +137,7 @@ def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sampl
     if silent := [key for key, takes in files.items() if not takes]:
         raise ValueError(f"there is no sound of {', '.join(silent)} for {clip['key']}: choose others with --systems")
     versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
-    versions |= {key: low_pass(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
+    versions |= {key: anchor_filter(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
     samples = versions["reference"].shape[1]
     cut = {
         key: np.pad(audio[:, :samples], ((0, 0), (0, max(0, samples - audio.shape[1]))))

@@ -9,21 +9,21 @@ from collections.abc import Sequence
 import torch
 
 from trainer.evaluate.baselines import Baseline, make_baseline
-from trainer.evaluate.clips import Clips
+from trainer.evaluate.scored_clips import ScoredClips
 from trainer.evaluate.systems import System, table_of
-from trainer.evaluate.under_test import Decoded, Source
-from trainer.recipes.schema import Config, fingerprint
+from trainer.evaluate.under_test import Decoded, SystemUnderTest
+from trainer.recipes.schema import Config, hash_values
 
 logger = logging.getLogger("spresso")
 
 
-class Other(Source):
+class Other(SystemUnderTest):
     """One codec by others at one rate."""
 
-    def __init__(self, baseline: Baseline, clips: Clips, device: torch.device) -> None:
+    def __init__(self, baseline: Baseline, clips: ScoredClips, device: torch.device) -> None:
         self.baseline, self.clips, self.device = baseline, clips, device
         self.key = baseline.spec.replace("@", "_")
-        self.identity = fingerprint({"spec": baseline.spec, "weights": baseline.weights})
+        self.identity = hash_values({"spec": baseline.spec, "weights": baseline.weights})
         self._trouble: str | None = None  # not tried yet
 
     def decode(self, rows: Sequence[int]) -> Decoded:
@@ -53,7 +53,7 @@ class Other(Source):
 
     def retry(self) -> bool:
         """All of it is here."""
-        return not self.baseline.available()
+        return not self.baseline.missing()
 
     def unload(self) -> None:
         """The weights."""
@@ -61,7 +61,7 @@ class Other(Source):
             self.baseline, self._trouble = make_baseline(self.baseline.spec, self.baseline.weights), None
 
     def _load(self) -> str:
-        missing = self.baseline.available()
+        missing = self.baseline.missing()
         if missing and not self.baseline.fetches:
             return missing
         try:
@@ -85,7 +85,7 @@ class Other(Source):
         )
 
 
-def other_sources(config: Config, clips: Clips, device: torch.device) -> list[Source]:
+def other_sources(config: Config, clips: ScoredClips, device: torch.device) -> list[SystemUnderTest]:
     """Those of `evaluate.baselines`; nothing is loaded."""
     return [
         Other(make_baseline(spec, config.evaluate.weights.get(spec.partition("@")[0])), clips, device)

@@ -14,11 +14,11 @@ from torch import Tensor
 from models import bitstream
 from models.codec import SPresso
 from models.codec_config import Sampling
-from trainer.evaluate.baselines.base import resample
-from trainer.evaluate.clips import Clips
+from trainer.evaluate.baselines.baseline import resample_mono
+from trainer.evaluate.scored_clips import ScoredClips
 from trainer.evaluate.systems import System, table_of
-from trainer.evaluate.under_test import Decoded, Source
-from trainer.recipes.schema import Config, fingerprint
+from trainer.evaluate.under_test import Decoded, SystemUnderTest
+from trainer.recipes.schema import Config, hash_values
 from trainer.run_directory import stage_folder
 
 LEVELS = 8  # of noise, at which the denoising error is taken
@@ -30,7 +30,7 @@ VARIABLE = 4  # systems of which several decodes of the same codes are kept, as 
 class Export:
     """A codec's folder. It is loaded when the first clip goes through, and remembers each clip's z."""
 
-    def __init__(self, folder: Path, clips: Clips, *, sampling: Sampling | None, device: torch.device) -> None:
+    def __init__(self, folder: Path, clips: ScoredClips, *, sampling: Sampling | None, device: torch.device) -> None:
         self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
         self._z: dict[int, Tensor] = {}
         self._files: dict[tuple[int, int], _File] = {}
@@ -133,7 +133,7 @@ class _File:
         return None if self.coded is None else 8 * bitstream.read_header(self.coded)[1]
 
 
-class Own(Source):
+class Own(SystemUnderTest):
     """One system of ours: an export, and what D is told."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Own(Source):
         self.key, self.control_of = system.key, control_of
         sampling = dataclasses.asdict(export.asked) if export.asked else None
         facts = {"model": export.model_hash, "sampling": sampling, "books": books, "told": told, "takes": takes}
-        self.identity = fingerprint(facts | {"title": system.title})
+        self.identity = hash_values(facts | {"title": system.title})
 
     def decode(self, rows: Sequence[int]) -> Decoded:
         """z, perhaps through codes, to audio."""
@@ -203,10 +203,10 @@ class Own(Source):
         self.export.unload()
 
 
-class Original(Source):
+class Original(SystemUnderTest):
     """The clips themselves."""
 
-    def __init__(self, clips: Clips) -> None:
+    def __init__(self, clips: ScoredClips) -> None:
         self.key, self.identity, self.clips = "original", "", clips
 
     def decode(self, rows: Sequence[int]) -> Decoded:
@@ -214,12 +214,12 @@ class Original(Source):
         return Decoded(System("original", "Original", "original"), [self.clips.audio(rows)])
 
 
-class Ceiling(Source):
+class Ceiling(SystemUnderTest):
     """The AudioAE alone."""
 
     def __init__(self, export: Export) -> None:
         self.key, self.export = "autoencoder", export
-        self.identity = fingerprint({"model": export.model_hash})
+        self.identity = hash_values({"model": export.model_hash})
 
     def decode(self, rows: Sequence[int]) -> Decoded:
         """Audio → x0 → audio."""
@@ -233,7 +233,9 @@ class Ceiling(Source):
         self.export.unload()
 
 
-def own_sources(config: Config, clips: Clips, device: torch.device) -> tuple[list[Source], list[Source]]:
+def own_sources(
+    config: Config, clips: ScoredClips, device: torch.device
+) -> tuple[list[SystemUnderTest], list[SystemUnderTest]]:
     """The run's codec and those of `evaluate.codecs`, each with its wrong-z control; and the floors. None is loaded."""
     open_export = functools.partial(Export, clips=clips, device=device)
     stages = ("autoencode", "finetune", "quantize")
@@ -254,7 +256,7 @@ def own_sources(config: Config, clips: Clips, device: torch.device) -> tuple[lis
     note = "Decoded from no z at all: what the decoder makes up by itself."
     nothing = System("unconditional", "Unconditional", "floor", note=note)
     pairs = [source for row in rows for source in (row, *_control(row))]
-    floors: list[Source] = [
+    floors: list[SystemUnderTest] = [
         Own(continuous, other, told="other", control_of="z"),
         Own(continuous, nothing, told="nothing"),
     ]
@@ -316,5 +318,5 @@ def _length(samples: int, rate: int, to: int) -> int:
 def _resampled(audio_B1S: Tensor, rate: int, to: int) -> Tensor:
     if rate == to:
         return audio_B1S
-    rows = [torch.from_numpy(resample(audio_1S[0].cpu().numpy(), rate, to)) for audio_1S in audio_B1S]
+    rows = [torch.from_numpy(resample_mono(audio_1S[0].cpu().numpy(), rate, to)) for audio_1S in audio_B1S]
     return torch.stack(rows)[:, None].to(audio_B1S.device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.evaluate.baselines.base import resample
+from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.embedding import Embedding
 from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance
 from trainer.evaluate.under_test import Decoded
@@ -96,7 +96,7 @@ class Scorer:
 
     def _mos(self, original_S: Tensor, decoded_S: Tensor) -> float:
         pair = (
-            resample(audio.cpu().numpy(), self.sample_rate, _VISQOL_RATE).astype(np.float64)
+            resample_mono(audio.cpu().numpy(), self.sample_rate, _VISQOL_RATE).astype(np.float64)
             for audio in (original_S, decoded_S)
         )
         try:

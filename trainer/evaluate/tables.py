@@ -17,7 +17,7 @@ from trainer.evaluate.systems import TABLES
 from trainer.formatting import aligned
 from trainer.run_directory import write_atomically
 
-Report = Mapping[str, Any]
+EvaluationReport = Mapping[str, Any]
 
 _NOTHING = "–"
 _SHORT = {
@@ -86,7 +86,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A system in a table."""
 
     title: str
@@ -96,7 +96,7 @@ class Row:
     licence: str
 
 
-def table(report: Report) -> str:
+def table(report: EvaluationReport) -> str:
     """For a terminal: a system a line, in sections."""
     columns = _columns(report)
     lines = [["system", "kbps", *(f"{column['key']} {column['unit']}".strip() for column in columns)]]
@@ -114,7 +114,7 @@ def table(report: Report) -> str:
     return "\n".join([aligned(lines, right=range(1, len(lines[0]))), legend, *notes, told])
 
 
-def markdown(report: Report) -> str:
+def markdown(report: EvaluationReport) -> str:
     """Tables for a README or an issue, one a section."""
     columns = _columns(report)
     parts = [f"## {_plain(report['recipe'])}", f"{_plain(report['subtitle'])}."]
@@ -134,7 +134,7 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def latex(report: Report) -> str:
+def latex(report: EvaluationReport) -> str:
     """A `table*` for a paper; needs the packages booktabs and graphicx."""
     columns = _columns(report)
     width = len(columns) + 2
@@ -161,13 +161,13 @@ def latex(report: Report) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table*}"]) + "\n"
 
 
-def write_tables(report: Report, folder: Path) -> None:
+def write_tables(report: EvaluationReport, folder: Path) -> None:
     """`table.txt`, `table.md` and `table.tex`."""
     for name, text in (("txt", table(report) + "\n"), ("md", markdown(report)), ("tex", latex(report))):
         write_atomically(folder / f"table.{name}", text)
 
 
-def sections(report: Report) -> list[tuple[str, list[Row]]]:
+def sections(report: EvaluationReport) -> list[tuple[str, list[TableRow]]]:
     """The ceiling, each table's systems and then the codecs by others in it, and the floors; none that is empty."""
     wanted: list[tuple[str, str, str]] = [("Ceiling", "ceiling", "")]
     for table_, title in TABLES.items():
@@ -177,7 +177,7 @@ def sections(report: Report) -> list[tuple[str, list[Row]]]:
     return [(title, rows) for title, rows in found if rows]
 
 
-def _rows(report: Report, role: str, table_: str) -> list[Row]:
+def _rows(report: EvaluationReport, role: str, table_: str) -> list[TableRow]:
     digits = {column["key"]: _digits(report, column) for column in _columns(report)}
     rows = []
     for system in report["systems"]:
@@ -187,7 +187,7 @@ def _rows(report: Report, role: str, table_: str) -> list[Row]:
         kbps = "" if system["payload_kbps"] is None else f"{system['payload_kbps']:.3f}"
         kbps += f" ({system['coded_kbps']:.3f} entropy-coded)" if system.get("coded_kbps") else ""
         cells = [_cell(scores.get(key) or {}, digits[key]) for key in digits]
-        rows.append(Row(system["title"], kbps, cells, system["unavailable"], system["licence"]))
+        rows.append(TableRow(system["title"], kbps, cells, system["unavailable"], system["licence"]))
     return rows
 
 
@@ -201,13 +201,13 @@ def _cell(score: Mapping[str, Any], digits: int) -> Cell:
     return Cell(f"{score['mean']:.{digits}f}", half, control, good)
 
 
-def _columns(report: Report) -> list[Mapping[str, Any]]:
+def _columns(report: EvaluationReport) -> list[Mapping[str, Any]]:
     """The figures, and the spread of decodes where there are several."""
     variability = report["variability"]
     return [*report["figures"], *([variability["figure"]] if variability["systems"] else [])]
 
 
-def _digits(report: Report, column: Mapping[str, Any]) -> int:
+def _digits(report: EvaluationReport, column: Mapping[str, Any]) -> int:
     """Behind the point: the figure's own, or about three that count in the column's median."""
     if column["digits"] is not None:
         return column["digits"]
@@ -216,7 +216,7 @@ def _digits(report: Report, column: Mapping[str, Any]) -> int:
     return 2 if middle == 0 else min(4, max(0, 2 - math.floor(math.log10(middle))))
 
 
-def _note(row: Row) -> str:
+def _note(row: TableRow) -> str:
     parts = [f"not available: {row.unavailable}" if row.unavailable else "", row.licence and f"licence {row.licence}"]
     return "; ".join(filter(None, parts))
 
@@ -232,14 +232,14 @@ def _latex_head(column: Mapping[str, Any], embedding: str) -> str:
     return " ".join(filter(None, [_escaped(name), way]))
 
 
-def _caption(report: Report) -> str:
+def _caption(report: EvaluationReport) -> str:
     return (
         f"{report['recipe']}: {report['subtitle']}. Mean ± half of the 95 % bootstrap interval over clips; in brackets "
         f"the same decoded from another clip's z. Bold: best of its table, or not significantly worse."
     )
 
 
-def _sets(report: Report) -> str:
+def _sets(report: EvaluationReport) -> str:
     return f"distances of sets over {report['embedding']}"
 
 

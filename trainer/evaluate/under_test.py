@@ -29,7 +29,7 @@ class Decoded:
     """By row, what went wrong: what `takes` holds there counts for nothing."""
 
 
-class Source(ABC):
+class SystemUnderTest(ABC):
     """A system, before it has made anything."""
 
     key: str

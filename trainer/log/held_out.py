@@ -28,7 +28,7 @@ def held_out_latents(config: Config, settings: TrainConfig, count: int) -> tuple
     return ids, torch.stack([torch.tensor(x0_CT[:, :frames]) for x0_CT in latents]).float()
 
 
-class Clips:
+class ListeningClips:
     """A few held-out clips, always the same, that the log listens to. Decoded by all ranks alike."""
 
     def __init__(self, config: Config, settings: TrainConfig, device: torch.device) -> None:

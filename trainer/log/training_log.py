@@ -12,7 +12,7 @@ from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
 from trainer.health import Health
-from trainer.log.held_out import Clips, HeldOutLoss
+from trainer.log.held_out import HeldOutLoss, ListeningClips
 from trainer.log.metrics import LossSums, Metrics, mean_loss
 from trainer.log.timing import StepClock, compared
 from trainer.progress import Progress
@@ -27,7 +27,7 @@ from trainer.tasks import Task
 logger = logging.getLogger("spresso")
 
 
-class Report:
+class TrainingLog:
     """Gathered by all ranks together, written by the first."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Report:
         self.settings = config.stage(task.stage)
         self.clock = StepClock(parallel.device)
         self.losses = LossSums(config.log.bins, parallel.device)
-        self.clips = Clips(config, self.settings, parallel.device)
+        self.clips = ListeningClips(config, self.settings, parallel.device)
         self.held_out = HeldOutLoss(config, self.settings, parallel)
         self.metrics: Metrics | None = None
 

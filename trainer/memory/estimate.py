@@ -53,7 +53,7 @@ work, which is more than any traffic on a fast network; offloading waits for PCI
 
 
 @dataclass(frozen=True)
-class Row:
+class StrategyRow:
     """One way to share the work, and what a rank would hold."""
 
     sharing: Sharing
@@ -86,12 +86,12 @@ class Estimate:
         self.own = Sharing.of(parallel)
         self._measured = cache(self._measure)
 
-    def row(self, sharing: Sharing) -> Row:
+    def row(self, sharing: Sharing) -> StrategyRow:
         """What a rank would hold."""
         parts = held(self.outline, sharing, self.ranks)
-        return Row(sharing, parts.with_activations(self.activations(sharing).peak))
+        return StrategyRow(sharing, parts.with_activations(self.activations(sharing).peak))
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StrategyRow]:
         """Every way, the recipe's own among them, the fastest first; blocks are computed again where it says so."""
         own = self.own
         ways = [*_PLAIN, *_OFFLOADED]
@@ -101,7 +101,7 @@ class Estimate:
             ways.insert(len(_PLAIN), own)
         return [self.row(sharing) for sharing in ways]
 
-    def fastest(self, total: float) -> Row | None:
+    def fastest(self, total: float) -> StrategyRow | None:
         """The first of `SPEED` that fits a device of so many bytes; None where nothing does."""
         return fastest((self.row(sharing) for sharing in SPEED), total)
 
@@ -123,7 +123,7 @@ class Estimate:
         return activations(self.config, self.stage, self.outline.dit, how)
 
 
-def fastest(rows: Iterable[Row], total: float) -> Row | None:
+def fastest(rows: Iterable[StrategyRow], total: float) -> StrategyRow | None:
     """The first row that fits; the rest are not asked for."""
     return next((row for row in rows if row.fits(total)), None)
 
@@ -141,7 +141,7 @@ class Change:
 
     settings: list[str]
     cost: str
-    row: Row
+    row: StrategyRow
 
 
 def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
@@ -177,7 +177,7 @@ def _smaller_micro_batches(now: Estimate) -> Iterator[Change]:
         if now.micro % clips == 0:
             peak = least + (most - least) * (clips - 1) // (now.micro - 1)
             cost = "more, smaller micro batches to a step; the same result"
-            yield Change([f"parallel.micro_batch={clips}"], cost, Row(now.own, parts.with_activations(peak)))
+            yield Change([f"parallel.micro_batch={clips}"], cost, StrategyRow(now.own, parts.with_activations(peak)))
 
 
 def _with_parallel(config: Config, **settings: Any) -> Config:
@@ -222,7 +222,7 @@ def out_of_memory(config: Config, stage: str, world_size: int, peak_bytes: float
     return "\n".join(lines if found else [*lines[:3], "nothing is left to set: use more ranks, or a smaller model"])
 
 
-def cheapest(candidates: Iterable[Change], now: Row, total: float, most: int = 3) -> list[Change]:
+def cheapest(candidates: Iterable[Change], now: StrategyRow, total: float, most: int = 3) -> list[Change]:
     """The first few that fit, one of a kind, and no more are asked for; where none does, those that save most."""
     fitting: dict[str, Change] = {}
     saving = []

@@ -16,7 +16,7 @@ from models.codec import ADAPTER, SPresso, lora_config
 from models.decoder import DecoderConfig, make_decoder
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Prior
-from models.quantizers.base import make_quantizer
+from models.quantizers.quantizer import make_quantizer
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization
 from trainer.ranks.strategy import blocks_of
 from trainer.recipes.schema import Config

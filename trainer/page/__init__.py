@@ -14,7 +14,7 @@ from trainer.page.curves import loss_chart, read_curve
 from trainer.page.header import header
 from trainer.page.html import Html, document, element, section
 from trainer.page.recordings import gather_takes
-from trainer.page.systems import ROLES, Report
+from trainer.page.system_cells import ROLES, EvaluationReport
 
 _ASSETS = Path(__file__).with_name("assets")
 _STYLES = ("page.css", "players.css")
@@ -59,7 +59,7 @@ def write_page(
     return index
 
 
-def _require_complete(report: Report) -> None:
+def _require_complete(report: EvaluationReport) -> None:
     missing = [key for key in _REQUIRED if key not in report]
     if missing:
         raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
@@ -75,7 +75,7 @@ def _read(names: tuple[str, ...]) -> str:
 # ---- sections
 
 
-def _figures_section(report: Report) -> Html:
+def _figures_section(report: EvaluationReport) -> Html:
     return section("Figures", figure_table.lead(report), figure_table.figure_table(report), id="figures")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.page.html import NOTHING, Html, element, explained, is_number, join, scrolling, signed
-from trainer.page.systems import TABLES, Report, System, system_name, with_role
+from trainer.page.system_cells import TABLES, EvaluationReport, SystemEntry, system_name, with_role
 
 FigureInfo = Mapping[str, Any]
 
@@ -16,7 +16,7 @@ _RATE_NOTE = (
 )
 
 
-def lead(report: Report) -> str:
+def lead(report: EvaluationReport) -> str:
     """What the numbers in the table are."""
     results = [result for results in report["results"].values() for result in results.values()]
     with_interval = any(_interval(result) for result in results)
@@ -32,7 +32,7 @@ def lead(report: Report) -> str:
     return " ".join(parts)
 
 
-def figure_table(report: Report) -> Html:
+def figure_table(report: EvaluationReport) -> Html:
     """Ceilings, then systems and other codecs by their range of rates, then floors; unavailable ones say why."""
     columns = [_Column(report, figure) for figure in report["figures"]]
     with_rate = any(system.get("payload_kbps") for system in report["systems"])
@@ -49,9 +49,9 @@ def figure_table(report: Report) -> Html:
     return scrolling(table, "Table of figures")
 
 
-def _groups(report: Report) -> Iterable[tuple[str, str, list[System]]]:
+def _groups(report: EvaluationReport) -> Iterable[tuple[str, str, list[SystemEntry]]]:
     """Title, role and systems of each group of rows that has any."""
-    groups: list[tuple[str, str, Sequence[System]]] = [
+    groups: list[tuple[str, str, Sequence[SystemEntry]]] = [
         ("Original", "original", with_role(report, "original")),
         ("Ceiling: the best that a codec built on it can do", "ceiling", with_role(report, "ceiling")),
     ]
@@ -66,7 +66,7 @@ def _groups(report: Report) -> Iterable[tuple[str, str, list[System]]]:
 
 
 def _rows(
-    title: str, systems: Sequence[System], columns: Sequence[_Column], *, role: str, width: int, with_rate: bool
+    title: str, systems: Sequence[SystemEntry], columns: Sequence[_Column], *, role: str, width: int, with_rate: bool
 ) -> Html:
     rows = [element("tr", element("th", element("span", title), colspan=width, scope="rowgroup"), class_="role")]
     for system in systems:
@@ -83,7 +83,7 @@ def _rows(
     return element("tbody", *rows, class_=f"role-{role}")
 
 
-def _rate_cell(system: System) -> Html:
+def _rate_cell(system: SystemEntry) -> Html:
     if not system.get("payload_kbps"):
         return _empty_cell()
     told = (("coded_kbps", "entropy-coded"), ("file_kbps", "in files"))
@@ -94,7 +94,7 @@ def _rate_cell(system: System) -> Html:
 class _Column:
     """A figure of all systems, and beside it the one of the control where there is any."""
 
-    def __init__(self, report: Report, figure: FigureInfo) -> None:
+    def __init__(self, report: EvaluationReport, figure: FigureInfo) -> None:
         self.figure = figure
         self.results = {key: results.get(figure["key"]) or {} for key, results in report["results"].items()}
         self.means = means_of(report, figure)
@@ -111,7 +111,7 @@ class _Column:
         title = join([explained(figure["title"], note), element("small", unit)])
         return element("th", title, scope="col", colspan=spanned, class_="with-control" if spanned else None)
 
-    def cells(self, system: System) -> list[Html]:
+    def cells(self, system: SystemEntry) -> list[Html]:
         cells = [self._value(system["key"])]
         if self.has_control:
             control = self.results.get(system["key"], {}).get("control")
@@ -139,7 +139,7 @@ class _Column:
         return signed(value, self.digits)
 
 
-def means_of(report: Report, figure: FigureInfo) -> dict[str, float]:
+def means_of(report: EvaluationReport, figure: FigureInfo) -> dict[str, float]:
     """The means of a figure by system, without those that are missing or not finite."""
     means = {key: (results.get(figure["key"]) or {}).get("mean") for key, results in report["results"].items()}
     return {key: mean for key, mean in means.items() if is_number(mean)}
@@ -150,7 +150,7 @@ def best_of(figure: FigureInfo) -> Callable[..., Any]:
     return min if figure["better"] == "lower" else max
 
 
-def _best_keys(report: Report, figure: FigureInfo, means: Mapping[str, float]) -> set[str]:
+def _best_keys(report: EvaluationReport, figure: FigureInfo, means: Mapping[str, float]) -> set[str]:
     """The best of each range of rates, other codecs among its rivals; none where there is no rival."""
     best = set()
     for table in TABLES:

@@ -7,10 +7,10 @@ from typing import Any
 
 from trainer.page.figure_table import best_of, means_of
 from trainer.page.html import Html, count, element, join, signed
-from trainer.page.systems import Report, with_role
+from trainer.page.system_cells import EvaluationReport, with_role
 
 
-def header(report: Report, contents: Sequence[tuple[str, str]]) -> Html:
+def header(report: EvaluationReport, contents: Sequence[tuple[str, str]]) -> Html:
     """What this is, the key numbers, and the parts of the page (anchor and title each)."""
     rate = f"{report['sample_rate'] / 1000:g} kHz"
     facts = [report.get("created"), rate, count(len(report["clips"]), "clip")]
@@ -30,7 +30,7 @@ def header(report: Report, contents: Sequence[tuple[str, str]]) -> Html:
     )
 
 
-def _tiles(report: Report) -> list[Html]:
+def _tiles(report: EvaluationReport) -> list[Html]:
     tiles = [_rate_tile(report), _headline_tile(report), *_speed_tiles(report.get("speed") or {})]
     return [tile for tile in tiles if tile]
 
@@ -41,7 +41,7 @@ def _tile(label: str, value: str, unit: str, detail: str) -> Html:
     return element("div", *lines, class_="tile")
 
 
-def _rate_tile(report: Report) -> Html | None:
+def _rate_tile(report: EvaluationReport) -> Html | None:
     rates = sorted({system["payload_kbps"] for system in with_role(report, "system") if system.get("payload_kbps")})
     if not rates:
         return None
@@ -52,7 +52,7 @@ def _rate_tile(report: Report) -> Html | None:
     return _tile("Bit rate", value, "kbps", f"{factors} times less than 16-bit mono PCM")
 
 
-def _headline_tile(report: Report) -> Html | None:
+def _headline_tile(report: EvaluationReport) -> Html | None:
     """The first figure of the best quantized system (else of the best system), between its ceiling and its floors."""
     if not report["figures"]:
         return None

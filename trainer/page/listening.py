@@ -7,9 +7,18 @@ from typing import Any
 
 from trainer.page.html import NOTHING, Html, element, join, scrolling, section
 from trainer.page.recordings import IMAGE_SIZE, Take, Takes
-from trainer.page.systems import ROLES, TABLES, Report, System, in_table, played, system_name, with_role
+from trainer.page.system_cells import (
+    ROLES,
+    TABLES,
+    EvaluationReport,
+    SystemEntry,
+    in_table,
+    played,
+    system_name,
+    with_role,
+)
 
-Clip = Mapping[str, Any]
+ClipEntry = Mapping[str, Any]
 
 _MOST_RATES = 4
 _PHONE_WIDTH = 700  # up to here a clip is a card, as page.css has it too
@@ -31,7 +40,7 @@ _KEYS = (
 )
 
 
-def sections(report: Report, takes: Takes) -> list[tuple[str, str, Html]]:
+def sections(report: EvaluationReport, takes: Takes) -> list[tuple[str, str, Html]]:
     """Anchor, title and content: a grid of clips for each range of rates of which there is sound, then the decodes."""
     heard = played(report)
     found = []
@@ -51,7 +60,7 @@ def sections(report: Report, takes: Takes) -> list[tuple[str, str, Html]]:
     return [*parts, *_variability(report, takes)]
 
 
-def _variability(report: Report, takes: Takes) -> list[tuple[str, str, Html]]:
+def _variability(report: EvaluationReport, takes: Takes) -> list[tuple[str, str, Html]]:
     """Decodes of the same codes, a row a rate, at up to four rates; nothing where nothing was decoded twice."""
     rates = _varied(report, takes)
     if not rates:
@@ -65,7 +74,7 @@ def _variability(report: Report, takes: Takes) -> list[tuple[str, str, Html]]:
     return [("variability", "Variability", part)]
 
 
-def style(report: Report, takes: Takes) -> str:
+def style(report: EvaluationReport, takes: Takes) -> str:
     """What hangs on the number of columns: the width of a section, and what a window with room for it adds.
 
     There nothing scrolls sideways, and so the head of the grid can stay in sight.
@@ -93,7 +102,7 @@ def _keys() -> Html:
 # ---- a grid
 
 
-def _grid(report: Report, columns: Sequence[System], takes: Takes) -> Html:
+def _grid(report: EvaluationReport, columns: Sequence[SystemEntry], takes: Takes) -> Html:
     """A row a clip, a column a system. The original, which all is compared to, stays in sight beside the caption."""
     heads = [element("th", _original_title(report), scope="col")]
     heads += [element("th", system_name(system), scope="col", class_=f"role-{system['role']}") for system in columns]
@@ -109,11 +118,11 @@ def _table(heads: Iterable[Html], bodies: Iterable[Html], *, class_: str) -> Htm
     return scrolling(element("table", element("thead", element("tr", *heads)), *bodies, class_=class_), "Clips")
 
 
-def _body(clip: Clip, rows: Iterable[Html]) -> Html:
+def _body(clip: ClipEntry, rows: Iterable[Html]) -> Html:
     return element("tbody", *rows, data_clip=clip["key"], data_caption=_caption(clip))
 
 
-def _first_cell(report: Report, clip: Clip, takes: Takes) -> list[Html]:
+def _first_cell(report: EvaluationReport, clip: ClipEntry, takes: Takes) -> list[Html]:
     """What the clip is, and the original."""
     parts = [element("p", _caption(clip), class_="caption", dir="auto")]
     if clip.get("seconds"):
@@ -121,13 +130,13 @@ def _first_cell(report: Report, clip: Clip, takes: Takes) -> list[Html]:
     return parts + [_recording(system, clip, takes) for system in with_role(report, "original")[:1]]
 
 
-def _recording(system: System, clip: Clip, takes: Takes) -> Html:
+def _recording(system: SystemEntry, clip: ClipEntry, takes: Takes) -> Html:
     found = takes.get((clip["key"], system["key"]), ())
     heard = _player(system, clip, found) if found else element("span", NOTHING, class_="nothing")
     return join([element("p", system["title"], class_="name"), heard])
 
 
-def _player(system: System, clip: Clip, takes: Sequence[Take], *, number: int = 0) -> Html:
+def _player(system: SystemEntry, clip: ClipEntry, takes: Sequence[Take], *, number: int = 0) -> Html:
     """A spectrogram to play and to seek in, with a button a take; or take `number` of several alone."""
     first, title = takes[0], system["title"] + (f", decode {number}" if number else "")
     what = f"{title}, {_caption(clip)}"
@@ -162,7 +171,7 @@ def _take_buttons(takes: Sequence[Take]) -> Html | None:
 # ---- variability
 
 
-def _varied(report: Report, takes: Takes) -> list[System]:
+def _varied(report: EvaluationReport, takes: Takes) -> list[SystemEntry]:
     """The codecs that were decoded more than once; of more than four, those that span the rates evenly."""
     several = {system for (_, system), found in takes.items() if len(found) > 1}
     systems = [system for system in with_role(report, "system") if system["key"] in several]
@@ -171,7 +180,9 @@ def _varied(report: Report, takes: Takes) -> list[System]:
     return [systems[round(n * (len(systems) - 1) / (_MOST_RATES - 1))] for n in range(_MOST_RATES)]
 
 
-def _varied_clip(report: Report, clip: Clip, rates: Sequence[System], takes: Takes, most: int) -> Html | None:
+def _varied_clip(
+    report: EvaluationReport, clip: ClipEntry, rates: Sequence[SystemEntry], takes: Takes, most: int
+) -> Html | None:
     shown = [system for system in rates if len(takes.get((clip["key"], system["key"]), ())) > 1]
     if not shown:
         return None
@@ -180,7 +191,7 @@ def _varied_clip(report: Report, clip: Clip, rates: Sequence[System], takes: Tak
     return _body(clip, [element("tr", first, rows[0]), *(element("tr", row) for row in rows[1:])])
 
 
-def _varied_row(system: System, clip: Clip, takes: Sequence[Take], most: int) -> Html:
+def _varied_row(system: SystemEntry, clip: ClipEntry, takes: Sequence[Take], most: int) -> Html:
     cells = [element("th", system_name(system), scope="row", class_="rate")]
     for number, take in enumerate(takes, start=1):
         name = element("p", f"Decode {number}", class_="name")
@@ -192,11 +203,11 @@ def _varied_row(system: System, clip: Clip, takes: Sequence[Take], most: int) ->
 # ---- small parts
 
 
-def _caption(clip: Clip) -> str:
+def _caption(clip: ClipEntry) -> str:
     return clip.get("caption") or clip["key"]
 
 
-def _original_title(report: Report) -> str:
+def _original_title(report: EvaluationReport) -> str:
     return next((system["title"] for system in with_role(report, "original")), "Clip")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from trainer.page.systems import Report
+from trainer.page.system_cells import EvaluationReport
 from trainer.spectrogram import log_mel_image, save_png
 
 IMAGE_SIZE = {"width": 440, "height": 112}
@@ -40,7 +40,7 @@ Takes = Mapping[tuple[str, str], Sequence[Take]]
 """Recordings by the keys of clip and system."""
 
 
-def gather_takes(report: Report, folder: Path, audio_root: Path) -> Takes:
+def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Takes:
     """Put every recording into the folder, sound and picture; raises ValueError for one that can't be read."""
     for name in ("audio", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def gather_takes(report: Report, folder: Path, audio_root: Path) -> Takes:
     return takes
 
 
-def _recordings(report: Report) -> Iterator[tuple[str, str, str, str]]:
+def _recordings(report: EvaluationReport) -> Iterator[tuple[str, str, str, str]]:
     """Clip, system, source and a name for each recording. Names are unique, and plain whatever the keys hold."""
     for row, clip in enumerate(report["clips"], start=1):
         for column, system in enumerate(report["systems"], start=1):

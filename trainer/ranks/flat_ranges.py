@@ -42,10 +42,10 @@ def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
 
 def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
     """What this rank writes of tensors that every rank holds, as in DDP: one of `world_size` equal parts."""
-    return share(whole_ranges(tensors), index=rank, copies=world_size)
+    return split_among_copies(whole_ranges(tensors), index=rank, copies=world_size)
 
 
-def share(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
+def split_among_copies(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
     """Of ranges that `copies` ranks hold alike, what the rank with this index among them writes.
 
     The ranges laid end to end are cut into `copies` equal parts. Each part of a range is a view; some are empty.

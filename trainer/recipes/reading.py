@@ -19,7 +19,7 @@ _MODEL = "model"
 """The same, for a file that holds settings of several keys: all that goes with a pretrained model."""
 
 
-def load(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
+def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
     """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate; `released`: whether
     folders of pretrained weights have to be there, too.
 

@@ -151,7 +151,7 @@ class QuantizerConfig:
     """`qinco2`: width inside them."""
 
     def description(self, width: int) -> dict[str, Any]:
-        """What `models.quantizers.base.make_quantizer` builds for z of this width."""
+        """What `models.quantizers.quantizer.make_quantizer` builds for z of this width."""
         own = {"residual": ("beam",), "qinco2": ("beam", "candidates", "depth", "embedding", "hidden"), "fsq": ()}
         sizes = {"kind": self.kind, "width": width, "books": self.books, "size": self.size}
         return sizes | {name: getattr(self, name) for name in own[self.kind]}
@@ -372,6 +372,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fingerprint(values: dict[str, Any]) -> str:
+def hash_values(values: dict[str, Any]) -> str:
     """Short hash of plain values, the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from pathlib import Path
 from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, missing
 from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
-from models.quantizers.base import KINDS
+from models.quantizers.quantizer import QUANTIZER_KINDS
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
@@ -37,7 +37,7 @@ _CHOICES = {
     "autoencoder.kind": AUTOENCODERS,
     "data.shuffle": SHUFFLES,
     "text.kind": TEXT_KINDS,
-    "quantizer.kind": KINDS,
+    "quantizer.kind": QUANTIZER_KINDS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
     "parallel.offload": ("none", "optimizer", "all"),
@@ -302,7 +302,7 @@ def _folders(config: Config) -> list[str]:
 
 def _evaluation(config: Config) -> list[str]:
     from trainer.evaluate import baselines
-    from trainer.evaluate.baselines.base import lacks
+    from trainer.evaluate.baselines.baseline import lacks
 
     chosen = config.evaluate
     found = baselines.problems_of(chosen.baselines, chosen.weights)

@@ -11,7 +11,7 @@ import pytest
 from launch import owner
 from launch.slurm import begin_end, scheduler
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import RUN, TASKS
+from launch.slurm.job_task import RUN, TASKS_PER_NODE
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +26,7 @@ def start(slurm, tmp_path, monkeypatch):
             RUN: str(tmp_path / "run"),
             "SLURM_JOB_ID": "12",
             "SLURM_JOB_NODELIST": "n[1-2]",
-            TASKS: "1",
+            TASKS_PER_NODE: "1",
         },
         **{"SLURM_JOB_NUM_NODES": "2", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
     }.items():

@@ -11,7 +11,7 @@ import pytest
 from launch import owner
 from launch.slurm import begin_end, scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import RUN, TASKS
+from launch.slurm.job_task import RUN, TASKS_PER_NODE
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def asked(tmp_path, monkeypatch) -> list[tuple[str, ...]]:
         RUN: str(tmp_path),
         TOKEN: "",
         "SLURM_JOB_ID": "12",
-        TASKS: "2",
+        TASKS_PER_NODE: "2",
         "SLURM_JOB_NUM_NODES": "1",
     }
     for name, value in (variables | {"SLURM_JOB_NODELIST": "n1"}).items():

@@ -13,15 +13,15 @@ import pytest
 from launch import pipeline
 from launch.slurm import job_task, submit
 from launch.slurm.job_task import PARTS, SUBMISSION
-from launch.slurm.slurm_task import Task
-from trainer.recipes.reading import RECIPES, load
+from launch.slurm.slurm_task import SlurmTask
+from trainer.recipes.reading import RECIPES, load_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLUSTERS = sorted(path.stem for path in (RECIPES / "cluster").glob("*.yaml"))
 
 
 def scripts(run_dir: Path, *overrides: str) -> dict[str, str]:
-    return dict(submit.scripts(load("tiny", [f"run_dir={run_dir}", *overrides])))
+    return dict(submit.scripts(load_recipe("tiny", [f"run_dir={run_dir}", *overrides])))
 
 
 def options(script: str) -> dict[str, str]:
@@ -94,7 +94,7 @@ def test_stages_have_their_own(tmp_path):
 
 def test_one_script_for_all_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load("tiny", ["cluster=slurm", "cluster.nodes=2"])
+    config = load_recipe("tiny", ["cluster=slurm", "cluster.nodes=2"])
     script = submit.whole_script(config)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     at = [script.index(f"launch.slurm.job_task {stage}\n") for stage in config.stages]
@@ -139,7 +139,7 @@ def test_an_element_of_an_array_does_its_part(stage, name, tmp_path, monkeypatch
         monkeypatch.setenv(variable, str(value))
     done = []
     monkeypatch.setattr(pipeline, name, lambda config, **which: done.append((config.name, which)))
-    assert job_task._work(stage, Task(rank=0, count=1, local_rank=0, local_counts=(1,)), None) == "done"
+    assert job_task._work(stage, SlurmTask(rank=0, count=1, local_rank=0, local_counts=(1,)), None) == "done"
     assert done == [("tiny", {"part": 2, "parts": 4})]
 
 

@@ -6,27 +6,27 @@ import socket
 import pytest
 
 from launch.slurm import scheduler, slurm_task
-from launch.slurm.slurm_task import Task, free_port, local_counts, share
-from trainer.recipes.reading import load
+from launch.slurm.slurm_task import SlurmTask, free_port, local_counts, usable_ranks
+from trainer.recipes.reading import load_recipe
 
 JOINED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @pytest.fixture
 def task(monkeypatch):
-    def make(rank: int, local_rank: int, node: int, per_node: str, gpus: str = "") -> Task:
+    def make(rank: int, local_rank: int, node: int, per_node: str, gpus: str = "") -> SlurmTask:
         for name, value in {
             **{"SLURM_PROCID": rank, "SLURM_LOCALID": local_rank, "SLURM_NODEID": node},
             **{"SLURM_STEP_TASKS_PER_NODE": per_node, "CUDA_VISIBLE_DEVICES": gpus},
             **dict.fromkeys(JOINED, ""),
         }.items():
             monkeypatch.setenv(name, str(value))
-        return Task.here()
+        return SlurmTask.here()
 
     return make
 
 
-def joined(task: Task, count: int) -> tuple[str, ...]:
+def joined(task: SlurmTask, count: int) -> tuple[str, ...]:
     task.join(count)
     return tuple(os.environ[name] for name in JOINED)
 
@@ -49,26 +49,26 @@ def test_a_gpu_of_its_own_is_the_first(task):
 
 
 def config(*overrides: str):
-    return load("tiny", ["pretrain.global_batch=12", *overrides])
+    return load_recipe("tiny", ["pretrain.global_batch=12", *overrides])
 
 
 @pytest.mark.parametrize(("tasks", "expected"), [(4, (4, 3)), (2, (2, 6)), (3, (3, 4)), (5, (4, 3)), (40, (12, 1))])
 def test_as_many_ranks_as_the_batch_divides_among(tasks, expected):
-    assert share(config(), "pretrain", tasks) == expected
+    assert usable_ranks(config(), "pretrain", tasks) == expected
 
 
 def test_what_goes_through_a_rank_at_once_is_bounded():
     for micro, tasks, expected in ((3, 2, (2, 3)), (4, 2, (2, 3)), (12, 4, (4, 3))):
         bounded = config()
         bounded.parallel.micro_batch = micro
-        assert share(bounded, "pretrain", tasks) == expected
+        assert usable_ranks(bounded, "pretrain", tasks) == expected
 
 
 def test_groups_of_ranks_stay_whole():
     replicas = ("parallel.strategy=fsdp2", "parallel.replicas=2")
-    assert share(config(*replicas), "pretrain", 5) == (4, 3)
+    assert usable_ranks(config(*replicas), "pretrain", 5) == (4, 3)
     with pytest.raises(ValueError, match=r"parallel\.replicas=2"):
-        share(config(*replicas), "pretrain", 1)
+        usable_ranks(config(*replicas), "pretrain", 1)
 
 
 def test_the_port_depends_on_the_start_and_is_free():

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from launch.slurm.slurm_task import Task, share
-from trainer.recipes.reading import load
+from launch.slurm.slurm_task import SlurmTask, usable_ranks
+from trainer.recipes.reading import load_recipe
 
 
 @pytest.fixture
@@ -19,13 +19,13 @@ def node(monkeypatch):
 
 @pytest.mark.parametrize(("counts", "threads"), [((1, 2), 4), ((8, 3), 2), ((1, 16), 1)])
 def test_the_tasks_of_a_node_share_its_cores(node, counts, threads):
-    assert Task(1, sum(counts), 0, counts).threads == threads
+    assert SlurmTask(1, sum(counts), 0, counts).threads == threads
 
 
 def test_what_slurm_gives_a_task_is_its_own(node, monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    assert Task(1, 3, 0, (1, 2)).threads == 3
+    assert SlurmTask(1, 3, 0, (1, 2)).threads == 3
 
 
 def test_more_tasks_than_clips_in_a_batch():
-    assert share(load("tiny", ["pretrain.global_batch=32"]), "pretrain", 40) == (32, 1)
+    assert usable_ranks(load_recipe("tiny", ["pretrain.global_batch=32"]), "pretrain", 40) == (32, 1)

@@ -10,7 +10,7 @@ import pytest
 
 from launch.slurm import preflight, submit, submitted_jobs
 from trainer import run_directory
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
 FREE = "echo 'spresso: all is there'"
@@ -22,7 +22,7 @@ def config(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     slurm.answer("sbatch", ACCEPTED)
     slurm.answer("srun", FREE)
-    return load("tiny", ["cluster=slurm", "cluster.gpus_per_node=0"])
+    return load_recipe("tiny", ["cluster=slurm", "cluster.gpus_per_node=0"])
 
 
 def test_each_job_waits_for_the_one_before(config, slurm, tmp_path):
@@ -125,7 +125,7 @@ def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     with pytest.raises((ValueError, OSError), match=r"there is no s(batch|queue) here"):
-        submit.run(load("tiny", ["cluster=slurm"]))
+        submit.run(load_recipe("tiny", ["cluster=slurm"]))
 
 
 def ended(folder: Path, stage: str, samples: int = 128) -> None:
@@ -165,7 +165,7 @@ def test_what_a_job_needs_is_set_aside(config, tmp_path):
     [job] = submit.run(config, only="synth")
     folder = tmp_path / "runs/tiny/submissions/0008"
     assert job.submission == str(folder)
-    assert load(str(folder / "config.yaml"), []) == config
+    assert load_recipe(str(folder / "config.yaml"), []) == config
     assert run_directory.code_version() in (folder / "code" / "COPIED_FROM").read_text()
     assert (tmp_path / "runs/tiny/synth/logs").is_dir()
 

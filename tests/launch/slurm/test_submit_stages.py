@@ -10,7 +10,7 @@ import torch
 
 from launch.slurm import preflight, submit, submitted_jobs
 from launch.slurm.submitted_jobs import Submitted
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config, to_yaml
 from trainer.run_directory import code_version, local_changes
 
@@ -26,7 +26,7 @@ def config(slurm, tmp_path, monkeypatch):
     slurm.answer("srun", FREE)
 
     def make(*overrides: str) -> Config:
-        return load("tiny", ["cluster=slurm", "cluster.gpus_per_node=0", *overrides])
+        return load_recipe("tiny", ["cluster=slurm", "cluster.gpus_per_node=0", *overrides])
 
     return make
 
@@ -100,7 +100,7 @@ def test_the_copy_says_what_it_was_made_of_and_no_edit_reaches_it(config, root, 
     assert (folder / "code" / "trainer" / "some.py").read_text() == "before"
     assert not list(folder.rglob("__pycache__"))
     assert (folder / "code" / "COPIED_FROM").read_text() == f"{code_version()}\n{local_changes()}"
-    assert load(str(folder / "config.yaml"), []) == tiny
+    assert load_recipe(str(folder / "config.yaml"), []) == tiny
 
 
 def test_a_submission_takes_the_place_of_none_before(config, root):
@@ -112,7 +112,7 @@ def test_a_submission_takes_the_place_of_none_before(config, root):
 def test_a_script_by_hand_has_its_folders_and_config(config, root):
     submit.whole_script(config(), only="pretrain")
     assert (root / "pretrain" / "logs").is_dir()
-    assert load(str(root / "config.yaml"), []).name == "tiny"
+    assert load_recipe(str(root / "config.yaml"), []).name == "tiny"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

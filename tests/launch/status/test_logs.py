@@ -49,7 +49,7 @@ class Follower:
 
 def follow(run: Path, stage: str | None = None, rank: int | None = None) -> Follower:
     files = {path: logs._File(path, at_end=True) for path in logs._all(run, stage, rank)}
-    return Follower(logs.followed(run, stage, rank, files))
+    return Follower(logs.follow_lines(run, stage, rank, files))
 
 
 def test_the_log_of_a_rank_or_of_the_job_before_there_is_one(run, capsys):

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models.quantizers.base import make_quantizer
 from models.quantizers.fsq import FSQ
+from models.quantizers.quantizer import make_quantizer
 
 WIDTH = 12
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.quantizers.base import make_quantizer
 from models.quantizers.qinco2 import QINCo2
+from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import ResidualQuantizer
 
 WIDTH, BOOKS, SIZE = 8, 4, 16

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.quantizers import residual as module
-from models.quantizers.base import make_quantizer
+from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import ResidualQuantizer
 
 WIDTH, BOOKS, SIZE = 16, 6, 16

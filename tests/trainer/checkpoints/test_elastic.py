@@ -12,7 +12,7 @@ from tests.trainer import ranks
 from tests.trainer.test_loop import losses, stop_after
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 LENGTH = ("autoencode.samples=96", "log.every=8", "log.samples_every=40", "checkpoint.every=32", "sampling.steps=2")
 SETTINGS = ("pretrain.samples=64", *LENGTH, "parallel.threads=1", "parallel.device=cpu")
@@ -21,7 +21,7 @@ ALL = 10**6
 
 def work(rank: int, run_dir: str, prepared: str, stage: str, steps: int, *overrides: str) -> None:
     paths = [f"run_dir={run_dir}", f"data.latents={prepared}/latents", f"data.audio={prepared}/audio"]
-    train(load("tiny", [*paths, *SETTINGS, *overrides]), stage, stop=stop_after(steps))
+    train(load_recipe("tiny", [*paths, *SETTINGS, *overrides]), stage, stop=stop_after(steps))
 
 
 @pytest.fixture(scope="module")

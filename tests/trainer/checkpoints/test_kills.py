@@ -14,7 +14,7 @@ from tests.trainer import ranks
 from tests.trainer.test_loop import losses, tensors
 from trainer.checkpoints import checkpoint
 from trainer.loop import train
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 pytestmark = pytest.mark.alone
 
@@ -28,7 +28,7 @@ def work(rank: int, run_dir: str, prepared: str, *overrides: str) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     paths = [f"run_dir={run_dir}", f"data.latents={prepared}/latents", f"data.audio={prepared}/audio"]
-    train(load("tiny", [*paths, *QUICK, *overrides]), "pretrain")
+    train(load_recipe("tiny", [*paths, *QUICK, *overrides]), "pretrain")
 
 
 def finished(run: Path) -> bool:

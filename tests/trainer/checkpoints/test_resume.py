@@ -20,7 +20,7 @@ from models.weights import load_weights, save_weights
 from tests.trainer.test_loop import PRETRAIN, losses, stop_after, tensors
 from trainer.checkpoints import checkpoint
 from trainer.loop import train
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.tasks import make_task
 
 KEPT = (*PRETRAIN, "checkpoint.keep_last=9")
@@ -35,7 +35,7 @@ def whole(prepared, tmp_path_factory) -> Path:
     """The run directory of a pretrain and an autoencode stage that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("whole")
     paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
-    config = load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *KEPT, "autoencode.samples=32"])
+    config = load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *KEPT, "autoencode.samples=32"])
     assert train(config, "pretrain") == "done"
     assert train(config, "autoencode") == "done"
     return run_dir
@@ -235,7 +235,7 @@ def test_the_command_lists_verifies_and_explains(copied, capsys):
     assert capsys.readouterr().out.count(": whole, ") == 3
     assert main(["checkpoint", str(copied / "autoencode/checkpoints/step_000000000032")]) == 0
     told = capsys.readouterr().out
-    base = make_task(load("tiny", [f"run_dir={copied}"]), "autoencode").base_hash
+    base = make_task(load_recipe("tiny", [f"run_dir={copied}"]), "autoencode").base_hash
     for part in ("autoencode", "32 in 4 steps", "D, LoRA", "param, ema, exp_avg, exp_avg_sq", base, "held_out_loss"):
         assert part in told
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from trainer.data.synth.dataset import KINDS, Sound, synthesize, write_sounds
+from trainer.data.synth.dataset import SOUND_KINDS, Sound, synthesize, write_sounds
 
 ROOT = Path(__file__).parents[3]
 HOURS = 0.018  # some twenty sounds
@@ -34,7 +34,7 @@ def sound_of_seed_7(index: int) -> Sound:
 
 @pytest.fixture(scope="module")
 def sounds() -> list[Sound]:
-    return [sound_of_seed_7(index) for index in range(10 * len(KINDS))]
+    return [sound_of_seed_7(index) for index in range(10 * len(SOUND_KINDS))]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,9 @@ def occupied_bins(audio: np.ndarray) -> float:
 
 def captioned(kind: str, *words: str, without: str = ", in ", count: int = 4) -> list[Sound]:
     """The first sounds of a kind with the words in their captions; heard close by unless asked for otherwise."""
-    every = (sound_of_seed_7(index) for index in range(KINDS.index(kind), 200 * len(KINDS), len(KINDS)))
+    every = (
+        sound_of_seed_7(index) for index in range(SOUND_KINDS.index(kind), 200 * len(SOUND_KINDS), len(SOUND_KINDS))
+    )
     fitting = (s for s in every if without not in s.caption and all(word in s.caption for word in words))
     return list(itertools.islice(fitting, count))
 
@@ -81,19 +83,19 @@ def test_a_sound_depends_on_seed_and_index_alone():
     again = synthesize(seed=1, index=23)
     assert (first.key, first.caption) == (again.key, again.caption)
     assert np.array_equal(first.audio, again.audio)
-    for other in (synthesize(seed=2, index=23), synthesize(seed=1, index=23 + len(KINDS))):
+    for other in (synthesize(seed=2, index=23), synthesize(seed=1, index=23 + len(SOUND_KINDS))):
         assert other.kind == first.kind
         assert len(other.audio) != len(first.audio) or not np.array_equal(other.audio, first.audio)
 
 
 def test_the_sounds_of_this_version_stay_what_they_are():
-    heard = [loudness(synthesize(seed=0, index=index).audio) for index in range(len(KINDS))]
+    heard = [loudness(synthesize(seed=0, index=index).audio) for index in range(len(SOUND_KINDS))]
     assert heard == pytest.approx(LOUDNESS, abs=0.02)
 
 
 def test_every_kind_comes_as_often_with_a_key_of_its_own(sounds):
-    assert len(KINDS) == 20
-    assert [sound.kind for sound in sounds] == list(KINDS) * 10
+    assert len(SOUND_KINDS) == 20
+    assert [sound.kind for sound in sounds] == list(SOUND_KINDS) * 10
     assert len({sound.key for sound in sounds}) == len(sounds)
     assert all(sound.key == f"{sound.kind}_{index:05d}" for index, sound in enumerate(sounds))
 
@@ -122,7 +124,7 @@ def test_hardly_any_second_is_silent(sounds):
 def test_lengths_levels_and_captions_vary(sounds):
     assert np.std([len(sound.audio) / 48_000 for sound in sounds]) > 0.8
     assert np.std([loudness(sound.audio) for sound in sounds]) > 6
-    for kind in KINDS:
+    for kind in SOUND_KINDS:
         assert len({sound.caption for sound in sounds if sound.kind == kind}) >= 3, kind
 
 
@@ -197,7 +199,7 @@ def test_captions_say_how_the_loudness_goes(sounds):
 def test_captions_match_the_files(whole_set):
     lines = [json.loads(line) for line in (whole_set / "captions.jsonl").read_text().splitlines()]
     assert sorted(line["file"] for line in lines) == sorted(path.name for path in whole_set.glob("*.flac"))
-    assert [line["kind"] for line in lines[: len(KINDS)]] == list(KINDS)[: len(lines)]
+    assert [line["kind"] for line in lines[: len(SOUND_KINDS)]] == list(SOUND_KINDS)[: len(lines)]
     for index, line in enumerate(lines):
         sound = synthesize(seed=3, index=index)
         assert (line["file"], line["caption"], line["kind"]) == (f"{sound.key}.flac", sound.caption, sound.kind)

@@ -57,7 +57,7 @@ def weights(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("samples", [48_000, 30_011])
 def test_a_codec_gives_back_as_much_and_counts_its_codes(weights, spec, bits_a_second, samples):
     codec = make_baseline(spec, weights[spec.partition("@")[0]])
-    assert codec.available() == ""
+    assert codec.missing() == ""
     codec.load(CPU)
     decoded, bits = codec.code(burst()[:samples], 48_000)
     assert decoded.shape == (samples,)
@@ -90,7 +90,7 @@ def test_a_pickle_is_not_read(weights, tmp_path):
     (tmp_path / "config.json").write_text((Path(weights["dac"]) / "config.json").read_text())
     torch.save({}, tmp_path / "pytorch_model.bin")
     codec = make_baseline("dac", str(tmp_path))
-    assert "holds no config.json with *.safetensors" in codec.available()
+    assert "holds no config.json with *.safetensors" in codec.missing()
     with pytest.raises(OSError, match="safetensors"):
         codec.load(CPU)
 
@@ -137,10 +137,10 @@ def test_a_packet_of_several_laces_and_pages():
 
 def test_without_ffmpeg_the_mend_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "apt-get install ffmpeg" in Opus(6.0).available()
+    assert "apt-get install ffmpeg" in Opus(6.0).missing()
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho ' A..... aac'\n")
     (tmp_path / "ffmpeg").chmod(0o755)
-    assert "no libopus" in Opus(6.0).available()
+    assert "no libopus" in Opus(6.0).missing()
 
 
 # ---- packages that nobody has to have
@@ -150,7 +150,7 @@ def test_what_is_not_installed_says_how_to(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("music2latent", "semanticodec", "dac", "stable_audio"):
         codec = make_baseline(name)
-        assert "is not installed: pip install" in codec.available()
+        assert "is not installed: pip install" in codec.missing()
         assert not codec.fetches
 
 
@@ -158,7 +158,7 @@ def test_weights_that_are_nowhere(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     codec = make_baseline("encodec")
-    assert "hf download facebook/encodec_24khz" in codec.available()
+    assert "hf download facebook/encodec_24khz" in codec.missing()
     assert not codec.fetches
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hub:  # answers everything with an error
@@ -167,7 +167,7 @@ def test_weights_that_are_nowhere(monkeypatch, tmp_path):
         assert codec.fetches
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody is there
     assert not codec.fetches
-    assert "holds no config.json" in make_baseline("encodec", str(tmp_path)).available()
+    assert "holds no config.json" in make_baseline("encodec", str(tmp_path)).missing()
 
 
 def test_music2latent_by_its_own_interface(monkeypatch):

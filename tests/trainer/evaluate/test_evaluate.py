@@ -16,11 +16,12 @@ from launch import pipeline
 from models.codec import SPresso
 from models.codec_config import Sampling
 from tests.trainer.tiny_codecs import save_tiny_codecs
-from trainer import evaluate
-from trainer.evaluate import LEVELS, NOISE_SEED, load_clips
+from trainer.evaluate import evaluation, tables
 from trainer.evaluate.baselines import DAC, Opus
 from trainer.evaluate.figures import kernel_distance, log_mel_distance, mel_statistics
+from trainer.evaluate.own_codecs import LEVELS, NOISE_SEED
 from trainer.evaluate.pieces import Pieces
+from trainer.evaluate.scored_clips import load_clips
 from trainer.recipes.schema import Config
 
 
@@ -38,7 +39,7 @@ def trained(tiny, run_dir) -> Config:
 
 
 def test_the_denoising_error_is_that_of_training(trained, run_dir):
-    report = evaluate.evaluate(trained)
+    report = evaluation.evaluate(trained)
     found = {key: results.get("denoising") for key, results in report["results"].items()}
     assert found.pop("autoencoder") is None  # it denoises nothing
     assert set(found) == {"z", "zq4", "zq2", "zq4_before", "zq2_before", "z_other", "unconditional"}
@@ -61,14 +62,14 @@ def test_the_denoising_error_is_that_of_training(trained, run_dir):
 
 
 def test_the_table_shows_it_with_its_digits(trained, run_dir):
-    report = evaluate.evaluate(trained)
-    table = evaluate.table(report)
+    report = evaluation.evaluate(trained)
+    table = tables.table(report)
     assert f"{report['results']['z']['denoising']['mean']:.4f}" in table
     assert json.loads((run_dir / "evaluate/evaluation.json").read_text())["results"] == report["results"]
 
 
 def test_beside_each_figure_stands_that_of_another_clips_codes(trained, run_dir):
-    results = evaluate.evaluate(trained)["results"]
+    results = evaluation.evaluate(trained)["results"]
     assert results["z"]["log_mel"]["control"] == results["z_other"]["log_mel"]["mean"]
     codec = SPresso.from_pretrained(run_dir / "finetune/export")
     audio = load_clips(trained, torch.device("cpu")).audio_B1S
@@ -88,7 +89,7 @@ def test_beside_each_figure_stands_that_of_another_clips_codes(trained, run_dir)
 
 
 def test_the_spread_is_that_of_the_decodes_that_are_kept(trained, run_dir):
-    report = evaluate.evaluate(trained)
+    report = evaluation.evaluate(trained)
     assert report["variability"]["systems"] == ["z", "zq4", "zq2"]
     for key in ("z", "zq2"):
         spreads = []
@@ -102,7 +103,7 @@ def test_the_spread_is_that_of_the_decodes_that_are_kept(trained, run_dir):
 
 
 def test_each_system_has_its_table_and_interval(trained):
-    report = evaluate.evaluate(trained)
+    report = evaluation.evaluate(trained)
     tables = {system["key"]: system["table"] for system in report["systems"]}
     assert tables == {
         "original": "", "autoencoder": "", "z": "continuous", "zq4": "ultra_low", "zq2": "ultra_low",
@@ -143,7 +144,7 @@ def made(folder: Path) -> dict[Path, int]:
 def test_parts_make_the_same_report_whatever_was_killed(trained, run_dir, monkeypatch):
     config = small(trained)
     folder = run_dir / "evaluate"
-    whole = evaluate.evaluate(config)
+    whole = evaluation.evaluate(config)
     sounds = {path: path.read_bytes() for path in folder.rglob("*.flac")}
     for index, clip in enumerate(whole["clips"]):  # each is in a block of its own
         pair = [soundfile.read(folder / clip["audio"][key][0])[0] for key in ("original", "autoencoder")]
@@ -161,23 +162,23 @@ def test_parts_make_the_same_report_whatever_was_killed(trained, run_dir, monkey
 
     monkeypatch.setattr(Pieces, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate_part(config, part=0, parts=2)
+        evaluation.evaluate_part(config, part=0, parts=2)
     monkeypatch.setattr(Pieces, "write", write)
     before = made(folder)
     assert len(before) == 10
-    assert evaluate.evaluate_part(config, part=1, parts=2) is None
+    assert evaluation.evaluate_part(config, part=1, parts=2) is None
     assert not (folder / "evaluation.json").exists()
-    merged = evaluate.evaluate_part(config, part=0, parts=2)
+    merged = evaluation.evaluate_part(config, part=0, parts=2)
     assert lasting(merged) == lasting(whole)
     assert json.dumps(lasting(json.loads((folder / "evaluation.json").read_text()))) == json.dumps(lasting(whole))
     assert {path: path.read_bytes() for path in folder.rglob("*.flac")} == sounds
     after = made(folder)
     assert len(after) == pieces
     assert {path: after[path] for path in before} == before
-    assert evaluate.evaluate_part(config, part=1, parts=2) == merged
+    assert evaluation.evaluate_part(config, part=1, parts=2) == merged
     assert made(folder) == after
     with pytest.raises(ValueError, match="are 0 to 1, not 2"):
-        evaluate.evaluate_part(config, part=2, parts=2)
+        evaluation.evaluate_part(config, part=2, parts=2)
 
 
 # ---- beside others
@@ -186,7 +187,7 @@ def test_parts_make_the_same_report_whatever_was_killed(trained, run_dir, monkey
 def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, run_dir, tmp_path, monkeypatch):
     folder, weights = run_dir / "evaluate", save_tiny_codecs(tmp_path / "weights")
     config = small(trained, batch=2)
-    ours = evaluate.evaluate(config)
+    ours = evaluation.evaluate(config)
     before = {path: at for path, at in made(folder).items() if not path.parent.name.startswith("z-")}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, calls = Opus.code, iter(range(100))
@@ -203,7 +204,7 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
         weights={"dac": str(dac), "stable_audio": weights["stable_audio"]},
         codecs={"Again 1": str(run_dir / "finetune/export")},
     )  # fmt: skip
-    report = evaluate.evaluate(config)
+    report = evaluation.evaluate(config)
     after = made(folder)
     assert {path: after[path] for path in before} == before  # z is decoded again: once, as others vary more
     systems = {system["key"]: system for system in report["systems"]}
@@ -231,16 +232,16 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
     assert report["variability"]["systems"] == ["zq4", "zq2", "again_1_zq4", "again_1_zq2"]
 
     shutil.copytree(weights["dac"], dac)  # now they are here
-    filled = evaluate.evaluate(config)
+    filled = evaluation.evaluate(config)
     assert filled["results"]["dac_1.7"]["log_mel"]["mean"] > 0
     assert {path: at for path, at in made(folder).items() if "dac" not in str(path)} == {
         path: at for path, at in after.items() if "dac" not in str(path)
     }
     monkeypatch.setattr(DAC, "load", lambda *_: pytest.fail("done before"))
-    assert evaluate.evaluate(config) == filled
+    assert evaluation.evaluate(config) == filled
     config.evaluate.codecs |= {"again-1": config.evaluate.codecs["Again 1"]}
     with pytest.raises(ValueError, match="too much alike: Again 1, again-1"):
-        evaluate.evaluate(config)
+        evaluation.evaluate(config)
     for name in ("txt", "md", "tex"):
         assert "Opus, 6 kbps" in (folder / f"table.{name}").read_text()
 

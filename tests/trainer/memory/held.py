@@ -20,7 +20,7 @@ from models.weights import save_weights
 from trainer.checkpoints.ema import EMA
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy, TorchStrategy
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.tasks import make_task
 
@@ -46,7 +46,7 @@ def overrides(way: str, precision: str) -> list[str]:
 def recipe(folder: Path, *given: str) -> Config:
     """The tiny recipe on a D that `make_base` wrote."""
     pinned = ["parallel.device=cpu", "parallel.threads=1", f"autoencode.global_batch={BATCH}"]
-    return load("tiny", [*pinned, f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", *given])
+    return load_recipe("tiny", [*pinned, f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", *given])
 
 
 def make_base(folder: Path) -> None:

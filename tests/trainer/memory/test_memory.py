@@ -13,11 +13,21 @@ from models.dit import DiTConfig
 from models.weights import save_weights
 from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
 from trainer.memory.activations import Pass, _of_depth, activations, measure
-from trainer.memory.estimate import GIB, SPEED, Change, Estimate, Row, cheapest, fastest, gpu_memory, out_of_memory
+from trainer.memory.estimate import (
+    GIB,
+    SPEED,
+    Change,
+    Estimate,
+    StrategyRow,
+    cheapest,
+    fastest,
+    gpu_memory,
+    out_of_memory,
+)
 from trainer.memory.ledger import ON_DEVICE, Parts, Sharing, held
 from trainer.memory.outline import outline
 from trainer.ranks.strategy import Computed, blocks_of, recompute
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.tasks import make_task
 
@@ -165,8 +175,8 @@ def test_more_ranks_hold_less_each(folder):
 
 
 def test_the_fastest_that_fits():
-    def row(sharing: Sharing, gib: float) -> Row:
-        return Row(sharing, Parts(base=int(gib * GIB)))
+    def row(sharing: Sharing, gib: float) -> StrategyRow:
+        return StrategyRow(sharing, Parts(base=int(gib * GIB)))
 
     needed = {"ddp": 90, "zero1": 80, "zero2": 70, "fsdp2": 40, "zero3": 30}
     rows = [row(sharing, needed[sharing.strategy] / (2 if sharing.checkpoint_activations else 1)) for sharing in SPEED]
@@ -183,13 +193,13 @@ def test_the_fastest_that_fits():
 
 def test_every_way_can_be_set():
     for sharing in SPEED:
-        config = load("demo", [*sharing.settings, "parallel.processes=4"])
+        config = load_recipe("demo", [*sharing.settings, "parallel.processes=4"])
         assert Sharing.of(config.parallel) == sharing
 
 
 def test_cheapest_changes_are_of_different_kinds():
     def change(gib: float, cost: str) -> Change:
-        return Change([f"{cost}={gib}"], cost, Row(Sharing(), Parts(base=int(gib * GIB))))
+        return Change([f"{cost}={gib}"], cost, StrategyRow(Sharing(), Parts(base=int(gib * GIB))))
 
     now = change(50, "now").row
     candidates = [change(40, "a"), change(20, "a"), change(10, "a"), change(60, "b"), change(30, "c"), change(5, "d")]
@@ -210,7 +220,7 @@ def test_out_of_memory_tells_what_to_set(folder):
 
 
 def test_a_missing_folder_is_told(tmp_path):
-    config = load("demo", [f"pretrained.folder={tmp_path / 'none'}"], released=False)
+    config = load_recipe("demo", [f"pretrained.folder={tmp_path / 'none'}"], released=False)
     assert "pretrained.folder" not in config.stages
     with pytest.raises((ValueError, OSError), match="none"):
         outline(config, "autoencode")
@@ -220,11 +230,11 @@ def test_a_missing_folder_is_told(tmp_path):
 def test_sizes_come_from_the_header_of_an_export(tmp_path):
     sizes = DiTConfig(channels=128, width=24, depth=1, heads=2, hidden_width=48, text_width=None)
     save_weights(tmp_path / "dit.safetensors", {}, dataclasses.asdict(sizes) | {"diffusion": {"name": "edm"}})
-    config = load("demo", [f"pretrained.folder={tmp_path}"])
+    config = load_recipe("demo", [f"pretrained.folder={tmp_path}"])
     assert outline(config, "autoencode").dit == sizes
 
 
 def test_memory_of_a_gpu():
-    assert gpu_memory(load("demo", ["parallel.gpu_gib=24", "parallel.device=cpu"]).parallel) == 24 * GIB
+    assert gpu_memory(load_recipe("demo", ["parallel.gpu_gib=24", "parallel.device=cpu"]).parallel) == 24 * GIB
     with pytest.raises(ValueError, match=r"parallel\.gpu_gib"):
-        load("demo", ["parallel.gpu_gib=0"])
+        load_recipe("demo", ["parallel.gpu_gib=0"])

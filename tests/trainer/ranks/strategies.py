@@ -27,7 +27,7 @@ from trainer.checkpoints.state import TrainState
 from trainer.ranks.collective import gather
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.parallel import Parallel
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import CheckpointConfig, Config
 from trainer.tasks import make_task
 
@@ -57,7 +57,7 @@ def recipe(folder: Path, *overrides: str) -> Config:
     """The tiny recipe on a D that `make_base` wrote."""
     pinned = ["parallel.device=cpu", "parallel.threads=1", f"autoencode.global_batch={BATCH}"]
     small = [f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", "autoencode.clip_norm=0.5"]
-    return load("tiny", [*pinned, *small, "autoencode.ema_halflife=8", *overrides])
+    return load_recipe("tiny", [*pinned, *small, "autoencode.ema_halflife=8", *overrides])
 
 
 def make_base(folder: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.data.stream import LatentStream
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
 from trainer.ranks.watchdog import Watchdog
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 from trainer.run_directory import RunDirectory
 
 pytestmark = pytest.mark.alone
@@ -31,7 +31,7 @@ def work(rank: int, run_dir: str, prepared: str, held_up: float, *overrides: str
 
     LatentStream.iterate = hold_up
     paths = [f"run_dir={run_dir}", f"data.latents={prepared}/latents", f"data.audio={prepared}/audio"]
-    train(load("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *PRETRAIN, *overrides]), "pretrain")
+    train(load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *PRETRAIN, *overrides]), "pretrain")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

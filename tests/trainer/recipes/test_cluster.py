@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.recipes.reading import load
+from trainer.recipes.reading import load_recipe
 
 
 def test_a_choice_is_a_file_that_recipe_and_overrides_change(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("kind: slurm\nnodes: 3\nstages: {prepare: {array: 5}}\n")
-    config = load("tiny", [f"cluster={mine}", "cluster.stages.prepare.mem=4G"])
+    config = load_recipe("tiny", [f"cluster={mine}", "cluster.stages.prepare.mem=4G"])
     assert (config.cluster.nodes, config.cluster.of("prepare").array, config.cluster.of("prepare").mem) == (
         "3",
         5,
@@ -16,14 +16,14 @@ def test_a_choice_is_a_file_that_recipe_and_overrides_change(tmp_path):
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("cluster: no_accounting\n")
-    assert load(str(recipe), ["cluster.nodes=4"]).cluster.nodes == "4"
-    assert load(str(recipe), ["cluster=slurm"]).cluster.gpus_per_node == 8
+    assert load_recipe(str(recipe), ["cluster.nodes=4"]).cluster.nodes == "4"
+    assert load_recipe(str(recipe), ["cluster=slurm"]).cluster.gpus_per_node == 8
     with pytest.raises(ValueError, match=r"no cluster=nowhere.*no_accounting, preemptible"):
-        load("tiny", ["cluster=nowhere"])
+        load_recipe("tiny", ["cluster=nowhere"])
 
 
 def test_nodes_and_ranks():
-    cluster = load("tiny", ["cluster=preemptible"]).cluster
+    cluster = load_recipe("tiny", ["cluster=preemptible"]).cluster
     assert (cluster.least_nodes, cluster.most_nodes, cluster.ranks_per_node) == (2, 8, 8)
     assert cluster.of("evaluate").ranks_per_node == cluster.of("page").ranks_per_node == 1
     assert cluster.of("quantize").nodes == "1"
@@ -49,4 +49,4 @@ def test_nodes_and_ranks():
 )
 def test_what_is_wrong_is_named_with_its_mend(override, told):
     with pytest.raises(ValueError, match=told):
-        load("tiny", ["cluster=slurm", f"cluster.{override}"])
+        load_recipe("tiny", ["cluster=slurm", f"cluster.{override}"])

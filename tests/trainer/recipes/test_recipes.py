@@ -8,10 +8,10 @@ from trainer.recipes import schema as schema
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path):
-    assert reading.load("demo", []).name == "demo"
+    assert reading.load_recipe("demo", []).name == "demo"
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nfinetune: {lr: 1e-5}\n")
-    config = reading.load(str(path), ["finetune.samples=7", "data.synth_hours=1"])
+    config = reading.load_recipe(str(path), ["finetune.samples=7", "data.synth_hours=1"])
     assert (config.name, config.run_dir, config.finetune.lr, config.finetune.samples) == ("mine", "runs/mine", 1e-5, 7)
 
 
@@ -21,12 +21,12 @@ def test_every_recipe_of_the_house_is_valid(monkeypatch):
     recipes = sorted(reading.RECIPES.glob("*.yaml"))
     assert recipes
     for path in recipes:
-        reading.load(str(path), [])
+        reading.load_recipe(str(path), [])
 
 
 def test_unknown_recipe_names_the_known_ones():
     with pytest.raises(ValueError, match=r"no recipe .demmo.*demo"):
-        reading.load("demmo", [])
+        reading.load_recipe("demmo", [])
 
 
 @pytest.mark.parametrize(
@@ -35,17 +35,17 @@ def test_unknown_recipe_names_the_known_ones():
 )
 def test_unknown_key_names_the_nearest(override, nearest):
     with pytest.raises(ValueError, match=f"unknown key {override.split('=')[0]}.*{nearest}$"):
-        reading.load("demo", [override])
+        reading.load_recipe("demo", [override])
 
 
 def test_value_of_another_type_names_its_key():
     with pytest.raises(ValueError, match=r"finetune\.samples"):
-        reading.load("demo", ["finetune.samples=many"])
+        reading.load_recipe("demo", ["finetune.samples=many"])
 
 
 def test_override_without_a_value():
     with pytest.raises(ValueError, match="key=value"):
-        reading.load("demo", ["finetune"])
+        reading.load_recipe("demo", ["finetune"])
 
 
 def test_all_problems_are_found_at_once():
@@ -58,7 +58,7 @@ def test_all_problems_are_found_at_once():
         "diffusion.options={logit_men: 1}",
     ]
     with pytest.raises(ValueError, match="crop_frames") as error:
-        reading.load("demo", overrides)
+        reading.load_recipe("demo", overrides)
     text = str(error.value)
     for mend in ("take 99 or 108", "128 or 256", "rates holds 99", "/nowhere", "multiple of 3", "logit_men"):
         assert mend in text
@@ -83,28 +83,28 @@ def test_all_problems_are_found_at_once():
 )
 def test_what_would_fail_late_is_refused_at_once(overrides, mend):
     with pytest.raises(ValueError, match=mend):
-        reading.load("demo", overrides)
+        reading.load_recipe("demo", overrides)
 
 
 def test_resolved_config_starts_the_same_run(tmp_path):
-    config = reading.load("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
+    config = reading.load_recipe("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
     path = tmp_path / "config.yaml"
     path.write_text(schema.to_yaml(config))
-    assert reading.load(str(path), []) == config
+    assert reading.load_recipe(str(path), []) == config
     assert OmegaConf.load(path).data.latents == "/tmp/elsewhere/latents"
 
 
 def test_stages_follow_from_what_is_given(tmp_path):
-    assert reading.load("demo", ["prior.samples=8", "prior.crop_frames=126"]).stages == list(schema.STAGES)
-    assert reading.load("demo", []).stages == [stage for stage in schema.STAGES if stage != "prior"]
-    given = reading.load("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
+    assert reading.load_recipe("demo", ["prior.samples=8", "prior.crop_frames=126"]).stages == list(schema.STAGES)
+    assert reading.load_recipe("demo", []).stages == [stage for stage in schema.STAGES if stage != "prior"]
+    given = reading.load_recipe("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
     assert given.stages == ["prepare", "autoencode", "quantize", "finetune", "evaluate", "page"]
 
 
 def test_fingerprint_changes_with_any_value():
-    first, second = (schema.flatten(reading.load("demo", [f"seed={seed}"])) for seed in (0, 1))
-    assert schema.fingerprint(first) != schema.fingerprint(second)
-    assert schema.fingerprint(first) == schema.fingerprint(dict(reversed(first.items())))
+    first, second = (schema.flatten(reading.load_recipe("demo", [f"seed={seed}"])) for seed in (0, 1))
+    assert schema.hash_values(first) != schema.hash_values(second)
+    assert schema.hash_values(first) == schema.hash_values(dict(reversed(first.items())))
 
 
 @pytest.fixture
@@ -114,7 +114,9 @@ def released(monkeypatch):
 
 
 def test_a_model_is_a_choice_of_any_recipe(released):
-    config = reading.load("tiny", ["model=stable_audio_open", "data.clip_seconds=5", "pretrained.folder=/models/sao"])
+    config = reading.load_recipe(
+        "tiny", ["model=stable_audio_open", "data.clip_seconds=5", "pretrained.folder=/models/sao"]
+    )
     assert (config.autoencoder.kind, config.diffusion.name, config.latent_encoder.pooling) == (
         "oobleck",
         "v_prediction",
@@ -123,28 +125,28 @@ def test_a_model_is_a_choice_of_any_recipe(released):
     assert {config.autoencoder.folder, config.text.folder, config.pretrained.folder} == {"/models/sao"}
     assert config.autoencode.samples == 128  # the recipe's, of which the model says nothing
     assert "pretrain" not in config.stages
-    config = reading.load("spresso_11hz", ["latent_encoder.pooling=3"])
+    config = reading.load_recipe("spresso_11hz", ["latent_encoder.pooling=3"])
     assert (config.autoencoder.folder, config.latent_encoder.pooling) == ("checkpoints/Woosh-AE", 3)
-    other = reading.load("spresso_11hz", ["model=stable_audio_open"])
+    other = reading.load_recipe("spresso_11hz", ["model=stable_audio_open"])
     assert (other.autoencoder.kind, other.latent_encoder.pooling, other.latent_encoder.width) == ("oobleck", 2, 768)
 
 
 def test_a_model_replaces_the_formulation_and_a_recipe_the_models_settings(released, tmp_path):
-    assert reading.load("demo", ["model=woosh", "data.clip_seconds=5"]).diffusion.options == {}
+    assert reading.load_recipe("demo", ["model=woosh", "data.clip_seconds=5"]).diffusion.options == {}
     path = tmp_path / "mine.yaml"
     path.write_text("model: woosh\nlatent_encoder: {pooling: 3}\nautoencoder: {folder: mine}\n")
-    config = reading.load(str(path), [])
+    config = reading.load_recipe(str(path), [])
     assert (config.latent_encoder.pooling, config.autoencoder.folder, config.autoencoder.kind) == (3, "mine", "woosh")
     with pytest.raises(ValueError, match=r"there is no model=magic: .* stable_audio_open, woosh"):
-        reading.load("demo", ["model=magic"])
+        reading.load_recipe("demo", ["model=magic"])
 
 
 def test_crops_fit_the_latent_rate_of_the_model(released):
     with pytest.raises(ValueError, match=r"autoencode\.crop_frames=200 is longer .* 107 frames: take 106"):
-        reading.load("stable_audio_open", ["autoencode.crop_frames=200"])
+        reading.load_recipe("stable_audio_open", ["autoencode.crop_frames=200"])
 
 
 def test_weights_that_are_nowhere_are_told_with_the_command_that_fetches_them(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"pretrained\.folder=.*hf download stabilityai/stable-audio-open-1\.0"):
-        reading.load("stable_audio_open", [])
+        reading.load_recipe("stable_audio_open", [])

@@ -27,10 +27,10 @@ from trainer.files import write_whole
 # Where a sound is heard decides in which room or how far off it may be.
 INDOORS = sounds.INDOORS | signals.INDOORS
 OUTDOORS = sounds.OUTDOORS | signals.OUTDOORS
-RECIPES = INDOORS | OUTDOORS
-KINDS = tuple(RECIPES)
+SOUND_RECIPES = INDOORS | OUTDOORS
+SOUND_KINDS = tuple(SOUND_RECIPES)
 # Raise it when any recipe sounds different: sets of two versions must not mix in one folder.
-VERSION = 1
+SYNTH_VERSION = 1
 SHORTEST, LONGEST = 1.5, 5.0  # seconds
 PEAK = 0.9
 CAPTIONS = "captions.jsonl"
@@ -53,7 +53,7 @@ def synthesize(seed: int, index: int) -> Sound:
     random = _random(seed, index)
     samples = _draw_samples(random)
     kind = _kind(index)
-    caption, sound = RECIPES[kind](random, samples)
+    caption, sound = SOUND_RECIPES[kind](random, samples)
     where, sound, peak = _surround(random, sound, outdoors=kind in OUTDOORS)
     return Sound(_key(index), kind, caption + where, _finish(random, sound, peak))
 
@@ -68,7 +68,7 @@ def _draw_samples(random: Random) -> int:
 
 
 def _kind(index: int) -> str:
-    return KINDS[index % len(KINDS)]
+    return SOUND_KINDS[index % len(SOUND_KINDS)]
 
 
 def _key(index: int) -> str:
@@ -146,7 +146,7 @@ def _check(*, hours: float, seed: int, workers: int) -> None:
 
 def _claim(folder: Path, *, hours: float, seed: int) -> None:
     """Writes into an empty folder what it is for; refuses one that is for something else."""
-    purpose = json.dumps({"hours": float(hours), "seed": seed, "version": VERSION})
+    purpose = json.dumps({"hours": float(hours), "seed": seed, "version": SYNTH_VERSION})
     plan = folder / PLAN
     if plan.exists():
         held = plan.read_text()

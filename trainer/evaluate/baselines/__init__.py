@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 
-from trainer.evaluate.baselines.base import Baseline
+from trainer.evaluate.baselines.baseline import Baseline
 from trainer.evaluate.baselines.huggingface import DAC, EnCodec, StableAudio
 from trainer.evaluate.baselines.opus import Opus
 from trainer.evaluate.baselines.packages import Music2Latent, SemantiCodec

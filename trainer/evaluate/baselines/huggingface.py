@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from trainer.evaluate.baselines.base import Audio, Baseline, lacks, offline, padded
+from trainer.data.audio import Audio
+from trainer.evaluate.baselines.baseline import Baseline, lacks, offline, padded
 
 _INSTALL = "pip install 'spresso[baselines]'"
 
@@ -21,7 +22,7 @@ class _FromHub(Baseline):
     package: ClassVar[str]
     model: Any
 
-    def available(self) -> str:
+    def missing(self) -> str:
         """A package, a folder or a cached file is missing."""
         if missing := lacks(self.package, _INSTALL):
             return missing

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from trainer.evaluate.baselines.base import Audio, Baseline
+from trainer.data.audio import Audio
+from trainer.evaluate.baselines.baseline import Baseline
 
 _HEADERS = 2  # packets before the sound: OpusHead and OpusTags
 _TIMEOUT = 600  # seconds
@@ -23,7 +24,7 @@ class Opus(Baseline):
     default_kbps = 6.0
     sample_rate = 48_000
 
-    def available(self) -> str:
+    def missing(self) -> str:
         """There is no ffmpeg, or one without libopus."""
         if shutil.which("ffmpeg") is None:
             return "there is no ffmpeg: apt-get install ffmpeg"

@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from trainer.data.audio import write_audio
-from trainer.evaluate.baselines.base import Audio, Baseline, lacks
+from trainer.data.audio import Audio, write_audio
+from trainer.evaluate.baselines.baseline import Baseline, lacks
 
 _ONLY_TENSORS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -31,7 +31,7 @@ class Music2Latent(Baseline):
     sample_rate = 44_100
     _UNIT = 4096  # samples to a latent; what fills none is cut off by the package
 
-    def available(self) -> str:
+    def missing(self) -> str:
         """The package is missing."""
         return lacks("music2latent", "pip install music2latent")
 
@@ -60,7 +60,7 @@ class SemantiCodec(Baseline):
     sample_rate = 16_000
     _ACOUSTIC_BITS = 13  # of the 8192 codes beside each semantic one
 
-    def available(self) -> str:
+    def missing(self) -> str:
         """The package, or torchaudio, which it reads files with, is missing."""
         install = (
             "pip install git+https://github.com/haoheliu/SemantiCodec-inference, with a torchaudio that fits torch"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from trainer.data.shard_set import ShardSet
-from trainer.recipes.schema import Config, fingerprint
+from trainer.recipes.schema import Config, hash_values
 from trainer.run_directory import held_out_set
 
 _OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
 
 
-class Clips:
+class ScoredClips:
     """Held-out clips, levelled; their audio is read when it is asked for. The page's come first.
 
     Attributes: `sample_rate` in Hz, `samples` of each, `keys`, `on_page` (how many of them the page plays).
@@ -39,7 +39,7 @@ class Clips:
     @property
     def identity(self) -> str:
         """Changes with what the clips are, and which of them the page plays."""
-        return fingerprint({"set": self._shards.fingerprint, "ids": self._ids, "cut": [self.samples, self.on_page]})
+        return hash_values({"set": self._shards.fingerprint, "ids": self._ids, "cut": [self.samples, self.on_page]})
 
     @property
     def autoencoder(self) -> str:
@@ -87,7 +87,7 @@ class Clips:
         )
 
 
-def load_clips(config: Config, device: torch.device) -> Clips:
+def load_clips(config: Config, device: torch.device) -> ScoredClips:
     """Held-out clips, spread evenly over the set; the page's, spread likewise, come first.
 
     Raises:
@@ -103,4 +103,4 @@ def load_clips(config: Config, device: torch.device) -> Clips:
     of_page = ids[:: max(1, count // config.evaluate.page_clips)][: config.evaluate.page_clips]
     ids = of_page + [id_ for id_ in ids if id_ not in of_page]
     samples = round((config.evaluate.seconds or config.data.clip_seconds) * shards.info.sample_rate)
-    return Clips(shards, ids, samples=samples, on_page=len(of_page), device=device)
+    return ScoredClips(shards, ids, samples=samples, on_page=len(of_page), device=device)

@@ -13,10 +13,9 @@ from typing import ClassVar
 import numpy as np
 import soxr
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
-Audio = NDArray[np.float32]
+from trainer.data.audio import Audio
 
 _PATIENCE = 10.0  # seconds for the hub to answer
 
@@ -48,12 +47,12 @@ class Baseline(ABC):
         return self.name if self.kbps is None else f"{self.name}@{self.kbps:g}"
 
     @abstractmethod
-    def available(self) -> str:
+    def missing(self) -> str:
         """What is missing, in one line with its mend; empty where the codec can be loaded from what is here."""
 
     @property
     def fetches(self) -> bool:
-        """Whether `load` may get what `available` misses from the network."""
+        """Whether `load` may get what `missing` names from the network."""
         return False
 
     @abstractmethod
@@ -77,12 +76,12 @@ class Baseline(ABC):
             off, cut or filled with silence at the end. And the bits of the payload, containers aside; None where the
             codec has continuous latents.
         """
-        decoded, bits = self.run(resample(audio_S, sample_rate, self.sample_rate))
-        back = resample(decoded[self.delay :].astype(np.float32), self.sample_rate, sample_rate)[: len(audio_S)]
+        decoded, bits = self.run(resample_mono(audio_S, sample_rate, self.sample_rate))
+        back = resample_mono(decoded[self.delay :].astype(np.float32), self.sample_rate, sample_rate)[: len(audio_S)]
         return np.pad(back, (0, len(audio_S) - len(back))), bits
 
 
-def resample(audio_S: Audio, rate: int, to: int) -> Audio:
+def resample_mono(audio_S: Audio, rate: int, to: int) -> Audio:
     """Linear in phase: nothing is delayed."""
     return audio_S if rate == to else soxr.resample(audio_S, rate, to)
 

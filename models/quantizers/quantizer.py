@@ -16,7 +16,7 @@ _KINDS = {
     "residual": ("models.quantizers.residual", "ResidualQuantizer"),
     "fsq": ("models.quantizers.fsq", "FSQ"),
 }
-KINDS = tuple(_KINDS)
+QUANTIZER_KINDS = tuple(_KINDS)
 """Names of the quantizers that there are."""
 
 
@@ -134,7 +134,7 @@ def make_quantizer(config: dict[str, Any]) -> Quantizer:
     arguments = dict(config)
     kind = arguments.pop("kind", None)
     if kind not in _KINDS:
-        raise ValueError(f"unknown quantizer kind '{kind}': choose one of {', '.join(KINDS)}")
+        raise ValueError(f"unknown quantizer kind '{kind}': choose one of {', '.join(QUANTIZER_KINDS)}")
     module, name = _KINDS[kind]
     try:
         return getattr(importlib.import_module(module), name)(**arguments)

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.page.html import Html, element, explained, join
 
-Report = Mapping[str, Any]
-System = Mapping[str, Any]
+EvaluationReport = Mapping[str, Any]
+SystemEntry = Mapping[str, Any]
 
 ROLES = ("original", "ceiling", "system", "baseline", "floor")
 """In the order of columns and rows."""
@@ -33,7 +33,7 @@ TABLES = (
 )
 
 
-def table_key(system: System) -> str:
+def table_key(system: SystemEntry) -> str:
     """The key of the system's table, by its rate where the report does not say; "" for bounds, which belong to all."""
     if system["role"] not in ("system", "baseline"):
         return ""
@@ -44,25 +44,25 @@ def table_key(system: System) -> str:
     return "continuous" if not kbps else "low" if kbps >= LOW_KBPS else "ultra_low"
 
 
-def with_role(report: Report, role: str, table: Table | None = None) -> list[System]:
+def with_role(report: EvaluationReport, role: str, table: Table | None = None) -> list[SystemEntry]:
     """Systems of a role, of one table or of all, in the report's order."""
     systems = [system for system in report["systems"] if system["role"] == role]
     return [system for system in systems if table is None or table_key(system) in ("", table.key)]
 
 
-def in_table(report: Report, table: Table) -> list[System]:
+def in_table(report: EvaluationReport, table: Table) -> list[SystemEntry]:
     """All that stands in a table beside the original, in the order of roles; nothing where no codec does."""
     if not with_role(report, "system", table) and not with_role(report, "baseline", table):
         return []
     return [system for role in ROLES[1:] for system in with_role(report, role, table)]
 
 
-def played(report: Report) -> set[str]:
+def played(report: EvaluationReport) -> set[str]:
     """Keys of the systems of which there is sound; others stand in the table of figures alone."""
     return {key for clip in report["clips"] for key, files in clip["audio"].items() if files}
 
 
-def system_name(system: System) -> Html:
+def system_name(system: SystemEntry) -> Html:
     """The title with its note, and beneath it details and the licence of another's work."""
     lines = [system.get("detail"), system.get("licence")]
     small = [element("small", line) for line in lines if line]
