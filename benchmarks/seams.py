@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from models import windows
-from models.codec import SPresso, generate
+from models.codec import SPresso
+from models.samplers import generate
 from trainer.data.shard_set import open_set
 from trainer.formatting import aligned
 
@@ -52,7 +53,7 @@ def cross_faded(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tenso
     for start in begins:
         part, z_part = slice(start, start + window), slice(start // pooling, (start + window) // pooling)
         condition, sampling = codec.f(z_1ZN[..., z_part]), codec.config.sampling
-        x0 = generate(codec.dit, codec.diffusion, noise_1CT[..., part], condition=condition, sampling=sampling)
+        x0 = generate(codec.dit, codec.diffusion, noise_1CT[..., part], {"condition": condition}, sampling=sampling)
         total[..., part] += x0 * weight
         weights[..., part] += weight
     middles = [(one + other + window) // 2 for one, other in pairwise(begins)]

@@ -17,7 +17,7 @@ import torch
 from models import bitstream
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
-from models.codec_config import Sampling
+from models.sizes import Sampling
 from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
 from trainer.files import write_whole
 from trainer.progress import Progress

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.sizes import VocosConfig
 from models.weights import hash_state
 
 FRAMES_PER_BLOCK = 3000
@@ -211,28 +212,6 @@ def _random_signs(begin: int, frames: int, bins: int, *, device: torch.device) -
     for multiplier in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit hash with low bias
         bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
     return ((bits >> 16) & 1).float() * 2 - 1
-
-
-@dataclass
-class VocosConfig:
-    """Size and shape of a `VocosAE`; the defaults are the public release's."""
-
-    latent_channels: int = 128
-    """Channels of the latents."""
-    width: int = 2048
-    """Features of a frame inside."""
-    hidden_width: int = 3072
-    """Features inside the blocks' MLPs."""
-    encoder_depth: int = 8
-    """Blocks of the encoder."""
-    decoder_depth: int = 8
-    """Blocks of the decoder."""
-    n_fft: int = 960
-    """Samples of a spectral frame; at least twice the hop."""
-    hop: int = 480
-    """Samples between two frames."""
-    sample_rate: int = 48000
-    """Samples a second."""
 
 
 class VocosAE(AudioAE):

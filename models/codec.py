@@ -7,42 +7,33 @@ every other part as safetensors with its config in the header, and `codec.json`,
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models import streams, windows
+from models import export, windows
 from models.autoencoder import AudioAE
-from models.backbones.pretrained import (
-    hash_state,
-    load_autoencoder,
-    load_dit,
-    load_weights,
-    outline_autoencoder,
-    save_weights,
-)
-from models.bitstream import FramesOf, Stream
-from models.codec_config import EXPORT_FORMAT, CodecConfig, Sampling, read_description
+from models.backbones.pretrained import load_autoencoder, load_dit, outline_autoencoder
+from models.bitstream import FramesOf, Header, Stream
+from models.channels import Rows, channels_of
 from models.decoder import Decoder
-from models.diffusion import Diffusion, guided, make_diffusion
+from models.diffusion import Diffusion, make_diffusion
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
-from models.samplers import sample
-from models.weights import write_safetensors
+from models.samplers import generate
+from models.sizes import CodecConfig, Sampling
+from models.weights import hash_state
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ADAPTER = "default"
+_OTHER_ROW = 2**31
+"""Added to the seed of the side row: with the mid row's noise, all that is made up would lean to one channel."""
 
 
 class SPresso(nn.Module):
@@ -59,7 +50,7 @@ class SPresso(nn.Module):
         self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
         from peft import inject_adapter_in_model  # here: it takes longer to import than torch, and not all need it
 
-        inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=ADAPTER)
+        inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=export.ADAPTER)
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
@@ -120,7 +111,31 @@ class SPresso(nn.Module):
         Raises:
             ValueError: no quantizer, books that it does not have, or channels that can't be coded so.
         """
-        return streams.encode(self, audio, books=books, channels=channels, origin=origin)
+        quantizer = self.fitted_quantizer()
+        rows = Rows(audio, layout=channels, ae_channels=self.autoencoder.channels)
+        samples, rate = origin or (audio.shape[-1], self.autoencoder.sample_rate)
+        codes = torch.stack([self._encode_row(rows, row, books) for row in range(len(rows))])
+        header = Header(
+            model=self.model_hash[:8],
+            samples=samples,
+            rate=rate,
+            channels=len(audio),
+            layout=rows.layout,
+            books=codes.shape[-1],
+            size=quantizer.size,
+            gains_db=rows.gains_db,
+        )
+        return Stream(header, codes.cpu().numpy())
+
+    def _encode_row(self, rows: Rows, row: int, books: int | None) -> Tensor:
+        """Codes (N, books) of one row, whose audio is read block by block."""
+
+        def read(first: int, last: int) -> Tensor:
+            return rows.read(row, first, last).to(self.device)
+
+        samples = rows.audio.shape[-1]
+        z_1ZN = self.x0_to_z(self.autoencoder.encode_blocks(read, samples), self.z_frames(samples))
+        return self.fitted_quantizer().encode(z_1ZN[0].T, books=books)
 
     @torch.inference_mode()
     def decode(
@@ -149,7 +164,30 @@ class SPresso(nn.Module):
         Raises:
             ValueError: a stream of another model, or codes that its quantizer does not have.
         """
-        yield from streams.decode_blocks(self, stream, seed=seed, sampling=sampling, progress=progress)
+        header = stream.header
+        self._require_own(header)
+        z_RZN = self.fitted_quantizer().decode(torch.from_numpy(stream.codes).to(self.device)).transpose(1, 2)
+        seeds = [seed + row * _OTHER_ROW if header.layout == "mid_side" else seed for row in range(header.rows)]
+        x0_RCT = self.z_to_x0(z_RZN, self.noise(seeds, z_RZN.shape[-1]), sampling=sampling, progress=progress)
+        left = self.samples(header.samples, header.rate)
+        for rows_RCS in self.x0_to_blocks(x0_RCT):
+            audio = channels_of(rows_RCS[..., :left], header)
+            left -= audio.shape[-1]
+            yield audio
+
+    def _require_own(self, header: Header) -> None:
+        """Raise ValueError for a stream that this codec did not make."""
+        quantizer = self.fitted_quantizer()
+        if header.model != self.model_hash[:8]:
+            raise ValueError(
+                f"the stream was made by model {header.model}, this is {self.model_hash[:8]}: "
+                "decode it with the codec that encoded it"
+            )
+        if header.size != quantizer.size or header.books > quantizer.books or not header.samples:
+            raise ValueError(
+                f"the stream is damaged: {header.samples} samples in {header.books} books of {header.size}, and this "
+                f"codec has {quantizer.books} of {quantizer.size}"
+            )
 
     def coder(self) -> Coder | None:
         """What files are entropy-coded with; None where no prior was trained."""
@@ -214,11 +252,12 @@ class SPresso(nn.Module):
             if progress is not None:
                 progress(done, total)
 
-        return generate(joint, self.diffusion, noise_BCT, condition=z_BZN, sampling=sampling, progress=stepped)
+        conditions = {} if z_BZN is None else {"condition": z_BZN}
+        return generate(joint, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=stepped)
 
     def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
-        condition = None if z_BZN is None else self.f(z_BZN)
-        return generate(self.dit, self.diffusion, noise_BCT, condition=condition, sampling=sampling, progress=progress)
+        conditions = {} if z_BZN is None else {"condition": self.f(z_BZN)}
+        return generate(self.dit, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=progress)
 
     def noise(self, seeds: list[int], z_frames: int) -> Tensor:
         """Standard gaussian noise (len(seeds), C, z_frames · pooling), a row a seed, the same on every device."""
@@ -250,27 +289,21 @@ class SPresso(nn.Module):
                 name on the hub.
             card: text of the model card.
         """
-        making = folder.with_name(folder.name + ".making")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        for name, (module, config) in self.parts().items():
-            save_weights(making / f"{name}.safetensors", module.state_dict(), config)
-        lora_config(self.config.lora, self.dit).save_pretrained(str(making))
-        write_safetensors(making / "adapter_model.safetensors", self._adapter_state(), {"format": "pt"})
-        if base.is_file():
-            _link_or_copy(base, making / "dit.safetensors")
         self.model_hash = self._hash()
-        description = {
-            "format": EXPORT_FORMAT,
-            "model": self.model_hash,
-            "base": {"path": _where(base), "hash": self.base_hash},
-            "autoencoder_identity": self.autoencoder.identity(),
-            "config": dataclasses.asdict(self.config),
-        }
-        (making / "codec.json").write_text(json.dumps(description, indent=2))
-        (making / "README.md").write_text(card.replace("{model}", self.model_hash[:8]))
-        shutil.rmtree(folder, ignore_errors=True)
-        making.rename(folder)
+        export.write_export(
+            folder,
+            parts=self.parts(),
+            adapter=self.adapter_parameters(),
+            lora=lora_config(self.config.lora, self.dit),
+            base=base,
+            description={
+                "model": self.model_hash,
+                "base_hash": self.base_hash,
+                "autoencoder_identity": self.autoencoder.identity(),
+                "config": dataclasses.asdict(self.config),
+            },
+            card=card.replace("{model}", self.model_hash[:8]),
+        )
         return self.model_hash
 
     @classmethod
@@ -288,7 +321,7 @@ class SPresso(nn.Module):
             ValueError: no export, a damaged one, or another base model than it was trained on.
         """
         folder = Path(folder)
-        description = read_description(folder)
+        description = export.read_description(folder)
         config = CodecConfig.from_dict(description["config"])
         base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
         codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=load_dit(base_path))
@@ -296,34 +329,23 @@ class SPresso(nn.Module):
         _require_same(
             "the autoencoder", config.autoencoder, codec.autoencoder.identity(), description["autoencoder_identity"]
         )
-        if (folder / "quantizer.safetensors").exists():
-            codec.quantizer = make_quantizer(load_weights(folder / "quantizer.safetensors")[0])
-        if (folder / "prior.safetensors").exists():
-            codec.prior = Prior(**load_weights(folder / "prior.safetensors")[0])
-        for name, (module, _) in codec.parts().items():
-            module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
-        codec._load_adapter(load_file(str(folder / "adapter_model.safetensors")))
+        if (quantizer := export.read_part_config(folder, "quantizer")) is not None:
+            codec.quantizer = make_quantizer(quantizer)
+        if (prior := export.read_part_config(folder, "prior")) is not None:
+            codec.prior = Prior(**prior)
+        export.fill_parts(folder, codec.parts())
+        export.fill_adapter(folder, codec.adapter_parameters())
         codec.model_hash = description["model"]
         return codec.to(device).eval().requires_grad_(False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The LoRA's parameters under their names in D."""
-        return {name: value for name, value in self.dit.named_parameters() if f".{ADAPTER}." in name}
-
-    def _adapter_state(self) -> dict[str, Tensor]:
-        return {
-            _peft_name(name): value.detach().cpu().contiguous() for name, value in self.adapter_parameters().items()
-        }
-
-    def _load_adapter(self, state: Mapping[str, Tensor]) -> None:
-        own = self.adapter_parameters()
-        if set(state) != {_peft_name(name) for name in own}:
-            raise ValueError("adapter_model.safetensors does not fit this base model: other layers are adapted")
-        for name, parameter in own.items():
-            parameter.data.copy_(state[_peft_name(name)])
+        return {name: value for name, value in self.dit.named_parameters() if f".{export.ADAPTER}." in name}
 
     def _hash(self) -> str:
-        tensors = {f"adapter.{name}": value for name, value in self._adapter_state().items()}
+        tensors: dict[str, Tensor] = {
+            f"adapter.{name}": value for name, value in export.named_as_in_peft(self.adapter_parameters()).items()
+        }
         for part, (module, _) in self.parts().items():
             if part == "prior":  # the codes are the same with another, and what it wrote names it
                 continue
@@ -335,7 +357,7 @@ class SPresso(nn.Module):
 
 def read_frames_of(folder: Path) -> FramesOf:
     """`z_frames` of an export, of which nothing but its description is read."""
-    config = read_description(folder)["config"]
+    config = export.read_description(folder)["config"]
     return partial(_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
 
 
@@ -354,50 +376,12 @@ def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
     return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
 
 
-def generate(
-    dit: Callable[..., Tensor],
-    diffusion: Diffusion,
-    noise_BCT: Tensor,
-    *,
-    condition: Tensor | None,
-    sampling: Sampling,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """One pass of the sampler: noise (B, C, T) → x0 (B, C, T)."""
-
-    def conditional(x: Tensor, t: Tensor) -> Tensor:
-        return dit(x, t, condition=condition)
-
-    def unconditional(x: Tensor, t: Tensor) -> Tensor:
-        return dit(x, t)
-
-    network = guided(conditional, unconditional, sampling.guidance if condition is not None else 1.0)
-    noise_BCT = sampling.temperature * noise_BCT
-    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
-
-
 def _fit(x_BCT: Tensor, frames: int) -> Tensor:
     """Cut to so many frames, or hold the last one."""
     missing = frames - x_BCT.shape[-1]
     if missing <= 0:
         return x_BCT[..., :frames]
     return torch.cat([x_BCT, x_BCT[..., -1:].expand(*x_BCT.shape[:-1], missing)], dim=-1)
-
-
-def _peft_name(name: str) -> str:
-    return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
-
-
-def _where(base: Path) -> str | None:
-    """What a codec says of where its base is: nothing of a file that lies beside it; a hub's name stays one."""
-    return None if base.is_file() else str(base.resolve() if base.exists() else base)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # the same bytes on the disk, yet each export is whole
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

@@ -11,8 +11,6 @@ D width, H heads, K features of a head, E features of a patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -21,80 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.rotary import Rotary, rope_frequencies, yarn
-
-
-@dataclass
-class DiTConfig:
-    """Size and shape of a `DiT`."""
-
-    channels: int = 128
-    """Latent channels, in and out."""
-    width: int = 384
-    """Features of a token."""
-    depth: int = 8
-    """Blocks in all, multi-stream and single-stream."""
-    multistream_depth: int = 4
-    """How many of them, the first ones, are multi-stream; without text there are none."""
-    heads: int = 6
-    """Attention heads; each has width / heads features."""
-    hidden_width: int = 1536
-    """Features inside the MLPs; 4 × width by custom."""
-    text_width: int | None = None
-    """Features of a text token as the text encoder gives them; None builds no text stream."""
-    text_tokens: int = 77
-    """Text tokens a caption always has: shorter ones are masked, and learned pad tokens stand in."""
-    patch_size: int = 1
-    """Latent frames that make up one token."""
-    memory_tokens: int = 1
-    """Extra tokens in the latent stream, for what belongs to no frame; they share one learned vector."""
-    rotary_width: int | None = None
-    """Features of a head that RoPE turns; the others don't know of positions. None turns all."""
-    rotary_base: float = 10000.0
-    """RoPE's base: the slowest feature turns once in about 2π · base tokens."""
-    rotary_span: int = 501
-    """Tokens over which the memory tokens are spread; longer inputs work."""
-    yarn_trained_tokens: int | None = None
-    """Tokens that RoPE spanned before YaRN stretched it to `rotary_span` (arXiv 2309.00071); None: not stretched."""
-    yarn_factor: float = 40.0
-    """By how much YaRN slows down RoPE's slowest frequencies."""
-    time_features: int = 256
-    """Fourier features of the noise level."""
-    gated_skip: bool = False
-    """Whether the prediction is `output(h) + skip(h) · x`: what tokens are too narrow to carry passes around them, each
-    number weighed by what the tokens know. For small models with patches wider than `width`."""
-    predicts_logvar: bool = False
-    """Whether there is `DiT.logvar`: a learned log-variance of the loss at a noise level (arXiv 2312.02696, eq. 14)."""
-
-    @property
-    def head_width(self) -> int:
-        """Features of one attention head."""
-        return self.width // self.heads
-
-    @property
-    def multistream_blocks(self) -> int:
-        """Multi-stream blocks that are built: none without text."""
-        return 0 if self.text_width is None else self.multistream_depth
-
-    def __post_init__(self) -> None:
-        if problems := list(self._problems()):
-            raise ValueError("; ".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        sizes = ("channels", "width", "depth", "heads", "hidden_width", "text_tokens", "patch_size", "rotary_span")
-        too_small = [f"{name} is {getattr(self, name)}: give at least 1" for name in sizes if getattr(self, name) < 1]
-        if too_small:
-            yield from too_small
-            return
-        if self.width % (2 * self.heads):
-            yield f"width {self.width} does not split into {self.heads} heads: take a multiple of {2 * self.heads}"
-        elif self.rotary_width not in (None, *range(0, self.head_width + 1, 2)):
-            yield f"rotary_width is {self.rotary_width}: take an even number up to {self.head_width}, the head width"
-        if self.text_width is not None and not 0 <= self.multistream_depth <= self.depth:
-            yield f"multistream_depth is {self.multistream_depth}: give 0 to {self.depth}, the depth"
-        if self.time_features < 2 or self.time_features % 2:
-            yield f"time_features is {self.time_features}: give an even number, as they are cosines and sines"
-        if not 0 <= self.memory_tokens <= self.rotary_span:
-            yield f"memory_tokens is {self.memory_tokens}: give 0 to {self.rotary_span}, the rotary_span"
+from models.sizes import DiTConfig
 
 
 def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> tuple[Rotary, Rotary]:

@@ -6,55 +6,14 @@ the frames and hands it to the decoder D as a condition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.rotary import Rotary, rope_frequencies
+from models.sizes import LatentEncoderConfig
 
 MEAN_MAGNITUDE = 0.8  # of a standard normal number: √(2/π)
-
-
-@dataclass
-class LatentEncoderConfig:
-    """Shapes of g and f."""
-
-    latent_channels: int = 128
-    """Channels of x0; those of the AudioAE."""
-    z_channels: int = 64
-    """Channels of z: 64 at every rate in the paper."""
-    pooling: int = 9
-    """x0 frames to one z: at 100 Hz, 4 → 25 Hz (30×), 9 → 11.1 Hz (68×), 100 → 1 Hz (750×)."""
-    patch_size: int = 1
-    """x0 frames to one token of g and f; 1 as in the paper, more is cheaper. Divides `pooling`."""
-    width: int = 512
-    """Width of the Transformer blocks."""
-    encoder_depth: int = 4
-    """Transformer blocks of g."""
-    upsampler_depth: int = 2
-    """Transformer blocks of f."""
-    heads: int = 8
-    """Attention heads; `width / heads` is even."""
-    magnitudes: bool = False
-    """Whether g sees |x0| beside x0. In latents that are signed spectra, as `spectral`'s, the magnitudes tell the sound
-    and the signs are noise; g would spend most of a short training on finding that out."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these shapes, a line each, with the mend."""
-        found = []
-        if self.pooling % self.patch_size:
-            divisors = [n for n in range(1, self.pooling + 1) if self.pooling % n == 0]
-            found.append(
-                f"latent_encoder.patch_size={self.patch_size} does not divide latent_encoder.pooling={self.pooling}: "
-                f"take one of {divisors}"
-            )
-        if self.width % (2 * self.heads):
-            found.append(
-                f"latent_encoder.width={self.width} is not a multiple of 2·heads: take {2 * self.heads} times a number"
-            )
-        return found
 
 
 class RotarySelfAttention(nn.Module):

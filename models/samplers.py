@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from models.diffusion import Diffusion, Network
+from models.diffusion import Diffusion, Network, guided
+from models.sizes import Sampling
 
 
 @torch.no_grad()
@@ -132,3 +133,35 @@ SAMPLERS: dict[str, Callable[[Denoise, Tensor, Sequence[_Level]], Iterator[Tenso
     "heun": _heun,
     "dpmpp": _dpmpp,
 }
+
+
+def generate(
+    dit: Callable[..., Tensor],
+    diffusion: Diffusion,
+    noise_BCT: Tensor,
+    conditions: Mapping[str, Tensor],
+    *,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Run the sampler once: noise (B, C, T) → x0 (B, C, T).
+
+    Args:
+        dit: D, called as `dit(x, t, **conditions)`.
+        diffusion: the formulation of D's weights.
+        noise_BCT: standard gaussian noise.
+        conditions: D's conditions by the names of its arguments; empty for an unconditional sample. Classifier-free
+            guidance goes from D without any of them to D with all of them.
+        sampling: sampler, steps, guidance and temperature.
+        progress: called with the number of steps done and of all steps.
+    """
+
+    def conditional(x: Tensor, t: Tensor) -> Tensor:
+        return dit(x, t, **conditions)
+
+    def unconditional(x: Tensor, t: Tensor) -> Tensor:
+        return dit(x, t)
+
+    network = guided(conditional, unconditional, sampling.guidance if conditions else 1.0)
+    noise_BCT = sampling.temperature * noise_BCT
+    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
 from models.backbones.pretrained import hash_state, load_autoencoder, load_dit, save_weights
-from models.codec import SPresso, generate
-from models.codec_config import CodecConfig
+from models.codec import SPresso
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
 from models.dit import DiT
 from models.prior import Prior
 from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
+from models.samplers import generate
+from models.sizes import CodecConfig
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import WantedText
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization, heard
@@ -125,7 +126,7 @@ class Pretrain(Task):
         noise_BCT = torch.stack(noise).to(x0_BCT.device)
         diffusion = make_diffusion(self.config.diffusion.name, **self.config.diffusion.options)
         sampling = self.config.sampling
-        x0_BCT = generate(self.dit, diffusion, noise_BCT, condition=None, sampling=sampling, progress=progress)
+        x0_BCT = generate(self.dit, diffusion, noise_BCT, {}, sampling=sampling, progress=progress)
         return self.autoencoder.decode(x0_BCT)
 
     def export(self, folder: Path) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from models.autoencoder import AudioAE
 from models.backbones.released import find_part, open_part, read_config, require, require_package
+from models.sizes import OobleckConfig
 from models.weights import filled
 
 _CLASS = "AutoencoderOobleck"
@@ -19,29 +19,6 @@ _SETTINGS = (
     *("encoder_hidden_size", "downsampling_ratios", "channel_multiples", "decoder_channels", "decoder_input_channels"),
     *("audio_channels", "sampling_rate"),
 )
-
-
-@dataclass
-class OobleckConfig:
-    """Size and shape of an `OobleckAE`; the defaults are the public release's."""
-
-    latent_channels: int = 64
-    """Channels of the latents."""
-    width: int = 128
-    """Features at the audio's own rate, in the decoder; the encoder has 2 · latent_channels."""
-    multiples: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """By how much more they are after each stride."""
-    strides: list[int] = field(default_factory=lambda: [2, 4, 4, 8, 8])
-    """Of the encoder's convolutions, each even; their product is the hop."""
-    audio_channels: int = 2
-    """Of the model: 2 is stereo."""
-    sample_rate: int = 44100
-    """Samples a second."""
-
-    @property
-    def hop(self) -> int:
-        """Samples a latent frame stands for."""
-        return math.prod(self.strides)
 
 
 class OobleckAE(AudioAE):

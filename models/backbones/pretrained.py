@@ -8,13 +8,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from models.autoencoder import AudioAE, SpectralAE, VocosAE, VocosConfig
+from models.autoencoder import AudioAE, SpectralAE, VocosAE
 from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
 from models.backbones.released import is_hub_name, locate, missing
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
 from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_woosh_folder, read_woosh_sizes
-from models.decoder import Decoder, DecoderConfig, decoder_config, make_decoder
-from models.dit import DiT, DiTConfig
+from models.decoder import Decoder, make_decoder
+from models.dit import DiT
+from models.sizes import DecoderConfig, DiTConfig, VocosConfig, decoder_config
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [

@@ -9,7 +9,6 @@ Shape suffixes: B batch, C latent channels, T frames, N text tokens, E features 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from models.backbones.oobleck import read_oobleck_config
 from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
+from models.sizes import STABLE_AUDIO_TEXT_TOKENS, StableAudioConfig
 from models.weights import filled
 
 _CLASS = "StableAudioDiTModel"
@@ -28,7 +28,6 @@ _SETTINGS = (
 )
 PROJECTION_SETTINGS = ("text_encoder_dim", "conditioning_dim", "min_value", "max_value")
 _SCHEDULER = "CosineDPMSolverMultistepScheduler"
-_TEXT_TOKENS = 128
 _PROJECTION = "projection_model."
 _NAMES = {
     "time_features.weight": "time_proj.weight",
@@ -45,50 +44,6 @@ _NAMES = {
     "end.features": f"{_PROJECTION}end_number_conditioner.time_positional_embedding.0.weights",
     "end.out": f"{_PROJECTION}end_number_conditioner.time_positional_embedding.1",
 }
-
-
-@dataclass
-class StableAudioConfig:
-    """Size and shape of a `StableAudioDiT`; the defaults are the public release's."""
-
-    kind: str = "stable_audio"
-    """Tells these settings from another D's."""
-    channels: int = 64
-    """Latent channels, in and out."""
-    depth: int = 24
-    """Blocks."""
-    heads: int = 24
-    """Attention heads."""
-    head_width: int = 64
-    """Features of one."""
-    text_heads: int = 12
-    """Heads of keys and values in cross-attention, shared among the heads of queries."""
-    cross_width: int = 768
-    """Features of what is cross-attended to."""
-    time_features: int = 256
-    """Fourier features of the noise level."""
-    text_width: int = 768
-    """Features of a text token, as the text encoder and its projection give them."""
-    text_tokens: int = _TEXT_TOKENS
-    """Text tokens a caption always has: those that shorter ones lack are zeros."""
-    seconds_features: int = 256
-    """Fourier features of the seconds that a sound begins at and lasts."""
-    shortest_seconds: float = 0.0
-    """Fewer are told as this."""
-    longest_seconds: float = 512.0
-    """More are told as this."""
-    frame_seconds: float = 2048 / 44100
-    """Seconds of a latent frame."""
-
-    @property
-    def width(self) -> int:
-        """Features of a token."""
-        return self.heads * self.head_width
-
-    @property
-    def patch_size(self) -> int:
-        """Latent frames to a token."""
-        return 1
 
 
 class FlatFourierFeatures(nn.Module):
@@ -299,9 +254,11 @@ def text_tokens(folder: str | Path) -> int:
     """Tokens that the release pads or cuts every caption to."""
     settings = locate(folder) / "tokenizer" / "tokenizer_config.json"
     if not settings.is_file():
-        return _TEXT_TOKENS
-    tokens = read_json(settings).get("model_max_length", _TEXT_TOKENS)
-    return int(tokens) if 0 < tokens < 1e6 else _TEXT_TOKENS  # a tokenizer that was told of no length has 10³⁰
+        return STABLE_AUDIO_TEXT_TOKENS
+    tokens = read_json(settings).get("model_max_length", STABLE_AUDIO_TEXT_TOKENS)
+    return (
+        int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
+    )  # a tokenizer that was told of no length has 10³⁰
 
 
 def _formulation(folder: str | Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from models.autoencoder import VocosAE, VocosConfig
-from models.dit import DiT, DiTConfig
+from models.autoencoder import VocosAE
+from models.dit import DiT
+from models.sizes import DiTConfig, VocosConfig
 from models.weights import Stored, Weights, filled, listed, open_safetensors, read
 
 _DIT_PARTS = {

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 import torch
 
-from models.autoencoder import AudioAE, SpectralAE, VocosAE, VocosConfig
+from models.autoencoder import AudioAE, SpectralAE, VocosAE
+from models.sizes import VocosConfig
 
 SPEECH = Path("/usr/share/sounds/alsa")  # 48 kHz, of the Debian package alsa-utils
 TINY = VocosConfig(latent_channels=8, width=16, hidden_width=24, encoder_depth=2, decoder_depth=2)

@@ -17,11 +17,10 @@ from models import bitstream
 from models.autoencoder import SpectralAE
 from models.backbones.pretrained import load_dit
 from models.codec import SPresso
-from models.codec_config import CodecConfig, Sampling
-from models.dit import DiT, DiTConfig
-from models.latent_encoder import LatentEncoderConfig
+from models.dit import DiT
 from models.prior import Prior
 from models.quantizers.residual import ResidualQuantizer
+from models.sizes import CodecConfig, DiTConfig, LatentEncoderConfig, Sampling
 from models.weights import load_weights, save_weights
 from models.windows import Joint
 

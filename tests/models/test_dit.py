@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 
-from models.dit import DiT, DiTConfig, rotaries
+from models.dit import DiT, rotaries
+from models.sizes import DiTConfig
 
 SMALL = DiTConfig(channels=6, width=32, depth=3, multistream_depth=2, heads=2, hidden_width=64, time_features=16)
 WITH_TEXT = dataclasses.replace(SMALL, text_width=10, text_tokens=5)

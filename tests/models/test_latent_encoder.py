@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from models.latent_encoder import LatentEncoder, LatentEncoderConfig, Upsampler
+from models.latent_encoder import LatentEncoder, Upsampler
+from models.sizes import LatentEncoderConfig
 
 SMALL = {"latent_channels": 8, "z_channels": 4, "width": 16, "encoder_depth": 1, "upsampler_depth": 1, "heads": 2}
 

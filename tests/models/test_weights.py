@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.backbones.pretrained import load_dit
-from models.dit import DiT, DiTConfig
+from models.dit import DiT
+from models.sizes import DiTConfig
 from models.weights import Stored, open_weights, save_weights
 from tests.models.backbones.test_pretrained import flow_folder
 

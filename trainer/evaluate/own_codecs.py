@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import bitstream
 from models.codec import SPresso
-from models.codec_config import Sampling
+from models.sizes import Sampling
 from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.scored_clips import ScoredClips
 from trainer.evaluate.systems import System, table_of

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.decoder import DecoderConfig, block_counts, with_blocks
+from models.sizes import DecoderConfig, block_counts, with_blocks
 from trainer.data.text_embeddings import Text
 from trainer.memory.outline import stage_module
 from trainer.ranks.strategy import DTYPES, Computed, blocks_of, recompute

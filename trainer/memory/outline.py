@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.pretrained import outline_autoencoder, read_dit_config
-from models.codec import ADAPTER, SPresso, lora_config
-from models.decoder import DecoderConfig, make_decoder
+from models.codec import SPresso, lora_config
+from models.decoder import make_decoder
+from models.export import ADAPTER
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Prior
 from models.quantizers.quantizer import make_quantizer
+from models.sizes import DecoderConfig
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization
 from trainer.ranks.strategy import blocks_of
 from trainer.recipes.schema import Config

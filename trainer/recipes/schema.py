@@ -10,9 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from models.codec_config import Sampling
-from models.dit import DiTConfig
-from models.latent_encoder import LatentEncoderConfig
+from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
 

@@ -24,7 +24,8 @@ from models.backbones.pretrained import (
     load_woosh_folder,
     save_weights,
 )
-from models.dit import DiT, DiTConfig
+from models.dit import DiT
+from models.sizes import DiTConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

@@ -19,9 +19,11 @@ from transformers import RobertaConfig, RobertaModel
 from models.backbones.oobleck import OobleckAE, load_oobleck
 from models.backbones.pretrained import latent_timing, load_autoencoder, load_dit, outline_autoencoder, read_dit_config
 from models.backbones.stable_audio import StableAudioDiT, load_stable_audio
-from models.codec import ADAPTER, lora_config
-from models.decoder import block_counts, decoder_config, make_decoder, with_blocks
+from models.codec import lora_config
+from models.decoder import make_decoder
 from models.diffusion import VPrediction
+from models.export import ADAPTER
+from models.sizes import block_counts, decoder_config, with_blocks
 from models.text_encoder import load_stable_audio_text, load_text_encoder
 from models.weights import hash_state
 from tests import stable_audio as release

@@ -14,7 +14,7 @@ import torch
 
 from launch import pipeline
 from models.codec import SPresso
-from models.codec_config import Sampling
+from models.sizes import Sampling
 from tests.trainer.tiny_codecs import save_tiny_codecs
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.baselines import DAC, Opus

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.dit import DiTConfig
+from models.sizes import DiTConfig
 from models.weights import save_weights
 from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
 from trainer.memory.activations import Pass, _of_depth, activations, measure

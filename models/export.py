@@ -1,0 +1,138 @@
+"""A codec's export: the files of a folder that `SPresso.from_pretrained` loads, written and read.
+
+The LoRA has PEFT's layout; every other part is a safetensors file with its config in the header; `codec.json` names the
+base model by its hash. This module knows files; `models.codec` knows what the parts do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.weights import load_weights, save_weights, write_safetensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+EXPORT_FORMAT = 1
+ADAPTER = "default"
+"""PEFT's name for the one adapter that D has."""
+_DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
+
+Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
+"""Name of a part's file, without its suffix → the module and its config."""
+
+
+def write_export(
+    folder: Path,
+    *,
+    parts: Parts,
+    adapter: Mapping[str, Tensor],
+    lora: LoraConfig,
+    base: Path,
+    description: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Write an export's folder, whole or not at all; an older export in its place is replaced.
+
+    Args:
+        folder: the export.
+        parts: each is written as a file of its own.
+        adapter: the LoRA's weights under their names in D.
+        lora: PEFT's config of them.
+        base: D's pretrained weights. A file is linked or copied into the folder; a release's folder is only named.
+        description: what `codec.json` says beside the format and the base's place: `model`, `base_hash`,
+            `autoencoder_identity` and `config`.
+        card: text of the model card.
+    """
+    making = folder.with_name(folder.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    for name, (module, config) in parts.items():
+        save_weights(making / f"{name}.safetensors", module.state_dict(), config)
+    lora.save_pretrained(str(making))
+    write_safetensors(making / _ADAPTER_FILE, named_as_in_peft(adapter), {"format": "pt"})
+    if base.is_file():
+        _link_or_copy(base, making / "dit.safetensors")
+    described = {
+        "format": EXPORT_FORMAT,
+        "model": description["model"],
+        "base": {"path": _place_of(base), "hash": description["base_hash"]},
+        "autoencoder_identity": description["autoencoder_identity"],
+        "config": description["config"],
+    }
+    (making / _DESCRIPTION).write_text(json.dumps(described, indent=2))
+    (making / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    making.rename(folder)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read what an export says of itself: `format`, `model`, `base`, `autoencoder_identity` and `config`.
+
+    Raises:
+        ValueError: the folder holds no export, or a damaged one, or one of another format.
+    """
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again") from None
+    if description.get("format") != EXPORT_FORMAT:
+        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {EXPORT_FORMAT}")
+    return description
+
+
+def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
+    """Read the config in the header of a part's file; None where the export has no such part."""
+    path = folder / f"{name}.safetensors"
+    return load_weights(path)[0] if path.exists() else None
+
+
+def fill_parts(folder: Path, parts: Parts) -> None:
+    """Load each part's weights from its file."""
+    for name, (module, _) in parts.items():
+        module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
+
+
+def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Load the LoRA's weights into D's parameters.
+
+    Raises:
+        ValueError: the file adapts other layers than these.
+    """
+    state = load_file(str(folder / _ADAPTER_FILE))
+    if set(state) != {_peft_name(name) for name in parameters}:
+        raise ValueError(f"{_ADAPTER_FILE} does not fit this base model: other layers are adapted")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[_peft_name(name)])
+
+
+def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA's weights, in host memory, under the names that they have in PEFT's file."""
+    return {_peft_name(name): value.detach().cpu().contiguous() for name, value in adapter.items()}
+
+
+def _peft_name(name: str) -> str:
+    """The name that PEFT gives a LoRA weight in its file."""
+    return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
+
+
+def _place_of(base: Path) -> str | None:
+    """What an export says of its base's place: None for a file that lies in the export; a hub name stays one."""
+    return None if base.is_file() else str(base.resolve() if base.exists() else base)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # the same bytes on the disk, yet each export is whole
+    except OSError:
+        shutil.copyfile(source, target)
