@@ -25,6 +25,7 @@ from ranks import give
 from subject import STAGE, LossOnly, batches, recipe, task_of
 from torch import Tensor
 
+from trainer.inputs import Inputs
 from trainer.recipes.schema import Config
 from trainer.tasks import Task
 
@@ -87,6 +88,7 @@ class Ours(System):
         from trainer.checkpoints.ema import EMA
         from trainer.checkpoints.saver import Saver
         from trainer.checkpoints.state import TrainState
+        from trainer.health import Health
         from trainer.ranks.parallel import Parallel
 
         config.parallel.strategy = strategy
@@ -96,12 +98,12 @@ class Ours(System):
         self.strategy = self.parallel.prepare(task.module, settings)
         values = {name: held.value.data for name, held in self.strategy.held().items()}
         self.ema = EMA(values, halflife=settings.ema_halflife, refresh=self.strategy.refresh)
-        self.state = TrainState(task, self.strategy, self.ema, self.parallel)
+        self.state = TrainState(task, self.strategy, self.ema, Health(config.health, scaled=False), self.parallel)
         self.saver = Saver(Path(config.run_dir), config.checkpoint)
         self.base, self.steps = task.base_hash, 0
 
     def step(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
-        losses_B, _ = self.strategy.forward(x0_BCT, positions_B, None)
+        losses_B = self.strategy.forward(Inputs(x0=x0_BCT, positions=positions_B)).total({})
         self.strategy.backward(losses_B.mean(), last=True)
         self.saver.copied()  # as the loop does
         self.strategy.step(LR, lambda norm: True)
@@ -127,7 +129,8 @@ class Ours(System):
 
         newest = checkpoint.latest(path.parent)
         assert newest == path, f"{newest} is found, not {path}"
-        self.steps = self.state.load(newest)["steps"]
+        self.state.load(newest)
+        self.steps = self.state.steps
 
     def fingerprint(self) -> str | None:
         digest = hashlib.sha256()

@@ -86,7 +86,7 @@ def plain(config: Config, gate: Gate) -> None:
 def preloaded(config: Config) -> list[tuple[Tensor, Tensor]]:
     """The first batches of the same stream, in memory, float32."""
     from trainer.data.stream import LatentStream
-    from trainer.run_directory import training_sets
+    from trainer.stage_inputs import training_sets
 
     settings = config.stage(STAGE)
     stream = LatentStream(training_sets(config), crop_frames=settings.crop_frames, global_batch=GLOBAL_BATCH, seed=0)

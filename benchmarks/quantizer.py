@@ -30,12 +30,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from models.atomic_write import write_whole  # noqa: E402
 from models.codec import SPresso  # noqa: E402
 from models.quantizers.qinco2 import QINCo2  # noqa: E402
 from models.quantizers.residual import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
 from trainer.objectives import at_gain  # noqa: E402
-from trainer.run_directory import write_atomically  # noqa: E402
 
 SIZE, BITS = 256, (64, 96, 120)
 BOOKS = [bits // 8 for bits in BITS]
@@ -79,7 +79,7 @@ def main() -> None:
                 figures["rows"].append({"method": name, **row})
                 say(json.dumps(figures["rows"][-1]))
                 if options.json:
-                    write_atomically(options.json, json.dumps(figures, indent=1))
+                    write_whole(options.json, json.dumps(figures, indent=1))
     print(markdown(figures))
 
 

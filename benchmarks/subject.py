@@ -14,6 +14,7 @@ from models.backbones.pretrained import load_autoencoder
 from models.dit import DiT
 from models.weights import save_weights
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
+from trainer.inputs import Inputs
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.tasks import Task, make_task
@@ -83,7 +84,7 @@ class LossOnly(nn.Module):
         self.module = module
 
     def forward(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
-        return self.module(x0_BCT, positions_B).losses
+        return self.module(Inputs(x0=x0_BCT, positions=positions_B)).total({})
 
 
 def batches(global_batch: int, rank: int, world_size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

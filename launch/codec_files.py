@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from models import bitstream
+from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
 from models.sizes import Sampling
 from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
-from trainer.files import write_whole
 from trainer.progress import Progress
 
 SUFFIX = ".spr"

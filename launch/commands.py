@@ -71,7 +71,7 @@ def sbatch(options: argparse.Namespace) -> None:
     """A script for plain sbatch."""
     from launch.slurm import submit
     from trainer.recipes.reading import load_recipe
-    from trainer.recipes.schema import STAGES
+    from trainer.stages import STAGES
 
     stage, overrides = _named_stage(options.overrides)
     if stage is not None and stage not in STAGES:
@@ -130,11 +130,11 @@ def train(options: argparse.Namespace) -> int:
     """One trained stage."""
     from launch import pipeline
     from trainer.recipes.reading import load_recipe
-    from trainer.recipes.schema import TRAINED_STAGES
+    from trainer.stages import is_trained, trained_stages
 
     stage, overrides = _named_stage(_overrides(options))
-    if stage not in TRAINED_STAGES:
-        raise ValueError(f"say which stage to train: stage={'|'.join(TRAINED_STAGES)}")
+    if stage is None or not is_trained(stage):
+        raise ValueError(f"say which stage to train: stage={'|'.join(trained_stages())}")
     config = load_recipe(options.recipe, overrides)
     if config.cluster.kind == "slurm":
         return _submit(config, stage, dry=options.dry_run)

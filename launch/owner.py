@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.slurm import scheduler
-from launch.slurm.attempt import TOKEN, Attempt, write_json
+from launch.slurm.attempt import TOKEN, Attempt
+from models.atomic_write import write_whole
 
 _FILE = "owner.json"
 _SILENCE = 900.0  # seconds without a word in status.json, after which a holder on a machine out of sight counts as dead
@@ -66,7 +67,7 @@ def take(folder: Path, owner: Owner) -> None:
             f"{folder} is held by {held.told}, which is alive: wait for it, or end it"
             + (f" with `scancel {held.job}`" if held.job else "")
         )
-    write_json(folder / _FILE, asdict(owner))
+    write_whole(folder / _FILE, json.dumps(asdict(owner), indent=1))
     os.environ[TOKEN] = owner.token
 
 

@@ -10,20 +10,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from models.atomic_write import write_whole
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.synth.dataset import write_sounds
 from trainer.progress import Progress
-from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
-from trainer.run_directory import RunDirectory, stage_folder, stage_inputs, write_atomically
+from trainer.recipes.schema import Config, to_yaml
+from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stage_inputs import stage_inputs
+from trainer.stages import STAGES, trained_stages
 
 
 def run(config: Config) -> str:
     """All stages; returns "done", or "stopped" where a signal asked a stage to leave."""
     _require_of_all_stages(config)
-    for stage in TRAINED_STAGES:
+    for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
-    write_atomically(Path(config.run_dir) / "config.yaml", to_yaml(config))
+    write_whole(Path(config.run_dir) / "config.yaml", to_yaml(config))
     for number, stage in enumerate(config.stages, start=1):
         say(f"[{number}/{len(config.stages)}] {stage}")
         if run_stage(config, stage) == "stopped":
@@ -41,11 +44,12 @@ def _require_of_all_stages(config: Config) -> None:
             )
 
 
-def run_stage(config: Config, stage: str) -> str:
-    """One stage to its end, or nothing where it has ended already."""
-    if stage in TRAINED_STAGES:
+def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> str:
+    """Run one stage to its end, or nothing where it has ended already; of a stage that is cut, one of its parts."""
+    if STAGES[stage].trained:
         return train(config, stage)
-    {"synth": synth, "prepare": prepare_latents, "evaluate": evaluate, "page": page}[stage](config)
+    cut = {"part": part, "parts": parts} if STAGES[stage].array else {}
+    UNTRAINED[stage](config, **cut)
     return "done"
 
 
@@ -178,7 +182,7 @@ def page(config: Config) -> Path:
 
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
-    curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in TRAINED_STAGES}
+    curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
     for name in ("audio", "images"):  # of an older evaluation
         shutil.rmtree(stage_folder(config, "page") / name, ignore_errors=True)
     index = write_page(
@@ -195,3 +199,12 @@ def page(config: Config) -> Path:
 def say(text: str) -> None:
     """To the terminal, beside bars and tables."""
     print(text, file=sys.stderr, flush=True)
+
+
+UNTRAINED: dict[str, Callable[..., object]] = {
+    "synth": synth,
+    "prepare": prepare_latents,
+    "evaluate": evaluate,
+    "page": page,
+}
+"""What runs a stage that trains nothing; one that can be cut into parts is also given `part` and `parts`."""

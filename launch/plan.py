@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.slurm.slurm_task import usable_ranks
-from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
+from trainer.recipes.schema import Config, to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stages import STAGES
 
 
 def plan(config: Config) -> Iterator[str]:
@@ -47,14 +48,14 @@ def checkpoint_bytes(config: Config, stage: str) -> int:
 
 def _run_directory(config: Config) -> Iterator[str]:
     """What each stage would go on from, and the disk that its checkpoints take."""
-    from trainer.checkpoints import checkpoint
+    from trainer.checkpoints.names import checkpoints
     from trainer.formatting import size
 
     for stage in config.stages:
-        if stage not in TRAINED_STAGES:
+        if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
-        there = checkpoint.checkpoints(directory.checkpoints)
+        there = checkpoints(directory.checkpoints)
         state = "has ended" if directory.done(config) else f"goes on from {there[-1].name}" if there else "begins"
         yield f"{stage}: {state}; its checkpoints take {size(checkpoint_bytes(config, stage))}"
 
@@ -62,7 +63,7 @@ def _run_directory(config: Config) -> Iterator[str]:
 def _stages(config: Config) -> list[str]:
     lines = []
     for stage in config.stages:
-        if stage not in TRAINED_STAGES:
+        if not STAGES[stage].trained:
             lines.append(f"{stage}")
             continue
         settings, (ranks, micro) = config.stage(stage), ranks_of(config, stage)

@@ -11,7 +11,8 @@ from trainer.memory.activations import Activations
 from trainer.memory.estimate import GIB, Estimate, StrategyRow, gpu_memory
 from trainer.memory.ledger import ON_DEVICE
 from trainer.ranks.strategy import DTYPES
-from trainer.recipes.schema import TRAINED_STAGES, Config
+from trainer.recipes.schema import Config
+from trainer.stages import STAGES
 
 _HEADER = (
     "",
@@ -32,7 +33,7 @@ _HEADER = (
 def memory(config: Config) -> Iterator[str]:
     """A section for each trained stage of the recipe."""
     for stage in config.stages:
-        if stage not in TRAINED_STAGES:
+        if not STAGES[stage].trained:
             continue
         yield f"# memory: {stage}"
         if config.stage(stage).samples == 0:

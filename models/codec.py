@@ -47,7 +47,9 @@ class SPresso(nn.Module):
         self.config = config
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.dit = dit.requires_grad_(False)
-        self.base_hash = hash_state(dataclasses.asdict(dit.config), dit.state_dict())
+        # a model without weights, such as the memory plan's, has no hash
+        outlined = next(dit.parameters()).is_meta
+        self.base_hash = "" if outlined else hash_state(dataclasses.asdict(dit.config), dit.state_dict())
         from peft import inject_adapter_in_model  # here: it takes longer to import than torch, and not all need it
 
         inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=export.ADAPTER)

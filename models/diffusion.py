@@ -44,8 +44,8 @@ class Diffusion(ABC):
         """What :meth:`predict` ought to return."""
 
     @abstractmethod
-    def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's estimate of ``x0`` (B, C, T), in the precision of ``x_t``."""
+    def x0_of(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of ``x0`` (B, C, T) that a raw output of the network for ``x_t`` stands for."""
 
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
@@ -64,14 +64,46 @@ class Diffusion(ABC):
         alpha, sigma = self.coefficients(t)
         return _per_sample(alpha) * x0 + _per_sample(sigma) * noise
 
-    def loss(self, network: Network, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Squared error of the network's prediction, a mean over C and T for each sample: ``(B,)`` in float32.
+    def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's estimate of ``x0`` (B, C, T), in the precision of ``x_t``."""
+        return self.x0_of(self.predict(network, x_t, t), x_t, t)
 
-        ``mask`` (B, T) is true (or 1) where a frame counts; a sample without any such frame has a loss of 0.
-        """
+    def prediction(self, network: Network, x0: Tensor, noise: Tensor, t: Tensor) -> Prediction:
+        """What the network makes of ``x0`` (B, C, T) under ``noise`` at the levels ``t`` (B,), in float32."""
         x0, noise, t = x0.float(), noise.float(), t.float()
-        prediction = self.predict(network, self.corrupt(x0, noise, t), t)
-        error_BT = (prediction - self.target(x0, noise, t)).square().mean(dim=1)
+        x_t = self.corrupt(x0, noise, t)
+        return Prediction(self, self.predict(network, x_t, t), self.target(x0, noise, t), x_t, t)
+
+    def loss(self, network: Network, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of training: see :meth:`Prediction.squared_error`."""
+        return self.prediction(network, x0, noise, t).squared_error(mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network made of noised data, beside what it ought to have made; loss terms are computed from it."""
+
+    diffusion: Diffusion
+    output: Tensor
+    """The network's raw output, ``(B, C, T)``."""
+    target: Tensor
+    """What ``output`` ought to be."""
+    x_t: Tensor
+    """The noised data that the network saw, before the formulation scaled it."""
+    t: Tensor
+    """Noise levels, ``(B,)``."""
+
+    @property
+    def x0(self) -> Tensor:
+        """The estimate of ``x0`` that the output stands for, ``(B, C, T)``, with a gradient."""
+        return self.diffusion.x0_of(self.output, self.x_t, self.t)
+
+    def squared_error(self, mask: Tensor | None = None) -> Tensor:
+        """Squared error of the output, a mean over C and T for each sample: ``(B,)`` in float32.
+
+        ``mask`` (B, T) is true (or 1) where a frame counts; a sample without any such frame has an error of 0.
+        """
+        error_BT = (self.output - self.target).square().mean(dim=1)
         if mask is None:
             return error_BT.mean(dim=1)
         mask = mask.to(error_BT.dtype)
@@ -112,9 +144,9 @@ class FlowMatching(Diffusion):
         """The velocity ``x0 - noise``, the same at every t."""
         return x0 - noise
 
-    def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
+    def x0_of(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """``x_t + t · v``."""
-        return x_t + _per_sample(t) * self.predict(network, x_t, t)
+        return x_t + _per_sample(t) * output
 
     def schedule(self, steps: int) -> Tensor:
         """Evenly spaced from 1 to 0."""
@@ -163,7 +195,7 @@ class VarianceExploding(Diffusion):
         return torch.rsqrt(sigma**2 + self.sigma_data**2)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """λ(σ) (table 1), which :meth:`loss` holds implicitly, being the error of F rather than of D."""
+        """λ(σ) (table 1), which the squared error holds implicitly, being the error of F rather than of D."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def predict(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
@@ -177,10 +209,9 @@ class VarianceExploding(Diffusion):
         noise_share = self.sigma_data * torch.rsqrt(t**2 + self.sigma_data**2)
         return _per_sample(x0_share) * x0 - _per_sample(noise_share) * noise
 
-    def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
-        """``D(x_t; t)`` (equation 7)."""
-        prediction = self.predict(network, x_t, t)
-        return _per_sample(self.c_skip(t)) * x_t + _per_sample(self.c_out(t)) * prediction
+    def x0_of(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """``D(x_t; t)`` of F's output (equation 7)."""
+        return _per_sample(self.c_skip(t)) * x_t + _per_sample(self.c_out(t)) * output
 
     def initial(self, noise: Tensor) -> Tensor:
         """The noise at sigma_max, beside which x0 is nothing."""

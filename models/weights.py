@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.atomic_write import replacing
+
 State = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,19 +60,13 @@ def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> N
 
 def write_safetensors(path: str | Path, state: State, metadata: Mapping[str, str]) -> None:
     """Write contiguous tensors that share no memory, and metadata, to one file, as `save_weights` does."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(state), unfinished, metadata=dict(metadata))
-        unfinished.chmod(0o666 & ~_umask())  # safetensors makes its files unreadable for the group
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with replacing(Path(path)) as partial:
+            save_file(dict(state), partial, metadata=dict(metadata))
+            partial.chmod(0o666 & ~_umask())  # safetensors makes its files unreadable for the group
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, f"could not be written ({error})", str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.data.stream import Batch, LatentStream, Shuffle
 from trainer.ranks.parallel import Parallel
 from trainer.recipes.schema import Config, TrainConfig
-from trainer.run_directory import training_sets
+from trainer.stage_inputs import training_sets
 from trainer.stop import Stop
 from trainer.tasks import Task
 
@@ -43,8 +43,10 @@ class Feed:
         self._batches: Generator[Batch | None] | None = None
 
     def require(self, task: Task) -> None:
-        """Read the text that the task wants; raise ValueError where the latents are another autoencoder's than its own,
-        or the text is not what its D reads.
+        """Read the conditions that the task wants, as far as the sets hold them.
+
+        Raises:
+            ValueError: the latents are another autoencoder's than the task's, or a condition does not fit its D.
         """
         made_by, ours = self.stream.sets[0].info.ae_identity, task.autoencoder.identity()
         if made_by != ours:
@@ -52,26 +54,7 @@ class Feed:
                 f"the latents in {self.stream.sets[0].location} are another autoencoder's ({made_by[:8]}, not "
                 f"{ours[:8]}): prepare them with this recipe's, or give that autoencoder"
             )
-        self._require_text(task)
-
-    def _require_text(self, task: Task) -> None:
-        wanted, encoders = task.text, {}
-        for shard_set in self.stream.sets if wanted is not None else ():
-            if (text := shard_set.info.text) is None:
-                continue
-            assert wanted is not None
-            encoders[text["encoder"]] = shard_set.location
-            if text["width"] != wanted.width or text["tokens"] > wanted.tokens:
-                raise ValueError(
-                    f"the text in {shard_set.location} is of up to {text['tokens']} tokens of {text['width']} features "
-                    f"each, and D reads {wanted.tokens} of {wanted.width}: prepare it with the text encoder that D was "
-                    f"trained with, or leave all text out with {task.stage}.text_dropout=1"
-                )
-        if len(encoders) > 1:
-            raise ValueError(
-                f"{' and '.join(encoders.values())} hold text of different encoders: prepare them with one"
-            )
-        self.stream.wanted_text = wanted if encoders else None
+        self.stream.conditions = [reader for reader in task.conditions() if reader.found_in(self.stream.sets)]
 
     def begin(self, position: int) -> None:
         """Go on with the global batch that begins there."""

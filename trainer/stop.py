@@ -10,6 +10,9 @@ class Stop:
         """Whether this rank was asked to leave."""
         return False
 
+    def step_begins(self, samples: int) -> None:
+        """Hear that a step begins after so many samples. A launcher need not listen."""
+
     def hurried(self, seconds: float) -> bool:
         """Whether something that takes so long would not fit into the time that is left."""
         return False

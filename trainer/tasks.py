@@ -1,22 +1,24 @@
-"""What each stage optimizes. The loop is one; a stage is a Task.
+"""What each stage optimizes. The loop is one; a stage is a Task and a row of `trainer.stages`.
 
-A Task says which module is trained and which of its tensors are learned, gives a loss for each sample, listens to
-itself for the log, and exports what others load.
+A Task says which module is trained and which of its tensors are learned, gives the loss terms of each sample, listens
+to itself for the log, and exports what others load.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
-from models.backbones.pretrained import hash_state, load_autoencoder, load_dit, save_weights
+from models.backbones.pretrained import load_autoencoder, load_dit
 from models.codec import SPresso
 from models.decoder import Decoder
 from models.diffusion import make_diffusion
@@ -26,26 +28,74 @@ from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
 from models.samplers import generate
 from models.sizes import CodecConfig
+from models.weights import hash_state, save_weights
+from trainer.data.conditions import ConditionReader
 from trainer.data.stream import Batch
-from trainer.data.text_embeddings import WantedText
-from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Quantization, heard
+from trainer.data.text_embeddings import TextReader
+from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, heard
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
-from trainer.run_directory import base_model, stage_before, stage_folder
+from trainer.run_directory import stage_folder
+from trainer.stage_inputs import base_model
+from trainer.stages import STAGES, stage_before
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 Progressed = Callable[[int, int], None] | None
 _VECTORS_PER_CODEWORD = 16  # whose codes are counted, before a prior learns what they depend on
 
 
+class Models(Protocol):
+    """Where a Task's models come from: `LoadedModels`, or for the memory plan `trainer.memory.outline`."""
+
+    def autoencoder(self) -> AudioAE:
+        """The recipe's AudioAE."""
+
+    def fresh_dit(self) -> Decoder:
+        """A D of the recipe's sizes that has learned nothing."""
+
+    def pretrained_dit(self) -> Decoder:
+        """The D that `pretrain` or a release gives."""
+
+    def codec(self, stage: str) -> SPresso:
+        """The codec that a stage exports."""
+
+
+class LoadedModels:
+    """Models with their weights, from the recipe's folders and from what earlier stages exported.
+
+    Raises:
+        ValueError: (each method) a folder is missing or damaged; names it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def autoencoder(self) -> AudioAE:
+        """See `Models`."""
+        return load_autoencoder(**dataclasses.asdict(self.config.autoencoder))
+
+    def fresh_dit(self) -> Decoder:
+        """See `Models`."""
+        return DiT(self.config.dit)
+
+    def pretrained_dit(self) -> Decoder:
+        """See `Models`; refuses a D of another formulation than the recipe's."""
+        dit = load_dit(base_model(self.config))
+        _require_formulation(self.config, dit)
+        return dit
+
+    def codec(self, stage: str) -> SPresso:
+        """See `Models`."""
+        return SPresso.from_pretrained(stage_folder(self.config, stage) / "export")
+
+
 class Task(ABC):
-    """One stage: its module, what of it is learned, its loss, its samples, its export."""
+    """One stage: its module, what of it is learned, its loss terms, its samples, its export."""
 
     autoencoder: AudioAE
-    module: nn.Module
-    """Called as module(x0 (b, C, T), positions (b,), mask (b, T) or None, Text or None) → Losses; the mask is false
-    where x0 is padded. Frozen parts lie in it with requires_grad=False."""
+    module: Objective
+    """From `Inputs` to `Losses`. Frozen parts lie in it with requires_grad=False."""
 
     base_hash = ""
     """Of the frozen D that what is learned belongs to; empty where D itself is trained."""
@@ -58,17 +108,16 @@ class Task(ABC):
         """The trained parameters under their plain names."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
 
-    @property
-    def text(self) -> WantedText | None:
-        """What text its D reads, if it does, and of which samples; what is dropped goes by a sample's position."""
+    def conditions(self) -> list[ConditionReader]:
+        """What the stream reads for D beside the latents: text, where D reads it and not all of it is dropped."""
         settings, module = self.config.stage(self.stage), self.module
         if not isinstance(module, Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
-            return None
+            return []
 
         def keeps(positions_B: Tensor) -> Tensor:
             return uniform(keys(self.config.seed, f"{self.stage}/text", positions_B)) >= settings.text_dropout
 
-        return WantedText(module.dit.config.text_tokens, module.dit.config.text_width, keeps)
+        return [TextReader(self.stage, module.dit.config.text_tokens, module.dit.config.text_width, keeps)]
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -114,10 +163,10 @@ def frozen_base(module: nn.Module) -> set[Tensor]:
 class Pretrain(Task):
     """The DiT from scratch, unconditional, for those with no pretrained one."""
 
-    def __init__(self, config: Config, stage: str) -> None:
+    def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        self.autoencoder = load_autoencoder(**dataclasses.asdict(config.autoencoder))
-        self.dit = DiT(config.dit)
+        self.autoencoder = models.autoencoder()
+        self.dit = models.fresh_dit()
         self.module = Denoiser(config, stage, self.dit)
 
     def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
@@ -146,6 +195,12 @@ class _CodecTask(Task):
     """A stage that trains parts of an SPresso."""
 
     codec: SPresso
+
+    def _codec_before(self, models: Models) -> SPresso:
+        """The codec that the stage before exports."""
+        before = stage_before(self.config, self.stage)
+        assert before is not None, f"the stage {self.stage} builds on none"
+        return models.codec(before)
 
     def _take(self, codec: SPresso, learned: list[nn.Module | list[nn.Parameter]]) -> None:
         self.codec, self.autoencoder, self.base_hash = codec, codec.autoencoder, codec.base_hash
@@ -199,9 +254,9 @@ class _CodecTask(Task):
 class Autoencode(_CodecTask):
     """Step 1: g, f and LoRA on D together; D's own weights stay frozen."""
 
-    def __init__(self, config: Config, stage: str) -> None:
+    def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        codec = fresh_codec(config)
+        codec = fresh_codec(config, models)
         self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
         self.module = LatentDenoiser(config, stage, codec, rates=[])
 
@@ -209,9 +264,9 @@ class Autoencode(_CodecTask):
 class Quantize(_CodecTask):
     """Step 2: the quantizer, fitted on z of the whole set; its refinement by gradient is `quantize.samples` long."""
 
-    def __init__(self, config: Config, stage: str) -> None:
+    def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        codec = SPresso.from_pretrained(stage_folder(config, "autoencode") / "export")
+        codec = self._codec_before(models)
         codec.quantizer = make_quantizer(config.quantizer.description(config.latent_encoder.z_channels))
         codec.config.rates = config.rates
         self._take(codec, [codec.quantizer])
@@ -257,9 +312,9 @@ class Quantize(_CodecTask):
 class FitPrior(_CodecTask):
     """The prior over codes that files are entropy-coded with; the codes stay as they are."""
 
-    def __init__(self, config: Config, stage: str) -> None:
+    def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        codec = SPresso.from_pretrained(stage_folder(config, "quantize") / "export")
+        codec = self._codec_before(models)
         codec.prior = Prior(books=config.quantizer.books, size=config.quantizer.size)
         self._take(codec, [codec.prior])
         self.module = CodePrior(config, stage, codec)
@@ -282,27 +337,23 @@ class FitPrior(_CodecTask):
 class Finetune(_CodecTask):
     """Step 3: f and D's LoRA on z_q, to make good what the quantizer lost; the codes stay as they are."""
 
-    def __init__(self, config: Config, stage: str) -> None:
+    def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        before = stage_before(config, stage)
-        assert before is not None
-        codec = SPresso.from_pretrained(stage_folder(config, before) / "export")
+        codec = self._codec_before(models)
         self._take(codec, [codec.f, list(codec.adapter_parameters().values())])
         self.module = LatentDenoiser(config, stage, codec, rates=config.rates)
 
 
-TASKS: dict[str, type[Task]] = {
-    "pretrain": Pretrain,
-    "autoencode": Autoencode,
-    "quantize": Quantize,
-    "prior": FitPrior,
-    "finetune": Finetune,
-}
+def make_task(config: Config, stage: str, models: Models | None = None) -> Task:
+    """The Task of a trained stage, which its row in `trainer.stages` names.
 
-
-def make_task(config: Config, stage: str) -> Task:
-    """The Task of a trained stage."""
-    return TASKS[stage](config, stage)
+    Args:
+        config: the whole recipe.
+        stage: its name.
+        models: where the Task's models come from; None: loaded with their weights.
+    """
+    module, _, name = STAGES[stage].task.partition(":")
+    return getattr(importlib.import_module(module), name)(config, stage, models or LoadedModels(config))
 
 
 def _require_formulation(config: Config, dit: Decoder) -> None:
@@ -318,10 +369,9 @@ def _require_formulation(config: Config, dit: Decoder) -> None:
         )
 
 
-def fresh_codec(config: Config) -> SPresso:
+def fresh_codec(config: Config, models: Models) -> SPresso:
     """Step 1's start: a pretrained D with fresh LoRA, g and f."""
-    dit = load_dit(base_model(config))
-    _require_formulation(config, dit)
+    dit = models.pretrained_dit()
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels)
     codec_config = CodecConfig(
         autoencoder=dataclasses.asdict(config.autoencoder),
@@ -329,7 +379,7 @@ def fresh_codec(config: Config) -> SPresso:
         dit=dit.config,
         diffusion=dataclasses.asdict(config.diffusion),
         lora=dataclasses.asdict(config.lora),
-        window=config.autoencode.crop_frames,
+        window=config.stage("autoencode").crop_frames,
         sampling=config.sampling,
     )
-    return SPresso(codec_config, autoencoder=load_autoencoder(**codec_config.autoencoder), dit=dit)
+    return SPresso(codec_config, autoencoder=models.autoencoder(), dit=dit)

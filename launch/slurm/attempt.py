@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.atomic_write import write_whole
+
 TOKEN = "SPRESSO_ATTEMPT"
 """Environment variable: which start a process belongs to."""
 
@@ -47,7 +49,7 @@ class Attempt:
     def note(self, rank: int, outcome: str, **facts: Any) -> None:
         """Leave a note of how a rank ended: done, stopped, left, idle, mistake or failed."""
         entry = {"outcome": outcome, "host": socket.gethostname(), "time": time.time(), **facts}
-        write_json(self.folder / f"rank_{rank}.json", entry)
+        write_whole(self.folder / f"rank_{rank}.json", json.dumps(entry, indent=1))
 
     def notes(self) -> dict[int, dict[str, Any]]:
         """The ranks' notes so far."""
@@ -77,11 +79,3 @@ def record(stage_folder: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    making.write_text(json.dumps(content, indent=1))
-    making.replace(path)

@@ -9,7 +9,6 @@ requeue that SLURM makes, so whatever it does is wanted.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import socket
 import sys
@@ -24,8 +23,9 @@ from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.job_task import RUN, SUBMISSION, TASKS_PER_NODE
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, judge
 from launch.slurm.slurm_task import rendezvous
+from trainer.checkpoints.names import checkpoints, samples_of
+from trainer.stages import STAGES, is_trained
 
-_TRAINED = ("pretrain", "autoencode", "quantize", "prior", "finetune")
 _PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is seen here
 _PERSISTENCE = 600.0  # seconds over which a requeue is tried again
 _PAUSE = 10.0
@@ -46,7 +46,7 @@ def main() -> int:
 def _begin(attempt: Attempt) -> int:
     folder = attempt.stage_folder
     _close_before(attempt)
-    if folder.name in _TRAINED:
+    if is_trained(folder.name):
         owner.take(folder, owner.by_job(attempt))
     _make_known(attempt)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
@@ -59,7 +59,7 @@ def _begin(attempt: Attempt) -> int:
 def _end(attempt: Attempt, status: int) -> int:
     folder = attempt.stage_folder
     held = owner.holder(folder)
-    if folder.name in _TRAINED and held is not None and held.token != attempt.token:
+    if is_trained(folder.name) and held is not None and held.token != attempt.token:
         print(f"spresso: {held.told} has taken over, this start of it is over", file=sys.stderr)
         return 0
     where = place(folder)
@@ -72,7 +72,7 @@ def _end(attempt: Attempt, status: int) -> int:
     )
     if verdict.then == REQUEUE:
         return _requeue(attempt)
-    if folder.name in _TRAINED:
+    if is_trained(folder.name):
         owner.release(folder, attempt.token)
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
 
@@ -108,12 +108,10 @@ def place(folder: Path) -> int | None:
 
     None where it can't be told.
     """
-    if folder.name == "evaluate":
-        return sum(1 for _ in folder.glob("pieces/*/*"))
-    if folder.name not in _TRAINED:
-        return 0 if folder.name == "page" else None
-    names = [re.fullmatch(r"step_(\d+)", path.name) for path in (folder / "checkpoints").glob("step_*")]
-    return max((int(name[1]) for name in names if name), default=0)
+    if not is_trained(folder.name):
+        counted = STAGES[folder.name].progress_files
+        return None if counted is None else sum(1 for _ in folder.glob(counted)) if counted else 0
+    return max(map(samples_of, checkpoints(folder / "checkpoints")), default=0)
 
 
 def _tasks() -> int:

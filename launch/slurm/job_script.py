@@ -17,8 +17,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from launch.slurm.job_task import GRACE, PARTS, RUN, SUBMISSION, TASKS_PER_NODE
-from trainer.recipes.cluster import ARRAYS, ClusterConfig
-from trainer.recipes.schema import TRAINED_STAGES
+from trainer.recipes.cluster import ClusterConfig
+from trainer.stages import STAGES
 
 
 class Job(SlurmExecutor):
@@ -47,7 +47,7 @@ class Job(SlurmExecutor):
         super().__init__(submission / "jobs")
         self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
         self.elastic = cluster.least_nodes < cluster.most_nodes
-        alone = len(self.stages) == 1 and self.stages[0] in ARRAYS
+        alone = len(self.stages) == 1 and STAGES[self.stages[0]].array
         self.array = cluster.array if alone and cluster.array > 1 else 0
         self.update_parameters(
             job_name=f"{name}.{self.stages[0]}" if len(self.stages) == 1 else name,
@@ -151,7 +151,7 @@ class Job(SlurmExecutor):
         log = str(self.run / stage / "logs" / self.log.name).replace(".out", "_%t.out")
         options: dict[str, Any] = {"unbuffered": True, "kill-on-bad-exit": 1, "wait": 0, "open-mode": "append"}
         options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}  # srun does not take sbatch's
-        if stage not in TRAINED_STAGES:
+        if not STAGES[stage].trained:
             options |= {"nodes": 1, "ntasks": 1}
         elif self.elastic:
             options["ntasks-per-node"] = self.cluster.ranks_per_node

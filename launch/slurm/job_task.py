@@ -19,6 +19,7 @@ from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
 from launch.slurm.slurm_task import SlurmTask
+from trainer.stages import STAGES
 
 if TYPE_CHECKING:
     from trainer.recipes.schema import Config
@@ -50,7 +51,9 @@ def main() -> None:
         print(f"spresso: rank {task.rank} leaves: {why}", file=sys.stderr)
         _exit(0)
 
-    notice = Notice(os.environ["SLURM_JOB_ID"], grace=float(os.environ[GRACE]), leave=leave, at_once=_at_once(stage))
+    notice = Notice(
+        os.environ["SLURM_JOB_ID"], grace=float(os.environ[GRACE]), leave=leave, at_once=STAGES[stage].stops_at_once
+    )
     with notice:
         try:
             outcome = _work(stage, task, notice)
@@ -66,28 +69,18 @@ def main() -> None:
     _exit(status)
 
 
-def _at_once(stage: str) -> bool:
-    """Whether a stage asks for no flag: what it did so far is kept, and it goes on from there."""
-    return stage not in ("pretrain", "autoencode", "quantize", "prior", "finetune")
-
-
 def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
     """Do this task's share of a stage; returns "done", "stopped" or "idle"."""
     from launch import pipeline
     from trainer.recipes.reading import load_recipe
-    from trainer.recipes.schema import TRAINED_STAGES
 
     config = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
-    if stage in TRAINED_STAGES:
+    if STAGES[stage].trained:
         return pipeline.train(config, stage, how=lambda config, stage: _train(config, stage, task, notice))
     if task.rank > 0:
         return "idle"
-    in_parts = {"prepare": pipeline.prepare_latents, "evaluate": pipeline.evaluate}
-    if stage in in_parts:
-        part, parts = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ.get(PARTS, "1"))
-        in_parts[stage](config, part=part, parts=parts)
-        return "done"
-    return pipeline.run_stage(config, stage)
+    part, parts = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ.get(PARTS, "1"))
+    return pipeline.run_stage(config, stage, part=part, parts=parts)
 
 
 def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
@@ -119,7 +112,7 @@ def _failed(error: Exception, folder: Path) -> tuple[str, int]:
     try:
         owner.require(folder)
     except owner.Superseded:
-        if not _at_once(folder.name):
+        if not STAGES[folder.name].stops_at_once:
             return "superseded", 0
     except (ValueError, OSError):
         pass

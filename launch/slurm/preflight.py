@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.slurm.job_task import RUN
+from trainer.stages import STAGES
 
 if TYPE_CHECKING:
     from launch.slurm.job_script import Job
@@ -59,10 +60,9 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
 
 def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """What the first stage builds on."""
-    from trainer.recipes.schema import TRAINED_STAGES
-    from trainer.run_directory import stage_inputs
+    from trainer.stage_inputs import stage_inputs
 
-    if stages[0] in TRAINED_STAGES:
+    if STAGES[stages[0]].trained:
         try:
             stage_inputs(config, stages[0])
         except (ValueError, OSError) as error:
@@ -72,14 +72,14 @@ def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
 def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """What the stages would go on from."""
     from trainer.checkpoints import checkpoint
-    from trainer.recipes.schema import TRAINED_STAGES
+    from trainer.checkpoints.names import checkpoints
     from trainer.run_directory import RunDirectory, stage_folder
 
     for stage in stages:
-        if stage not in TRAINED_STAGES:
+        if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
-        there = checkpoint.checkpoints(directory.checkpoints)
+        there = checkpoints(directory.checkpoints)
         if there and checkpoint.newest(directory.checkpoints) is None:
             yield f"no checkpoint of {directory.path} is whole: `spresso checkpoint {directory.path} --verify` says why"
         if there and config.checkpoint.resume == "never":
@@ -90,9 +90,8 @@ def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """Whether the checkpoints fit."""
     from launch.plan import checkpoint_bytes
     from trainer.formatting import size
-    from trainer.recipes.schema import TRAINED_STAGES
 
-    needed = sum(checkpoint_bytes(config, stage) for stage in stages if stage in TRAINED_STAGES)
+    needed = sum(checkpoint_bytes(config, stage) for stage in stages if STAGES[stage].trained)
     folder = Path(config.run_dir).resolve()
     free = shutil.disk_usage(folder).free
     if needed > free:

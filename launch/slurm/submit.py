@@ -16,10 +16,12 @@ from launch.pipeline import say, shared_latents
 from launch.slurm import preflight, scheduler
 from launch.slurm.job_script import Job
 from launch.slurm.submitted_jobs import Submitted, keep, submitted
+from trainer.provenance import COPIED_FROM, code_version, local_changes
 from trainer.recipes.cluster import ClusterConfig
 from trainer.recipes.reading import RECIPES
-from trainer.recipes.schema import TRAINED_STAGES, Config, to_yaml
-from trainer.run_directory import COPIED_FROM, RunDirectory, code_version, local_changes, stage_folder
+from trainer.recipes.schema import Config, to_yaml
+from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stages import STAGES
 
 _PACKAGES = ("models", "trainer", "launch", "configs")
 
@@ -99,12 +101,12 @@ def _stages(config: Config, only: str | None) -> list[str]:
         return [] if _ended(config, only) else [only]
     made = shared_latents(config)
     return [
-        stage for stage in config.stages if not (made and stage in ("synth", "prepare")) and not _ended(config, stage)
+        stage for stage in config.stages if not (made and STAGES[stage].makes_latents) and not _ended(config, stage)
     ]
 
 
 def _ended(config: Config, stage: str) -> bool:
-    if stage not in TRAINED_STAGES:
+    if not STAGES[stage].trained:
         return False
     directory = RunDirectory(stage_folder(config, stage), stage)
     directory.require_same(config)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.status.stage_status import STAGES
+from trainer.stages import STAGES
 
 _LINES = 60  # shown of what was written before
 _LINES_BESIDE = 10  # of the job's own output

@@ -17,8 +17,6 @@ from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
 
-STAGES = ("synth", "prepare", "pretrain", "autoencode", "quantize", "prior", "finetune", "evaluate", "page")
-"""All there are, in order."""
 SILENT_AFTER = 900.0
 """Seconds without a word after which a training that says it runs may not."""
 

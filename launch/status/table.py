@@ -13,8 +13,10 @@ from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.submitted_jobs import submitted
-from launch.status.stage_status import SILENT_AFTER, STAGES, Stage, count, span
+from launch.status.stage_status import SILENT_AFTER, Stage, count, span
+from trainer.checkpoints.names import MANIFEST, folder_name
 from trainer.formatting import aligned
+from trainer.stages import STAGES
 
 _HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
 _RIGHT = (4, 5, 6)
@@ -262,7 +264,7 @@ def _goes_on(stage: Stage, key: tuple[str, int]) -> bool:
 def _age(folder: Path) -> str:
     """Of the newest checkpoint."""
     newest = place(folder)
-    path = folder / "checkpoints" / f"step_{newest or 0:012d}" / "manifest.json"
+    path = folder / "checkpoints" / folder_name(newest or 0) / MANIFEST
     try:
         return f"{span(time.time() - path.stat().st_mtime)} ago" if newest else ""
     except OSError:  # removed just now, or damaged

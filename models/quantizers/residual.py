@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models.quantizers.quantizer import Quantizer, nearest, rows
+
+logger = logging.getLogger(__name__)
 
 VECTORS_PER_CODEWORD = 40
 """Fewer training vectors than this for each codeword of a book, and the codebooks fit the vectors, not their law."""
@@ -99,8 +101,9 @@ class ResidualQuantizer(Quantizer):
         if not torch.isfinite(vectors).all():
             raise ValueError("the vectors to fit a quantizer on are not all finite: look at the run that made them")
         if count < wanted:
-            message = f"{count} vectors are few for codebooks of {self.size}, which will overfit: better {wanted}"
-            warnings.warn(message, stacklevel=3)
+            logger.warning(
+                "%d vectors are few for codebooks of %d, which will overfit: better %d", count, self.size, wanted
+            )
 
 
 def _beam_search(x_NW: Tensor, codebooks_MKW: Tensor, beam: int) -> Tensor:

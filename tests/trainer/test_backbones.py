@@ -24,8 +24,8 @@ from tests.trainer.ranks.strategies import group
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer.checkpoints import checkpoint
 from trainer.data.shard_set import ShardSet
-from trainer.data.text_embeddings import Text
 from trainer.feed import Feed
+from trainer.inputs import Inputs
 from trainer.loop import train
 from trainer.memory.activations import Pass, activations
 from trainer.memory.outline import outline
@@ -167,22 +167,22 @@ def test_a_batch_has_the_text_of_its_samples_where_it_is_kept(make, tmp_path, ro
     for step in range(6):
         batch = feed.stream.batch(8 * step)
         halves = [feed.stream.batch(8 * step, rank=rank, world_size=2) for rank in range(2)]
-        assert batch.text is not None
+        text_BNE, mask_BN = batch.conditions["text"], batch.conditions["text_mask"]
         for row, id_ in enumerate(batch.ids.tolist()):
-            half = halves[row % 2].text
-            assert torch.equal(batch.text.tokens[row], half.tokens[row // 2])
-            assert torch.equal(batch.text.mask[row], half.mask[row // 2])
-            count = int(batch.text.mask[row].sum())
+            half = halves[row % 2].conditions
+            assert torch.equal(text_BNE[row], half["text"][row // 2])
+            assert torch.equal(mask_BN[row], half["text_mask"][row // 2])
+            count = int(mask_BN[row].sum())
             kept += count > 0
             if count:
-                assert np.array_equal(batch.text.tokens[row, :count].numpy(), shard_set.text(id_))
-            assert (batch.text.tokens[row, count:] == 0).all()
+                assert np.array_equal(text_BNE[row, :count].numpy(), shard_set.text(id_))
+            assert (text_BNE[row, count:] == 0).all()
     assert 12 < kept < 36
-    assert feed.stream.blank(3).text.mask.sum() == 0
+    assert feed.stream.blank(3).conditions["text_mask"].sum() == 0
 
 
 def test_text_that_d_can_not_read_is_refused_and_what_it_is_not_to_is_left_alone(make, tmp_path):
-    assert feed_of(make(tmp_path, "autoencode.text_dropout=1")).stream.batch(0).text is None
+    assert feed_of(make(tmp_path, "autoencode.text_dropout=1")).stream.batch(0).conditions == {}
     config = make(tmp_path)
     task, feed = (
         make_task(config, "autoencode"),
@@ -203,7 +203,7 @@ def test_damaged_text_is_no_text_and_named(make, tmp_path, root):
     feed = feed_of(config)
     for step in range(3):
         batch = feed.stream.batch(8 * step)
-        assert torch.equal(batch.text.mask.any(1), batch.ids != 0)
+        assert torch.equal(batch.conditions["text_mask"].any(1), batch.ids != 0)
     lines = (tmp_path / "errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0]
     assert "checksum of its text" in lines[0]
@@ -242,10 +242,13 @@ def test_the_export_encodes_and_decodes(trained, root):
 def test_text_reaches_d_and_none_is_as_without(make, tmp_path):
     module = make_task(make(tmp_path), "autoencode").module
     x0_BCT, positions_B = torch.randn(4, release.CHANNELS, 106), torch.arange(4)
-    text = Text(torch.randn(4, release.TOKENS, release.WIDTH).half(), torch.zeros(4, release.TOKENS, dtype=torch.bool))
-    text.mask[2] = True
+    text, mask = torch.randn(4, release.TOKENS, release.WIDTH).half(), torch.zeros(4, release.TOKENS, dtype=torch.bool)
+    mask[2] = True
     with torch.no_grad():
-        read, without = module(x0_BCT, positions_B, None, text).losses, module(x0_BCT, positions_B).losses
+        read, without = (
+            module(Inputs(x0=x0_BCT, positions=positions_B, conditions=conditions)).total({})
+            for conditions in ({"text": text, "text_mask": mask}, {})
+        )
     assert (read != without).tolist() == [False, False, True, False]
 
 
@@ -268,10 +271,12 @@ def test_every_strategy_learns_the_same(make, tmp_path):
         strategy = parallel.prepare(task.module, config.autoencode)
         x0_BCT, found = torch.randn(4, release.CHANNELS, 106), []
         tokens = torch.randn(4, release.TOKENS, release.WIDTH).half()
-        text = Text(tokens, torch.arange(release.TOKENS) < torch.tensor([3, 0, 12, 5])[:, None])
+        mask = torch.arange(release.TOKENS) < torch.tensor([3, 0, 12, 5])[:, None]
         for step in range(2):
             with strategy.reducing(last=True):
-                losses_B, _ = strategy.forward(x0_BCT, torch.arange(4) + 4 * step, None, text)
+                conditions = {"text": tokens, "text_mask": mask}
+                inputs = Inputs(x0=x0_BCT, positions=torch.arange(4) + 4 * step, conditions=conditions)
+                losses_B = strategy.forward(inputs).total({})
                 strategy.backward(losses_B.mean(), last=True)
             found += [float(losses_B.mean()), strategy.step(1e-3, lambda norm: True)]
         strategy.close()

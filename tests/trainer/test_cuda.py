@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("cuda")
     make_base(folder)
     for device in ("cpu", "cuda"):
-        assert ranks.run(curves, 1, str(folder), device) == [0]
+        assert rank_processes.run(curves, 1, str(folder), device) == [0]
     return {device: json.loads((folder / f"{device}.json").read_text()) for device in ("cpu", "cuda")}
 
 

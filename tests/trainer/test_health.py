@@ -15,6 +15,7 @@ from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
+from trainer.losses import Losses
 from trainer.objectives import Denoiser
 from trainer.ranks.parallel import Parallel
 from trainer.recipes.schema import HealthConfig
@@ -95,12 +96,13 @@ def poison(monkeypatch):
     def make(*positions: int) -> set[int]:
         plain = Denoiser.forward
 
-        def forward(self, x0_BCT, positions_B, mask_BT=None):
-            result = plain(self, x0_BCT, positions_B, mask_BT)
+        def forward(self, inputs):
+            losses = plain(self, inputs)
             if self.training:
-                seen.update(positions_B.tolist())
-            bad_B = torch.isin(positions_B, torch.tensor(positions))
-            return result._replace(losses=torch.where(bad_B, float("nan"), 1.0) * result.losses)
+                seen.update(inputs.positions.tolist())
+            bad_B = torch.isin(inputs.positions, torch.tensor(positions))
+            poisoned_B = torch.where(bad_B, float("nan"), 1.0) * losses.terms["denoising"]
+            return Losses({"denoising": poisoned_B}, losses.quantiles)
 
         monkeypatch.setattr(Denoiser, "forward", forward)
         return seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 
@@ -117,8 +116,10 @@ def test_without_time_the_last_checkpoint_counts_and_the_log_says_so(tiny, tmp_p
         left = 7
         in_a_hurry = True
 
+        def step_begins(self, samples: int) -> None:
+            self.left -= 1
+
         def __call__(self) -> bool:
-            self.left -= sys._getframe(1).f_code.co_name == "train"
             return self.left <= 0
 
     config = tiny(*PRETRAIN)

@@ -11,8 +11,10 @@ from models import bitstream
 from models.codec import SPresso
 from trainer.evaluate.own_codecs import own_sources
 from trainer.evaluate.scored_clips import load_clips
+from trainer.inputs import Inputs
 from trainer.loop import train
-from trainer.run_directory import stage_before, stage_folder, training_sets
+from trainer.run_directory import stage_before, stage_folder
+from trainer.stage_inputs import training_sets
 from trainer.tasks import make_task
 
 BRIEF = (
@@ -82,10 +84,10 @@ def test_every_rate_is_learned_and_padding_counts_in_no_loss(trained):
         for value in task.codec.prior.parameters():
             value.normal_()
     x0, positions = sounds(trained)[..., : 63 * 8].unflatten(-1, (8, 63))[0].transpose(0, 1), torch.arange(8)
-    losses = task.module(x0, positions).losses
+    losses = task.module(Inputs(x0=x0, positions=positions)).total({})
     mask = torch.ones(8, 63, dtype=torch.bool)
     mask[3, 18:] = False
-    masked = task.module(x0, positions, mask).losses
+    masked = task.module(Inputs(x0=x0, positions=positions, mask=mask)).total({})
     assert torch.equal(losses[torch.arange(8) != 3], masked[torch.arange(8) != 3])
     assert losses[3] != masked[3]
     z = task.codec.g(x0).transpose(1, 2)
@@ -116,7 +118,8 @@ def test_ranks_call_it_alike_whatever_rates_they_draw(trained):
     task, calls = make_task(trained, "prior"), []
     task.codec.prior.register_forward_hook(lambda module, given, bits: calls.append(bits.shape[-1]))
     for position in range(4):
-        losses = task.module(sounds(trained)[..., :63], torch.tensor([position])).losses
+        inputs = Inputs(x0=sounds(trained)[..., :63], positions=torch.tensor([position]))
+        losses = task.module(inputs).total({})
         assert torch.isfinite(losses).all()
         losses.mean().backward()
         assert all(torch.isfinite(value.grad).all() for value in task.learned.values())

@@ -10,7 +10,7 @@ import torch
 
 from models.codec import SPresso
 from models.quantizers.qinco2 import QINCo2
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer.loop import train
 from trainer.recipes.reading import load_recipe
@@ -73,7 +73,7 @@ def test_it_learns_and_is_exported(whole):
 def test_any_strategy_on_two_ranks_learns_the_same(whole, start, prepared, strategy):
     run_dir = start().run_dir
     overrides = (f"parallel.strategy={strategy}", "parallel.processes=2")
-    assert ranks.run(learn, 2, str(run_dir), str(prepared), *overrides) == [0, 0]
+    assert rank_processes.run(learn, 2, str(run_dir), str(prepared), *overrides) == [0, 0]
     expected, found = losses(whole, "quantize"), losses(Path(run_dir), "quantize")
     assert found.keys() == expected.keys()
     # two codes may be as near as rounding can tell: then one rank's sum decides

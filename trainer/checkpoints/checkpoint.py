@@ -22,8 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import re
 import secrets
 import shutil
 import time
@@ -34,21 +32,20 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import safe_open
 
+from models.atomic_write import sync
 from models.weights import write_safetensors
+from trainer.checkpoints.names import MANIFEST, checkpoints, folder_name, samples_of
 from trainer.files import file_digest
 from trainer.ranks import collective
 from trainer.ranks.collective import shortened
 from trainer.ranks.flat_ranges import FlatRange
 
 CHECKPOINT_FORMAT = 1
-MANIFEST = "manifest.json"
-
-_NAME = re.compile(r"step_(\d{12,})")
 _TEMPORARY = "tmp_"
 
 Wanted = Callable[[dict[str, Any]], bool]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def save(
@@ -82,7 +79,7 @@ def save(
         ValueError: on every rank, if the ranks' ranges do not make up every tensor exactly once.
     """
     _check_cover(tensors, group)
-    final = directory / f"step_{samples:012d}"
+    final = directory / folder_name(samples)
     temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
         collective.on_rank_0(lambda: _begin(temporary, permitted), group)
@@ -150,20 +147,8 @@ def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | Non
             return path
         if problems:
             aside = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))  # not counted, nor lost
-            log.warning("DAMAGED CHECKPOINT %s is passed over, now %s: %s", path, aside.name, shortened(problems))
+            logger.warning("DAMAGED CHECKPOINT %s is passed over, now %s: %s", path, aside.name, shortened(problems))
     return None
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, damaged ones too, by samples seen."""
-    if not directory.is_dir():
-        return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=samples_of)
-
-
-def samples_of(path: Path) -> int:
-    """The samples seen that a checkpoint's name tells."""
-    return int(path.name.removeprefix("step_"))
 
 
 def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None) -> list[Path]:
@@ -199,7 +184,7 @@ def discard(paths: Iterable[Path]) -> list[Path]:
         try:
             shutil.rmtree(_set_aside(path))
         except OSError as error:
-            log.warning("%s could not be deleted: %s", path, error)
+            logger.warning("%s could not be deleted: %s", path, error)
     return deleted
 
 
@@ -277,11 +262,11 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], permitted: C
     permitted()
     manifest = json.loads(json.dumps(manifest))  # as a reader will see it, when it comes to the checksum
     (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    sync(temporary / MANIFEST)
+    sync(temporary)
     replaced = _set_aside(final) if final.exists() else None
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced:
         shutil.rmtree(replaced)
 
@@ -289,15 +274,6 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], permitted: C
 def _set_aside(path: Path) -> Path:
     """Renames a checkpoint that is to be deleted, so that a kill half-way leaves nothing that looks like one."""
     return path.rename(path.with_name(f"{_TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
-
-
-def _sync(path: Path) -> None:
-    """Has a file or a directory on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:

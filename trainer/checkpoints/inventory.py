@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
 from trainer.formatting import aligned, size
 
 _NO_PARTS = ("statistics",)  # kinds of tensors that are not cut by parts of the model
@@ -20,10 +21,10 @@ def find_checkpoints(location: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    if (location / checkpoint.MANIFEST).exists():
+    if (location / MANIFEST).exists():
         return [location]
     for folders in ([location], [location / "checkpoints"], sorted(location.glob("*/checkpoints"))):
-        found = [path for folder in folders for path in checkpoint.checkpoints(folder)]
+        found = [path for folder in folders for path in checkpoints(folder)]
         if found:
             return found
     raise ValueError(f"{location} holds no checkpoints: give a run directory, a stage's, or a step_… folder")
@@ -35,7 +36,7 @@ def listing(paths: Iterable[Path]) -> str:
     for path in paths:
         problems = checkpoint.verify(path, checksums=False)
         if problems:
-            rows.append([str(path), f"{checkpoint.samples_of(path)}", "", "", "", "", f"DAMAGED: {problems[0]}"])
+            rows.append([str(path), f"{samples_of(path)}", "", "", "", "", f"DAMAGED: {problems[0]}"])
             continue
         manifest = checkpoint.read_manifest(path)
         meta, loss = manifest["meta"], manifest["meta"].get("held_out_loss")

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
+from models.atomic_write import write_whole
 from trainer.checkpoints import checkpoint, inventory
+from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
+from trainer.files import read_json
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
-from trainer.run_directory import RunDirectory, read_json, write_atomically
+from trainer.run_directory import RunDirectory
 from trainer.tasks import Task
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 _FOLLOWED = "resumed_from.json"
 
@@ -58,7 +61,7 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     if choice == "never":
         if newest is not None:
             raise ValueError(
-                f"{run.path} holds a run at {checkpoint.samples_of(newest)} samples, and checkpoint.resume=never: take "
+                f"{run.path} holds a run at {samples_of(newest)} samples, and checkpoint.resume=never: take "
                 f"another run_dir=…, remove {run.path}, or leave it out to go on"
             )
         return None
@@ -66,13 +69,13 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
         return newest
     path = Path(choice).resolve()
     _require_fit(path, run, identity)
-    ours = {other.resolve(): other for other in checkpoint.checkpoints(run.checkpoints)}
+    ours = {other.resolve(): other for other in checkpoints(run.checkpoints)}
     path_here = ours.get(path, path)
     for other in ours.values():
-        if path not in ours or checkpoint.samples_of(other) > checkpoint.samples_of(path_here):
+        if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is left behind as %s: the run goes on from %s", other.name, left.name, path)
-    write_atomically(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
+    write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
     return path_here
 
 
@@ -101,7 +104,7 @@ def start(task: Task, location: str) -> None:
         ValueError: there is neither, or it does not hold all that the task learns.
     """
     path = Path(location)
-    if (path / checkpoint.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         if problems := checkpoint.verify(path):
             raise ValueError(f"checkpoint.start_from={path} can't be used: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}

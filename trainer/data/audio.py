@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from trainer.files import replacing
+from models.atomic_write import replacing
 
 Audio = NDArray[np.float32]
 """Sound as float32, (channels, samples) or (samples,), full scale 1."""

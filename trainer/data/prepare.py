@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from models.atomic_write import replacing, write_whole
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sound_files import list_sources
 from trainer.data.text_embeddings import Embedder
-from trainer.files import locked, replacing, write_whole
+from trainer.files import locked
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
 _MENDS = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}

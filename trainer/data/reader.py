@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
-from trainer.data.text_embeddings import Text
 from trainer.files import locked
 from trainer.randomness import below
 
@@ -86,17 +85,6 @@ class Reader:
                 out[row, :, length:] = 0
                 mask[row, length:] = False
         return ids
-
-    def read_text(self, ids: NDArray[np.int64], rows: NDArray[np.int64], text: Text) -> None:
-        """Read the text of samples into these rows of a blank one; a sample whose text is damaged has none."""
-        for id_, row in zip(ids.tolist(), rows.tolist(), strict=True):
-            try:
-                found_NE = self.shard_set.text(id_)
-            except DamagedSample as problem:
-                self.damage.note(self.shard_set, id_, problem)
-                continue
-            text.tokens[row, : len(found_NE)] = torch.from_numpy(found_NE.copy())
-            text.mask[row, : len(found_NE)] = True
 
     def _fill(self, crop: Crop, values: NDArray[np.float16]) -> NDArray[np.int64]:
         ids = crop.ids.copy()

@@ -29,9 +29,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_whole
+from models.atomic_write import write_whole
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 256 << 10, 16 << 20  # bytes to one request
 _LONGEST_PAUSE = 30.0  # seconds between two attempts

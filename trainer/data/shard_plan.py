@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from models.atomic_write import write_whole
 from trainer.data.audio import duration
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.sound_files import SoundFile, held_out
-from trainer.files import write_whole
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes, more than a sample's JSON and tar headers take

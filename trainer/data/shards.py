@@ -27,7 +27,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
-from trainer.files import replacing, write_whole
+from models.atomic_write import replacing, write_whole
 
 # Bytes from the start of the shard. x0 is the array's values alone, past the .npy header.
 INDEX_ROW = np.dtype(

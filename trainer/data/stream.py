@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, cycle, islice
 from pathlib import Path
 
@@ -15,33 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.conditions import ConditionReader
 from trainer.data.fetch_ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
 from trainer.data.reader import Crop, Damage, Part, Reader, cut
 from trainer.data.shard_set import ShardSet
-from trainer.data.text_embeddings import Text, WantedText
+from trainer.inputs import Inputs
 from trainer.randomness import bits, keys
 
 _DEALT = 4096  # samples whose places are computed at once
 _LOOK_UP = 0.25  # seconds between two looks whether to wait on for a batch
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of b samples."""
+@dataclass(frozen=True, kw_only=True)
+class Batch(Inputs):
+    """A micro batch as it is read: what a module takes, and which samples it holds."""
 
-    x0: Tensor
-    """(b, C, frames), float16: crops of the samples' latents, 0 behind the end of those that are shorter."""
-    positions: Tensor
-    """(b,), int64: the samples' places in the stream; all randomness about a sample is keyed by its place."""
     ids: Tensor
     """(b,), int64: the samples' places in their set."""
     sets: Tensor
     """(b,), int64: which of the stream's sets each is from."""
-    mask: Tensor | None = None
-    """(b, frames), bool: true where a frame is the sample's own. None: all are."""
-    text: Text | None = None
-    """The samples' captions, where the stream reads them (`wanted_text`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class LatentStream:
     `crop_frames`: it holds samples that are as long at most, and longer than the next smaller one, and a mask tells
     their frames from the padding. It is then of one set; which one, goes by the weights.
 
-    Text is read where `wanted_text` says so, from those of the sets that hold some.
+    `conditions` are read beside the latents, from those of the sets that hold them.
 
     A sample that can't be read is replaced by the next of its lane, which is the same on every rank; what is random
     about it is still that of its place. Such samples are written to `errors`, a line of JSON each.
@@ -102,7 +96,7 @@ class LatentStream:
         if global_batch < 1:
             raise ValueError(f"the global batch is at least 1, not {global_batch}")
         self._padded = bool(buckets)
-        self.wanted_text: WantedText | None = None
+        self.conditions: list[ConditionReader] = []
         for shard_set in self.sets:
             self._check(shard_set)
         damage = Damage(errors, max_damaged)
@@ -209,8 +203,7 @@ class LatentStream:
     def blank(self, size: int) -> Batch:
         """A micro-batch in which there is nothing."""
         x0_BCT, zeros_B = self._buffer(size, pinned=False).zero_(), torch.zeros(size, dtype=torch.int64)
-        text = None if self.wanted_text is None else self.wanted_text.blank(size)
-        return Batch(x0_BCT, zeros_B, zeros_B, zeros_B, text=text)
+        return Batch(x0=x0_BCT, positions=zeros_B, ids=zeros_B, sets=zeros_B, conditions=self._blank_conditions(size))
 
     @contextmanager
     def _fetch_ahead(
@@ -306,25 +299,33 @@ class LatentStream:
             crop = Crop(deal.places[rows], ids[rows], deal.bits[rows], rows)
             ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
         return Batch(
-            x0,
-            torch.from_numpy(deal.positions),
-            torch.from_numpy(ids),
-            torch.from_numpy(self._set_of(deal)),
+            x0=x0,
+            positions=torch.from_numpy(deal.positions),
+            ids=torch.from_numpy(ids),
+            sets=torch.from_numpy(self._set_of(deal)),
             mask=None if mask is None or mask.all() else torch.from_numpy(mask),
-            text=self._read_text(deal, ids),
+            conditions=self._read_conditions(deal, ids),
         )
 
-    def _read_text(self, deal: _Deal, ids: NDArray[np.int64]) -> Text | None:
-        """Of the samples that were read for a micro-batch; those that drop it have none."""
-        if self.wanted_text is None:
-            return None
-        text = self.wanted_text.blank(len(ids))
-        kept_B = self.wanted_text.keeps(torch.from_numpy(deal.positions)).numpy()
-        for number, rows in _groups(deal.readers, len(self._readers)):
-            if self._readers[number].shard_set.has_text:
-                kept = rows[kept_B[rows]]
-                self._readers[number].read_text(ids[kept], kept, text)
-        return text
+    def _read_conditions(self, deal: _Deal, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """All conditions of the samples that were read for a micro batch."""
+        conditions = self._blank_conditions(len(ids))
+        for number, rows in _groups(deal.readers, len(self._readers)) if self.conditions else ():
+            reader = self._readers[number]
+            note = partial(reader.damage.note, reader.shard_set)
+            for condition in self.conditions:
+                condition.fill(
+                    conditions,
+                    reader.shard_set,
+                    ids=ids[rows],
+                    rows=rows,
+                    positions=deal.positions[rows],
+                    note=note,
+                )
+        return conditions
+
+    def _blank_conditions(self, size: int) -> dict[str, Tensor]:
+        return {name: value for condition in self.conditions for name, value in condition.blank(size).items()}
 
     def _set_of(self, deal: _Deal) -> NDArray[np.int64]:
         return np.searchsorted(self._first_reader, deal.readers, side="right") - 1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, device
+from torch import Tensor
+
+from trainer.data.conditions import ConditionReader, Note
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import DamagedSample
 
 if TYPE_CHECKING:
     from models.text_encoder import TextEncoder
@@ -22,33 +26,71 @@ if TYPE_CHECKING:
 TEXT_KINDS = ("none", "stable_audio", "transformers", "files")
 
 
-class Text(NamedTuple):
-    """The text of a batch of b samples, padded to the N tokens that D takes."""
-
-    tokens: Tensor
-    """(b, N, E), float16; 0 behind the end of a caption."""
-    mask: Tensor
-    """(b, N), bool: true where a token is the caption's own; nowhere in a sample without text."""
-
-    def to(self, where: device) -> Text:
-        """The same on a device."""
-        return Text(self.tokens.to(where), self.mask.to(where))
-
-
 @dataclass(frozen=True)
-class WantedText:
-    """What a stage's D reads."""
+class TextReader(ConditionReader):
+    """Reads captions' embeddings as D's `text` (b, N, E), float16, and `text_mask` (b, N), true where a token is real.
 
+    Rows are 0 behind the end of a caption; a sample without text has a mask that is false throughout.
+    """
+
+    stage: str
+    """The stage whose D reads them, for messages."""
     tokens: int
-    """Of a caption, at most."""
+    """N, the most that D takes."""
     width: int
+    """E, features of a token."""
     keeps: Callable[[Tensor], Tensor]
     """Of positions in the stream (b,), which samples keep their text (b,), bool: what is dropped is not even read."""
 
-    def blank(self, size: int) -> Text:
-        """The text of so many samples that have none."""
+    def found_in(self, sets: Sequence[ShardSet]) -> bool:
+        """See `ConditionReader`; refuses text of other sizes than D's, and of two encoders."""
+        encoders: dict[str, str] = {}
+        for shard_set in sets:
+            if (text := shard_set.info.text) is None:
+                continue
+            encoders[text["encoder"]] = shard_set.location
+            if text["width"] != self.width or text["tokens"] > self.tokens:
+                raise ValueError(
+                    f"the text in {shard_set.location} is of up to {text['tokens']} tokens of {text['width']} features "
+                    f"each, and D reads {self.tokens} of {self.width}: prepare it with the text encoder that D was "
+                    f"trained with, or leave all text out with {self.stage}.text_dropout=1"
+                )
+        if len(encoders) > 1:
+            raise ValueError(
+                f"{' and '.join(encoders.values())} hold text of different encoders: prepare them with one"
+            )
+        return bool(encoders)
+
+    def blank(self, size: int) -> dict[str, Tensor]:
+        """See `ConditionReader`."""
         shape = (size, self.tokens, self.width)
-        return Text(torch.zeros(shape, dtype=torch.float16), torch.zeros(shape[:2], dtype=torch.bool))
+        return {
+            "text": torch.zeros(shape, dtype=torch.float16),
+            "text_mask": torch.zeros(shape[:2], dtype=torch.bool),
+        }
+
+    def fill(
+        self,
+        into: Mapping[str, Tensor],
+        shard_set: ShardSet,
+        *,
+        ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        note: Note,
+    ) -> None:
+        """See `ConditionReader`; samples that drop their text are passed over."""
+        if not shard_set.has_text:
+            return
+        kept = self.keeps(torch.from_numpy(positions)).numpy()
+        for id_, row in zip(ids[kept].tolist(), rows[kept].tolist(), strict=True):
+            try:
+                found_NE = shard_set.text(id_)
+            except DamagedSample as problem:
+                note(id_, problem)
+                continue
+            into["text"][row, : len(found_NE)] = torch.from_numpy(found_NE.copy())
+            into["text_mask"][row, : len(found_NE)] = True
 
 
 class Embedder(Protocol):

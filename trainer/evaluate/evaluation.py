@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.atomic_write import write_whole
 from models.codec import SPresso
 from trainer.data.audio import write_audio
 from trainer.evaluate.bootstrap import LEVEL
@@ -25,10 +26,12 @@ from trainer.evaluate.scores import Scorer, figures_of
 from trainer.evaluate.systems import TABLES
 from trainer.evaluate.tables import write_tables
 from trainer.evaluate.under_test import SystemUnderTest
-from trainer.files import locked
+from trainer.files import locked, read_json
 from trainer.progress import Progress
 from trainer.recipes.schema import Config, hash_values
-from trainer.run_directory import RunDirectory, read_json, stage_folder, stage_inputs, write_atomically
+from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stage_inputs import stage_inputs
+from trainer.stages import STAGES
 
 _REPORT, _LOCK = "evaluation.json", ".merge.lock"
 _FORMAT = 2  # of pieces; another one is computed anew
@@ -140,7 +143,7 @@ class _Plan:
                     self._make(source, number, scorer)
                 progress.to(done, last=source.key)
             if part == 0 and not self._speed_path.is_file():
-                write_atomically(self._speed_path, json.dumps(self._speed()))
+                write_whole(self._speed_path, json.dumps(self._speed()))
             progress.to(len(self.sources) * len(mine) + 1)
 
     def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest, int]]:
@@ -219,7 +222,7 @@ class _Plan:
     def merge(self) -> dict[str, Any]:
         """Put the pieces together; writes the report and its tables, and removes what older evaluations left."""
         report = self._report() | {"identity": self.identity}
-        write_atomically(self.folder / _REPORT, json.dumps(report, indent=1))
+        write_whole(self.folder / _REPORT, json.dumps(report, indent=1))
         write_tables(report, self.folder)
         self.pieces.keep({*self.names.values(), self.speed_name})
         return report
@@ -264,7 +267,7 @@ class _Plan:
 
 
 def _require_ended(config: Config) -> None:
-    for stage in ("autoencode", "quantize", "finetune"):
+    for stage in STAGES["evaluate"].judges:
         directory = RunDirectory(stage_folder(config, stage), stage)
         if directory.status.get("export") is None:
             raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run that first")

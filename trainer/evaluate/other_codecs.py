@@ -14,7 +14,7 @@ from trainer.evaluate.systems import System, table_of
 from trainer.evaluate.under_test import Decoded, SystemUnderTest
 from trainer.recipes.schema import Config, hash_values
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 
 class Other(SystemUnderTest):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.shard_set import ShardSet
 from trainer.recipes.schema import Config, hash_values
-from trainer.run_directory import held_out_set
+from trainer.stage_inputs import held_out_set
 
 _OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
 

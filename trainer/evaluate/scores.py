@@ -17,7 +17,7 @@ from trainer.evaluate.embedding import Embedding
 from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance
 from trainer.evaluate.under_test import Decoded
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 SPREAD = Figure(
     key="spread",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.atomic_write import write_whole
 from trainer.evaluate.systems import TABLES
 from trainer.formatting import aligned
-from trainer.run_directory import write_atomically
 
 EvaluationReport = Mapping[str, Any]
 
@@ -164,7 +164,7 @@ def latex(report: EvaluationReport) -> str:
 def write_tables(report: EvaluationReport, folder: Path) -> None:
     """`table.txt`, `table.md` and `table.tex`."""
     for name, text in (("txt", table(report) + "\n"), ("md", markdown(report)), ("tex", latex(report))):
-        write_atomically(folder / f"table.{name}", text)
+        write_whole(folder / f"table.{name}", text)
 
 
 def sections(report: EvaluationReport) -> list[tuple[str, list[TableRow]]]:

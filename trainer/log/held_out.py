@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from trainer.inputs import Inputs
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.recipes.schema import Config, TrainConfig
-from trainer.run_directory import held_out_set
+from trainer.stage_inputs import held_out_set
 from trainer.tasks import Task
 
 _FIRST_POSITION = 2**62  # of held-out clips: keys that no training sample has
@@ -54,6 +55,7 @@ class HeldOutLoss:
 
     def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel) -> None:
         ids, x0_BCT = held_out_latents(config, settings, config.log.held_out)
+        self.weights = settings.loss_weights
         self.parallel, self.micro = parallel, config.parallel.micro_batch or len(ids)
         positions_B = torch.arange(len(ids)) + _FIRST_POSITION
         # ranks make equally many passes, as parts of the model may be gathered in each: the last repeat, uncounted
@@ -67,13 +69,13 @@ class HeldOutLoss:
         device, losses = self.parallel.device, []
         with strategy.together():
             for batch in self._batches(device):
-                losses.append(strategy.forward(*batch, None)[0].double().cpu())
+                losses.append(strategy.forward(batch).total(self.weights).double().cpu())
                 between()
         losses_B = torch.cat(losses)
         sums = torch.stack([(losses_B * self.counted_B).sum(), self.counted_B.sum()]).to(device)
         total, count = self.parallel.sum(sums).tolist()
         return total / count
 
-    def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, device: torch.device) -> Iterator[Inputs]:
         for x0_BCT, positions_B in zip(self.x0_BCT.split(self.micro), self.positions_B.split(self.micro), strict=True):
-            yield x0_BCT.to(device), positions_B.to(device)
+            yield Inputs(x0=x0_BCT, positions=positions_B).to(device)

@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from models.atomic_write import write_whole
+from trainer.checkpoints.names import folder_name
 from trainer.data.audio import write_audio
-from trainer.run_directory import RunDirectory, write_atomically
+from trainer.losses import Losses
+from trainer.run_directory import RunDirectory
 from trainer.spectrogram import log_mel_image
 
 
 class LossSums:
-    """Sums of losses by noise level, gathered without waiting for the device."""
+    """Sums of losses by noise level and by term, gathered without waiting for the device."""
 
     def __init__(self, bins: int, device: torch.device) -> None:
-        self.bins = bins
+        self.bins, self.device = bins, device
+        self._restart()
+
+    def _restart(self) -> None:
         # float64: a mean over the batch that does not depend on how it was cut among ranks
-        self.sums = torch.zeros(2, bins, device=device, dtype=torch.float64)
+        self.sums = torch.zeros(2, self.bins, device=self.device, dtype=torch.float64)
+        self.terms: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, losses_B: Tensor, quantiles_B: Tensor) -> None:
-        """Take in a micro batch: losses, and each sample's place in (0, 1) among the noise levels."""
-        bin_B = (quantiles_B * self.bins).long().clamp_(0, self.bins - 1)
-        self.sums[0].index_add_(0, bin_B, losses_B.double())
-        self.sums[1].index_add_(0, bin_B, torch.ones_like(losses_B, dtype=torch.float64))
+    def add(self, losses: Losses, total_B: Tensor) -> None:
+        """Take in a micro batch: its terms, and their weighted sum (b,) by each sample's place in the noise levels."""
+        bin_B = (losses.quantiles * self.bins).long().clamp_(0, self.bins - 1)
+        self.sums[0].index_add_(0, bin_B, total_B.double())
+        self.sums[1].index_add_(0, bin_B, torch.ones_like(total_B, dtype=torch.float64))
+        for name, value_B in losses.terms.items():
+            total = value_B.double().sum()
+            self.terms[name] = self.terms[name] + total if name in self.terms else total
 
-    def read(self) -> tuple[list[float], list[float]]:
-        """This rank's sums of losses by bin since the last reading, and how many they are; starts anew."""
-        totals, counts = self.sums.tolist()
-        self.sums.zero_()
-        return totals, counts
+    def read(self) -> LossSum:
+        """This rank's sums since the last reading; starts anew."""
+        names = list(self.terms)
+        values = torch.cat([self.sums.flatten(), *(self.terms[name][None] for name in names)]).tolist()
+        totals, counts, terms = values[: self.bins], values[self.bins : 2 * self.bins], values[2 * self.bins :]
+        self._restart()
+        return LossSum(totals, counts, dict(zip(names, terms, strict=True)))
 
 
-def mean_loss(of_ranks: Iterable[tuple[list[float], list[float]]]) -> tuple[float, list[float | None]]:
-    """The mean over what all ranks' `LossSums` gave, over all and by bin (None where nothing fell)."""
-    totals, counts = ([sum(bin_) for bin_ in zip(*part, strict=True)] for part in zip(*of_ranks, strict=True))
+class LossSum(NamedTuple):
+    """One rank's sums: of the loss by noise level, how many samples fell into each level, and of each term."""
+
+    totals: list[float]
+    counts: list[float]
+    terms: dict[str, float]
+
+
+class MeanLoss(NamedTuple):
+    """Means over all ranks."""
+
+    loss: float
+    by_bin: list[float | None]
+    """By noise level; None where no sample fell."""
+    terms: dict[str, float]
+
+
+def mean_loss(of_ranks: Sequence[LossSum]) -> MeanLoss:
+    """The mean over what all ranks' `LossSums` gave."""
+    totals = [sum(bin_) for bin_ in zip(*(rank.totals for rank in of_ranks), strict=True)]
+    counts = [sum(bin_) for bin_ in zip(*(rank.counts for rank in of_ranks), strict=True)]
     by_bin = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
-    return sum(totals) / max(1.0, sum(counts)), by_bin
+    samples = max(1.0, sum(counts))
+    names = dict.fromkeys(name for rank in of_ranks for name in rank.terms)
+    terms = {name: sum(rank.terms.get(name, 0.0) for rank in of_ranks) / samples for name in names}
+    return MeanLoss(sum(totals) / samples, by_bin, terms)
 
 
 class Metrics:
@@ -57,7 +90,7 @@ class Metrics:
     def _cut_after(self, samples: int) -> None:
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _samples(line) <= samples]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
+            write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def go_back_to(self, samples: int) -> None:
         """Cut off what came after, here and in TensorBoard."""
@@ -77,6 +110,8 @@ class Metrics:
         for bin_, value in enumerate(values.get("loss_bins", [])):
             if value is not None:
                 self.board.add_scalar(f"{kind}_by_noise_level/{bin_}", value, samples)
+        for name, value in values.get("loss_terms", {}).items():
+            self.board.add_scalar(f"{kind}_terms/{name}", value, samples)
 
     def listen(self, name: str, audio: Tensor, samples: int) -> None:
         """Audio (samples,) and its spectrogram, in TensorBoard and under `samples/`."""
@@ -84,7 +119,7 @@ class Metrics:
         image = log_mel_image(audio, self.sample_rate, height=128)
         self.board.add_audio(name, audio[None], samples, sample_rate=self.sample_rate)
         self.board.add_image(name, image, samples, dataformats="HWC")
-        folder = self.run.samples / f"step_{samples:012d}"
+        folder = self.run.samples / folder_name(samples)
         folder.mkdir(parents=True, exist_ok=True)
         write_audio(folder / f"{name.replace('/', '.')}.flac", audio[None].numpy(), self.sample_rate)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+from models.atomic_write import write_whole
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
@@ -20,11 +21,11 @@ from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.recipes.schema import Config
-from trainer.run_directory import RunDirectory, write_atomically
+from trainer.run_directory import RunDirectory
 from trainer.stop import Leaving, Stop
 from trainer.tasks import Task
 
-logger = logging.getLogger("spresso")
+logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
@@ -64,7 +65,7 @@ class TrainingLog:
         """A line of the log: what was gathered since the last."""
         of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
         feed.waited = 0.0
-        loss, by_bin = mean_loss(losses for losses, _ in of_ranks)
+        loss, by_bin, terms = mean_loss([losses for losses, _ in of_ranks])
         times = compared([times for _, times in of_ranks])
         seconds = times["step_seconds"][1] / self.settings.global_batch
         if self.metrics is not None:
@@ -73,6 +74,7 @@ class TrainingLog:
                 samples,
                 loss=loss,
                 loss_bins=by_bin,
+                loss_terms=terms,
                 lr=lr,
                 grad_norm=grad_norm,
                 samples_per_second=round(1 / seconds, 2),
@@ -153,7 +155,7 @@ class TrainingLog:
         same = [entry for entry in incidents if entry["what"] == what and entry["position"] == facts["position"]]
         if not same:  # a run that was killed and comes by again has written it before
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_atomically(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
+            write_whole(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
 
     def __enter__(self) -> Self:
         self.progress = Progress(

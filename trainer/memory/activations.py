@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.sizes import DecoderConfig, block_counts, with_blocks
-from trainer.data.text_embeddings import Text
-from trainer.memory.outline import stage_module
+from trainer.inputs import Inputs
+from trainer.losses import Losses
+from trainer.memory.outline import outlined_task
 from trainer.ranks.strategy import DTYPES, Computed, blocks_of, recompute
 from trainer.recipes.schema import Config
 
@@ -104,8 +105,8 @@ def _extended(result: Activations, base: Activations, deeper: Activations, block
 def _of_depth(
     config: Config, stage: str, dit: DecoderConfig, how: Pass, blocks: tuple[int, int], *, backward: bool = True
 ) -> Activations:
-    module = stage_module(config, stage, with_blocks(dit, blocks))
-    dtype = DTYPES[how.precision]
+    task = outlined_task(config, stage, with_blocks(dit, blocks))
+    module, dtype = task.module, DTYPES[how.precision]
     with FakeTensorMode():
         _give_storage(module, dtype, lower_trained=how.lower_trained)
         for block in blocks_of(module):
@@ -116,21 +117,19 @@ def _of_depth(
         computed = Computed(module, torch.device("cpu"), dtype)
         if how.cuda:
             _as_on_cuda(computed)
-        text = None
-        if how.text and dit.text_width is not None:
-            tokens = torch.zeros(how.clips, dit.text_tokens, dit.text_width, dtype=torch.float16)
-            text = Text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
-        return measure(computed, (how.clips, dit.channels, how.frames), text, backward=backward)
+        readers = task.conditions() if how.text else []
+        conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
+        return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
 
 
 def measure(
-    computed: Computed, shape: Sequence[int], text: Text | None = None, *, backward: bool = True
+    computed: Computed, shape: Sequence[int], conditions: Mapping[str, Tensor] | None = None, *, backward: bool = True
 ) -> Activations:
     """Of one pass on x0 of a shape (B, C, T), forward and maybe backward; on fake tensors in a FakeTensorMode."""
     with _Living(computed.parameters()) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
-        losses_B, _ = computed(x0_BCT, torch.arange(shape[0]), None, text)
-        loss = losses_B.mean()
+        inputs = Inputs(x0=x0_BCT, positions=torch.arange(shape[0]), conditions=conditions or {})
+        loss = Losses(*computed(inputs)).total({}).mean()
         saved, forward, kinds = living.now, living.peak, living.kinds()
         living.peak = living.now
         if backward:

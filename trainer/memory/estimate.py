@@ -18,7 +18,8 @@ from trainer.formatting import aligned, size
 from trainer.memory.activations import Activations, Pass, activations
 from trainer.memory.ledger import ON_DEVICE, Parts, Ranks, Sharing, held
 from trainer.memory.outline import outline
-from trainer.recipes.schema import Config, ParallelConfig
+from trainer.recipes.schema import Config, ParallelConfig, flatten
+from trainer.stages import STAGES
 
 GIB = 2**30
 SPARE = GIB
@@ -255,5 +256,5 @@ def _differing(own: Sharing, other: Sharing) -> list[str]:
 
 
 def _shorter_crop(config: Config, stage: str) -> int:
-    unit = config.dit.patch_size if stage == "pretrain" else config.latent_encoder.pooling
+    unit = flatten(config)[STAGES[stage].crop_unit]
     return config.stage(stage).crop_frames // 2 // unit * unit

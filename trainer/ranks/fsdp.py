@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trainer.data.text_embeddings import Text
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import MOMENTS, Computed, Held, TorchStrategy, blocks_of
 from trainer.recipes.schema import TrainConfig
@@ -46,12 +45,6 @@ class Sharded(TorchStrategy):
         self.root: FSDPModule = computed
         self._starts = {name: _start(value) for name, value in self.learned.items()}
         self._begin()
-
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Strategy`."""
-        return self.computed(x0_BCT, positions_B, mask_BT, text)
 
     @contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:

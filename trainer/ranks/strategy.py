@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.text_embeddings import Text
+from trainer.inputs import Inputs
+from trainer.losses import Losses
 from trainer.ranks.flat_ranges import FlatRange, whole_ranges
 from trainer.recipes.schema import TrainConfig
 
@@ -39,7 +40,8 @@ class Held:
 
 
 class Computed(nn.Module):
-    """A stage's module in its precision; gives (losses, quantiles) as plain tensors, where wrappers seek the graph."""
+    """A stage's module in its precision. It returns the losses as a dict and a tensor: wrappers look for tensors in
+    dicts and tuples, and find none in a class of ours."""
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,13 +53,11 @@ class Computed(nn.Module):
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None = None, text: Text | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Per-sample losses (B,) in float32, and places among the noise levels (B,)."""
+    def forward(self, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
+        """The fields of the module's `Losses`, the terms in float32."""
         with self.autocast():
-            result = self.module(x0_BCT, positions_B, mask_BT, *([] if text is None else [text]))
-        return result.losses.float(), result.quantiles
+            losses: Losses = self.module(inputs)
+        return {name: value.float() for name, value in losses.terms.items()}, losses.quantiles
 
 
 class Strategy(ABC):
@@ -71,6 +71,8 @@ class Strategy(ABC):
 
     def __init__(self, computed: Computed, settings: TrainConfig) -> None:
         self.computed, self.settings = computed, settings
+        self.wrapped: Callable[[Inputs], tuple[dict[str, Tensor], Tensor]] = computed
+        """The module as it is called in training: with what this strategy put around it."""
         parameters = dict(computed.module.named_parameters())
         self.names = [name for name, value in parameters.items() if value.requires_grad]
         self.numel = sum(value.numel() for value in parameters.values())
@@ -82,11 +84,9 @@ class Strategy(ABC):
         here = dict(self.computed.module.named_parameters())
         return {name: here[name] for name in self.names}
 
-    @abstractmethod
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Per-sample losses and places among the noise levels of this rank's micro batch."""
+    def forward(self, inputs: Inputs) -> Losses:
+        """The losses of this rank's micro batch, which is on this rank's device."""
+        return Losses(*self.wrapped(inputs))
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -174,28 +174,21 @@ class Replicated(TorchStrategy):
     def __init__(self, computed: Computed, settings: TrainConfig, *, rank: int, world_size: int) -> None:
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
-        self._forward: nn.Module = computed
         if world_size > 1:
             device = next(computed.parameters()).device
             # no sync at the start: the loop made the trained weights alike and the base is every rank's own copy of one
             # file; DDP would send it around in one more copy
             devices = [device] if device.type == "cuda" else None
-            self._forward = nn.parallel.DistributedDataParallel(
+            self.wrapped = nn.parallel.DistributedDataParallel(
                 computed, device_ids=devices, forward_sync_buffers=False, init_sync=False
             )
         self._begin()
 
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Strategy`."""
-        return self._forward(x0_BCT, positions_B, mask_BT, text)
-
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""
-        if last or not isinstance(self._forward, nn.parallel.DistributedDataParallel):
+        if last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
-        return self._forward.no_sync()
+        return self.wrapped.no_sync()
 
     def held(self) -> dict[str, Held]:
         """See `Strategy`."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.text_embeddings import Text
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import MOMENTS, Accept, Computed, Held, Strategy, fill_state, make_optimizer
 from trainer.recipes.schema import ParallelConfig, TrainConfig
@@ -46,14 +45,9 @@ class Zero(Strategy):
             model=computed, optimizer=base, config=options, dist_init_required=False
         )
         log.setLevel(logging.WARNING)
+        self.wrapped = self.engine
         self._make_state()
         self._restore(initial)
-
-    def forward(
-        self, x0_BCT: Tensor, positions_B: Tensor, mask_BT: Tensor | None, text: Text | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Strategy`."""
-        return self.engine(x0_BCT, positions_B, mask_BT, text)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Strategy`."""

@@ -8,17 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-_WHOLE = {"nodes": "1", "gpus_per_node": 0, "tasks_per_node": 1}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    # what runs in one process, unless a recipe says otherwise
-    "synth": _WHOLE,
-    "prepare": _WHOLE,
-    "page": _WHOLE,
-    "evaluate": {"nodes": "1", "tasks_per_node": 1},
-    "quantize": {"nodes": "1"},
-}
-ARRAYS = ("prepare", "evaluate")
-"""Stages that can be cut into parts, each a job of an array."""
+from trainer.stages import STAGES
+
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 OURS = (
@@ -94,19 +85,20 @@ class ClusterConfig:
 
     def of(self, stage: str) -> ClusterConfig:
         """What a stage's job asks for."""
-        chosen: dict[str, Any] = {**_DEFAULTS.get(stage, {})}
-        if stage == "evaluate":
-            chosen["gpus_per_node"] = min(1, self.gpus_per_node)
+        row = STAGES[stage]
+        chosen: dict[str, Any] = {**row.asks}
+        if "gpus_per_node" in chosen:
+            chosen["gpus_per_node"] = min(chosen["gpus_per_node"], self.gpus_per_node)
         for key, value in self.stages.get(stage, {}).items():
             ours = getattr(self, key)
             chosen[key] = {**ours, **value} if isinstance(ours, dict) else value
         if "nodes" in chosen:
             chosen["nodes"] = str(chosen["nodes"])
-        if stage != "prepare":
-            chosen["array"] = self.stages.get(stage, {}).get("array", 1) if stage in ARRAYS else 1
+        if not row.array_by_default:
+            chosen["array"] = chosen.get("array", 1) if row.array else 1
         return dataclasses.replace(self, **chosen, stages={})
 
-    def problems(self, stages: tuple[str, ...]) -> list[str]:
+    def problems(self) -> list[str]:
         """All that is wrong with it; empty where nothing is."""
         if self.kind not in ("local", "slurm"):
             return [
@@ -114,9 +106,9 @@ class ClusterConfig:
             ]
         found = _problems_of(self, "cluster")
         for stage, values in self.stages.items():
-            if stage not in stages:
+            if stage not in STAGES:
                 found.append(
-                    f"cluster.stages.{stage}: there is no such stage, the nearest is {_nearest(stage, stages)}"
+                    f"cluster.stages.{stage}: there is no such stage, the nearest is {_nearest(stage, STAGES)}"
                 )
                 continue
             unknown = [key for key in values if key not in _OF_STAGES]

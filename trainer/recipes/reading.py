@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.recipes.schema import Config, flatten
+from trainer.recipes.schema import Config, flatten, recipe_schema
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)
@@ -29,7 +29,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     """
     from trainer.recipes.validation import problems
 
-    schema = OmegaConf.structured(Config)
+    schema = OmegaConf.structured(recipe_schema())
     try:
         merged = OmegaConf.merge(schema, *_layers(_read_recipe(find_recipe(recipe)), overrides))
         config = OmegaConf.to_object(merged)
@@ -121,6 +121,6 @@ def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
     text = str(error.msg or error).splitlines()[0]
     if "not in" not in text:
         return f"{key}: {text}"
-    known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(Config)]
+    known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(recipe_schema())]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"unknown key {key}: the nearest known one is {near[0]}"

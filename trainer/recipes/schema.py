@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from omegaconf import OmegaConf
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
+from trainer.stages import STAGES, trained_stages
 
-TRAINED_STAGES = ("pretrain", "autoencode", "quantize", "prior", "finetune")
-STAGES = ("synth", "prepare", *TRAINED_STAGES, "evaluate", "page")
+ADDED_LATER = {"added_later": True}
+"""Metadata of a setting that older runs did not have: at its default it is left out of the hash of a run's settings, so
+that older checkpoints keep the hash that they were saved with."""
 
 
 @dataclass
@@ -184,6 +187,8 @@ class TrainConfig:
     knows of no text; the paper does not say how high. `pretrain` has 0.1: there D learns to read."""
     crop_frames: int = 495
     """x0 frames to a training crop: a multiple of `latent_encoder.pooling`."""
+    loss_weights: dict[str, float] = field(default_factory=dict, metadata=ADDED_LATER)
+    """Name of a loss term → how much it counts. A term that is not named counts once; the log has a curve of each."""
 
 
 @dataclass
@@ -303,7 +308,7 @@ class EvaluateConfig:
 
 @dataclass
 class Config:
-    """A recipe."""
+    """A recipe. `recipe_schema` adds a `TrainConfig` for each trained stage, under the stage's name."""
 
     name: str = "unnamed"
     """Names the run directory and the page."""
@@ -320,12 +325,6 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(text_dropout=0.1))
-    autoencode: TrainConfig = field(default_factory=TrainConfig)
-    quantize: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0))
-    prior: TrainConfig = field(default_factory=lambda: TrainConfig(samples=0, lr=3e-3))
-    """The prior over codes, for entropy coding; 0 samples: none, and the stage is left out."""
-    finetune: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -335,7 +334,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def stage(self, name: str) -> TrainConfig:
-        """The TrainConfig of a trained stage."""
+        """The settings of a trained stage."""
         return getattr(self, name)
 
     @property
@@ -346,14 +345,29 @@ class Config:
     @property
     def stages(self) -> list[str]:
         """The stages that this recipe needs, in order."""
-        unneeded = set()
-        if self.data.audio is not None:
-            unneeded.add("synth")
-        if self.pretrained.folder is not None:
-            unneeded.add("pretrain")
-        if self.prior.samples == 0:
-            unneeded.add("prior")
-        return [stage for stage in STAGES if stage not in unneeded]
+        return [name for name, stage in STAGES.items() if stage.needed(self)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the values: a class that `recipe_schema` makes cannot be found by its name."""
+        return _config_of, (vars(self),)
+
+
+def recipe_schema() -> type[Config]:
+    """The class of a recipe with the settings of all trained stages that there are now."""
+    return _schema_of(trained_stages())
+
+
+@functools.cache
+def _schema_of(trained: tuple[str, ...]) -> type[Config]:
+    settings = [
+        (name, TrainConfig, field(default_factory=functools.partial(TrainConfig, **STAGES[name].defaults)))
+        for name in trained
+    ]
+    return dataclasses.make_dataclass("Recipe", settings, bases=(Config,))
+
+
+def _config_of(values: dict[str, Any]) -> Config:
+    return recipe_schema()(**values)
 
 
 def to_yaml(config: Config) -> str:
@@ -368,6 +382,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value, key = getattr(config, item.name), prefix + item.name
         flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
     return flat
+
+
+def added_later() -> dict[str, Any]:
+    """Dotted keys of the settings that older runs did not have → their defaults."""
+
+    def found(config: Any, prefix: str) -> dict[str, Any]:
+        keys: dict[str, Any] = {}
+        for item in dataclasses.fields(config):
+            value, key = getattr(config, item.name), prefix + item.name
+            if dataclasses.is_dataclass(value):
+                keys |= found(value, f"{key}.")
+            elif item.metadata.get("added_later"):
+                keys[key] = value
+        return keys
+
+    return found(recipe_schema()(), "")
 
 
 def hash_values(values: dict[str, Any]) -> str:

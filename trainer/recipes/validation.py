@@ -12,7 +12,8 @@ from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
-from trainer.recipes.schema import STAGES, TRAINED_STAGES, Config, flatten
+from trainer.recipes.schema import Config, flatten
+from trainer.stages import STAGES
 
 
 def problems(config: Config, *, released: bool = True) -> list[str]:
@@ -22,7 +23,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
     return [
         *_ranges(config),
         *_strategy(config),
-        *config.cluster.problems(STAGES),
+        *config.cluster.problems(),
         *config.latent_encoder.problems(),
         *_crops(config),
         *_codebooks(config),
@@ -155,7 +156,7 @@ def _ranges(config: Config) -> list[str]:
 
 def _trained(config: Config) -> list[str]:
     """The trained stages that this recipe has: the settings of the others don't matter."""
-    return [name for name in config.stages if name in TRAINED_STAGES]
+    return [name for name in config.stages if STAGES[name].trained]
 
 
 def _strategy(config: Config) -> list[str]:
@@ -195,12 +196,12 @@ def _cut(config: Config, name: str) -> list[str]:
 
 
 def _crops(config: Config) -> list[str]:
-    found = []
+    found, flat = [], flatten(config)
     clip_frames = int(config.data.clip_seconds * _latent_rate(config))
     for name in _trained(config):
         frames = config.stage(name).crop_frames
-        unit = config.dit.patch_size if name == "pretrain" else config.latent_encoder.pooling
-        key = "dit.patch_size" if name == "pretrain" else "latent_encoder.pooling"
+        key = STAGES[name].crop_unit
+        unit = flat[key]
         if frames > clip_frames and not config.data.buckets:
             found.append(
                 f"{name}.crop_frames={frames} is longer than a clip of data.clip_seconds={config.data.clip_seconds:g}, "
@@ -249,7 +250,7 @@ def _codebooks(config: Config) -> list[str]:
     if quantizer.kind == "fsq" and (width := config.latent_encoder.z_channels) % quantizer.books:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         found.append(f"quantizer.books={quantizer.books} of fsq don't share {width} z_channels: take one of {divisors}")
-    if config.prior.samples and quantizer.size > LARGEST_SIZE:
+    if config.stage("prior").samples and quantizer.size > LARGEST_SIZE:
         found.append(
             f"quantizer.size={quantizer.size} is too large for a prior: take up to {LARGEST_SIZE}, or prior.samples=0"
         )

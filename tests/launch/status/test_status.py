@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from launch import owner
-from launch.slurm.attempt import record, write_json
+from launch.slurm.attempt import record
 from launch.slurm.submitted_jobs import Submitted, keep
 from launch.status import table
-from launch.status.stage_status import STAGES, elements_of, last_line, span
-from trainer.recipes import schema
+from launch.status.stage_status import elements_of, last_line, span
+from models.atomic_write import write_whole
 
 ROOT = Path(__file__).parents[3]
 
@@ -201,7 +201,7 @@ def test_without_slurm_it_works_from_the_directory(run, slurm, monkeypatch, ther
     slurm.answer("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     if not there:
         monkeypatch.setenv("PATH", "")
-    write_json(run / "autoencode" / "owner.json", owner.Owner("2_1", "n1", 1, "", "2", 1).__dict__)
+    write_whole(run / "autoencode" / "owner.json", json.dumps(owner.Owner("2_1", "n1", 1, "", "2", 1).__dict__))
     told = table.report(None)
     why = "Unable to contact slurm controller" if there else "there is no squeue here"
     assert f"from the run directories alone: SLURM does not answer: {why}" in told
@@ -230,7 +230,7 @@ def test_a_run_by_hand(run, slurm, tmp_path):
         table.requeue(folder.parent)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    write_json(folder / "owner.json", owner.Owner("x", owner.by_hand().host, child.pid, "1").__dict__)
+    write_whole(folder / "owner.json", json.dumps(owner.Owner("x", owner.by_hand().host, child.pid, "1").__dict__))
     told = table.report(folder.parent)
     assert row(told, "pretrain")[1:3] == [f"pid {child.pid}", "died"]
     assert f"process {child.pid}" in below(told, "pretrain")
@@ -279,10 +279,6 @@ def test_runs_elsewhere_and_unknown_ones(run, tmp_path):
     with pytest.raises(ValueError, match=r"no run yours.*\(try2, mine\)"):
         table.resolve("yours")
     assert table.report(tmp_path / "mine") == "nothing has begun under mine"
-
-
-def test_the_stages_are_those_of_a_recipe():
-    assert STAGES == schema.STAGES
 
 
 def test_nothing_heavy_is_imported_for_it(run):

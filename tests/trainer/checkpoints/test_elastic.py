@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.test_loop import losses, stop_after
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
@@ -29,7 +29,7 @@ def straight(prepared, tmp_path_factory) -> Path:
     """A run under DDP on one rank that nothing interrupted."""
     run = tmp_path_factory.mktemp("straight")
     for stage in ("pretrain", "autoencode"):
-        assert ranks.run(work, 1, str(run), str(prepared), stage, ALL) == [0]
+        assert rank_processes.run(work, 1, str(run), str(prepared), stage, ALL) == [0]
     return run
 
 
@@ -40,7 +40,7 @@ def held_out(run: Path) -> dict[int, float]:
 
 def test_handed_on_it_stays_one_curve(straight, prepared, tmp_path):
     run = tmp_path / "run"
-    assert ranks.run(work, 1, str(run), str(prepared), "pretrain", ALL) == [0]
+    assert rank_processes.run(work, 1, str(run), str(prepared), "pretrain", ALL) == [0]
     for strategy, world_size, steps, more in (
         ("zero3", 2, 3, ()),
         ("fsdp2", 2, 3, ("parallel.micro_batch=2", "parallel.shard_base=true")),
@@ -48,7 +48,10 @@ def test_handed_on_it_stays_one_curve(straight, prepared, tmp_path):
         ("zero2", 2, ALL, ("parallel.offload=optimizer",)),
     ):
         overrides = (f"parallel.strategy={strategy}", *more)
-        assert ranks.run(work, world_size, str(run), str(prepared), "autoencode", steps, *overrides) == [0] * world_size
+        assert (
+            rank_processes.run(work, world_size, str(run), str(prepared), "autoencode", steps, *overrides)
+            == [0] * world_size
+        )
     ours, theirs = losses(run, "autoencode"), losses(straight, "autoencode")
     assert ours.keys() == theirs.keys()
     assert [ours[samples] for samples in theirs] == pytest.approx(list(theirs.values()), rel=1e-5)
@@ -74,9 +77,9 @@ def test_handed_on_it_stays_one_curve(straight, prepared, tmp_path):
 def test_lower_precision_trains_and_resumes(prepared, straight, tmp_path, precision):
     """Handed from FSDP2 to DDP; the loss scale of fp16 goes along."""
     run = tmp_path / "run"
-    assert ranks.run(work, 1, str(run), str(prepared), "pretrain", ALL) == [0]
+    assert rank_processes.run(work, 1, str(run), str(prepared), "pretrain", ALL) == [0]
     for strategy, steps in (("fsdp2", 4), ("ddp", ALL)):
         overrides = (f"parallel.precision={precision}", f"parallel.strategy={strategy}")
-        assert ranks.run(work, 2, str(run), str(prepared), "autoencode", steps, *overrides) == [0, 0]
+        assert rank_processes.run(work, 2, str(run), str(prepared), "autoencode", steps, *overrides) == [0, 0]
     ours, theirs = losses(run, "autoencode"), losses(straight, "autoencode")
     assert [ours[samples] for samples in theirs] == pytest.approx(list(theirs.values()), rel=3e-2)

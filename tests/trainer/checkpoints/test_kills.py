@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.test_loop import losses, tensors
 from trainer.checkpoints import checkpoint
 from trainer.loop import train
@@ -43,14 +43,14 @@ def saves(run: Path) -> set[Path]:
 @pytest.fixture(scope="module")
 def whole(prepared, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole")
-    assert ranks.run(work, 1, str(run), str(prepared)) == [0]
+    assert rank_processes.run(work, 1, str(run), str(prepared)) == [0]
     return run
 
 
 def killed(run: Path, prepared: Path, chance: random.Random, *, inside_a_save: bool, world_size: int, overrides) -> str:
     """Start, and kill after a while, or as soon as a checkpoint is being written; says what was hit."""
     left = saves(run)  # by the ranks before
-    processes = ranks.start(work, world_size, str(run), str(prepared), *overrides)
+    processes = rank_processes.start(work, world_size, str(run), str(prepared), *overrides)
     end = time.monotonic() + chance.uniform(0.3, 2.2)
     while any(process.is_alive() for process in processes):
         if inside_a_save and saves(run) - left:
@@ -84,7 +84,7 @@ def test_fifty_kills_change_nothing(whole, prepared, tmp_path):
             reached = -1
     assert hit.count("save") >= 5, hit
     assert hit.count("step") >= 5, hit
-    assert ranks.run(work, 1, str(run), str(prepared)) == [0]
+    assert rank_processes.run(work, 1, str(run), str(prepared)) == [0]
     ours, theirs = (tensors(path / f"pretrain/checkpoints/step_{SAMPLES:012d}") for path in (run, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -99,5 +99,5 @@ def test_kills_with_another_strategy_and_world_size_each_time(whole, prepared, t
         strategy, world_size = ways[number % len(ways)]
         overrides = (f"parallel.strategy={strategy}",)
         killed(run, prepared, chance, inside_a_save=True, world_size=world_size, overrides=overrides)
-    assert ranks.run(work, 2, str(run), str(prepared), "parallel.strategy=fsdp2") == [0, 0]
+    assert rank_processes.run(work, 2, str(run), str(prepared), "parallel.strategy=fsdp2") == [0, 0]
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)

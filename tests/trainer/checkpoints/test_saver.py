@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.checkpoints.test_checkpoint import META, blank, same, small_disk, state
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints import saver as saver_module
@@ -153,7 +153,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 def test_two_ranks_save_beside_their_own_collectives_and_fail_alike(tmp_path):
-    assert ranks.run(two_ranks, 2, str(tmp_path)) == [0, 0]
+    assert rank_processes.run(two_ranks, 2, str(tmp_path)) == [0, 0]
     for samples in range(8, 48, 8):
         loaded = load(tmp_path / f"good/step_{samples:012d}")
         assert all((tensor == samples).all() for tensor in loaded.values())

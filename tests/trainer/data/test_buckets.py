@@ -159,10 +159,10 @@ def test_what_is_padded_counts_in_no_loss(uneven, tmp_path):
         batch for step in range(99) if (batch := batches.batch(step * settings.global_batch)).mask is not None
     )
     assert padded.mask is not None
-    x0 = padded.x0.float()
+    inputs = padded.to(torch.device("cpu"))
     with torch.no_grad():
-        losses = task.module(x0, padded.positions, padded.mask).losses
-        unmasked = task.module(x0, padded.positions).losses
+        losses = task.module(inputs).total({})
+        unmasked = task.module(dataclasses.replace(inputs, mask=None)).total({})
     full = padded.mask.all(1)
     assert torch.equal(losses[full], unmasked[full])
     assert (losses[~full] != unmasked[~full]).all()

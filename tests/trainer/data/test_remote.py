@@ -23,7 +23,7 @@ from trainer.data.remote import CacheSettings, MissingFileError, Remote, ShardCa
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.stream import LatentStream, Shuffle
-from trainer.run_directory import training_sets
+from trainer.stage_inputs import training_sets
 
 CHANNELS, FRAMES, SAMPLES = 16, 40, 600
 SHARD = 100_000  # bytes at most: 10 shards

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from models.dit import DiT
 from models.weights import save_weights
 from trainer.checkpoints.ema import EMA
+from trainer.inputs import Inputs
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy, TorchStrategy
 from trainer.recipes.reading import load_recipe
@@ -110,8 +111,8 @@ def _held(config: Config) -> dict[str, int]:
 
 def _pass(strategy: Strategy, clips: int) -> None:
     with strategy.reducing(last=True):
-        losses_B, _ = strategy.forward(torch.randn(clips, 128, 63), torch.arange(clips), None)
-        strategy.backward(losses_B.mean(), last=True)
+        losses = strategy.forward(Inputs(x0=torch.randn(clips, 128, 63), positions=torch.arange(clips)))
+        strategy.backward(losses.total({}).mean(), last=True)
 
 
 def _optimizer(strategy: Any) -> Any:

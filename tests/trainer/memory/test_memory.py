@@ -12,6 +12,7 @@ import torch
 from models.sizes import DiTConfig
 from models.weights import save_weights
 from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
+from trainer.inputs import Inputs
 from trainer.memory.activations import Pass, _of_depth, activations, measure
 from trainer.memory.estimate import (
     GIB,
@@ -93,8 +94,8 @@ def real_saved(computed: Computed, shape: tuple[int, int, int]) -> int:
     weights = {value.untyped_storage().data_ptr() for value in computed.parameters()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        losses_B, _ = computed(torch.randn(shape), torch.arange(shape[0]))
-        losses_B.mean()
+        terms, _ = computed(Inputs(x0=torch.randn(shape), positions=torch.arange(shape[0])))
+        terms["denoising"].mean()
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in kept}
     return sum(size for place, size in storages.items() if place not in weights)
 

@@ -24,6 +24,8 @@ from trainer.checkpoints import checkpoint
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state import TrainState
+from trainer.health import Health
+from trainer.inputs import Inputs
 from trainer.ranks.collective import gather
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.parallel import Parallel
@@ -98,7 +100,7 @@ class Trained:
             strategy.scale = 256.0
         values = {name: held.value.data for name, held in strategy.held().items()}
         ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
-        return cls(config, parallel, TrainState(task, strategy, ema, parallel))
+        return cls(config, parallel, TrainState(task, strategy, ema, Health(config.health, scaled=False), parallel))
 
     def step(self, *, accepted: bool = True, poisoned: bool = False) -> float:
         """One global batch; its loss over all ranks. Poisoned, one sample on one rank has a loss that is not finite."""
@@ -114,7 +116,7 @@ class Trained:
         chunks = zip(x0_BCT[mine].chunk(parts), positions_B[mine].chunk(parts), strict=True)
         for part, (x0, positions) in enumerate(chunks, start=1):
             with strategy.reducing(last=part == parts):
-                losses_B, _ = strategy.forward(x0, positions, None)
+                losses_B = strategy.forward(Inputs(x0=x0, positions=positions)).total({})
                 strategy.backward(losses_B.mean() / parts, last=part == parts)
             total += losses_B.detach().double().sum()
         norm = strategy.step(LR, lambda norm: accepted and math.isfinite(norm))
@@ -133,8 +135,8 @@ class Trained:
         return checkpoint.checkpoints(folder)[-1]
 
     def load(self, path: Path) -> None:
-        meta = self.state.load(path)
-        self.samples = meta["samples"]
+        self.state.load(path)
+        self.samples = self.state.samples
 
     def copy(self) -> dict[str, torch.Tensor]:
         """What this rank owns of the state, as it is now."""

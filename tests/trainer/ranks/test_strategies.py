@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import LOWER, STEPS, STRATEGIES, VARIANTS, first, let_go, make_base, recipe, resumed
 from trainer.tasks import make_task
 
@@ -28,7 +28,7 @@ def begun(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(variant, world size) → what came of its first six steps."""
     results = {}
     for world_size in WORLD_SIZES:
-        assert ranks.run(first, world_size, world_size, str(folder), seconds=900) == [0] * world_size
+        assert rank_processes.run(first, world_size, world_size, str(folder), seconds=900) == [0] * world_size
         found = json.loads((folder / f"first_{world_size}.json").read_text())
         results |= {(name, world_size): result for name, result in found.items()}
     return results
@@ -42,7 +42,7 @@ def continued(folder: Path, begun: dict) -> dict[tuple[str, int, str, int], dict
     results = {}
     for world_size in WORLD_SIZES:
         arguments = (world_size, str(folder), list(paths))
-        assert ranks.run(resumed, world_size, *arguments, seconds=900) == [0] * world_size
+        assert rank_processes.run(resumed, world_size, *arguments, seconds=900) == [0] * world_size
         for key, result in json.loads((folder / f"resumed_{world_size}.json").read_text()).items():
             name, _, path = key.partition(" from ")
             results[(*paths[path], name, world_size)] = result
@@ -113,7 +113,7 @@ def test_a_rank_holds_its_part_of_moments_and_averages(begun, name, part):
 
 
 def test_an_engine_that_is_closed_lets_go_of_its_memory(folder):
-    assert ranks.run(let_go, 1, str(folder)) == [0]
+    assert rank_processes.run(let_go, 1, str(folder)) == [0]
     left = json.loads((folder / "let_go.json").read_text())
     assert left.keys() == set(STRATEGIES)
     for name, after in left.items():

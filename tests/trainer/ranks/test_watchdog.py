@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer import ranks
+from tests.trainer import rank_processes
 from tests.trainer.test_loop import PRETRAIN
 from trainer.data.stream import LatentStream
 from trainer.log.metrics import read_metrics
@@ -38,7 +38,7 @@ def work(rank: int, run_dir: str, prepared: str, held_up: float, *overrides: str
 def test_a_rank_that_hangs_ends_all_of_them_and_every_log_tells_where(prepared, tmp_path, strategy):
     start = time.monotonic()
     overrides = ("health.hang_seconds=2", f"parallel.strategy={strategy}")
-    statuses = ranks.run(work, 2, str(tmp_path), str(prepared), 10_000.0, *overrides)
+    statuses = rank_processes.run(work, 2, str(tmp_path), str(prepared), 10_000.0, *overrides)
     assert statuses == [1, 1]
     assert time.monotonic() - start < 60
     logs = [(tmp_path / f"pretrain/logs/rank_{rank}.log").read_text() for rank in range(2)]
@@ -57,7 +57,7 @@ def test_a_rank_that_hangs_ends_all_of_them_and_every_log_tells_where(prepared, 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_slow_rank_is_named(prepared, tmp_path, strategy):
     overrides = ("log.every=32", f"parallel.strategy={strategy}")
-    assert ranks.run(work, 2, str(tmp_path), str(prepared), 0.3, *overrides) == [0, 0]
+    assert rank_processes.run(work, 2, str(tmp_path), str(prepared), 0.3, *overrides) == [0, 0]
     lines = [line for line in read_metrics(tmp_path / "pretrain/metrics.jsonl") if line["kind"] == "train"]
     assert len(lines) == 3
     for line in lines[1:]:
@@ -85,5 +85,5 @@ def sleep_watched(rank: int, log: str) -> None:
 
 
 def test_it_is_patient_where_it_ought_to_be(tmp_path):
-    assert ranks.run(sleep_watched, 1, str(tmp_path / "log")) == [0]
+    assert rank_processes.run(sleep_watched, 1, str(tmp_path / "log")) == [0]
     assert (tmp_path / "log").read_text() == ""

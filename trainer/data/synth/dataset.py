@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from models.atomic_write import write_whole
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import explained_death, follow_parent
-from trainer.files import write_whole
 
 # Where a sound is heard decides in which room or how far off it may be.
 INDOORS = sounds.INDOORS | signals.INDOORS

@@ -1,0 +1,18 @@
+"""What a step does as a function of samples seen: the learning rate, and what is due."""
+
+from __future__ import annotations
+
+from trainer.recipes.schema import TrainConfig
+
+
+def learning_rate(settings: TrainConfig, samples: int) -> float:
+    """The learning rate of the step after so many samples: linear warm-up, constant, linear decay to zero."""
+    rising = min(1.0, (samples + settings.global_batch) / settings.warmup) if settings.warmup else 1.0
+    falling = settings.decay * settings.samples
+    left = settings.samples - samples
+    return settings.lr * rising * (min(1.0, left / falling) if falling else 1.0)
+
+
+def is_due(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` samples was passed between two moments; never where `every` is 0."""
+    return every > 0 and now // every > before // every

@@ -1,0 +1,175 @@
+"""One row for each stage: all that is known of a stage without torch.
+
+The recipe's schema, the pipeline, the launchers, the status table, the help texts and the memory plan ask these rows.
+A new trained stage is a row here and a Task (`trainer.tasks`); a new stage that trains nothing is a row here and a
+function in `launch.pipeline`. The README shows the rows as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.recipes.schema import Config
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row. The stage's settings stand under its name in the recipe, and its files in a folder of that name."""
+
+    name: str
+    help: str
+    """What the stage does, in half a sentence."""
+    task: str = ""
+    """`module:class` of the stage's Task; empty for a stage that trains nothing."""
+    needed: Callable[[Config], bool] = _always
+    """Whether a recipe needs the stage."""
+    builds_on: tuple[str, ...] = ()
+    """Trained stages of which the first that the recipe needs gives its export to this one."""
+    judges: tuple[str, ...] = ()
+    """Trained stages that all have to have ended, because this stage reads each one's export."""
+    learned_from: tuple[str, ...] = ()
+    """Keys of the recipe that decide what is learned, beside the stage's own key and those that all stages share. A
+    run directory refuses to go on where one of them has changed."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the stage's `TrainConfig` that differ from those of the class."""
+    crop_unit: str = "latent_encoder.pooling"
+    """Key of the recipe whose value divides the stage's `crop_frames`."""
+    makes_latents: bool = False
+    """Whether the stage is left out where `data.latents` holds latents that another run made."""
+    asks: Mapping[str, int] = field(default_factory=dict)
+    """What a job of the stage asks of a cluster in place of what the recipe says for all stages: `nodes`,
+    `tasks_per_node`, and `gpus_per_node`, of which it never asks for more than the recipe does."""
+    array: bool = False
+    """Whether the stage can be cut into parts, each a job of an array."""
+    array_by_default: bool = False
+    """Whether `cluster.array` cuts the stage; if not, only the stage's own `cluster.stages.NAME.array` does."""
+    progress_files: str | None = None
+    """Of a stage that trains nothing: glob of the files, in the stage's folder, that count how far it is. Empty: each
+    start begins anew. None: how far it is cannot be told."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the stage has a Task and runs in the training loop."""
+        return bool(self.task)
+
+    @property
+    def stops_at_once(self) -> bool:
+        """Whether a signal may end the stage at any moment: what it has done is kept, and it has nothing to save."""
+        return not self.trained
+
+    def learned_keys(self) -> tuple[str, ...]:
+        """All keys of the recipe that decide what the stage learns."""
+        return (*_LEARNED_FROM_BY_ALL, *self.learned_from, self.name)
+
+
+_LEARNED_FROM_BY_ALL = (
+    "seed",
+    "checkpoint.start_from",
+    *(f"data.{key}" for key in ("shuffle", "block", "window_mib", "window", "lanes", "buckets")),
+    "autoencoder",
+)
+_ONE_CPU_TASK = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "synth",
+            "makes captioned sound effects, where you gave none",
+            needed=lambda config: config.data.audio is None,
+            makes_latents=True,
+            asks=_ONE_CPU_TASK,
+        ),
+        Stage(
+            "prepare",
+            "sound files → latents x0, in plain tar shards; sets clips aside that no stage sees",
+            makes_latents=True,
+            asks=_ONE_CPU_TASK,
+            array=True,
+            array_by_default=True,
+        ),
+        Stage(
+            "pretrain",
+            "the diffusion transformer D from scratch, unless you bring a pretrained one",
+            task="trainer.tasks:Pretrain",
+            needed=lambda config: config.pretrained.folder is None,
+            learned_from=("dit", "diffusion"),
+            defaults={"text_dropout": 0.1},
+            crop_unit="dit.patch_size",
+        ),
+        Stage(
+            "autoencode",
+            "g, f and LoRA on D, together",
+            task="trainer.tasks:Autoencode",
+            builds_on=("pretrain",),
+            learned_from=("dit", "diffusion", "pretrained", "latent_encoder", "lora"),
+        ),
+        Stage(
+            "quantize",
+            "the quantizer: QINCo2, or plain codebooks",
+            task="trainer.tasks:Quantize",
+            builds_on=("autoencode",),
+            learned_from=("latent_encoder", "quantizer"),
+            defaults={"samples": 0},
+            asks={"nodes": 1},
+        ),
+        Stage(
+            "prior",
+            "how likely codes are, for entropy coding; where the recipe asks for it",
+            task="trainer.tasks:FitPrior",
+            needed=lambda config: config.stage("prior").samples > 0,
+            builds_on=("quantize",),
+            learned_from=("quantizer",),
+            defaults={"samples": 0, "lr": 3e-3},
+        ),
+        Stage(
+            "finetune",
+            "f and LoRA on the quantized z",
+            task="trainer.tasks:Finetune",
+            builds_on=("prior", "quantize"),
+            learned_from=("diffusion", "quantizer"),
+        ),
+        Stage(
+            "evaluate",
+            "figures on the held-out clips",
+            judges=("autoencode", "quantize", "finetune"),
+            asks={"nodes": 1, "gpus_per_node": 1, "tasks_per_node": 1},
+            array=True,
+            progress_files="pieces/*/*",
+        ),
+        Stage("page", "a page to hear them", asks=_ONE_CPU_TASK, progress_files=""),
+    )
+}
+"""All stages in the order in which a recipe runs them."""
+
+
+def register(stage: Stage, *, before: str) -> None:
+    """Add a stage, to run before another one."""
+    rows = {name: row for name, row in STAGES.items() if name != stage.name}
+    STAGES.clear()
+    for name, row in rows.items():
+        if name == before:
+            STAGES[stage.name] = stage
+        STAGES[name] = row
+
+
+def trained_stages() -> tuple[str, ...]:
+    """Names of the stages that have a Task, in order."""
+    return tuple(name for name, stage in STAGES.items() if stage.trained)
+
+
+def is_trained(name: str) -> bool:
+    """Whether there is a stage of this name and it has a Task."""
+    return name in STAGES and STAGES[name].trained
+
+
+def stage_before(config: Config, name: str) -> str | None:
+    """The trained stage whose export a stage builds on in this recipe; None where there is none."""
+    return next((other for other in STAGES[name].builds_on if STAGES[other].needed(config)), None)

@@ -1,0 +1,242 @@
+"""The parts of one stage's training: put together before the first step, taken back, ended after the last one.
+
+`trainer.loop` has what happens in between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoints import checkpoint, resume
+from trainer.checkpoints.ema import EMA
+from trainer.checkpoints.names import checkpoints
+from trainer.checkpoints.saver import Saver
+from trainer.checkpoints.state import TrainState, fill_task
+from trainer.failures import explained_failures, hopeless_run
+from trainer.feed import Feed
+from trainer.health import Health
+from trainer.log.log_file import logging_to
+from trainer.log.training_log import TrainingLog
+from trainer.provenance import code_version
+from trainer.ranks import collective
+from trainer.ranks.parallel import Parallel
+from trainer.ranks.strategy import Strategy
+from trainer.ranks.watchdog import Watchdog, collective_timeout
+from trainer.recipes.schema import Config, TrainConfig
+from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stage_inputs import stage_inputs
+from trainer.stop import Stop
+from trainer.tasks import Task, make_task
+
+logger = logging.getLogger(__name__)
+
+_MARGIN = 1.5  # times the last save's seconds are what the next save may take
+
+
+@dataclass
+class Training:
+    """What the loop works with; the same on every rank but for its part of the batch and of the weights."""
+
+    config: Config
+    settings: TrainConfig
+    run: RunDirectory
+    parallel: Parallel
+    watchdog: Watchdog
+    feed: Feed
+    task: Task
+    strategy: Strategy
+    ema: EMA
+    health: Health
+    state: TrainState
+    saver: Saver
+    log: TrainingLog
+    stop: Stop
+    facts: dict[str, Any]
+    """What every checkpoint says of the run: stage, hashes, strategy, code version."""
+    stopping: bool = False
+    """Whether some rank was asked to leave; all ranks know it at the same step."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether all samples of the stage were seen."""
+        return self.state.samples >= self.settings.samples
+
+    def save(self, **figures: float) -> None:
+        """Have a checkpoint made of now, unless the last one is of now. All ranks."""
+        if self.state.saved_at != self.state.samples:
+            meta = self.facts | self.state.next_meta() | figures
+            self.saver.save(self.state.samples, self.state.owned(), meta)
+
+
+@contextmanager
+def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]) -> Iterator[Training]:
+    """Put a stage's training together, from where the run was left, up to its first step. All ranks.
+
+    Args:
+        config: the whole recipe.
+        stage: a trained stage.
+        stop: asked at each step.
+        permitted: raises on rank 0 where this run may no longer write.
+
+    Raises:
+        ValueError, OSError: see `trainer.loop.train`.
+    """
+    settings = config.stage(stage)
+    run = RunDirectory(stage_folder(config, stage), stage, permitted=permitted)
+
+    # Join the other ranks. From here on, whatever fails is written to this rank's log.
+    timeout = collective_timeout(config.health.hang_seconds)
+    parallel = Parallel(config.parallel, timeout=timeout)
+    log_file = run.path / "logs" / f"rank_{parallel.rank}.log"
+    with (
+        logging_to(log_file, show=parallel.main),
+        Watchdog(log_file, config.health.hang_seconds) as watchdog,
+        explained_failures(config, stage, parallel, watchdog),
+    ):
+        # Open the data and build the stage's model, with the same initial weights on every rank.
+        feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
+        inputs = stage_inputs(config, stage)
+        identity = run.identity(config, inputs)
+        torch.manual_seed(config.seed)
+        task = make_task(config, stage)
+        task.to(parallel.device)
+        feed.require(task)
+        collective.require_alike("the base model", task.base_hash)
+
+        # Take the run directory, and find the checkpoint to go on from.
+        if parallel.main:
+            run.claim(config, inputs)
+        parallel.wait()
+        source = resume.find_start(config, run, identity)
+        if source is None:
+            _start_weights(task, config, feed, parallel)
+
+        # Share the model among the ranks, and load the checkpoint into what each of them holds.
+        strategy = parallel.prepare(task.module, settings)
+        parallel.give_up_after(timeout)
+        values = {name: held.value.data for name, held in strategy.held().items()}
+        ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
+        health = Health(config.health, scaled=config.parallel.precision == "fp16")
+        state = TrainState(task, strategy, ema, health, parallel)
+        if source is not None:
+            state.load(source)
+            logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
+
+        facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
+        facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
+        with (
+            Saver(run.checkpoints, config.checkpoint, permitted=permitted) as saver,
+            TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
+            closing(feed),
+        ):
+            training = Training(
+                config=config,
+                settings=settings,
+                run=run,
+                parallel=parallel,
+                watchdog=watchdog,
+                feed=feed,
+                task=task,
+                strategy=strategy,
+                ema=ema,
+                health=health,
+                state=state,
+                saver=saver,
+                log=log,
+                stop=stop,
+                facts=facts,
+            )
+            _begin(training, source)
+            yield training
+
+
+def _start_weights(task: Task, config: Config, feed: Feed, parallel: Parallel) -> None:
+    """Give a fresh run its first weights, the same on all ranks."""
+    task.initialise(feed.from_the_beginning(), parallel.gather, parallel.main)
+    if config.checkpoint.start_from is not None:
+        resume.start(task, config.checkpoint.start_from)
+    parallel.broadcast(task.statistics.values())
+    parallel.broadcast(task.learned.values())
+
+
+def _resumed(source: Path, config: Config, parallel: Parallel, task: Task) -> str:
+    return resume.describe_resumed(
+        source, strategy=config.parallel.strategy, world_size=parallel.world_size, base_hash=task.base_hash
+    )
+
+
+def _begin(t: Training, source: Path | None) -> None:
+    """Open the curve and the stream where the run goes on."""
+    logger.info(
+        "%s: %s learned weights of %s, %d samples in batches of %d, %s on %d rank(s)",
+        *(t.task.stage, _millions(t.strategy.numel_learned), _millions(t.strategy.numel), t.settings.samples),
+        *(t.settings.global_batch, t.config.parallel.strategy, t.parallel.world_size),
+    )
+    t.log.begin(t.state.samples, fresh=source is None)
+    if source is not None and source in checkpoints(t.run.checkpoints):
+        t.state.saved_at = t.state.samples
+    elif source is not None:  # a checkpoint of another run: from here on this run has one of its own
+        t.state.save_due = True
+        t.save()
+    t.task.module.train()
+    t.feed.begin(t.state.position)
+    t.saver.took = t.run.status.get("save_seconds", 0.0)
+
+
+def go_back(t: Training) -> None:
+    """Return to the last good checkpoint, and pass over the data seen since. All ranks.
+
+    Raises:
+        ValueError: there is no good checkpoint, or the run went back too often already.
+    """
+    t.saver.wait()
+    good = checkpoint.latest(t.run.checkpoints, wanted=lambda meta: meta.get("good", True))
+    if good is None or t.health.rewinds >= t.config.health.max_rewinds:
+        raise ValueError(hopeless_run(t.health, t.task.stage, t.settings, t.state.samples, no_checkpoint=good is None))
+    later = [path for path in checkpoints(t.run.checkpoints) if path.name > good.name]
+    collective.on_rank_0(lambda: checkpoint.discard(later))
+    left_at = t.state.samples
+    t.state.go_back(good)
+    t.feed.begin(t.state.position)
+    t.log.went_back(t.state.samples, t.state.position, t.health, from_=left_at, to=good.name)
+
+
+def finish(t: Training) -> str:
+    """Save, and where all samples were seen, export the averaged weights; returns "done" or "stopped". All ranks."""
+    with t.watchdog.patient():
+        if not t.parallel.any(t.stop.hurried(_MARGIN * t.saver.took)):
+            t.save()
+        t.saver.wait()
+        if not t.ended or not t.log.listen(t.state.samples):
+            t.strategy.close()
+            if t.parallel.main:
+                saved = t.state.saved_at == t.state.samples
+                t.log.stopped(t.state.samples, saved=saved, took=t.saver.took)
+            t.parallel.wait()
+            return "stopped"
+        weights = t.state.averaged_weights()
+        t.strategy.close()
+        if t.parallel.main:
+            _export(t, weights)
+        t.parallel.wait()
+        return "done"
+
+
+def _export(t: Training, weights: dict[str, torch.Tensor]) -> None:
+    """Write what others load, from a fresh Task that is filled with the averaged weights. On rank 0."""
+    finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
+    finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
+    exported = finished.export(t.run.export)
+    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported)
+    logger.info("%s: done, exported to %s", t.task.stage, t.run.export)
+
+
+def _millions(numbers: int) -> str:
+    return f"{numbers / 1e6:.2f} M"
