@@ -1,17 +1,26 @@
-"""The command `spresso`. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
+"""The command `spresso`: all its commands and their options.
+
+What a command does is in `launch.commands`, and is imported when the command is called, so that `--help` answers at
+once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import atexit
 import errno
+import importlib
 import os
+import platform
 import sys
 import textwrap
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from launch import commands
+from launch.signals import INTERRUPTED
+from trainer.provenance import code_version
+from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
     "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
@@ -23,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; a user's mistake is one clear line and exit status 2."""
     options = parser().parse_args(arguments)
     try:
-        return options.command(options) or 0
+        module, _, function = options.command.partition(":")
+        command = getattr(importlib.import_module(f"launch.commands.{module}"), function)
+        return command(options) or 0
     except KeyboardInterrupt:
-        from launch.signals import INTERRUPTED
-
         print("spresso: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
@@ -41,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="spresso", description="Train S-PRESSO-type audio codecs and use them.", allow_abbrev=False
     )
+    top.add_argument("--version", action=_Version, help="print the version of this program and of its code")
     subs = top.add_subparsers(metavar="COMMAND", required=True)
 
     synth = _command(
-        subs, "synth", commands.synth, "make captioned sound effects, for those who have no sounds at hand"
+        subs, "synth", "on_sounds:synth", "make captioned sound effects, for those who have no sounds at hand"
     )
     synth.add_argument("folder", type=Path, help="where the sounds go")
     synth.add_argument("--hours", type=float, default=0.5, help="hours of sound (%(default)s)")
@@ -62,18 +72,18 @@ def parser() -> argparse.ArgumentParser:
 def _of_recipes(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Commands that take a recipe."""
     for name, command, help_ in (
-        ("run", commands.run, "all stages of a recipe in order; run again it goes on where it stopped"),
-        ("prepare", commands.prepare, "sound files → latents in shards"),
-        ("train", commands.train, "one trained stage: stage=pretrain, autoencode, quantize, prior or finetune"),
-        ("evaluate", commands.evaluate, "figures of the trained codec on held-out clips"),
-        ("page", commands.page, "the page to listen to"),
-        ("plan", commands.plan, "the resolved config, the batches, the memory of each rank; starts nothing"),
-        ("sbatch", commands.sbatch, "one script for plain sbatch: all stages in one job, or stage=… alone"),
+        ("run", "on_recipes:run", "all stages of a recipe in order; run again it goes on where it stopped"),
+        ("prepare", "on_recipes:prepare", "sound files → latents in shards"),
+        ("train", "on_recipes:train", f"one trained stage: stage={'|'.join(trained_stages())}"),
+        ("evaluate", "on_recipes:evaluate", "figures of the trained codec on held-out clips"),
+        ("page", "on_recipes:page", "the page to listen to"),
+        ("plan", "on_recipes:plan", "the resolved config, the batches, the memory of each rank; starts nothing"),
+        ("sbatch", "on_recipes:sbatch", "one script for plain sbatch: all stages in one job, or stage=… alone"),
     ):
         sub = _command(subs, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-        if name in ("prepare", "evaluate"):
+        if name in STAGES and STAGES[name].array:
             sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
         if name in ("run", "train"):
             sub.add_argument("--dry-run", action="store_true", help="cluster=slurm: print what sbatch would be given")
@@ -86,13 +96,13 @@ def _of_recipes(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _of_files(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Commands that look into checkpoints and latents."""
-    checkpoint = _command(subs, "checkpoint", commands.checkpoint, "what checkpoints a run has, and what is in them")
+    checkpoint = _command(subs, "checkpoint", "on_files:checkpoint", "what checkpoints a run has, and what is in them")
     checkpoint.add_argument(
         "folder", type=Path, metavar="DIR", help="a run's directory, or one step_… in it to explain"
     )
     checkpoint.add_argument("--verify", action="store_true", help="hold them against their checksums: reads all of it")
 
-    index = _command(subs, "index", commands.index, "an index for tars of latents that are there, or a check of one")
+    index = _command(subs, "index", "on_files:index", "an index for tars of latents that are there, or a check of one")
     index.add_argument("folder", help="holds *.tar, made by `spresso prepare`, WebDataset or tar; or train/ and test/")
     index.add_argument("--verify", action="store_true", help="hold the tars against their index, and write nothing")
     index.add_argument(
@@ -101,7 +111,7 @@ def _of_files(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 
-    data = _command(subs, "data", commands.data, "a set of latents at a glance")
+    data = _command(subs, "data", "on_files:data", "a set of latents at a glance")
     data.add_argument("location", metavar="DIR", help="a set, or a folder with train/ and test/; or its URL")
     data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files there")
     data.add_argument("--samples", type=int, default=5, help="so many of them (%(default)s)")
@@ -109,7 +119,7 @@ def _of_files(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def _of_streams(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Commands that use a trained codec."""
-    encode = _command(subs, "encode", commands.encode, "a sound file → a stream, or a folder of them")
+    encode = _command(subs, "encode", "on_sounds:encode", "a sound file → a stream, or a folder of them")
     encode.add_argument("input", type=Path, metavar="IN.wav", help="or a folder")
     encode.add_argument("output", type=Path, metavar="OUT.spr", help="or a folder")
     encode.add_argument("--books", type=int, help="use the first so many codebooks: fewer bits (default: all)")
@@ -122,7 +132,7 @@ def _of_streams(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     encode.add_argument("--no-entropy-coding", action="store_true", help="also where the codec has a prior for it")
     _codec_options(encode)
 
-    decode = _command(subs, "decode", commands.decode, "a stream → a sound file, or a folder of them")
+    decode = _command(subs, "decode", "on_sounds:decode", "a stream → a sound file, or a folder of them")
     decode.add_argument("input", type=Path, metavar="IN.spr", help="or a folder")
     decode.add_argument("output", type=Path, metavar="OUT.wav", help="or a folder")
     decode.add_argument(
@@ -135,14 +145,14 @@ def _of_streams(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     decode.add_argument("--rate", type=int, help="samples a second (default: those of the sound that was encoded)")
     _codec_options(decode)
 
-    info = _command(subs, "info", commands.info, "what a stream holds, and what it costs")
+    info = _command(subs, "info", "on_sounds:info", "what a stream holds, and what it costs")
     info.add_argument("input", type=Path, metavar="FILE.spr")
     info.add_argument("--codec", type=Path, help="the export that made it (default: the one under runs/)")
 
 
 def _listening(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     test = _command(
-        subs, "listen-test", commands.listen_test, "a blind MUSHRA test of the evaluated clips, for webMUSHRA"
+        subs, "listen-test", "on_recipes:listen_test", "a blind MUSHRA test of the evaluated clips, for webMUSHRA"
     )
     test.add_argument("recipe", help=_RECIPE)
     test.add_argument("out", type=Path, metavar="OUT", help="the folder to make; beside it OUT.key.json, to keep back")
@@ -155,18 +165,18 @@ def _listening(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def _of_runs(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Commands about runs that are under way, on a cluster or here."""
     run = "a run's directory, or its name under runs/"
-    status = _command(subs, "status", commands.status, "what runs, where, how far, and when it will be done")
+    status = _command(subs, "status", "on_runs:status", "what runs, where, how far, and when it will be done")
     status.add_argument("run", nargs="?", metavar="RUN", help=f"{run}; default: all under runs/, in short")
-    logs = _command(subs, "logs", commands.logs, "what a run writes")
+    logs = _command(subs, "logs", "on_runs:logs", "what a run writes")
     logs.add_argument("run", metavar="RUN", help=run)
     logs.add_argument("--stage", help="(default: the one that runs, or ran last)")
     logs.add_argument("--rank", type=int, help="(default: 0)")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as it is written, until Ctrl-C")
     for name, command, help_ in (
-        ("cancel", commands.cancel, "end all jobs of a run; those that train save first"),
+        ("cancel", "on_runs:cancel", "end all jobs of a run; those that train save first"),
         (
             "requeue",
-            commands.requeue,
+            "on_runs:requeue",
             "have a run's job save, leave its nodes and wait for new ones; or submit it anew",
         ),
     ):
@@ -176,9 +186,10 @@ def _of_runs(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _command(
     subs: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    command: Callable[[argparse.Namespace], int | None],
+    command: str,
     help_: str,
 ) -> argparse.ArgumentParser:
+    """Add a command; `command` is `module:function` in `launch.commands`."""
     sub = subs.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False)
     sub.set_defaults(command=command)
     return sub
@@ -192,6 +203,18 @@ def _codec_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     sub.add_argument("--force", action="store_true", help="of a folder also do again what is there")
+
+
+class _Version(argparse.Action):
+    """Print the version when it is asked for: git is not asked at every start."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        """Print it and leave."""
+        print(f"spresso {metadata.version('spresso')}, code {code_version()[:12]}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _line(error: Exception) -> str:

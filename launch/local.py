@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+import torch.multiprocessing as multiprocessing
+
 from launch import owner
 from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from launch.slurm.attempt import TOKEN
@@ -32,9 +34,10 @@ def train_here(config: Config, stage: str) -> str:
     try:
         if not launched and config.parallel.processes > 1:
             return _train_ranks(config, stage, config.parallel.processes)
-        from trainer.loop import train
-
         with StopFlag() as stop:
+            # here, under the flag: importing torch takes seconds, in which a signal may come
+            from trainer.loop import train
+
             outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
             return "stopped" if stop() else outcome
     finally:
@@ -49,8 +52,6 @@ def _permitted(config: Config, stage: str) -> Callable[[], None]:
 
 
 def _train_ranks(config: Config, stage: str, ranks: int) -> str:
-    import torch.multiprocessing as multiprocessing
-
     context = multiprocessing.start_processes(
         _rank, args=(config, stage, ranks, _free_port()), nprocs=ranks, join=False, start_method="spawn"
     )

@@ -10,10 +10,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from launch.local import train_here
 from models.atomic_write import write_whole
+from models.backbones.pretrained import load_autoencoder
+from trainer.checkpoints.resume import was_followed
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.synth.dataset import write_sounds
+from trainer.data.text_embeddings import embedder_factory
+from trainer.evaluate import evaluation, tables
+from trainer.evaluate.listening_test import write_listening_test
+from trainer.page import write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config, to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
@@ -94,9 +101,6 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     if shared_latents(config):
         say(f"  made before: {config.data.latents}")
         return
-    from models.backbones.pretrained import load_autoencoder
-    from trainer.data.text_embeddings import embedder_factory
-
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
     start = time.monotonic()
     with Progress("prepare", total=0, unit="files") as progress:
@@ -141,22 +145,16 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
     if directory.done(config) and _goes_on(config, directory):
         say(f"  done before: {directory.export}")
         return "done"
-    from launch.local import train_here
-
     return (how or train_here)(config, stage)
 
 
 def _goes_on(config: Config, directory: RunDirectory) -> bool:
     """Whether nothing else is asked for than to go on from where the run is."""
-    from trainer.checkpoints.resume import was_followed
-
     return config.checkpoint.resume == "auto" or was_followed(directory, config.checkpoint.resume)
 
 
 def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
     """The figures, as a table on the terminal, and files of them; of all clips, or of one part of the job."""
-    from trainer.evaluate import evaluation, tables
-
     report = evaluation.evaluate_part(config, part=part, parts=parts)
     if report is None:
         say(f"  part {part} of {parts} is done; the table is made when all parts are")
@@ -166,20 +164,14 @@ def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
 
 def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
     """A folder for webMUSHRA, from the clips that the page plays."""
-    from trainer.evaluate.evaluation import evaluate
-    from trainer.evaluate.listening_test import write_listening_test
-
     folder = stage_folder(config, "evaluate")
-    made = write_listening_test(evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)
+    made = write_listening_test(evaluation.evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)
     say(f"{made.trials} trials of {made.conditions} sounds: copy {out}/configs into webMUSHRA's folder and open")
     say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} back, it says which sound is whose")
 
 
 def page(config: Config) -> Path:
     """The listening page; returns the path to open."""
-    from trainer.evaluate import evaluation
-    from trainer.page import write_page
-
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from launch.plan import ranks_of
+from launch.rank_count import ranks_of
 from trainer.formatting import aligned, size
 from trainer.memory.activations import Activations
 from trainer.memory.estimate import GIB, Estimate, StrategyRow, gpu_memory

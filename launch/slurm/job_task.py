@@ -12,19 +12,20 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from launch import owner
+from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
+from launch.slurm.node_check import RUN
 from launch.slurm.slurm_task import SlurmTask
+from trainer.recipes.reading import load_recipe
+from trainer.recipes.schema import Config
 from trainer.stages import STAGES
 
-if TYPE_CHECKING:
-    from trainer.recipes.schema import Config
-
-SUBMISSION, RUN, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_RUN", "SPRESSO_GRACE", "SPRESSO_PARTS"
+SUBMISSION, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_GRACE", "SPRESSO_PARTS"
 TASKS_PER_NODE = "SPRESSO_TASKS_PER_NODE"
 """Environment variables that the batch script sets: folders, seconds, in how many parts a stage is cut, ranks."""
 
@@ -71,8 +72,7 @@ def main() -> None:
 
 def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
     """Do this task's share of a stage; returns "done", "stopped" or "idle"."""
-    from launch import pipeline
-    from trainer.recipes.reading import load_recipe
+    from launch import pipeline  # here, under the notice: importing torch takes seconds, in which a signal may come
 
     config = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
     if STAGES[stage].trained:
@@ -84,7 +84,6 @@ def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
 
 
 def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
-    from launch.slurm.slurm_task import usable_ranks
     from trainer.loop import train
 
     ranks, micro = usable_ranks(config, stage, task.count)

@@ -1,14 +1,12 @@
 """What would fail later, found before a job waits in the queue for it.
 
 On the machine that submits: data, disk, the checkpoint to go on from, what sbatch thinks of the jobs. On a compute
-node, where one is free at once: whether the code imports there, sees the run directory, and finds the GPUs. Run as a
-module it is that second part.
+node, where one is free at once: whether the code imports there, sees the run directory, and finds the GPUs, which
+`launch.slurm.node_check` says.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,19 +14,21 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from launch.slurm.job_task import RUN
+from launch.pipeline import say
+from launch.slurm.job_script import Job, flags
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.disk_space import checkpoint_bytes
+from trainer.checkpoints.names import checkpoints
+from trainer.formatting import size
+from trainer.recipes.schema import Config
+from trainer.run_directory import RunDirectory, stage_folder
+from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
-
-if TYPE_CHECKING:
-    from launch.slurm.job_script import Job
-    from trainer.recipes.schema import Config
 
 _AT_ONCE = 15  # seconds to wait for a node that is free
 _PATIENCE = 180.0  # seconds for the imports there
 _WHERE = ("gres", "reservation", "nodelist", "exclude")  # options of sbatch that say on which nodes
-_NEEDED = ("torch", "accelerate", "deepspeed", "peft", "safetensors", "omegaconf", "trainer.recipes.reading")
 
 
 def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequence[Job]) -> None:
@@ -40,8 +40,6 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
         submission: where their code lies.
         jobs: of those stages, in order.
     """
-    from launch.pipeline import say
-
     found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages)]
     try:
         for job in jobs:
@@ -60,8 +58,6 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
 
 def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """What the first stage builds on."""
-    from trainer.stage_inputs import stage_inputs
-
     if STAGES[stages[0]].trained:
         try:
             stage_inputs(config, stages[0])
@@ -71,10 +67,6 @@ def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """What the stages would go on from."""
-    from trainer.checkpoints import checkpoint
-    from trainer.checkpoints.names import checkpoints
-    from trainer.run_directory import RunDirectory, stage_folder
-
     for stage in stages:
         if not STAGES[stage].trained:
             continue
@@ -88,9 +80,6 @@ def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
     """Whether the checkpoints fit."""
-    from launch.plan import checkpoint_bytes
-    from trainer.formatting import size
-
     needed = sum(checkpoint_bytes(config, stage) for stage in stages if STAGES[stage].trained)
     folder = Path(config.run_dir).resolve()
     free = shutil.disk_usage(folder).free
@@ -119,8 +108,6 @@ def _accepted(job: Job) -> Iterator[str]:
 
 def _on_a_node(job: Job) -> tuple[str, str]:
     """What is wrong on a compute node; and what could not be seen."""
-    from launch.slurm.job_script import flags
-
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
@@ -129,7 +116,7 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")
     python = cluster.python or shlex.quote(sys.executable)
-    lines = [*job.parameters["setup"], f"exec {python} -m launch.slurm.preflight {int(cluster.gpus_per_node > 0)}"]
+    lines = [*job.parameters["setup"], f"exec {python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"]
     command = ["srun", "--nodes=1", "--ntasks=1", "--time=5", f"--immediate={_AT_ONCE}", "--job-name=spresso-check"]
     try:
         done = subprocess.run(
@@ -144,29 +131,3 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     if "llocat" in done.stderr and "spresso" not in done.stdout:  # Unable to allocate resources
         return "", f"not looked at on a compute node: none was free within {_AT_ONCE} s"
     return f"the check on a compute node failed: {' '.join((done.stderr or done.stdout).split())[-400:]}", ""
-
-
-def look(gpus: bool) -> list[str]:
-    """On a compute node: what is missing."""
-    run = Path(os.environ[RUN])
-    if not run.is_dir():
-        return [f"a compute node does not see {run}: take a run_dir=… on a disk that all nodes share"]
-    found = []
-    for name in _NEEDED:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            found.append(
-                f"a compute node can't import {name} with {sys.executable}: {error} (see cluster.setup, .python)"
-            )
-    if gpus and not found:
-        import torch
-
-        if not torch.cuda.is_available():
-            found.append("a compute node has GPUs that torch does not find: is this a CPU build of torch?")
-    return found
-
-
-if __name__ == "__main__":
-    missing = look(gpus=sys.argv[1] == "1")
-    print("\n".join(["spresso: missing", *missing]) if missing else "spresso: all is there")

@@ -7,12 +7,8 @@ import re
 import socket
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launch.slurm import scheduler
-
-if TYPE_CHECKING:
-    from trainer.recipes.schema import Config
 
 _PORTS = range(10_000, 32_000)  # below those that the kernel gives to connections
 _TRIES = 100
@@ -60,24 +56,6 @@ def local_counts(text: str) -> list[int]:
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
     return counts
-
-
-def usable_ranks(config: Config, stage: str, tasks: int) -> tuple[int, int]:
-    """How many of the tasks are used, and the clips to a micro batch: nothing of what is learned depends on it.
-
-    The most ranks among which the stage's global batch divides, in groups as `parallel.replicas` asks; and micro
-    batches of at most `parallel.micro_batch`.
-    """
-    batch, replicas = config.stage(stage).global_batch, config.parallel.replicas
-    fitting = [ranks for ranks in range(1, tasks + 1) if batch % ranks == 0 and ranks % replicas == 0]
-    if not fitting:
-        raise ValueError(
-            f"{stage}.global_batch={batch} divides among no number of ranks up to {tasks} that is a multiple of "
-            f"parallel.replicas={replicas}: change one of them, or take more nodes"
-        )
-    ranks = fitting[-1]
-    mine, most = batch // ranks, config.parallel.micro_batch or batch
-    return ranks, next(micro for micro in range(min(mine, most), 0, -1) if mine % micro == 0)
 
 
 def rendezvous(token: str) -> dict[str, str]:

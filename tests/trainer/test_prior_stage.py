@@ -13,8 +13,9 @@ from trainer.evaluate.own_codecs import own_sources
 from trainer.evaluate.scored_clips import load_clips
 from trainer.inputs import Inputs
 from trainer.loop import train
-from trainer.run_directory import stage_before, stage_folder
+from trainer.run_directory import stage_folder
 from trainer.stage_inputs import training_sets
+from trainer.stages import stage_before
 from trainer.tasks import make_task
 
 BRIEF = (

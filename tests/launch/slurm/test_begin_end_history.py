@@ -11,7 +11,8 @@ import pytest
 from launch import owner
 from launch.slurm import begin_end, scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import RUN, TASKS_PER_NODE
+from launch.slurm.job_task import TASKS_PER_NODE
+from launch.slurm.node_check import RUN
 
 
 @pytest.fixture

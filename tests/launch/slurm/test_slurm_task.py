@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
+from launch.rank_count import usable_ranks
 from launch.slurm import scheduler, slurm_task
-from launch.slurm.slurm_task import SlurmTask, free_port, local_counts, usable_ranks
+from launch.slurm.slurm_task import SlurmTask, free_port, local_counts
 from trainer.recipes.reading import load_recipe
 
 JOINED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from launch.slurm.slurm_task import SlurmTask, usable_ranks
+from launch.rank_count import usable_ranks
+from launch.slurm.slurm_task import SlurmTask
 from trainer.recipes.reading import load_recipe
 
 

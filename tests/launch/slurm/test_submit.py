@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import preflight, submit, submitted_jobs
-from trainer import run_directory
+from trainer import provenance
 from trainer.recipes.reading import load_recipe
 
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
@@ -111,14 +111,14 @@ def test_a_job_uses_the_code_as_it_was(config, tmp_path):
     submit.run(config, only="synth")
     code = tmp_path / "runs/tiny/submissions/0001/code"
     (code / "COPIED_FROM").write_text("abc123\nchanges")
-    # from a checkout that has another trainer/run_directory.py in its folder, as an edited one would
+    # from a checkout that has another trainer/provenance.py in its folder, as an edited one would
     (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "run_directory.py").write_text("raise SystemExit('edited')")
-    program = "from trainer import run_directory as run; print(run.__file__, run.code_version(), run.local_changes())"
+    (tmp_path / "trainer" / "provenance.py").write_text("raise SystemExit('edited')")
+    program = "from trainer import provenance as code; print(code.__file__, code.code_version(), code.local_changes())"
     environment = os.environ | {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", program]
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert said.split() == [str(code / "trainer" / "run_directory.py"), "abc123", "changes"]
+    assert said.split() == [str(code / "trainer" / "provenance.py"), "abc123", "changes"]
 
 
 def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_what_a_job_needs_is_set_aside(config, tmp_path):
     folder = tmp_path / "runs/tiny/submissions/0008"
     assert job.submission == str(folder)
     assert load_recipe(str(folder / "config.yaml"), []) == config
-    assert run_directory.code_version() in (folder / "code" / "COPIED_FROM").read_text()
+    assert provenance.code_version() in (folder / "code" / "COPIED_FROM").read_text()
     assert (tmp_path / "runs/tiny/synth/logs").is_dir()
 
 

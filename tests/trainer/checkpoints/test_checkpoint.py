@@ -276,7 +276,7 @@ def test_a_flipped_byte_anywhere_in_the_tensors_is_found(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path, 8)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
     with pytest.raises(ValueError, match="has format 1, and this version of the program reads 2"):
         checkpoint.read_manifest(path)
 
@@ -328,7 +328,7 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path):
     [
         ("write_safetensors", []),
         ("_commit", ["rank_00000.safetensors"]),
-        ("_sync", ["manifest.json", "rank_00000.safetensors"]),
+        ("sync", ["manifest.json", "rank_00000.safetensors"]),
     ],
 )
 def test_a_kill_at_any_point_leaves_the_older_checkpoint(tmp_path, monkeypatch, function, left):

@@ -1,0 +1,49 @@
+"""Commands that make sounds or use a trained codec: `synth`, `encode`, `decode`, `info`."""
+
+from __future__ import annotations
+
+import argparse
+
+from launch import codec_files
+from launch.pipeline import synthesize
+
+
+def synth(options: argparse.Namespace) -> None:
+    """Sounds for those who have none."""
+    synthesize(options.folder, hours=options.hours, seed=options.seed, workers=options.workers)
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Sound → streams."""
+    failed = codec_files.encode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        books=options.books,
+        channels=options.channels,
+        entropy=not options.no_entropy_coding,
+        force=options.force,
+    )
+    return 1 if failed else 0
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Streams → sound."""
+    failed = codec_files.decode(
+        options.input,
+        options.output,
+        codec=options.codec,
+        device=options.device,
+        seed=options.seed,
+        steps=options.steps,
+        samples=options.samples,
+        rate=options.rate,
+        force=options.force,
+    )
+    return 1 if failed else 0
+
+
+def info(options: argparse.Namespace) -> None:
+    """What a stream holds."""
+    codec_files.info(options.input, codec=options.codec)
