@@ -51,7 +51,7 @@ def write_page(
     text = document(
         f"{report['recipe']} · S-PRESSO",
         [head, *(part for _, _, part in there), _footer(), listening.bar()],
-        style=_read(_STYLES) + listening.style(report, takes),
+        style=_read(_STYLES) + figure_table.style(report) + listening.style(report, takes),
         script=_read(_SCRIPTS),
         data_sample_rate=report["sample_rate"],
     )

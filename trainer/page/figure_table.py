@@ -1,11 +1,15 @@
-"""The table of figures: a row a system, a column a figure, with how sure each is and what a wrong z would give."""
+"""The table of figures: a row a system, a column a figure, with how sure each is and what a wrong z would give.
+
+A window shows as many figures side by side as it has room for, the first ones of the report. The others are folded
+away; once unfolded they stand in further lines of the system's row. HTML and CSS do all of it, without the script.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from trainer.page.html import NOTHING, Html, element, explained, is_number, join, scrolling, signed
+from trainer.page.html import NOTHING, Html, element, explained, is_number, join, signed
 from trainer.page.system_cells import TABLES, EvaluationReport, SystemEntry, system_name, with_role
 
 FigureInfo = Mapping[str, Any]
@@ -14,6 +18,12 @@ _RATE_NOTE = (
     "Of the codes alone; beneath it what they take entropy-coded, where the codec has a prior, and what the files "
     "take, measured by their sizes, headers and all."
 )
+_ALWAYS_SHOWN = 2
+"""The narrowest window has room for this many figures, which stand beneath the system's name."""
+_THREE_FIGURES_EM = 24
+"""From this width on, three figures stand beneath the name."""
+_BESIDE_EM, _FIGURE_EM = 22.4, 7.2
+"""Four figures or more stand beside name and rate: what these take with the margins, and what each figure takes."""
 
 
 def lead(report: EvaluationReport) -> str:
@@ -24,7 +34,7 @@ def lead(report: EvaluationReport) -> str:
     parts = [f"Mean and {spread}."]
     if any(is_number(result.get("control")) for result in results):
         parts.append(
-            "In brackets the same figure where another clip's z was decoded: what lies between, z has carried."
+            "In round brackets the same figure where another clip's z was decoded: what lies between, z has carried."
         )
     parts.append("Within each range of rates the best is marked; ceilings and floors do not compete.")
     if any(result.get("significant") is False for result in results):
@@ -34,19 +44,62 @@ def lead(report: EvaluationReport) -> str:
 
 def figure_table(report: EvaluationReport) -> Html:
     """Ceilings, then systems and other codecs by their range of rates, then floors; unavailable ones say why."""
-    columns = [_Column(report, figure) for figure in report["figures"]]
+    columns = [_Column(report, figure, number) for number, figure in enumerate(report["figures"], start=1)]
     with_rate = any(system.get("payload_kbps") for system in report["systems"])
     head = [element("th", "System", scope="col")]
     if with_rate:
-        head.append(element("th", explained("Bit rate", _RATE_NOTE), element("small", "kbps"), scope="col"))
+        rate = [explained("Bit rate", _RATE_NOTE), element("small", "kbps")]
+        head.append(element("th", *rate, scope="col", class_="rate"))
+    if _folds(report):
+        head.append(element("td", class_="unfold"))
     head += [column.heading() for column in columns]
-    width = 1 + with_rate + sum(column.width for column in columns)
     groups = [
-        _rows(title, systems, columns, role=role, width=width, with_rate=with_rate)
+        _rows(title, systems, columns, role=role, width=len(head), with_rate=with_rate)
         for title, role, systems in _groups(report)
     ]
-    table = element("table", element("thead", element("tr", *head)), *groups, class_="figures")
-    return scrolling(table, "Table of figures")
+    class_ = "figures measure with-rate" if with_rate else "figures measure"
+    table = element("table", element("thead", element("tr", *head)), *groups, class_=class_)
+    unfold = element("details", element("summary", _all_figures(columns)), class_="unfold-all measure")
+    return join([unfold if _folds(report) else None, table])
+
+
+def style(report: EvaluationReport) -> str:
+    """How many figures stand side by side at each width of the window, and that the others are folded there.
+
+    Widths are in em, so that a reader's larger letters leave fewer figures side by side. Nothing is folded on paper.
+    """
+    if not _folds(report):
+        return ""
+    count = len(report["figures"])
+    rules = [_style_of(number) for number in range(_ALWAYS_SHOWN + 1, count + 1)]
+    nothing_folded = ".unfold-all, .figures .unfold { display: none; } .figures { --indent: 0; }"
+    return "".join([*rules, f"@media print, (min-width: {_needed_em(count):g}em) {{ {nothing_folded} }}\n"])
+
+
+def _folds(report: EvaluationReport) -> bool:
+    """Whether there are figures for which a window may have no room."""
+    return len(report["figures"]) > _ALWAYS_SHOWN
+
+
+def _needed_em(number: int) -> float:
+    """The width of a window that has room for this many figures side by side, in em."""
+    return _THREE_FIGURES_EM if number == _ALWAYS_SHOWN + 1 else _BESIDE_EM + number * _FIGURE_EM
+
+
+def _style_of(number: int) -> str:
+    """The figure of this number: in the first line where it has room, else folded, and labelled once unfolded."""
+    needed = _needed_em(number)
+    narrower = f"(max-width: {needed - 0.01:g}em)"
+    folded = f".unfold-all:not([open]) + .figures tr:not(:has([open])) > .figure-{number}"
+    return (
+        f"@media (min-width: {needed:g}em) {{ .figures {{ --side-by-side: {number}; }} }}\n"
+        f"@media {narrower} {{ .figures td.figure-{number}::before {{ display: block; }} }}\n"
+        f"@media screen and {narrower} {{ {folded} {{ display: none; }} }}\n"
+    )
+
+
+def _all_figures(columns: Sequence[_Column]) -> str:
+    return f"All {len(columns)} figures"
 
 
 def _groups(report: EvaluationReport) -> Iterable[tuple[str, str, list[SystemEntry]]]:
@@ -68,65 +121,76 @@ def _groups(report: EvaluationReport) -> Iterable[tuple[str, str, list[SystemEnt
 def _rows(
     title: str, systems: Sequence[SystemEntry], columns: Sequence[_Column], *, role: str, width: int, with_rate: bool
 ) -> Html:
-    rows = [element("tr", element("th", element("span", title), colspan=width, scope="rowgroup"), class_="role")]
+    rows = [element("tr", element("th", title, colspan=width, scope="rowgroup"), class_="role")]
     for system in systems:
         cells = [element("th", system_name(system), scope="row")]
         if with_rate:
             cells.append(_rate_cell(system))
         if system.get("unavailable"):
             rest = width - len(cells)
-            reason = element("span", f"Not available: {system['unavailable']}")
+            reason = f"Not available: {system['unavailable']}"
             cells += [element("td", reason, colspan=rest, class_="reason")] if rest else []
         else:
-            cells += [cell for column in columns for cell in column.cells(system)]
+            cells += [_unfold_cell(system, columns)] if len(columns) > _ALWAYS_SHOWN else []
+            cells += [column.cell(system) for column in columns]
         rows.append(element("tr", *cells))
     return element("tbody", *rows, class_=f"role-{role}")
 
 
 def _rate_cell(system: SystemEntry) -> Html:
+    label = "Bit rate, kbps"
     if not system.get("payload_kbps"):
-        return _empty_cell()
-    told = (("coded_kbps", "entropy-coded"), ("file_kbps", "in files"))
+        return _labelled_cell(label, [NOTHING], class_="rate nothing")
+    told = (("coded_kbps", "entropy\N{NON-BREAKING HYPHEN}coded"), ("file_kbps", "in files"))
     more = [element("small", f"{system[key]:.3g} {what}") for key, what in told if system.get(key)]
-    return element("td", f"{system['payload_kbps']:.3g}", *more, class_="rate")
+    return _labelled_cell(label, [f"{system['payload_kbps']:.3g}", *more], class_="rate")
+
+
+def _labelled_cell(label: str, content: Iterable[object], *, class_: str) -> Html:
+    """A cell whose label is shown where it does not stand beneath the head of its column."""
+    return element("td", element("span", *content), class_=class_, data_label=label)
+
+
+def _unfold_cell(system: SystemEntry, columns: Sequence[_Column]) -> Html:
+    """What unfolds the figures of one system: a press on its name."""
+    summary = element("summary", aria_label=f"{_all_figures(columns)} of {system['title']}")
+    return element("td", element("details", summary), class_="unfold")
 
 
 class _Column:
-    """A figure of all systems, and beside it the one of the control where there is any."""
+    """A figure of all systems."""
 
-    def __init__(self, report: EvaluationReport, figure: FigureInfo) -> None:
+    def __init__(self, report: EvaluationReport, figure: FigureInfo, number: int) -> None:
         self.figure = figure
+        self.class_ = f"figure-{number}"
         self.results = {key: results.get(figure["key"]) or {} for key, results in report["results"].items()}
         self.means = means_of(report, figure)
-        self.has_control = any(is_number(result.get("control")) for result in self.results.values())
-        self.width = 1 + self.has_control
+        self.way = "↓" if figure["better"] == "lower" else "↑"
         self.digits = figure.get("digits") or _digits(self.means.values())
         self.best = _best_keys(report, figure, self.means)
 
     def heading(self) -> Html:
-        figure = self.figure
-        unit = " ".join(filter(None, [figure["unit"], "↓" if figure["better"] == "lower" else "↑"]))
-        note = f"{figure['better'].capitalize()} is better. {figure.get('note') or ''}".strip()
-        spanned = self.width if self.has_control else None
-        title = join([explained(figure["title"], note), element("small", unit)])
-        return element("th", title, scope="col", colspan=spanned, class_="with-control" if spanned else None)
+        note = f"{self.figure['better'].capitalize()} is better. {self.figure.get('note') or ''}".strip()
+        unit = " ".join(filter(None, [self.figure["unit"], self.way]))
+        title = [explained(self.figure["title"], note), element("small", unit)]
+        return element("th", *title, scope="col", class_=self.class_)
 
-    def cells(self, system: SystemEntry) -> list[Html]:
-        cells = [self._value(system["key"])]
-        if self.has_control:
-            control = self.results.get(system["key"], {}).get("control")
-            cells.append(element("td", f"({self._text(control)})" if is_number(control) else None, class_="control"))
-        return cells
-
-    def _value(self, key: str) -> Html:
+    def cell(self, system: SystemEntry) -> Html:
+        """The value and beneath it how sure it is, and the control's value in brackets."""
+        key = system["key"]
+        label = ", ".join(filter(None, [self.figure["title"], self.figure["unit"]])) + f"\N{NO-BREAK SPACE}{self.way}"
         if key not in self.means:
-            return _empty_cell()
-        text, result = self._text(self.means[key]), self.results[key]
+            return _labelled_cell(label, [NOTHING], class_=f"{self.class_} nothing")
+        parts = [*self._value(key), self._spread(self.results[key]), self._control(self.results[key])]
+        return _labelled_cell(label, parts, class_=self.class_)
+
+    def _value(self, key: str) -> list[object]:
+        text = self._text(self.means[key])
         if key in self.best:
-            return element("td", element("strong", text, title="Best in its range of rates"), self._spread(result))
-        near = result.get("significant") is False
-        alike = element("abbr", "≈", title="Cannot be told apart from the best") if near else None
-        return element("td", alike, text, self._spread(result))
+            return [element("strong", text, title="Best in its range of rates")]
+        if self.results[key].get("significant") is False:
+            return [element("abbr", "≈", title="Cannot be told apart from the best"), text]
+        return [text]
 
     def _spread(self, result: Mapping[str, Any]) -> Html | None:
         interval = _interval(result)
@@ -134,6 +198,10 @@ class _Column:
             return element("small", f"[{', '.join(map(self._text, interval))}]")
         deviation = result.get("std")
         return element("small", f"± {self._text(deviation)}") if is_number(deviation) else None
+
+    def _control(self, result: Mapping[str, Any]) -> Html | None:
+        control = result.get("control")
+        return element("small", f"({self._text(control)})") if is_number(control) else None
 
     def _text(self, value: float) -> str:
         return signed(value, self.digits)
@@ -171,7 +239,3 @@ def _digits(means: Iterable[float]) -> int:
     """Digits after the point, alike in a column: about three that count in its largest value."""
     largest = max((abs(mean) for mean in means), default=0.0)
     return 3 if largest < 1 else 2 if largest < 10 else 1 if largest < 1000 else 0
-
-
-def _empty_cell() -> Html:
-    return element("td", NOTHING, class_="nothing")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable
 from typing import TypeGuard
 
@@ -61,18 +62,13 @@ def section(title: str, lead: str, *children: object, **attributes: object) -> H
     return element("section", heading, *children, **attributes)
 
 
-def scrolling(content: Html, label: str) -> Html:
-    """What is wider than a window may be: it scrolls sideways, by keyboard too."""
-    return element("div", content, class_="scroll measure", tabindex="0", role="region", aria_label=label)
-
-
 def explained(title: str, note: str | None) -> Html:
-    """A title with its note behind a question mark, which stays on the line of the last word."""
+    """A title with its note behind a question mark, which stays on the line of the last word or its last part."""
     if not note:
         return element("span", title)
     hint = element("button", "?", type="button", class_="hint", data_note=note, aria_label=f"{title}: {note}")
-    before, space, last = title.rpartition(" ")
-    return element("span", before, space, element("span", last, hint, class_="together"))
+    *before, last = re.split(r"(?<=[ -])", title)
+    return element("span", *before, element("span", last, hint, class_="together"))
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trainer.page.html import NOTHING, Html, element, join, scrolling, section
+from trainer.page.html import NOTHING, Html, element, join, section
 from trainer.page.recordings import IMAGE_SIZE, Take, Takes
 from trainer.page.system_cells import (
     ROLES,
@@ -75,9 +75,9 @@ def _variability(report: EvaluationReport, takes: Takes) -> list[tuple[str, str,
 
 
 def style(report: EvaluationReport, takes: Takes) -> str:
-    """What hangs on the number of columns: the width of a section, and what a window with room for it adds.
+    """The width of a section by its number of columns, and from which width of the window on its grid is a table.
 
-    There nothing scrolls sideways, and so the head of the grid can stay in sight.
+    There every system has its column and the head of the grid stays in sight. In narrower windows systems wrap.
     """
     most = max(len(report["systems"]), 1 + max((len(found) for found in takes.values()), default=0))
     return "".join(_style_of(columns) for columns in range(most + 1))
@@ -115,7 +115,7 @@ def _grid(report: EvaluationReport, columns: Sequence[SystemEntry], takes: Takes
 
 
 def _table(heads: Iterable[Html], bodies: Iterable[Html], *, class_: str) -> Html:
-    return scrolling(element("table", element("thead", element("tr", *heads)), *bodies, class_=class_), "Clips")
+    return element("table", element("thead", element("tr", *heads)), *bodies, class_=f"{class_} measure")
 
 
 def _body(clip: ClipEntry, rows: Iterable[Html]) -> Html:
@@ -212,13 +212,12 @@ def _original_title(report: EvaluationReport) -> str:
 
 
 def _style_of(columns: int) -> str:
-    ample, needed, name = (
-        max(1400, 240 + 170 * columns),
-        max(_PHONE_WIDTH + 1, 304 + 160 * columns),
-        f".columns-{columns}",
+    name = f".columns-{columns}"
+    ample, needed = max(1400, 240 + 170 * columns), max(_PHONE_WIDTH + 1, 304 + 160 * columns)
+    rules = (
+        f"{name} .clips, {name} .clips :is(thead, tbody, tr, th, td) {{ display: revert; }}",
+        f"{name} .clips tbody > :last-child > *, {name} .clips .clip {{ border-bottom: 1px solid var(--faint); }}",
+        f"{name} .clips thead th {{ position: sticky; top: 0; z-index: 3; border-bottom: 1px solid var(--muted); }}",
+        f"{name} .name {{ display: none; }}",
     )
-    return (
-        f"{name} {{ --wide: {ample}px; }}\n"
-        f"@media (min-width: {needed}px) {{ {name} .scroll {{ overflow: visible; }} "
-        f"{name} thead th {{ position: sticky; top: 0; z-index: 3; }} {name} .name {{ display: none; }} }}\n"
-    )
+    return f"{name} {{ --wide: {ample}px; }}\n@media (min-width: {needed}px) {{ {' '.join(rules)} }}\n"

@@ -22,7 +22,10 @@ _FLAGS = (
     "--autoplay-policy=no-user-gesture-required",
 )  # fmt: skip
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the standard's name for a reference to one
-KEYS = {"Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015", "Escape": "\ue00c", "Shift": "\ue008"}
+KEYS = {
+    "Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015", "Escape": "\ue00c", "Shift": "\ue008",
+    "Tab": "\ue004", "Enter": "\ue007",
+}  # fmt: skip
 
 
 class Browser:
@@ -43,6 +46,15 @@ class Browser:
         """Show a file, opened from disk."""
         self.ask("POST", "/window/rect", {"width": width, "height": height})
         self.ask("POST", "/url", {"url": page.resolve().as_uri()})
+
+    def resize(self, width: int, height: int = 800) -> None:
+        """Show the page in so many pixels, which may be fewer than a window can have; a narrow one is a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700}
+        self.command("Emulation.setDeviceMetricsOverride", **size)
+
+    def command(self, name: str, **parameters: object) -> Any:
+        """A command of Chromium's own protocol."""
+        return self.ask("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def run(self, script: str, *arguments: object) -> Any:
         """What the body of an async function returns within the page."""

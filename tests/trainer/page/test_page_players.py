@@ -370,14 +370,13 @@ def test_in_the_variability_table_digits_are_columns_and_rows_are_rates(page):
 
 @pytest.mark.parametrize("width", [390, 1440])
 def test_nothing_is_wider_than_a_phone_or_a_desk(page, width):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700}
-    page.ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+    page.resize(width)
     page.click("#continuous .play")
     wide, room = page.run(
         "const { scrollWidth, clientWidth } = document.documentElement; return [scrollWidth, clientWidth]"
     )
     assert width - 20 < wide <= room
-    page.ask("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
+    page.command("Emulation.clearDeviceMetricsOverride")
 
 
 def test_sound_that_cannot_be_played_is_shown_as_such(browser, folder):
