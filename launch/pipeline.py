@@ -22,7 +22,8 @@ from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
 from trainer.page import write_page
 from trainer.progress import Progress
-from trainer.recipes.schema import Config, to_yaml
+from trainer.recipes.schema import Config
+from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES, trained_stages

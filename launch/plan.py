@@ -11,7 +11,8 @@ from models.backbones.pretrained import latent_timing
 from trainer.checkpoints.disk_space import checkpoint_bytes
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import size
-from trainer.recipes.schema import Config, to_yaml
+from trainer.recipes.schema import Config
+from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES
 

@@ -17,7 +17,8 @@ from models.atomic_write import write_whole
 from trainer.checkpoints.names import checkpoints
 from trainer.files import read_json
 from trainer.provenance import environment
-from trainer.recipes.schema import Config, added_later, flatten, hash_values, to_yaml
+from trainer.recipes.schema import Config
+from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
 from trainer.stages import STAGES
 
 logger = logging.getLogger(__name__)

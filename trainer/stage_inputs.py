@@ -7,7 +7,8 @@ from pathlib import Path
 from models.backbones.pretrained import weight_files
 from trainer.data.shard_set import ShardSet, open_set, open_training_set
 from trainer.files import file_digest
-from trainer.recipes.schema import Config, hash_values
+from trainer.recipes.schema import Config
+from trainer.recipes.values import hash_values
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES, stage_before
 

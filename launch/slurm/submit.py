@@ -19,7 +19,8 @@ from launch.slurm.submitted_jobs import Submitted, keep, submitted
 from trainer.provenance import COPIED_FROM, code_version, local_changes
 from trainer.recipes.cluster import ClusterConfig
 from trainer.recipes.reading import RECIPES
-from trainer.recipes.schema import Config, to_yaml
+from trainer.recipes.schema import Config
+from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES
 

@@ -27,7 +27,7 @@ _ENDS = {"COMPLETED": "done", "FAILED": "failed", "GONE": "gone"}
 
 
 @dataclass
-class Stage:
+class StageStatus:
     """Read when first asked for, and then as it was."""
 
     folder: Path

@@ -13,7 +13,7 @@ from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.submitted_jobs import submitted
-from launch.status.stage_status import SILENT_AFTER, Stage, count, span
+from launch.status.stage_status import SILENT_AFTER, StageStatus, count, span
 from trainer.checkpoints.names import MANIFEST, folder_name
 from trainer.formatting import aligned
 from trainer.stages import STAGES
@@ -51,7 +51,7 @@ def resolve(text: str) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "jobs.jsonl").exists() or any(Stage(folder / name, None).begun for name in STAGES)
+    return (folder / "jobs.jsonl").exists() or any(StageStatus(folder / name, None).begun for name in STAGES)
 
 
 def report(run: Path | None) -> str:
@@ -73,16 +73,16 @@ def report(run: Path | None) -> str:
     return "\n".join([*told, *problems])
 
 
-def stages_of(run: Path) -> list[Stage]:
+def stages_of(run: Path) -> list[StageStatus]:
     """Those that were begun or handed over, in order. Raises ValueError where the list of jobs can't be read."""
     try:
         jobs = submitted(run)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): mend or remove the line") from None
-    return [stage for name in STAGES if (stage := Stage(run / name, jobs.get(name))).job or stage.begun]
+    return [stage for name in STAGES if (stage := StageStatus(run / name, jobs.get(name))).job or stage.begun]
 
 
-def ask_the_queue(stages: Sequence[Stage]) -> str:
+def ask_the_queue(stages: Sequence[StageStatus]) -> str:
     """Fill in what SLURM says of the stages' jobs, in one question; returns what to tell where it says nothing."""
     numbers = list(dict.fromkeys(stage.job.job for stage in stages if stage.job is not None))
     try:
@@ -156,7 +156,7 @@ def _named(living: dict[str, tuple[str, list[scheduler.JobState]]], jobs: Sequen
     return ", ".join(f"{job} ({living[job][0]})" for job in jobs)
 
 
-def _table(stages: dict[Path, list[Stage]]) -> str:
+def _table(stages: dict[Path, list[StageStatus]]) -> str:
     rows: list[tuple[str, ...]] = [_HEADER]
     above, below = [list[str]()], [list[str]()]
     for run, each in stages.items():
@@ -170,7 +170,7 @@ def _table(stages: dict[Path, list[Stage]]) -> str:
     )
 
 
-def _row(stage: Stage, before: Sequence[Stage]) -> tuple[str, ...]:
+def _row(stage: StageStatus, before: Sequence[StageStatus]) -> tuple[str, ...]:
     status, line, parts = stage.status, stage.line, stage.parts
     seen, of = status.get("samples"), status.get("of")
     where = " ".join(dict.fromkeys(state.nodes for state in stage.living if state.nodes))
@@ -190,7 +190,7 @@ def _row(stage: Stage, before: Sequence[Stage]) -> tuple[str, ...]:
     )
 
 
-def _expected(stage: Stage, before: Sequence[Stage]) -> str:
+def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
     """When it will be done, or why that can't be said."""
     if stage.state == "pending":
         waits = next((state for state in stage.living if state.state == "PENDING"), None)
@@ -210,7 +210,7 @@ def _expected(stage: Stage, before: Sequence[Stage]) -> str:
     return _clock(max(time.time(), stage.line["time"] + max(0, left) / speed)) if speed else ""
 
 
-def _remarks(stage: Stage) -> Iterator[str]:
+def _remarks(stage: StageStatus) -> Iterator[str]:
     """What there is to tell of a stage beyond its row."""
     kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
     if len(kinds) > 1:
@@ -235,7 +235,7 @@ def _why(entry: dict[str, Any]) -> str:
     return entry.get("why") or "not told why"
 
 
-def _starts(stage: Stage) -> Iterator[str]:
+def _starts(stage: StageStatus) -> Iterator[str]:
     """What became of each start, in full."""
     closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
     opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
@@ -247,14 +247,14 @@ def _starts(stage: Stage) -> Iterator[str]:
         yield from _wrapped(f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}", "")
 
 
-def _outcome(stage: Stage, key: tuple[str, int], last: dict[str, Any]) -> str:
+def _outcome(stage: StageStatus, key: tuple[str, int], last: dict[str, Any]) -> str:
     if not last:
         return "goes on" if _goes_on(stage, key) else "ended without a word: cancelled, killed, or its node is lost"
     at = f" at {count(last['place'])} samples" if last.get("place") and last["then"] != DONE else ""
     return f"{last['then']}{at}{': ' if last.get('why') else ''}{last.get('why', '')}"
 
 
-def _goes_on(stage: Stage, key: tuple[str, int]) -> bool:
+def _goes_on(stage: StageStatus, key: tuple[str, int]) -> bool:
     """Whether a start that has no end is the one under way."""
     newest = max(entry["restart"] for entry in stage.history if entry["job"] == key[0])
     running = [state.job for state in stage.living if state.state != "PENDING"]

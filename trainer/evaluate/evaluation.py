@@ -23,12 +23,13 @@ from trainer.evaluate.pieces import Piece, Pieces
 from trainer.evaluate.report import Gathered, results_of, systems_of, variability
 from trainer.evaluate.scored_clips import load_clips
 from trainer.evaluate.scores import Scorer, figures_of
-from trainer.evaluate.systems import TABLES
+from trainer.evaluate.systems import RATE_RANGES
 from trainer.evaluate.tables import write_tables
 from trainer.evaluate.under_test import SystemUnderTest
 from trainer.files import locked, read_json
 from trainer.progress import Progress
-from trainer.recipes.schema import Config, hash_values
+from trainer.recipes.schema import Config
+from trainer.recipes.values import hash_values
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
@@ -242,7 +243,7 @@ class _Plan:
             "sample_rate": clips.sample_rate,
             "subtitle": f"{len(clips)} held-out clips of {clips.seconds:.1f} s, which no stage saw",
             "systems": systems_of(gathered),
-            "tables": TABLES,
+            "tables": {key: each.title for key, each in RATE_RANGES.items()},
             "figures": [dataclasses.asdict(figure) for figure in figures],
             "embedding": embedding.name,
             "confidence": LEVEL,

@@ -10,9 +10,10 @@ import torch
 
 from trainer.evaluate.baselines import Baseline, make_baseline
 from trainer.evaluate.scored_clips import ScoredClips
-from trainer.evaluate.systems import System, table_of
+from trainer.evaluate.systems import System, rate_range_of
 from trainer.evaluate.under_test import Decoded, SystemUnderTest
-from trainer.recipes.schema import Config, hash_values
+from trainer.recipes.schema import Config
+from trainer.recipes.values import hash_values
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Other(SystemUnderTest):
             role="baseline",
             note=f"Licence: {baseline.licence}.",
             licence=baseline.licence,
-            table=table_of(baseline.kbps),
+            table=rate_range_of(baseline.kbps),
         )
 
 

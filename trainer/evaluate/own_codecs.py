@@ -16,9 +16,10 @@ from models.codec import SPresso
 from models.sizes import Sampling
 from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.scored_clips import ScoredClips
-from trainer.evaluate.systems import System, table_of
+from trainer.evaluate.systems import System, rate_range_of
 from trainer.evaluate.under_test import Decoded, SystemUnderTest
-from trainer.recipes.schema import Config, hash_values
+from trainer.recipes.schema import Config
+from trainer.recipes.values import hash_values
 from trainer.run_directory import stage_folder
 
 LEVELS = 8  # of noise, at which the denoising error is taken
@@ -195,7 +196,7 @@ class Own(SystemUnderTest):
             width = codec.config.latent_encoder.z_channels
             system.detail = f"{codec.z_rate:.1f} Hz × {width}, {codec.compression:.0f}×"
         if system.role == "system":
-            system.table = table_of(system.payload_kbps)
+            system.table = rate_range_of(system.payload_kbps)
         return system
 
     def unload(self) -> None:

@@ -16,7 +16,7 @@ from trainer.evaluate.bootstrap import Numbers, SetReplicates
 from trainer.evaluate.figures import Figure, set_figures
 from trainer.evaluate.pieces import Piece
 from trainer.evaluate.scores import SPREAD
-from trainer.evaluate.systems import TABLES, System
+from trainer.evaluate.systems import RATE_RANGES, System
 
 _COMPETE = ("system", "baseline")
 
@@ -146,7 +146,7 @@ def _compare(
     figures: Sequence[Figure],
 ) -> None:
     """Mark the best of each table, and how far the others are from it."""
-    for table in TABLES:
+    for table in RATE_RANGES:
         rivals = [one for one in scored if _competes(one, table)]
         for figure in figures:
             means = {one.system.key: results[one.system.key].get(figure.key, {}).get("mean") for one in rivals}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.data.shard_set import ShardSet
-from trainer.recipes.schema import Config, hash_values
+from trainer.recipes.schema import Config
+from trainer.recipes.values import hash_values
 from trainer.stage_inputs import held_out_set
 
 _OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this

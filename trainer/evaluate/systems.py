@@ -1,12 +1,37 @@
-"""What the table and the page know of a system, and the order in which a table shows them."""
+"""What tables and page know of a system, and the ranges of bit rates within which systems are compared."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-LOW_KBPS = 0.5
-"""From here up a rate is a low one, below it an ultra-low one: the tables of the paper's page."""
-TABLES = {"continuous": "Continuous", "low": "Low rates", "ultra_low": "Ultra-low rates"}
+EvaluationReport = Mapping[str, Any]
+"""What `evaluation.json` holds."""
+
+_LOW_KBPS = 0.5  # from here up a bit rate is low, below it ultra-low, as on the paper's page
+
+
+@dataclasses.dataclass(frozen=True)
+class RateRange:
+    """A range of bit rates within which systems are compared: a table of its own."""
+
+    key: str
+    title: str
+    lead: str
+    """What is in the table, in a sentence."""
+
+
+RATE_RANGES = {
+    each.key: each
+    for each in (
+        RateRange(
+            "continuous", "Continuous", "Nothing is quantized yet: what the latents can say at each of their rates."
+        ),
+        RateRange("low", "Low rates", f"Whole bitstreams, from {_LOW_KBPS:g} kbit/s."),
+        RateRange("ultra_low", "Ultra-low rates", f"Whole bitstreams below {_LOW_KBPS:g} kbit/s."),
+    )
+}
 
 
 @dataclasses.dataclass
@@ -27,15 +52,15 @@ class System:
     page: bool = True
     """Whether the page plays it, or only the tables have it."""
     table: str = ""
-    """One of `TABLES`; empty for what belongs to all of them: original, ceiling, floors."""
+    """Key of one of `RATE_RANGES`; empty for what belongs to all of them: original, ceiling, floors."""
     licence: str = ""
     """Of a codec by others."""
     unavailable: str = ""
     """Why there are no figures of it; empty where there are."""
 
 
-def table_of(kbps: float | None) -> str:
-    """The table that a codec of this payload belongs to; None: it has no bits."""
-    if kbps is None:
+def rate_range_of(kbps: float | None) -> str:
+    """Key of the range that a codec of this payload belongs to; None and 0: the codec has no bits."""
+    if not kbps:
         return "continuous"
-    return "low" if kbps >= LOW_KBPS else "ultra_low"
+    return "low" if kbps >= _LOW_KBPS else "ultra_low"

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from models.atomic_write import write_whole
-from trainer.evaluate.systems import TABLES
+from trainer.evaluate.systems import RATE_RANGES, EvaluationReport
 from trainer.formatting import aligned
-
-EvaluationReport = Mapping[str, Any]
 
 _NOTHING = "–"
 _SHORT = {
@@ -170,8 +168,8 @@ def write_tables(report: EvaluationReport, folder: Path) -> None:
 def sections(report: EvaluationReport) -> list[tuple[str, list[TableRow]]]:
     """The ceiling, each table's systems and then the codecs by others in it, and the floors; none that is empty."""
     wanted: list[tuple[str, str, str]] = [("Ceiling", "ceiling", "")]
-    for table_, title in TABLES.items():
-        wanted += [(title, "system", table_), (f"{title}: codecs by others", "baseline", table_)]
+    for rates in RATE_RANGES.values():
+        wanted += [(rates.title, "system", rates.key), (f"{rates.title}: codecs by others", "baseline", rates.key)]
     wanted.append(("Floors", "floor", ""))
     found = [(title, _rows(report, role, table_)) for title, role, table_ in wanted]
     return [(title, rows) for title, rows in found if rows]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from trainer.evaluate.systems import RATE_RANGES
 from trainer.page.html import NOTHING, Html, element, explained, is_number, join, signed
-from trainer.page.system_cells import TABLES, EvaluationReport, SystemEntry, system_name, with_role
+from trainer.page.system_cells import EvaluationReport, SystemEntry, system_name, with_role
 
 FigureInfo = Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def _groups(report: EvaluationReport) -> Iterable[tuple[str, str, list[SystemEnt
         ("Original", "original", with_role(report, "original")),
         ("Ceiling: the best that a codec built on it can do", "ceiling", with_role(report, "ceiling")),
     ]
-    for table in TABLES:
+    for table in RATE_RANGES.values():
         groups.append((table.title, "system", with_role(report, "system", table)))
         groups.append((f"{table.title}: other codecs", "baseline", with_role(report, "baseline", table)))
     groups.append(("Floors: what ignores the clip", "floor", with_role(report, "floor")))
@@ -221,7 +222,7 @@ def best_of(figure: FigureInfo) -> Callable[..., Any]:
 def _best_keys(report: EvaluationReport, figure: FigureInfo, means: Mapping[str, float]) -> set[str]:
     """The best of each range of rates, other codecs among its rivals; none where there is no rival."""
     best = set()
-    for table in TABLES:
+    for table in RATE_RANGES.values():
         systems = [s for role in ("system", "baseline") for s in with_role(report, role, table)]
         rivals = [s["key"] for s in systems if s["key"] in means]
         if len(rivals) > 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trainer.evaluate.systems import RATE_RANGES
 from trainer.page.html import NOTHING, Html, element, join, section
 from trainer.page.recordings import IMAGE_SIZE, Take, Takes
 from trainer.page.system_cells import (
     ROLES,
-    TABLES,
     EvaluationReport,
     SystemEntry,
     in_table,
@@ -44,7 +44,7 @@ def sections(report: EvaluationReport, takes: Takes) -> list[tuple[str, str, Htm
     """Anchor, title and content: a grid of clips for each range of rates of which there is sound, then the decodes."""
     heard = played(report)
     found = []
-    for table in TABLES:
+    for table in RATE_RANGES.values():
         columns = [system for system in in_table(report, table) if system["key"] in heard]
         if any(system["role"] in ("system", "baseline") for system in columns):
             found.append((table.key.replace("_", "-"), table.title, table.lead, columns))

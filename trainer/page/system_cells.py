@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from trainer.evaluate.systems import RATE_RANGES, EvaluationReport, RateRange, rate_range_of
 from trainer.page.html import Html, element, explained, join
 
-EvaluationReport = Mapping[str, Any]
 SystemEntry = Mapping[str, Any]
 
 ROLES = ("original", "ceiling", "system", "baseline", "floor")
 """In the order of columns and rows."""
-LOW_KBPS = 0.5
-"""Bit rates from here on are low, lesser ones ultra-low."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A range of rates within which systems are compared."""
-
-    key: str
-    title: str
-    lead: str
-
-
-TABLES = (
-    Table("continuous", "Continuous", "Nothing is quantized yet: what the latents can say at each of their rates."),
-    Table("low", "Low rates", f"Whole bitstreams, from {LOW_KBPS:g} kbit/s."),
-    Table("ultra_low", "Ultra-low rates", f"Whole bitstreams below {LOW_KBPS:g} kbit/s."),
-)
 
 
 def table_key(system: SystemEntry) -> str:
@@ -38,19 +19,16 @@ def table_key(system: SystemEntry) -> str:
     if system["role"] not in ("system", "baseline"):
         return ""
     named = system.get("table")
-    if named in {table.key for table in TABLES}:
-        return str(named)
-    kbps = system.get("payload_kbps")
-    return "continuous" if not kbps else "low" if kbps >= LOW_KBPS else "ultra_low"
+    return str(named) if named in RATE_RANGES else rate_range_of(system.get("payload_kbps"))
 
 
-def with_role(report: EvaluationReport, role: str, table: Table | None = None) -> list[SystemEntry]:
+def with_role(report: EvaluationReport, role: str, table: RateRange | None = None) -> list[SystemEntry]:
     """Systems of a role, of one table or of all, in the report's order."""
     systems = [system for system in report["systems"] if system["role"] == role]
     return [system for system in systems if table is None or table_key(system) in ("", table.key)]
 
 
-def in_table(report: EvaluationReport, table: Table) -> list[SystemEntry]:
+def in_table(report: EvaluationReport, table: RateRange) -> list[SystemEntry]:
     """All that stands in a table beside the original, in the order of roles; nothing where no codec does."""
     if not with_role(report, "system", table) and not with_role(report, "baseline", table):
         return []

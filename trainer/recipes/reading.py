@@ -10,7 +10,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.recipes.schema import Config, flatten, recipe_schema
+from trainer.recipes.schema import Config, recipe_schema
+from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
@@ -368,38 +364,3 @@ def _schema_of(trained: tuple[str, ...]) -> type[Config]:
 
 def _config_of(values: dict[str, Any]) -> Config:
     return recipe_schema()(**values)
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config; a run can be started from it alone."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values."""
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value, key = getattr(config, item.name), prefix + item.name
-        flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
-    return flat
-
-
-def added_later() -> dict[str, Any]:
-    """Dotted keys of the settings that older runs did not have → their defaults."""
-
-    def found(config: Any, prefix: str) -> dict[str, Any]:
-        keys: dict[str, Any] = {}
-        for item in dataclasses.fields(config):
-            value, key = getattr(config, item.name), prefix + item.name
-            if dataclasses.is_dataclass(value):
-                keys |= found(value, f"{key}.")
-            elif item.metadata.get("added_later"):
-                keys[key] = value
-        return keys
-
-    return found(recipe_schema()(), "")
-
-
-def hash_values(values: dict[str, Any]) -> str:
-    """Short hash of plain values, the same in every process."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

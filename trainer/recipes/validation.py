@@ -12,7 +12,8 @@ from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
-from trainer.recipes.schema import Config, flatten
+from trainer.recipes.schema import Config
+from trainer.recipes.values import flatten
 from trainer.stages import STAGES
 
 

@@ -12,7 +12,8 @@ from launch.slurm import preflight, submit, submitted_jobs
 from launch.slurm.submitted_jobs import Submitted
 from trainer.provenance import code_version, local_changes
 from trainer.recipes.reading import load_recipe
-from trainer.recipes.schema import Config, to_yaml
+from trainer.recipes.schema import Config
+from trainer.recipes.values import to_yaml
 
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
 FREE = "echo 'spresso: all is there'"
