@@ -191,7 +191,7 @@ class Pretrain(Task):
         return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}, ""
 
 
-class _CodecTask(Task):
+class CodecTask(Task):
     """A stage that trains parts of an SPresso."""
 
     codec: SPresso
@@ -251,7 +251,7 @@ class _CodecTask(Task):
         return self.codec.config.rates if self.codec.quantizer is not None else []
 
 
-class Autoencode(_CodecTask):
+class Autoencode(CodecTask):
     """Step 1: g, f and LoRA on D together; D's own weights stay frozen."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
@@ -261,7 +261,7 @@ class Autoencode(_CodecTask):
         self.module = LatentDenoiser(config, stage, codec, rates=[])
 
 
-class Quantize(_CodecTask):
+class Quantize(CodecTask):
     """Step 2: the quantizer, fitted on z of the whole set; its refinement by gradient is `quantize.samples` long."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
@@ -309,7 +309,7 @@ class Quantize(_CodecTask):
         return torch.cat(vectors)[:count]
 
 
-class FitPrior(_CodecTask):
+class FitPrior(CodecTask):
     """The prior over codes that files are entropy-coded with; the codes stay as they are."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
@@ -334,7 +334,7 @@ class FitPrior(_CodecTask):
         prior.fit(torch.cat(codes))
 
 
-class Finetune(_CodecTask):
+class Finetune(CodecTask):
     """Step 3: f and D's LoRA on z_q, to make good what the quantizer lost; the codes stay as they are."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:

@@ -21,7 +21,7 @@ from trainer.run_directory import RunDirectory
 from trainer.schedule import learning_rate
 from trainer.stages import trained_stages
 from trainer.stop import Stop
-from trainer.tasks import _CodecTask, frozen_base, make_task
+from trainer.tasks import CodecTask, frozen_base, make_task
 
 PRETRAIN = ("pretrain.samples=96", "log.every=8", "log.samples_every=0", "checkpoint.every=32")
 
@@ -149,7 +149,7 @@ def test_a_stage_moves_all_that_it_computes_with_except_the_frozen_base(tiny, tm
         assert train(config, before) == "done"
     task = make_task(config, stage)
     task.to(torch.device("meta"))
-    parts = [task.module, task.autoencoder, *([task.codec] if isinstance(task, _CodecTask) else [])]
+    parts = [task.module, task.autoencoder, *([task.codec] if isinstance(task, CodecTask) else [])]
     tensors = {tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()}
     base = frozen_base(task.module)
     assert {tensor.device.type for tensor in tensors - base} == {"meta"}
