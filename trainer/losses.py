@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Losses of a micro batch of b samples.
+class Losses(NamedTuple):
+    """Losses of a micro batch of b samples; a tuple, so that wrappers of modules find the tensors in it.
 
     A module adds a term by giving it a name; the stage's `loss_weights` say how much the term counts, and each term has
     a curve of its own in the log.
     """
 
-    terms: Mapping[str, Tensor]
+    terms: dict[str, Tensor]
     """By name, (b,) in float32 each: the mean over what a sample holds, padding left out."""
     quantiles: Tensor
     """(b,), in (0, 1): where in the distribution of noise levels each sample lay; 0.5 where there is no noise."""

@@ -30,6 +30,7 @@ from trainer.memory.outline import outline
 from trainer.ranks.strategy import Computed, blocks_of, recompute
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
+from trainer.stages import trained_stages
 from trainer.tasks import make_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,6 +99,18 @@ def real_saved(computed: Computed, shape: tuple[int, int, int]) -> int:
         terms["denoising"].mean()
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in kept}
     return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("stage", trained_stages())
+def test_every_trained_stage_can_be_planned(stage):
+    """Before anything is trained, at sizes that the recipe says."""
+    settings = tuple(f"{name}.{key}" for name in ("quantize", "prior") for key in ("samples=8", "crop_frames=63"))
+    config = load_recipe("tiny", ["quantizer.kind=qinco2", "quantizer.gain_db=6", *settings])
+    estimate = Estimate(config, stage, 2)
+    parts = estimate.row(estimate.own).parts
+    assert parts.moments == 2 * parts.trained > 0
+    assert parts.activations > 0
+    assert parts.base > 0
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "autoencode"])
