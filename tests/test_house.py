@@ -85,3 +85,13 @@ def test_what_needs_no_torch_imports_none(module):
     program = f"import sys, {module}; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_module_logs_reaches_the_log_file(path):
+    """`trainer.log.log_file` listens to the packages' loggers: one of another name, or a warning, goes nowhere."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "logging.getLogger"]
+    allowed = {"logging.getLogger(__name__)", "logging.getLogger(name)", "logging.getLogger('DeepSpeed')"}
+    assert set(names) <= allowed
+    assert not [call for call in calls if ast.unparse(call.func) == "warnings.warn"]
