@@ -29,7 +29,7 @@ class Diffusion(ABC):
 
     @abstractmethod
     def noise_level(self, u: Tensor) -> Tensor:
-        """Return the noise levels at the quantiles ``u`` (B,) in (0, 1) of training's distribution (its inverse CDF)."""
+        """Return the noise levels at the quantiles ``u`` (B,) of training's distribution, where 0 < u < 1."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FlowMatching(Diffusion):
-    """Rectified flow: the path is a straight line from data (t = 0) to noise (t = 1); the network predicts its velocity.
+    """Rectified flow: the network predicts the velocity on a straight line from data (t = 0) to noise (t = 1).
 
     The velocity points from noise to data, ``v = x0 - noise``, as in the Woosh release; so ``x0 = x_t + t · v``. In
     training, t is logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1).
@@ -159,7 +159,7 @@ class FlowMatching(Diffusion):
 
 
 class VarianceExploding(Diffusion):
-    """Noise is added to unscaled data, t = σ, and the network F is preconditioned (Karras et al. 2022, arXiv 2206.00364).
+    """Noise of level t = σ on unscaled data, with a preconditioned network F (Karras et al. 2022, arXiv 2206.00364).
 
     The denoiser is ``D(x; σ) = c_skip · x + c_out · F(c_in · x; c_noise)`` (equation 7). Weighting S-PRESSO's objective
     ``E‖D(x0 + σε) - x0‖²`` by ``λ(σ) = 1 / c_out²`` (table 1) makes it the plain squared error of F at every σ
@@ -196,7 +196,7 @@ class VarianceExploding(Diffusion):
         return torch.rsqrt(sigma**2 + self.sigma_data**2)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """Return λ(σ) (table 1); :meth:`loss` contains this weight already, because it is the error of F, not of D."""
+        """Return λ(σ) (table 1). :meth:`loss` contains this weight already, as it is the error of F, not of D."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def predict(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class EDM(VarianceExploding):
 
 @dataclass(frozen=True)
 class VPrediction(VarianceExploding):
-    """The v-objective on a cosine path (Salimans and Ho 2022, arXiv 2202.00512), with which Stable Audio Open was trained.
+    """The v-objective on a cosine path (Salimans and Ho 2022, arXiv 2202.00512), which Stable Audio Open uses.
 
     On the path ``cos φ · x0 + sin φ · noise``, the network gets ``2 φ / π`` as its noise level and predicts
     ``v = cos φ · noise - sin φ · x0``. Dividing that path by cos φ gives the variance-exploding path with
