@@ -1,7 +1,7 @@
-"""AudioAE: audio ↔ latents `x0`, frozen, with 1 / hop latent frames a sample.
+"""AudioAE, the frozen autoencoder: audio ↔ latents `x0` with one frame per `hop` samples.
 
-`SpectralAE` computes its latents and needs no weights. `VocosAE` is the learned complex-STFT autoencoder of the public
-Woosh release (arXiv 2604.01929), whose weights `models.backbones.pretrained` loads.
+`SpectralAE` computes its latents by a formula and needs no weights. `VocosAE` is the learned complex-STFT autoencoder
+of the public Woosh release (arXiv 2604.01929), whose weights `models.backbones.pretrained` loads.
 
 Shape suffixes: B batch, S samples, T latent frames, C latent channels, D features, F frequency bins.
 """
@@ -21,13 +21,13 @@ from models.sizes import VocosConfig
 from models.weights import hash_state
 
 FRAMES_PER_BLOCK = 3000
-"""Frames that are encoded or decoded at once: longer sounds in several blocks, which join as if there were one."""
+"""Frames that are encoded or decoded at once. Longer sounds are cut into blocks, which join without a seam."""
 
 
 class AudioAE(nn.Module):
-    """What all autoencoders share: shapes, checks, padding, blocks and identity.
+    """Base class of all autoencoders: it checks shapes, pads, works in blocks and computes the identity.
 
-    Latents are standardised: about mean 0 and standard deviation 1 in each channel.
+    Latents are standardised: each channel has a mean of about 0 and a standard deviation of about 1.
     """
 
     name: str
@@ -36,34 +36,35 @@ class AudioAE(nn.Module):
     latent_channels: int
     hop: int
     surplus_frames = 1
-    """Latent frames beyond one a hop: 1 where a frame is centred on each hop boundary, the first and the last included;
-    0 where each frame is of one hop."""
+    """Latent frames in excess of one per hop: 1 if a frame is centred on each hop boundary, including the first and
+    last ones; 0 if each frame covers one hop."""
     context: int | None = None
-    """Frames to either side beyond which nothing changes a frame, or the samples about it. None: all may depend on all,
-    and long sounds are not cut into blocks."""
+    """Frames on either side that a latent frame, or the decoded samples around it, may depend on. If the context is
+    unlimited, it is None, and long sounds are not cut into blocks."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
 
     def frames(self, samples: int) -> int:
-        """Latent frames of so many samples."""
+        """Return the number of latent frames for `samples` samples."""
         return math.ceil(samples / self.hop) + self.surplus_frames
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio `(B, channels, samples)` in [-1, 1] → latents `(B, latent_channels, frames(samples))`, in float32.
+        """Encode audio `(B, channels, samples)` in [-1, 1] to latents `(B, latent_channels, frames(samples))`, float32.
 
-        The end is padded with zeros to a whole hop. Raises ValueError where the shape does not fit.
+        The audio is padded with zeros to a whole number of hops. Raises ValueError if the shape does not fit.
         """
         if audio.ndim != 3 or audio.shape[1] != self.channels or audio.shape[2] == 0:
             raise ValueError(
-                f"audio of shape {tuple(audio.shape)}: {self.name} takes (batch, {self.channels}, samples), at least "
-                f"one sample; mix other channel counts to {self.channels} first"
+                f"audio has shape {tuple(audio.shape)}: {self.name} takes (batch, {self.channels}, samples) with at "
+                f"least one sample; mix other channel counts to {self.channels} first"
             )
         return self.encode_blocks(lambda first, last: audio[..., first:last], audio.shape[2])
 
     def encode_blocks(self, read: Callable[[int, int], Tensor], samples: int) -> Tensor:
-        """`encode` of what `read(first, last)` gives piece by piece: samples `first` to `last` `(B, channels, …)`."""
+        """Encode as `encode` does, but get the audio in blocks from `read(first, last)`, which returns the samples
+        `first` to `last` as `(B, channels, …)`."""
         frames, parts = self.frames(samples), []
         for first, last, begin, end in self._blocks(frames):
             audio = read(begin * self.hop, min(samples, (end - self.surplus_frames) * self.hop))
@@ -73,30 +74,30 @@ class AudioAE(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents `(B, latent_channels, frames)` → audio `(B, channels, (frames - surplus_frames) · hop)`, float32.
+        """Decode latents `(B, latent_channels, frames)` to audio `(B, channels, (frames - surplus_frames) · hop)`.
 
-        Raises ValueError where the shape does not fit.
+        The audio is float32. Raises ValueError if the shape does not fit.
         """
         least = 1 + self.surplus_frames
         if x0.ndim != 3 or x0.shape[1] != self.latent_channels or x0.shape[2] < least:
             raise ValueError(
-                f"latents of shape {tuple(x0.shape)}: {self.name} takes (batch, {self.latent_channels}, frames), "
+                f"latents have shape {tuple(x0.shape)}: {self.name} takes (batch, {self.latent_channels}, frames) with "
                 f"at least {'two frames' if least == 2 else 'one frame'}"
             )
         parts = list(self.decode_blocks(x0))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def decode_blocks(self, x0: Tensor) -> Iterator[Tensor]:
-        """`decode`, a block `(B, channels, …)` after the other."""
+        """Yield the audio that `decode` returns in consecutive blocks `(B, channels, …)`."""
         frames = x0.shape[2]
         for first, last, begin, end in self._blocks(frames):
             with torch.autocast(x0.device.type, enabled=False):
                 audio = self._decode_from(begin, x0[..., begin:end].float())
-            until = last if last < frames else frames - self.surplus_frames  # a surplus frame ends the sound
+            until = last if last < frames else frames - self.surplus_frames  # the sound ends at a surplus frame
             yield audio[..., (first - begin) * self.hop : (until - begin) * self.hop]
 
     def _blocks(self, frames: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first, last) frames of each block, and with their context (begin, end)."""
+        """Yield (first, last, begin, end) of each block: its range of frames without and with the context."""
         if self.context is None or frames <= FRAMES_PER_BLOCK + self.context:
             yield 0, frames, 0, frames
             return
@@ -105,7 +106,7 @@ class AudioAE(nn.Module):
             yield first, last, max(0, first - self.context), min(last + self.context, frames)
 
     def identity(self) -> str:
-        """Short hash of name, config and weights: the same for what gives the same latents."""
+        """Return a short hash of name, config and weights; autoencoders with equal latents have equal hashes."""
         return hash_state({"name": self.name, **self.config}, self.state_dict())[:12]
 
     def _encode(self, audio_B1S: Tensor) -> Tensor:
@@ -115,16 +116,16 @@ class AudioAE(nn.Module):
         raise NotImplementedError
 
     def _decode_from(self, begin: int, x0_BCT: Tensor) -> Tensor:
-        """`_decode` of frames that begin at `begin` of the sound, for whom that makes a difference."""
+        """Decode frames whose first one is frame `begin` of the sound; override it if the position matters."""
         return self._decode(x0_BCT)
 
 
 class SpectralAE(AudioAE):
-    """Latents by formula, 128 channels at 100 Hz for 48 kHz mono, from an MDCT with a sine window.
+    """Computes latents from an MDCT with a sine window: 128 channels at 100 Hz for 48 kHz mono audio.
 
-    Channels 0…95 are the coefficients up to 4.8 kHz, companded (sign(x)·|x|^p) so that quiet ones survive noise.
-    Channels 96…127 are log energies of 32 bands from there to 24 kHz, whose fine structure the decoder replaces by
-    noise. That noise is a fixed function of frame and bin, so decoding is deterministic.
+    Channels 0…95 are the MDCT coefficients up to 4.8 kHz, companded (sign(x)·|x|^p) so that quiet ones survive noise.
+    Channels 96…127 are the log energies of 32 bands from 4.8 to 24 kHz, whose fine structure the decoder replaces by
+    noise. The noise is a fixed function of frame and bin, so decoding is deterministic.
     """
 
     name = "spectral"
@@ -132,17 +133,18 @@ class SpectralAE(AudioAE):
     coefficients, bands = 96, 32
     context = 1
 
-    # Energy below which a bin counts as silent: white noise at -80 dBFS.
+    # Bins with less energy than white noise at -80 dBFS count as silent.
     silence = 1e-8
-    # No audio in [-1, 1] has a louder bin; a wild prediction must not overflow.
+    # No bin of audio in [-1, 1] has more energy. The limit prevents an overflow if D predicts an extreme value.
     loudest = 1e3
-    # Chosen by three figures, on 33 clips held out of the fit below. With noise of 0.1 on the latents the log-mel error
-    # is 4.9 dB at p = 1 and 1.4 at 0.5 and 0.4, and SI-SDR 12.9 dB at 0.4 and 11.1 at 0.25. Their excess kurtosis
-    # is about 60 at 1, 4 at 0.5 and 1.5 at 0.4.
+    # The exponent p was chosen by three figures on 33 clips that the fit below does not include. With noise of 0.1 on
+    # the latents, the log-mel error is 4.9 dB at p = 1 and 1.4 dB at p = 0.5 and 0.4, and the SI-SDR is 12.9 dB at
+    # p = 0.4 and 11.1 dB at 0.25. The latents' excess kurtosis is about 60 at p = 1, 4 at 0.5 and 1.5 at 0.4.
     companding = 0.4
-    # Fitted to 190 five-second clips of recorded effects and speech, levelled to -23 dBFS RMS. The spread of
-    # coefficient k is a·(k + b)^-c, true to 5 % throughout. Band energies fall along a line and spread alike. The line
-    # is fitted below 20 kHz: most recordings were made at 44.1 kHz and are empty above 22, yet others must fit, too.
+    # These constants are fitted to 190 five-second clips of recorded effects and speech, levelled to -23 dBFS RMS. The
+    # spread of coefficient k is a·(k + b)^-c, with an error of at most 5 %. The bands' mean log energies lie on a line,
+    # and all bands have the same spread. The line is fitted below 20 kHz because most of the recordings were made at
+    # 44.1 kHz and are empty above 22 kHz, while other recordings are not.
     coefficient_spread = (0.644, 1.9, 0.28)
     band_mean = (-11.8, -0.142)
     band_spread = 4.4
@@ -192,7 +194,7 @@ def _signed_power(x: Tensor, power: float) -> Tensor:
 
 
 def _mdct_basis(hop: int) -> Tensor:
-    """Windowed, orthonormal MDCT (Princen, Johnson and Bradley, 1987): `(2·hop samples, hop bins)`."""
+    """Return the windowed, orthonormal MDCT basis (Princen, Johnson and Bradley, 1987): `(2·hop samples, hop bins)`."""
     sample = torch.arange(2 * hop, dtype=torch.float64)[:, None] + 0.5
     bin = torch.arange(hop, dtype=torch.float64) + 0.5
     window = torch.sin(math.pi / (2 * hop) * sample)
@@ -200,13 +202,13 @@ def _mdct_basis(hop: int) -> Tensor:
 
 
 def _log_bands(first_bin: int, bins: int, bands: int) -> Tensor:
-    """Which band each bin from `first_bin` on belongs to, with edges in geometric progression."""
+    """Return the band of each bin from `first_bin` on; the bands' edges are in geometric progression."""
     edges = first_bin * (bins / first_bin) ** (torch.arange(1, bands, dtype=torch.float64) / bands)
     return torch.bucketize(torch.arange(first_bin, bins), edges.round().long(), right=True)
 
 
 def _random_signs(begin: int, frames: int, bins: int, *, device: torch.device) -> Tensor:
-    """±1 for each frame and bin, by hashing its position, so it is the same on every device and in every run."""
+    """Return ±1 for each frame and bin by hashing its position, so the signs are equal on all devices and all runs."""
     frame = torch.arange(begin, begin + frames, device=device)[:, None]
     bits = frame * bins + torch.arange(bins, device=device)
     for multiplier in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit hash with low bias
@@ -215,7 +217,7 @@ def _random_signs(begin: int, frames: int, bins: int, *, device: torch.device) -
 
 
 class VocosAE(AudioAE):
-    """Complex STFT → ConvNeXt blocks → latents → ConvNeXt blocks → complex STFT (arXiv 2306.00814), mono."""
+    """A mono autoencoder on the complex STFT with ConvNeXt blocks in encoder and decoder (arXiv 2306.00814)."""
 
     name = "vocos"
     channels = 1
@@ -227,7 +229,7 @@ class VocosAE(AudioAE):
         super().__init__(asdict(config))
         self.sample_rate, self.latent_channels, self.hop = config.sample_rate, config.latent_channels, config.hop
         self.n_fft = config.n_fft
-        # convolutions of 7 and one of 3, and the frames that a sample lies in
+        # reach of the convolutions of size 7 (3 frames each) and of size 3 (1 frame), and of a sample's STFT frames
         self.context = (
             3 * (1 + max(config.encoder_depth, config.decoder_depth)) + 1 + -(-config.n_fft // (2 * config.hop))
         )
@@ -242,7 +244,7 @@ class VocosAE(AudioAE):
 
     def _encode(self, audio_B1S: Tensor) -> Tensor:
         frames = self.frames(audio_B1S.shape[2])
-        # STFT mirrors n_fft / 2 samples at both ends and so needs more than that.
+        # The STFT pads both ends by reflecting n_fft / 2 samples, for which the input must be longer than that.
         audio_BS = F.pad(audio_B1S[:, 0], (0, max(0, self.n_fft // 2 + 1 - audio_B1S.shape[2])))
         window = torch.hann_window(self.n_fft, device=audio_BS.device)
         spectrum_BFT = torch.stft(audio_BS, self.n_fft, self.hop, window=window, return_complex=True)[..., :frames]
@@ -259,7 +261,7 @@ class VocosAE(AudioAE):
 
 
 class ConvNeXt(nn.Module):
-    """One-dimensional ConvNeXt blocks between two layer norms: `(B, inputs, T)` → `(B, width, T)`."""
+    """A stack of one-dimensional ConvNeXt blocks between two layer norms: `(B, inputs, T)` → `(B, width, T)`."""
 
     def __init__(self, inputs: int, width: int, hidden_width: int, depth: int):
         super().__init__()
@@ -269,7 +271,7 @@ class ConvNeXt(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x_BCT: Tensor) -> Tensor:
-        """Features of each frame."""
+        """Return `width` features of each frame."""
         x_BTD = self.norm_in(self.embed(x_BCT).transpose(1, 2))
         for block in self.blocks:
             x_BTD = block(x_BTD)
@@ -277,7 +279,7 @@ class ConvNeXt(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Mixing in time, channel by channel, then an MLP on each frame (arXiv 2201.03545)."""
+    """A depthwise convolution in time, then an MLP on each frame, with a residual connection (arXiv 2201.03545)."""
 
     def __init__(self, width: int, hidden_width: int, *, scale: float):
         super().__init__()
@@ -288,6 +290,6 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), scale))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """The same shape."""
+        """Apply the block; return the input's shape."""
         mixed_BTD = self.mix(x_BTD.transpose(1, 2)).transpose(1, 2)
         return x_BTD + self.scale * self.mlp_out(F.gelu(self.mlp_in(self.norm(mixed_BTD))))

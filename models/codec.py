@@ -1,7 +1,8 @@
-"""The codec in use: audio ↔ z ↔ codes, all parts together, without a trainer.
+"""The codec as a user runs it, without a trainer: audio ↔ z ↔ codes.
 
-`SPresso.from_pretrained(folder)` loads what a stage exports; `save_pretrained` writes it: the LoRA in PEFT's layout,
-every other part as safetensors with its config in the header, and `codec.json`, which names the base model by its hash.
+`SPresso.from_pretrained(folder)` loads the export of a training stage, and `save_pretrained` writes one. An export
+holds the LoRA in PEFT's layout, every other part as safetensors with its config in the header, and `codec.json`, which
+names the base model by its hash.
 """
 
 from __future__ import annotations
@@ -32,25 +33,26 @@ from models.weights import hash_state
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_OTHER_ROW = 2**31
-"""Added to the seed of the side row: with the mid row's noise, all that is made up would lean to one channel."""
+_SIDE_SEED_OFFSET = 2**31
+"""Added to the seed of the side row. If mid and side started from the same noise, everything that D invents would be
+panned to one channel."""
 
 
 class SPresso(nn.Module):
-    """AudioAE, g, f, D with LoRA, and, once there are any, the quantizer and the prior over its codes."""
+    """The AudioAE, g, f and D with its LoRA; once they are trained, also the quantizer and the prior over its codes."""
 
     def __init__(
         self, config: CodecConfig, *, autoencoder: AudioAE, dit: Decoder, quantizer: Quantizer | None = None
     ) -> None:
-        """Take a pretrained D, add LoRA to it and fresh g and f beside it; D itself is frozen."""
+        """Build a codec around a pretrained D: freeze D, inject a LoRA into it, and initialise g and f at random."""
         super().__init__()
         self.config = config
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.dit = dit.requires_grad_(False)
-        # a model without weights, such as the memory plan's, has no hash
+        # a model on the meta device, such as the memory plan's, has no weights to hash
         outlined = next(dit.parameters()).is_meta
         self.base_hash = "" if outlined else hash_state(dataclasses.asdict(dit.config), dit.state_dict())
-        from peft import inject_adapter_in_model  # here: it takes longer to import than torch, and not all need it
+        from peft import inject_adapter_in_model  # imported here because peft takes longer to import than torch
 
         inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=export.ADAPTER)
         self.g = LatentEncoder(config.latent_encoder)
@@ -62,12 +64,12 @@ class SPresso(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.g.parameters()).device
 
     @property
     def z_rate(self) -> float:
-        """z vectors a second of one channel."""
+        """Vectors z per second of one channel."""
         return self.autoencoder.sample_rate / self._samples_per_z
 
     @property
@@ -76,19 +78,19 @@ class SPresso(nn.Module):
 
     @property
     def compression(self) -> float:
-        """Numbers of audio to numbers of z, one channel each: 30, 68, 750 in the paper."""
+        """Samples of audio per number of z, in one channel: 30, 68 and 750 in the paper."""
         return self._samples_per_z / self.config.latent_encoder.z_channels
 
     def kbps(self, books: int) -> float:
-        """Payload bit rate of one channel: z rate · M · log2 K / 1000, exactly."""
+        """Return the exact payload bit rate of one channel in kbit/s: z rate · M · log2 K / 1000 with M = `books`."""
         return self.z_rate * self.fitted_quantizer().bits(books) / 1000
 
     def samples(self, samples: int, rate: int) -> int:
-        """Samples at the AudioAE's rate for so many at another: rounded up."""
+        """Convert a number of samples at `rate` to the AudioAE's sample rate, rounded up."""
         return _samples(self.autoencoder, samples, rate)
 
     def z_frames(self, samples: int, rate: int | None = None) -> int:
-        """z vectors that stand for so many audio samples, at the AudioAE's rate or another."""
+        """Return how many vectors z encode `samples` samples at `rate` (None: the AudioAE's sample rate)."""
         return _z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
 
     # --- audio ↔ bits ---------------------------------------------------------------------------------------------
@@ -102,16 +104,17 @@ class SPresso(nn.Module):
         channels: str = "auto",
         origin: tuple[int, int] | None = None,
     ) -> Stream:
-        """Audio → codes.
+        """Encode audio to codes.
 
         Args:
-            audio: (channels, samples) at the AudioAE's rate, of any length from 1 sample on.
-            books: code with the first so many; None: all.
-            channels: `auto`: stereo as mid and side, all else a channel at a time; `separate`; `mid_side`.
-            origin: samples and rate of the sound before it was resampled, which the stream is to tell of.
+            audio: (channels, samples) at the AudioAE's sample rate; at least 1 sample.
+            books: number of codebooks to use, counted from the first; None uses all of them.
+            channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2; `auto`
+                takes `mid_side` for stereo and `separate` otherwise.
+            origin: number of samples and sample rate of the sound before it was resampled, to be stored in the header.
 
         Raises:
-            ValueError: no quantizer, books that it does not have, or channels that can't be coded so.
+            ValueError: the codec has no quantizer or fewer books, or these channels can't be coded as `channels` says.
         """
         quantizer = self.fitted_quantizer()
         rows = Rows(audio, layout=channels, ae_channels=self.autoencoder.channels)
@@ -130,7 +133,7 @@ class SPresso(nn.Module):
         return Stream(header, codes.cpu().numpy())
 
     def _encode_row(self, rows: Rows, row: int, books: int | None) -> Tensor:
-        """Codes (N, books) of one row, whose audio is read block by block."""
+        """Encode one row to codes (N, books), reading its audio block by block."""
 
         def read(first: int, last: int) -> Tensor:
             return rows.read(row, first, last).to(self.device)
@@ -148,8 +151,10 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Codes → audio (channels, samples) at the AudioAE's rate. One seed gives one of the sounds that the codes
-        allow, always the same. Raises as `decode_blocks` does."""
+        """Decode codes to audio (channels, samples) at the AudioAE's sample rate.
+
+        The codes allow many sounds; a seed always picks the same one. Raises the same errors as `decode_blocks`.
+        """
         return torch.cat(list(self.decode_blocks(stream, seed=seed, sampling=sampling, progress=progress)), dim=-1)
 
     @torch.inference_mode()
@@ -161,15 +166,15 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
-        """`decode`, a block of samples after the other: of long sounds the whole need never be held.
+        """Yield the audio that `decode` returns in consecutive blocks (channels, …), to save memory for long sounds.
 
         Raises:
-            ValueError: a stream of another model, or codes that its quantizer does not have.
+            ValueError: another model wrote the stream, or its codes do not fit this codec's quantizer.
         """
         header = stream.header
         self._require_own(header)
         z_RZN = self.fitted_quantizer().decode(torch.from_numpy(stream.codes).to(self.device)).transpose(1, 2)
-        seeds = [seed + row * _OTHER_ROW if header.layout == "mid_side" else seed for row in range(header.rows)]
+        seeds = [seed + row * _SIDE_SEED_OFFSET if header.layout == "mid_side" else seed for row in range(header.rows)]
         x0_RCT = self.z_to_x0(z_RZN, self.noise(seeds, z_RZN.shape[-1]), sampling=sampling, progress=progress)
         left = self.samples(header.samples, header.rate)
         for rows_RCS in self.x0_to_blocks(x0_RCT):
@@ -178,25 +183,25 @@ class SPresso(nn.Module):
             yield audio
 
     def _require_own(self, header: Header) -> None:
-        """Raise ValueError for a stream that this codec did not make."""
+        """Raise ValueError unless this codec's model wrote the stream."""
         quantizer = self.fitted_quantizer()
         if header.model != self.model_hash[:8]:
             raise ValueError(
-                f"the stream was made by model {header.model}, this is {self.model_hash[:8]}: "
+                f"the stream was made by model {header.model}, but this codec is model {self.model_hash[:8]}: "
                 "decode it with the codec that encoded it"
             )
         if header.size != quantizer.size or header.books > quantizer.books or not header.samples:
             raise ValueError(
-                f"the stream is damaged: {header.samples} samples in {header.books} books of {header.size}, and this "
-                f"codec has {quantizer.books} of {quantizer.size}"
+                f"the stream is damaged: its header claims {header.samples} samples and {header.books} books of "
+                f"{header.size} codewords, but this codec has {quantizer.books} books of {quantizer.size}"
             )
 
     def coder(self) -> Coder | None:
-        """What files are entropy-coded with; None where no prior was trained."""
+        """Return the entropy coder for `.spr` files; None if the codec has no prior."""
         return None if self.prior is None else self.prior.coder()
 
     def fitted_quantizer(self) -> Quantizer:
-        """The quantizer; ValueError where there is none yet."""
+        """Return the quantizer; raise ValueError if the codec has none yet."""
         if self.quantizer is None:
             raise ValueError("this codec has no quantizer yet: run the stages quantize and finetune first")
         return self.quantizer
@@ -204,14 +209,14 @@ class SPresso(nn.Module):
     # --- audio ↔ z ------------------------------------------------------------------------------------------------
 
     def audio_to_z(self, audio_B1S: Tensor) -> Tensor:
-        """Levelled audio (B, 1, samples) → z (B, Z, ⌈samples / (hop · pooling)⌉)."""
+        """Encode levelled audio (B, 1, samples) to z (B, Z, ⌈samples / (hop · pooling)⌉)."""
         x0_BCT = self.autoencoder.encode(audio_B1S.to(self.device))
         return self.x0_to_z(x0_BCT, self.z_frames(audio_B1S.shape[-1]))
 
     def x0_to_z(self, x0_BCT: Tensor, z_frames: int) -> Tensor:
-        """Latents of any length → z (B, Z, z_frames); long ones by windows that overlap by nearly half.
+        """Encode latents of any length to z (B, Z, z_frames), in windows that overlap by nearly half.
 
-        At a window's ends g lacks what lies beyond: a quarter at each end is left to the window beside it.
+        Near its ends a window lacks context, so the outer quarter at each end is taken from the neighbouring window.
         """
         pooling, window = self.config.latent_encoder.pooling, self.config.window
         margin = (window // pooling - 1) // 4 * pooling
@@ -225,13 +230,13 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """z (or None: an unconditional sample) and noise → levelled audio (B, 1, T · hop)."""
+        """Decode z to levelled audio (B, 1, T · hop), starting from `noise_BCT`; z = None samples unconditionally."""
         x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
         return torch.cat(list(self.x0_to_blocks(x0_BCT)), dim=-1)
 
     def x0_to_blocks(self, x0_BCT: Tensor) -> Iterator[Tensor]:
-        """x0 → its T · hop samples of levelled audio, a block (B, channels of the AudioAE, …) after the other."""
-        # n frames, each centred on a hop boundary, span n - 1 hops: the last frame is held for the last hop
+        """Decode x0 to T · hop samples of levelled audio, yielded in blocks (B, channels of the AudioAE, …)."""
+        # n frames that are centred on hop boundaries span n - 1 hops, so the last frame is repeated for the last hop
         return self.autoencoder.decode_blocks(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
@@ -242,7 +247,7 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Decode with D; what is longer than one window and a half by windows jointly, see `models.windows.Joint`."""
+        """Decode z to x0 with D; latents longer than 1.5 windows are decoded jointly, see `models.windows.Joint`."""
         sampling = sampling or self.config.sampling
         window, pooling = self.config.window, self.config.latent_encoder.pooling
         if noise_BCT.shape[-1] <= 1.5 * window:
@@ -262,7 +267,7 @@ class SPresso(nn.Module):
         return generate(self.dit, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=progress)
 
     def noise(self, seeds: list[int], z_frames: int) -> Tensor:
-        """Standard gaussian noise (len(seeds), C, z_frames · pooling), a row a seed, the same on every device."""
+        """Draw standard gaussian noise (len(seeds), C, z_frames · pooling), one row per seed, equal on all devices."""
         shape = (self.autoencoder.latent_channels, z_frames * self.config.latent_encoder.pooling)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
@@ -270,7 +275,7 @@ class SPresso(nn.Module):
     # --- weights in and out ---------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-        """What is saved a file each: name → module and its config."""
+        """Return the parts that are each saved as one file: name → module and its config."""
         shapes = dataclasses.asdict(self.config.latent_encoder)
         parts: dict[str, tuple[nn.Module, dict[str, Any]]] = {
             "latent_encoder": (self.g, shapes),
@@ -283,13 +288,13 @@ class SPresso(nn.Module):
         return parts
 
     def save_pretrained(self, folder: Path, *, base: Path, card: str) -> str:
-        """Write the codec; returns the model's hash.
+        """Write the codec to `folder` and return the model's hash.
 
         Args:
-            folder: is made whole or not at all; an older export there is replaced.
-            base: D's pretrained weights: a file is linked or copied along, a release is named by its path, or by its
-                name on the hub.
-            card: text of the model card.
+            folder: the export's folder, which appears whole or not at all; an older export there is replaced.
+            base: D's pretrained weights. A file is linked or copied into the export; a release is only referred to, by
+                its path or its name on the hub.
+            card: text of the model card; `{model}` in it is replaced by the first 8 digits of the hash.
         """
         self.model_hash = self._hash()
         export.write_export(
@@ -315,12 +320,13 @@ class SPresso(nn.Module):
         """Load an export.
 
         Args:
-            folder: what `save_pretrained` wrote.
-            device: where to.
-            base: D's pretrained weights, where they have moved since.
+            folder: a folder that `save_pretrained` wrote.
+            device: the device to load the weights to.
+            base: D's pretrained weights, if they are no longer where the export says.
 
         Raises:
-            ValueError: no export, a damaged one, or another base model than it was trained on.
+            ValueError: the folder holds no export or a damaged one, or the base model or the autoencoder is not the
+                one that the codec was trained on.
         """
         folder = Path(folder)
         description = export.read_description(folder)
@@ -341,7 +347,7 @@ class SPresso(nn.Module):
         return codec.to(device).eval().requires_grad_(False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The LoRA's parameters under their names in D."""
+        """Return the LoRA's parameters by their names in D."""
         return {name: value for name, value in self.dit.named_parameters() if f".{export.ADAPTER}." in name}
 
     def _hash(self) -> str:
@@ -349,16 +355,16 @@ class SPresso(nn.Module):
             f"adapter.{name}": value for name, value in export.named_as_in_peft(self.adapter_parameters()).items()
         }
         for part, (module, _) in self.parts().items():
-            if part == "prior":  # the codes are the same with another, and what it wrote names it
+            if part == "prior":  # the codes don't depend on the prior, and entropy-coded files store the prior's hash
                 continue
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-        local = ("sampling", "autoencoder")  # where files lie and how they are decoded makes no other model
+        local = ("sampling", "autoencoder")  # decoding settings and file paths do not identify a model
         identity = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in local}
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
 
 
 def read_frames_of(folder: Path) -> FramesOf:
-    """`z_frames` of an export, of which nothing but its description is read."""
+    """Return the `z_frames` function of an export's codec without loading its weights."""
     config = export.read_description(folder)["config"]
     return partial(_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
 
@@ -372,14 +378,14 @@ def _samples(autoencoder: AudioAE, samples: int, rate: int) -> int:
 
 
 def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
-    """PEFT's own config of `rank` and `alpha`, for the layers that this D names."""
+    """Return PEFT's config for a LoRA of `rank` and `alpha` on the layers in D's `lora_targets`."""
     from peft import LoraConfig
 
     return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
 
 
 def _fit(x_BCT: Tensor, frames: int) -> Tensor:
-    """Cut to so many frames, or hold the last one."""
+    """Crop to `frames` frames, or extend to that length by repeating the last frame."""
     missing = frames - x_BCT.shape[-1]
     if missing <= 0:
         return x_BCT[..., :frames]
@@ -389,5 +395,5 @@ def _fit(x_BCT: Tensor, frames: int) -> Tensor:
 def _require_same(what: str, where: object, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(
-            f"{what} at {where} is another one than the codec was trained on ({found[:8]}, not {expected[:8]})"
+            f"{what} at {where} is another one than the codec was trained on (hash {found[:8]}, not {expected[:8]})"
         )

@@ -1,4 +1,4 @@
-"""What D can be, and how its sizes are told apart in files. A D of one's own is entered here."""
+"""The kinds of decoder D, and their construction from sizes. Add further kinds here."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Decoder = DiT | StableAudioDiT
 
 
 def make_decoder(config: DecoderConfig) -> Decoder:
-    """A D of these sizes, without weights that mean anything."""
+    """Build an untrained D of these sizes."""
     return StableAudioDiT(config) if isinstance(config, StableAudioConfig) else DiT(config)

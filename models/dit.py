@@ -1,8 +1,8 @@
 """The decoder D: a diffusion Transformer over latents, with an optional text stream.
 
-Multi-stream blocks give latents and text their own weights and let them meet in one attention (Esser et al., arXiv
-2403.03206); single-stream blocks, after them, share one set of weights. The layout is that of the public Woosh release
-(arXiv 2604.01929), so its weights load by renaming alone (`models.backbones.pretrained`).
+The first blocks are multi-stream: latents and text have separate weights and share one attention (Esser et al., arXiv
+2403.03206). The following single-stream blocks use the same weights for both. The architecture is that of the public
+Woosh release (arXiv 2604.01929), so that its weights only have to be renamed (`models.backbones.woosh`).
 
 Shape suffixes: B batch, C latent channels, T frames, N latent tokens (T / patch_size), S all tokens of a sequence,
 D width, H heads, K features of a head, E features of a patch.
@@ -23,10 +23,11 @@ from models.sizes import DiTConfig
 
 
 def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> tuple[Rotary, Rotary]:
-    """RoPE for the multi-stream and for the single-stream blocks, over memory, latent and text tokens.
+    """Return RoPE's angles for the multi-stream and for the single-stream blocks.
 
-    Memory tokens are spread over the span. Text has no order in the multi-stream blocks; in the single-stream ones it
-    follows the latents as far as the span reaches. The public release has it so, and its weights depend on it.
+    The tokens are memory, latent and text tokens, in this order. Memory tokens are spread over the span. In the
+    multi-stream blocks all text tokens have position 0. In the single-stream blocks they follow the latents, but those
+    beyond the span have position 0. The weights of the public Woosh release depend on these positions.
     """
     spacing = config.rotary_span // max(config.memory_tokens, 1)
     memory = spacing // 2 + spacing * torch.arange(config.memory_tokens, device=device)
@@ -48,27 +49,27 @@ def _frequencies(config: DiTConfig, device: torch.device) -> Tensor:
 
 
 def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """AdaLN: normalise without learned weights, then shift and scale by what the noise level says."""
+    """Apply AdaLN: a layer norm without learned weights, then a shift and scale computed from the noise level."""
     return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
 
 
 def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, rotary: Rotary) -> Tensor:
-    """Attention of all tokens to all, with RoPE on queries and keys: `(B, S, H·K)`."""
+    """Attend from all tokens to all tokens, with RoPE on queries and keys; return `(B, S, H·K)`."""
     q, k = rotary.turn(q_BSHK).type_as(v_BSHK), rotary.turn(k_BSHK).type_as(v_BSHK)
     attended_BHSK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v_BSHK.transpose(1, 2))
     return attended_BHSK.transpose(1, 2).flatten(2)
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of queries or keys, in the dtype of its weight also where autocast has made the input narrower."""
+    """RMSNorm of queries or keys in the dtype of its weight, even if autocast has cast the input to half precision."""
 
     def forward(self, x_BSHK: Tensor) -> Tensor:
-        """The same shape."""
+        """Normalise each head's features; return the input's shape."""
         return super().forward(x_BSHK.type_as(self.weight))
 
 
 class TokenStream(nn.Module):
-    """One stream's own weights in a multi-stream block: into and out of the common attention, and an MLP."""
+    """One stream's weights in a multi-stream block: projections to and from the shared attention, and an MLP."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -84,14 +85,14 @@ class TokenStream(nn.Module):
         self.mlp_out = nn.Linear(config.hidden_width, width)
 
     def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Queries, keys and values `(B, S, H, K)`, and the gate for what attention gives back."""
+        """Return queries, keys and values `(B, S, H, K)`, and the gate for the attention's output."""
         shift, scale, gate = self.attention_modulation(time_B1D).chunk(3, -1)
         qkv = self.qkv(modulated(x_BSD, shift, scale))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         return (self.norm_q(q), self.norm_k(k), v), gate
 
     def finish(self, x_BSD: Tensor, attended_BSD: Tensor, gate_B1D: Tensor, time_B1D: Tensor) -> Tensor:
-        """Add what attention gave, then the MLP."""
+        """Add the gated attention output, then the gated MLP output, to the stream; return the input's shape."""
         x_BSD = x_BSD + gate_B1D * self.attention_out(attended_BSD)
         shift, scale, gate = self.mlp_modulation(time_B1D).chunk(3, -1)
         hidden = F.gelu(self.mlp_in(modulated(x_BSD, shift, scale)), approximate="tanh")
@@ -99,7 +100,7 @@ class TokenStream(nn.Module):
 
 
 class MultiStreamBlock(nn.Module):
-    """Latents and text, each with its own weights, in one attention."""
+    """A Transformer block in which latents and text have separate weights and share one attention."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -107,7 +108,7 @@ class MultiStreamBlock(nn.Module):
         self.text = TokenStream(config)
 
     def forward(self, x_BSD: Tensor, text_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Both streams, as they came in and after the block."""
+        """Apply the block to the latent and the text stream; return both in their input shapes."""
         x_qkv, x_gate = self.latent.attention_inputs(x_BSD, time_B1D)
         text_qkv, text_gate = self.text.attention_inputs(text_BSD, time_B1D)
         q, k, v = (torch.cat(pair, 1) for pair in zip(x_qkv, text_qkv, strict=True))
@@ -118,7 +119,7 @@ class MultiStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """All tokens with the same weights; attention and MLP side by side (arXiv 2302.05442)."""
+    """A Transformer block with one set of weights for all tokens; attention and MLP are parallel (arXiv 2302.05442)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -132,7 +133,7 @@ class SingleStreamBlock(nn.Module):
         self.out = nn.Linear(width + hidden, width)
 
     def forward(self, x_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> Tensor:
-        """The tokens after the block, in the same shape."""
+        """Apply the block; return the input's shape."""
         shift, scale, gate = self.modulation(time_B1D).chunk(3, -1)
         qkv, hidden = self.qkv_mlp(modulated(x_BSD, shift, scale)).split(self.parts, -1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -149,7 +150,7 @@ class FourierFeatures(nn.Module):
         self.weight = nn.Parameter(torch.empty(features // 2, 1))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """`(B, features)`."""
+        """Return the features `(B, features)` of the numbers `t`."""
         angles = 2 * math.pi * t_B.float()[:, None] * self.weight.float()[:, 0]
         return torch.cat((angles.cos(), angles.sin()), -1)
 
@@ -157,17 +158,18 @@ class FourierFeatures(nn.Module):
 class DiT(nn.Module):
     """The diffusion Transformer D.
 
-    It computes in the dtype of its weights (or autocast's), casts its inputs itself and answers in the dtype of `x`.
-    Give `x` and `t` in float32 whatever the weights are, or `t` loses its digits (FSDP: `cast_forward_inputs=False`).
+    D computes in the dtype of its weights (or autocast's), casts its inputs itself and returns the dtype of `x`. Pass
+    `x` and `t` in float32 whatever the dtype of the weights: half precision would round `t` (with FSDP, set
+    `cast_forward_inputs=False`).
 
-    `blocks` is a plain list of modules that know nothing of each other, to be checkpointed, compiled or sharded one by
-    one. There are no buffers: a model built on the meta device needs `to_empty` and `reset_parameters`, no more.
+    The modules in `blocks` are independent, so that each can be checkpointed, compiled or sharded by itself. D has no
+    buffers: a model built on the meta device only needs `to_empty` and `reset_parameters`.
     """
 
     lora_targets: ClassVar = ("qkv", "attention_out", "mlp_in", "mlp_out", "qkv_mlp", "out", "output", "skip")
     """Names of the linear layers that LoRA adapts: attention, MLPs and the last layer, not the modulation."""
     diffusion: dict[str, Any] | None = None
-    """`name` and `options` of the formulation of its weights, where that is known."""
+    """`name` and `options` of the diffusion formulation that the weights were trained with; None if unknown."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -195,7 +197,7 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh weights. Gates and output start at zero: each block is the identity (adaLN-Zero, arXiv 2212.09748)."""
+        """Initialise all weights; zero gates and output make each block the identity (adaLN-Zero, arXiv 2212.09748)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 starts_at_zero = name in ("output", "skip") or name.endswith("modulation")
@@ -217,17 +219,18 @@ class DiT(nn.Module):
         text_mask: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """The prediction `(B, C, T)` for noised latents.
+        """Predict the network's output `(B, C, T)` for noised latents.
 
         Args:
-            x: noised latents `(B, C, T)`, T a multiple of `patch_size`.
+            x: noised latents `(B, C, T)`, where T is a multiple of `patch_size`.
             t: noise level `(B,)`, as the diffusion's formulation defines it.
-            text: `(B, text_tokens, text_width)`; None is unconditional: the learned pad tokens throughout.
-            text_mask: `(B, text_tokens)`, 1 where `text` is real, elsewhere pad tokens stand in; None: all is real.
+            text: text tokens `(B, text_tokens, text_width)`; None is unconditional, with learned pad tokens only.
+            text_mask: `(B, text_tokens)`, 1 where `text` holds a token and 0 where a learned pad token replaces it;
+                None uses all tokens of `text`.
             condition: `(B, width, T / patch_size)`, added to the projected latents.
 
         Raises:
-            ValueError: a shape does not fit, or text is given to a model without a text stream.
+            ValueError: a shape does not fit, or the model has no text stream and `text` is given.
         """
         self._check(x, t, text, text_mask, condition)
         patches_BNE = self._patched(x)
@@ -243,7 +246,7 @@ class DiT(nn.Module):
         return self._unpatched(predicted_BNE).to(x.dtype)
 
     def logvar(self, t: Tensor) -> Tensor:
-        """Learned log-variance `(B,)` of the loss at noise levels `t (B,)`; with `predicts_logvar` only."""
+        """Predict the log-variance `(B,)` of the loss at noise levels `t (B,)`; needs `predicts_logvar=True`."""
         if not self.config.predicts_logvar:
             raise ValueError("this DiT has no logvar: build it with predicts_logvar=True")
         return self.logvar_embed(self.logvar_features(t).type_as(self.logvar_embed[0].weight))[:, 0]
@@ -291,17 +294,17 @@ class DiT(nn.Module):
     ) -> None:
         config = self.config
         if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
-            raise ValueError(f"x is {_described(x)}: the DiT takes floats (batch, {config.channels}, frames)")
+            raise ValueError(f"x is {_described(x)}: the DiT takes floats of shape (batch, {config.channels}, frames)")
         if x.shape[2] == 0 or x.shape[2] % config.patch_size:
             raise ValueError(
-                f"{x.shape[2]} frames are no multiple of patch_size {config.patch_size}: "
+                f"{x.shape[2]} frames are not a multiple of patch_size {config.patch_size}: "
                 "crop or pad the latents, or build the DiT with patch_size=1"
             )
         batch, tokens = len(x), x.shape[2] // config.patch_size
         _expect("t", t, (batch,))
         _expect("condition", condition, (batch, config.width, tokens))
         if config.text_width is None and text is not None:
-            raise ValueError("this DiT has no text stream: set text_width in its config, or give text=None")
+            raise ValueError("this DiT has no text stream: set text_width in its config, or pass text=None")
         if text is None and text_mask is not None:
             raise ValueError("text_mask without text: give both, or neither")
         if text is not None:

@@ -1,7 +1,7 @@
-"""A codec's export: the files of a folder that `SPresso.from_pretrained` loads, written and read.
+"""Write and read the files of a codec's export, the folder that `SPresso.from_pretrained` loads.
 
 The LoRA has PEFT's layout; every other part is a safetensors file with its config in the header; `codec.json` names the
-base model by its hash. This module knows files; `models.codec` knows what the parts do.
+base model by its hash. This module only handles the files; `models.codec` assembles the parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADAPTER = "default"
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
 Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
-"""Name of a part's file, without its suffix → the module and its config."""
+"""Maps the name of a part's file, without its suffix, to the module and its config."""
 
 
 def write_export(
@@ -40,16 +40,17 @@ def write_export(
     description: Mapping[str, Any],
     card: str,
 ) -> None:
-    """Write an export's folder, whole or not at all; an older export in its place is replaced.
+    """Write an export's folder, which appears whole or not at all; an older export at that path is replaced.
 
     Args:
-        folder: the export.
-        parts: each is written as a file of its own.
-        adapter: the LoRA's weights under their names in D.
-        lora: PEFT's config of them.
-        base: D's pretrained weights. A file is linked or copied into the folder; a release's folder is only named.
-        description: what `codec.json` says beside the format and the base's place: `model`, `base_hash`,
-            `autoencoder_identity` and `config`.
+        folder: the export's folder.
+        parts: the modules to write, each to a file of its own.
+        adapter: the LoRA's weights by their names in D.
+        lora: PEFT's config for the LoRA.
+        base: D's pretrained weights. A file is linked or copied into the export; the folder or the hub name of a
+            release is only written down.
+        description: the values that `codec.json` stores in addition to the format and the base's path: `model`,
+            `base_hash`, `autoencoder_identity` and `config`.
         card: text of the model card.
     """
     making = folder.with_name(folder.name + ".making")
@@ -64,7 +65,7 @@ def write_export(
     described = {
         "format": EXPORT_FORMAT,
         "model": description["model"],
-        "base": {"path": _place_of(base), "hash": description["base_hash"]},
+        "base": {"path": _stored_path(base), "hash": description["base_hash"]},
         "autoencoder_identity": description["autoencoder_identity"],
         "config": description["config"],
     }
@@ -75,10 +76,10 @@ def write_export(
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read what an export says of itself: `format`, `model`, `base`, `autoencoder_identity` and `config`.
+    """Read an export's `codec.json`: `format`, `model`, `base`, `autoencoder_identity` and `config`.
 
     Raises:
-        ValueError: the folder holds no export, or a damaged one, or one of another format.
+        ValueError: the folder holds no export, a damaged one, or one in another format.
     """
     try:
         description = json.loads((folder / _DESCRIPTION).read_text())
@@ -87,12 +88,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError:
         raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again") from None
     if description.get("format") != EXPORT_FORMAT:
-        raise ValueError(f"{folder} was written in format {description.get('format')}, this code reads {EXPORT_FORMAT}")
+        raise ValueError(
+            f"{folder} was written in format {description.get('format')}, but this version reads format "
+            f"{EXPORT_FORMAT}: export it again"
+        )
     return description
 
 
 def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read the config in the header of a part's file; None where the export has no such part."""
+    """Read the config in the header of a part's file; return None if the export has no such part."""
     path = folder / f"{name}.safetensors"
     return load_weights(path)[0] if path.exists() else None
 
@@ -107,32 +111,35 @@ def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the LoRA's weights into D's parameters.
 
     Raises:
-        ValueError: the file adapts other layers than these.
+        ValueError: the file's LoRA adapts other layers than `parameters`.
     """
     state = load_file(str(folder / _ADAPTER_FILE))
     if set(state) != {_peft_name(name) for name in parameters}:
-        raise ValueError(f"{_ADAPTER_FILE} does not fit this base model: other layers are adapted")
+        raise ValueError(
+            f"{folder / _ADAPTER_FILE} does not fit this base model: it adapts other layers; "
+            "give the base model that the codec was trained on"
+        )
     for name, parameter in parameters.items():
         parameter.data.copy_(state[_peft_name(name)])
 
 
 def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA's weights, in host memory, under the names that they have in PEFT's file."""
+    """Copy the LoRA's weights to host memory and rename them as PEFT names them in its file."""
     return {_peft_name(name): value.detach().cpu().contiguous() for name, value in adapter.items()}
 
 
 def _peft_name(name: str) -> str:
-    """The name that PEFT gives a LoRA weight in its file."""
+    """Return the name that PEFT gives a LoRA weight in its file."""
     return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
 
 
-def _place_of(base: Path) -> str | None:
-    """What an export says of its base's place: None for a file that lies in the export; a hub name stays one."""
+def _stored_path(base: Path) -> str | None:
+    """Return the base's path for `codec.json`: None for a file, which lies in the export; a hub name is kept."""
     return None if base.is_file() else str(base.resolve() if base.exists() else base)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)  # the same bytes on the disk, yet each export is whole
+        os.link(source, target)  # a hard link makes each export complete without storing the bytes twice
     except OSError:
         shutil.copyfile(source, target)

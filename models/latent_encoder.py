@@ -1,7 +1,7 @@
 """The latent encoder g and the upsampler f of S-PRESSO (arXiv 2602.15082, section 2, figure 1).
 
-g squeezes the latents x0 of the audio autoencoder into z, few vectors a second; f spreads z back over
-the frames and hands it to the decoder D as a condition.
+g compresses the audio autoencoder's latents x0 to z, which has only a few vectors per second; f upsamples z to the
+decoder D's tokens, where D takes it as its condition.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from models.rotary import Rotary, rope_frequencies
 from models.sizes import LatentEncoderConfig
 
-MEAN_MAGNITUDE = 0.8  # of a standard normal number: √(2/π)
+MEAN_MAGNITUDE = 0.8  # the mean of |x| for a standard normal x is √(2/π)
 
 
 class RotarySelfAttention(nn.Module):
-    """Multi-head self-attention over (B, T, width) with rotary positions."""
+    """Multi-head self-attention over (B, T, width) with rotary position embeddings."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RotarySelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BTW: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """Attend from all tokens to all tokens; return the input's shape."""
         q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).unbind(2)
         rotary = _rotary(x_BTW.shape[1], q_BTHK.shape[-1], x_BTW.device)
         q_BTHK, k_BTHK = rotary.turn(q_BTHK).type_as(v_BTHK), rotary.turn(k_BTHK).type_as(v_BTHK)
@@ -42,7 +42,7 @@ def _rotary(tokens: int, head_width: int, device: torch.device) -> Rotary:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward, both residual."""
+    """Pre-norm Transformer block: self-attention and a feed-forward network, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x_BTW: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """Apply the block; return the input's shape."""
         x_BTW = x_BTW + self.attention(self.attention_norm(x_BTW))
         return x_BTW + self.feed_forward(self.feed_forward_norm(x_BTW))
 
@@ -70,11 +70,11 @@ class LatentEncoder(nn.Module):
         self.project_out = nn.Linear(config.width, config.z_channels)
 
     def forward(self, x0_BCT: Tensor) -> Tensor:
-        """Encode x0; raises ValueError where T is not a multiple of the pooling."""
+        """Encode x0 to z; raise ValueError if T is not a multiple of the pooling."""
         if x0_BCT.shape[-1] % self.config.pooling:
             raise ValueError(
-                f"{x0_BCT.shape[-1]} frames do not divide by the pooling of {self.config.pooling}: "
-                f"crop or pad them to a multiple of it"
+                f"{x0_BCT.shape[-1]} frames are not a multiple of the pooling {self.config.pooling}: "
+                "crop or pad the latents to a multiple of it"
             )
         if self.config.magnitudes:
             x0_BCT = torch.cat([x0_BCT, x0_BCT.abs() - MEAN_MAGNITUDE], dim=1)
@@ -89,8 +89,8 @@ class LatentEncoder(nn.Module):
 class Upsampler(nn.Module):
     """f: z (B, Z, N) → condition (B, dit width, tokens of the DiT).
 
-    z is repeated over the tokens that it stands for, refined by Transformer blocks, and projected by a layer that
-    starts at zero: at the start of step 1 a pretrained D is unchanged.
+    f repeats each z for all of its tokens, refines them by Transformer blocks, and projects them to D's width. The last
+    layer is initialised to zero, so that an untrained f leaves a pretrained D's output unchanged.
     """
 
     def __init__(self, config: LatentEncoderConfig, *, dit_width: int, dit_patch_size: int) -> None:
@@ -98,7 +98,7 @@ class Upsampler(nn.Module):
         self.config = config
         self.dit_patch_size = dit_patch_size
         self.project_in = nn.Linear(config.z_channels, config.width)
-        # where within its z a token lies: repetition alone would leave that to attention
+        # A learned embedding of a token's position within its z; the repeated tokens would otherwise be identical.
         self.place = nn.Parameter(torch.randn(config.pooling // config.patch_size, config.width) * 0.02)
         self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.upsampler_depth))
         self.norm = nn.LayerNorm(config.width)
@@ -107,7 +107,7 @@ class Upsampler(nn.Module):
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, z_BZN: Tensor) -> Tensor:
-        """Spread z over N · pooling frames, one condition vector to a token of the DiT."""
+        """Upsample z to one condition vector per token of the DiT, for N · pooling frames."""
         h_BNW = self.project_in(z_BZN.transpose(1, 2))
         h_BTW = (h_BNW[:, :, None] + self.place).flatten(1, 2)
         for block in self.blocks:
@@ -115,7 +115,7 @@ class Upsampler(nn.Module):
         return self._to_dit_tokens(self.project_out(self.norm(h_BTW)).transpose(1, 2))
 
     def _to_dit_tokens(self, condition_BWT: Tensor) -> Tensor:
-        """From tokens of `patch_size` frames to tokens of `dit_patch_size` frames."""
+        """Resample from tokens of `patch_size` frames to tokens of `dit_patch_size` frames."""
         if self.dit_patch_size == self.config.patch_size:
             return condition_BWT
         frames = condition_BWT.repeat_interleave(self.config.patch_size, dim=-1)
@@ -123,5 +123,5 @@ class Upsampler(nn.Module):
 
 
 def _patches(x_BCT: Tensor, patch_size: int) -> Tensor:
-    """(B, C, T) → (B, T / patch, patch · C)."""
+    """Group neighbouring frames into patches: (B, C, T) → (B, T / patch, patch · C)."""
     return x_BCT.transpose(1, 2).unflatten(1, (-1, patch_size)).flatten(2)

@@ -1,4 +1,4 @@
-"""Samplers: the walk from noise to data along the probability-flow ODE, with any formulation of diffusion."""
+"""Samplers: they solve the probability-flow ODE from noise to data, for any formulation of diffusion."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def sample(
     sampler: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Walk the probability-flow ODE from standard gaussian ``noise`` (B, C, T) to ``x0``, deterministically.
+    """Solve the probability-flow ODE from standard gaussian ``noise`` (B, C, T) to ``x0``; this is deterministic.
 
     Args:
         diffusion: the formulation that the network was trained with.
-        network: the network, its conditions bound.
-        noise: as drawn; the formulation scales it. Less than float32 is worked on in float32.
+        network: the network, with its conditions bound.
+        noise: standard gaussian noise, which the formulation scales. Half precision is converted to float32.
         steps: intervals of the schedule; "heun" calls the network ``2 · steps - 1`` times, the others ``steps`` times.
-        sampler: "euler" (order 1), "heun" (order 2) or "dpmpp" (DPM-Solver++ 2M, order 2 at one call a step).
+        sampler: "euler" (order 1), "heun" (order 2) or "dpmpp" (DPM-Solver++ 2M, order 2 with one call per step).
         progress: called after every step with (steps done, steps).
 
     Raises:
-        ValueError: an unknown sampler, or fewer than one step.
+        ValueError: the sampler is unknown, or ``steps`` is less than 1.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
@@ -45,9 +45,9 @@ def sample(
     def denoise(x: Tensor, level: _Level) -> Tensor:
         return diffusion.denoise(network, x, x.new_full((len(x),), level.t))
 
-    walk = SAMPLERS[sampler](denoise, x, levels)
+    states = SAMPLERS[sampler](denoise, x, levels)
     for done in range(1, steps + 1):
-        x = next(walk)
+        x = next(states)
         if progress is not None:
             progress(done, steps)
     return x
@@ -55,7 +55,7 @@ def sample(
 
 @dataclass(frozen=True)
 class _Level:
-    """One level of a schedule, as numbers of the host, so that no step waits for the device."""
+    """One noise level of a schedule, as Python floats, so that no step waits for the device."""
 
     t: float
     alpha: float
@@ -74,9 +74,10 @@ def _levels(diffusion: Diffusion, steps: int) -> list[_Level]:
 
 
 def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
-    """From ``here`` to ``there`` as if ``x0`` were the clean signal all the way: x keeps its noise, rescaled.
+    """Step from level ``here`` to ``there``, assuming a constant estimate ``x0``; the noise in ``x`` is only rescaled.
 
-    The first-order step of DDIM and DPM-Solver++; as alpha and sigma are linear in t, it is Euler's step too.
+    This is the first-order step of DDIM and DPM-Solver++. It is Euler's step, too, because alpha and sigma are linear
+    in t.
     """
     ratio = there.sigma / here.sigma
     return ratio * x + (there.alpha - ratio * here.alpha) * x0
@@ -92,7 +93,7 @@ def _euler(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Te
 
 
 def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    """Algorithm 1 of Karras et al. 2022: the mean of the slopes at both ends, the last step by Euler."""
+    """Run algorithm 1 of Karras et al. 2022: average the slopes at both ends of a step; the last step is Euler's."""
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
         guess = _transfer(x, x0, here, there)
@@ -105,26 +106,26 @@ def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Ten
 
 
 def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -> Tensor:
-    """What the way from ``here`` to ``there`` adds, along the direction that ``x`` and its ``x0`` give at ``at``."""
+    """Return the increment of x from ``here`` to ``there`` along the ODE's slope for ``x`` and ``x0`` at ``at``."""
     noise = (x - at.alpha * x0) / at.sigma
     return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
 
 def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): x0 extrapolated in λ to the step's middle.
+    """Run DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): extrapolate x0 in λ to the step's middle.
 
-    Where λ is infinite, at alpha = 0 and at sigma = 0, there is nothing to extrapolate in and the step is of order 1.
+    At alpha = 0 and at sigma = 0, λ is infinite and x0 can't be extrapolated, so the step is of order 1.
     """
-    before: tuple[_Level, Tensor] | None = None
+    previous: tuple[_Level, Tensor] | None = None
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
-        ahead = x0
-        if before is not None and before[0].alpha > 0 and there.sigma > 0:
-            level_before, x0_before = before
-            half_ratio = (there.log_snr - here.log_snr) / (here.log_snr - level_before.log_snr) / 2
-            ahead = x0 + half_ratio * (x0 - x0_before)
-        x = _transfer(x, ahead, here, there)
-        before = here, x0
+        x0_middle = x0
+        if previous is not None and previous[0].alpha > 0 and there.sigma > 0:
+            previous_level, previous_x0 = previous
+            half_ratio = (there.log_snr - here.log_snr) / (here.log_snr - previous_level.log_snr) / 2
+            x0_middle = x0 + half_ratio * (x0 - previous_x0)
+        x = _transfer(x, x0_middle, here, there)
+        previous = here, x0
         yield x
 
 
@@ -144,16 +145,16 @@ def generate(
     sampling: Sampling,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Run the sampler once: noise (B, C, T) → x0 (B, C, T).
+    """Sample x0 (B, C, T) from D, starting from noise (B, C, T).
 
     Args:
         dit: D, called as `dit(x, t, **conditions)`.
-        diffusion: the formulation of D's weights.
+        diffusion: the formulation that D was trained with.
         noise_BCT: standard gaussian noise.
         conditions: D's conditions by the names of its arguments; empty for an unconditional sample. Classifier-free
-            guidance goes from D without any of them to D with all of them.
+            guidance compares D with all conditions to D without any.
         sampling: sampler, steps, guidance and temperature.
-        progress: called with the number of steps done and of all steps.
+        progress: called after every step with (steps done, steps).
     """
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every shape's dataclass: what the models are built from. Importing this module needs no torch."""
+"""The dataclasses of sizes and settings that the models are built from. Importing this module needs no torch."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ class DiTConfig:
     """Size and shape of a `DiT`."""
 
     channels: int = 128
-    """Latent channels, in and out."""
+    """Channels of the latents that the DiT takes and returns."""
     width: int = 384
     """Features of a token."""
     depth: int = 8
-    """Blocks in all, multi-stream and single-stream."""
+    """Total number of Transformer blocks, multi-stream and single-stream."""
     multistream_depth: int = 4
-    """How many of them, the first ones, are multi-stream; without text there are none."""
+    """Number of blocks, counted from the first, that are multi-stream; there are none if `text_width` is None."""
     heads: int = 6
-    """Attention heads; each has width / heads features."""
+    """Attention heads; each head has width / heads features."""
     hidden_width: int = 1536
-    """Features inside the MLPs; 4 × width by custom."""
+    """Features of the MLPs' hidden layer, usually 4 × width."""
     text_width: int | None = None
-    """Features of a text token as the text encoder gives them; None builds no text stream."""
+    """Features of a text token from the text encoder; None builds a DiT without a text stream."""
     text_tokens: int = 77
-    """Text tokens a caption always has: shorter ones are masked, and learned pad tokens stand in."""
+    """Text tokens per caption; learned pad tokens fill up shorter captions."""
     patch_size: int = 1
-    """Latent frames that make up one token."""
+    """Latent frames per token."""
     memory_tokens: int = 1
-    """Extra tokens in the latent stream, for what belongs to no frame; they share one learned vector."""
+    """Extra tokens in the latent stream for information that belongs to no frame; they share one learned vector."""
     rotary_width: int | None = None
-    """Features of a head that RoPE turns; the others don't know of positions. None turns all."""
+    """Features of a head that RoPE rotates; the other features carry no position. None rotates all features."""
     rotary_base: float = 10000.0
-    """RoPE's base: the slowest feature turns once in about 2π · base tokens."""
+    """RoPE's base: the slowest feature makes one turn in about 2π · base tokens."""
     rotary_span: int = 501
-    """Tokens over which the memory tokens are spread; longer inputs work."""
+    """Tokens over which the memory tokens are spread evenly; longer inputs work, too."""
     yarn_trained_tokens: int | None = None
-    """Tokens that RoPE spanned before YaRN stretched it to `rotary_span` (arXiv 2309.00071); None: not stretched."""
+    """Tokens that RoPE spanned before YaRN stretched it to `rotary_span` (arXiv 2309.00071); None does not stretch."""
     yarn_factor: float = 40.0
-    """By how much YaRN slows down RoPE's slowest frequencies."""
+    """Factor by which YaRN slows down RoPE's slowest frequencies."""
     time_features: int = 256
     """Fourier features of the noise level."""
     gated_skip: bool = False
-    """Whether the prediction is `output(h) + skip(h) · x`: what tokens are too narrow to carry passes around them, each
-    number weighed by what the tokens know. For small models with patches wider than `width`."""
+    """Whether the DiT predicts `output(h) + skip(h) · x`, where the tokens h gate each number of the input x. The skip
+    carries what the tokens are too narrow for, in small models whose patches are wider than `width`."""
     predicts_logvar: bool = False
-    """Whether there is `DiT.logvar`: a learned log-variance of the loss at a noise level (arXiv 2312.02696, eq. 14)."""
+    """Whether `DiT.logvar` is built: a learned log-variance of the loss at a noise level (arXiv 2312.02696, eq. 14)."""
 
     @property
     def head_width(self) -> int:
@@ -58,7 +58,7 @@ class DiTConfig:
 
     @property
     def multistream_blocks(self) -> int:
-        """Multi-stream blocks that are built: none without text."""
+        """Number of multi-stream blocks that are built: 0 without a text stream."""
         return 0 if self.text_width is None else self.multistream_depth
 
     def __post_init__(self) -> None:
@@ -76,11 +76,13 @@ class DiTConfig:
         elif self.rotary_width not in (None, *range(0, self.head_width + 1, 2)):
             yield f"rotary_width is {self.rotary_width}: take an even number up to {self.head_width}, the head width"
         if self.text_width is not None and not 0 <= self.multistream_depth <= self.depth:
-            yield f"multistream_depth is {self.multistream_depth}: give 0 to {self.depth}, the depth"
+            yield f"multistream_depth is {self.multistream_depth}: give a number from 0 to {self.depth}, the depth"
         if self.time_features < 2 or self.time_features % 2:
-            yield f"time_features is {self.time_features}: give an even number, as they are cosines and sines"
+            yield f"time_features is {self.time_features}: take an even number, for as many cosines as sines"
         if not 0 <= self.memory_tokens <= self.rotary_span:
-            yield f"memory_tokens is {self.memory_tokens}: give 0 to {self.rotary_span}, the rotary_span"
+            yield (
+                f"memory_tokens is {self.memory_tokens}: give a number from 0 to {self.rotary_span}, the rotary_span"
+            )
 
 
 STABLE_AUDIO_TEXT_TOKENS = 128
@@ -91,33 +93,33 @@ class StableAudioConfig:
     """Size and shape of a `StableAudioDiT`; the defaults are the public release's."""
 
     kind: str = "stable_audio"
-    """Tells these settings from another D's."""
+    """Marks these sizes as those of a `StableAudioDiT` in files; it is always `stable_audio`."""
     channels: int = 64
-    """Latent channels, in and out."""
+    """Channels of the latents that the DiT takes and returns."""
     depth: int = 24
-    """Blocks."""
+    """Number of Transformer blocks."""
     heads: int = 24
     """Attention heads."""
     head_width: int = 64
-    """Features of one."""
+    """Features of an attention head."""
     text_heads: int = 12
-    """Heads of keys and values in cross-attention, shared among the heads of queries."""
+    """Key and value heads in cross-attention; the query heads share them in groups."""
     cross_width: int = 768
-    """Features of what is cross-attended to."""
+    """Features of the keys' and values' input in cross-attention."""
     time_features: int = 256
     """Fourier features of the noise level."""
     text_width: int = 768
-    """Features of a text token, as the text encoder and its projection give them."""
+    """Features of a text token from the text encoder and its projection."""
     text_tokens: int = STABLE_AUDIO_TEXT_TOKENS
-    """Text tokens a caption always has: those that shorter ones lack are zeros."""
+    """Text tokens per caption; zeros fill up shorter captions."""
     seconds_features: int = 256
-    """Fourier features of the seconds that a sound begins at and lasts."""
+    """Fourier features of the start and the end of a sound in seconds."""
     shortest_seconds: float = 0.0
-    """Fewer are told as this."""
+    """Lower bound that start and end are clamped to, in seconds."""
     longest_seconds: float = 512.0
-    """More are told as this."""
+    """Upper bound that start and end are clamped to, in seconds."""
     frame_seconds: float = 2048 / 44100
-    """Seconds of a latent frame."""
+    """Duration of a latent frame in seconds."""
 
     @property
     def width(self) -> int:
@@ -126,7 +128,7 @@ class StableAudioConfig:
 
     @property
     def patch_size(self) -> int:
-        """Latent frames to a token."""
+        """Latent frames per token."""
         return 1
 
 
@@ -134,20 +136,20 @@ DecoderConfig = DiTConfig | StableAudioConfig
 
 
 def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """Sizes as `dataclasses.asdict` gave them; raises TypeError where a name is unknown."""
+    """Rebuild the config from what `dataclasses.asdict` returned for it; raise TypeError if a name is unknown."""
     kind = StableAudioConfig if values.get("kind") == "stable_audio" else DiTConfig
     return kind(**values)
 
 
 def block_counts(config: DecoderConfig) -> tuple[int, int]:
-    """How many Transformer blocks there are of each kind: multi-stream ones, then the others."""
+    """Return the number of multi-stream Transformer blocks and the number of all other blocks."""
     if isinstance(config, StableAudioConfig):
         return 0, config.depth
     return config.multistream_blocks, config.depth - config.multistream_blocks
 
 
 def with_blocks(config: DecoderConfig, counts: tuple[int, int]) -> DecoderConfig:
-    """The same sizes with so many blocks of each kind, at least one in all."""
+    """Return the same sizes with `counts` blocks, as `block_counts` counts them; at least one block remains."""
     depth = max(1, sum(counts))
     if isinstance(config, StableAudioConfig):
         return dataclasses.replace(config, depth=depth)
@@ -156,30 +158,30 @@ def with_blocks(config: DecoderConfig, counts: tuple[int, int]) -> DecoderConfig
 
 @dataclass
 class LatentEncoderConfig:
-    """Shapes of g and f."""
+    """Sizes of the latent encoder g and the upsampler f."""
 
     latent_channels: int = 128
-    """Channels of x0; those of the AudioAE."""
+    """Channels of the AudioAE's latents x0."""
     z_channels: int = 64
-    """Channels of z: 64 at every rate in the paper."""
+    """Channels of z; the paper uses 64 at every rate."""
     pooling: int = 9
-    """x0 frames to one z: at 100 Hz, 4 → 25 Hz (30×), 9 → 11.1 Hz (68×), 100 → 1 Hz (750×)."""
+    """Frames of x0 per vector z. At 100 Hz, 4 gives 25 Hz (30×), 9 gives 11.1 Hz (68×) and 100 gives 1 Hz (750×)."""
     patch_size: int = 1
-    """x0 frames to one token of g and f; 1 as in the paper, more is cheaper. Divides `pooling`."""
+    """Frames of x0 per token of g and f. The paper uses 1; more is cheaper. It must divide `pooling`."""
     width: int = 512
-    """Width of the Transformer blocks."""
+    """Features of a token in the Transformer blocks."""
     encoder_depth: int = 4
-    """Transformer blocks of g."""
+    """Number of Transformer blocks in g."""
     upsampler_depth: int = 2
-    """Transformer blocks of f."""
+    """Number of Transformer blocks in f."""
     heads: int = 8
-    """Attention heads; `width / heads` is even."""
+    """Attention heads; `width / heads` must be even."""
     magnitudes: bool = False
-    """Whether g sees |x0| beside x0. In latents that are signed spectra, as `spectral`'s, the magnitudes tell the sound
-    and the signs are noise; g would spend most of a short training on finding that out."""
+    """Whether g sees |x0| in addition to x0. In signed spectra, such as the latents of `spectral`, the sound is in the
+    magnitudes and the signs are noise; without |x0|, g spends most of a short training on learning that."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these shapes, a line each, with the mend."""
+        """Return one line for each problem with these sizes, which says how to fix it."""
         found = []
         if self.pooling % self.patch_size:
             divisors = [n for n in range(1, self.pooling + 1) if self.pooling % n == 0]
@@ -189,7 +191,7 @@ class LatentEncoderConfig:
             )
         if self.width % (2 * self.heads):
             found.append(
-                f"latent_encoder.width={self.width} is not a multiple of 2·heads: take {2 * self.heads} times a number"
+                f"latent_encoder.width={self.width} is not a multiple of 2·heads: take a multiple of {2 * self.heads}"
             )
         return found
 
@@ -201,19 +203,19 @@ class VocosConfig:
     latent_channels: int = 128
     """Channels of the latents."""
     width: int = 2048
-    """Features of a frame inside."""
+    """Features of a frame inside the encoder and the decoder."""
     hidden_width: int = 3072
-    """Features inside the blocks' MLPs."""
+    """Features of the MLPs' hidden layer."""
     encoder_depth: int = 8
-    """Blocks of the encoder."""
+    """Number of blocks in the encoder."""
     decoder_depth: int = 8
-    """Blocks of the decoder."""
+    """Number of blocks in the decoder."""
     n_fft: int = 960
-    """Samples of a spectral frame; at least twice the hop."""
+    """Length of an STFT frame in samples; at least twice the hop."""
     hop: int = 480
-    """Samples between two frames."""
+    """Samples from the start of one frame to the start of the next."""
     sample_rate: int = 48000
-    """Samples a second."""
+    """Samples per second."""
 
 
 @dataclass
@@ -223,58 +225,58 @@ class OobleckConfig:
     latent_channels: int = 64
     """Channels of the latents."""
     width: int = 128
-    """Features at the audio's own rate, in the decoder; the encoder has 2 · latent_channels."""
+    """Features of the decoder at the audio's sample rate; the encoder has 2 · latent_channels there."""
     multiples: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """By how much more they are after each stride."""
+    """Factors by which the number of features grows after each strided convolution."""
     strides: list[int] = field(default_factory=lambda: [2, 4, 4, 8, 8])
-    """Of the encoder's convolutions, each even; their product is the hop."""
+    """Strides of the encoder's convolutions, all even; their product is the hop."""
     audio_channels: int = 2
-    """Of the model: 2 is stereo."""
+    """Audio channels that the model takes and returns; 2 is stereo."""
     sample_rate: int = 44100
-    """Samples a second."""
+    """Samples per second."""
 
     @property
     def hop(self) -> int:
-        """Samples a latent frame stands for."""
+        """Samples per latent frame."""
         return math.prod(self.strides)
 
 
 @dataclass
 class Sampling:
-    """How D decodes."""
+    """Settings of D's sampler when it decodes."""
 
     sampler: str = "dpmpp"
     """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
     steps: int = 16
-    """Steps of the sampler; `heun` calls D twice a step."""
+    """Steps of the sampler; `heun` calls D twice per step, the others once."""
     guidance: float = 1.0
-    """Classifier-free guidance of z; 1: none."""
+    """Scale of classifier-free guidance by z; 1 turns guidance off."""
     temperature: float = 1.0
-    """By how much the noise is scaled that sampling starts from: below 1, decodes of the same codes differ less and
-    keep to the likely."""
+    """Factor on the noise that sampling starts from. Below 1, decodes of the same codes differ less and stay closer to
+    the most likely sound."""
 
 
 @dataclass
 class CodecConfig:
-    """What an SPresso is made of, next to the weights."""
+    """Everything that an SPresso is built from, except its weights."""
 
     autoencoder: dict[str, Any]
-    """Of the AudioAE: `kind`, `folder` (or None)."""
+    """`kind` and `folder` (or None) of the AudioAE."""
     latent_encoder: LatentEncoderConfig
     dit: DecoderConfig
     diffusion: dict[str, Any]
-    """`name` and `options` of the formulation."""
+    """`name` and `options` of the diffusion's formulation."""
     lora: dict[str, Any]
-    """`rank` and `alpha`."""
+    """`rank` and `alpha` of D's LoRA."""
     window: int
-    """x0 frames that g and D see at a time, a multiple of the pooling: the crop of training."""
+    """Frames of x0 that g and D see at once: the length of training's crops, a multiple of the pooling."""
     rates: list[int] = field(default_factory=list)
-    """Numbers of codebooks that D was finetuned for, the most first."""
+    """Numbers of codebooks that D was finetuned for, in descending order."""
     sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
-        """From what `dataclasses.asdict` gave."""
+        """Rebuild the config from what `dataclasses.asdict` returned for it."""
         parts = {"latent_encoder": LatentEncoderConfig, "sampling": Sampling}
         read = {name: part(**values[name]) for name, part in parts.items()}
         return cls(**values | read | {"dit": decoder_config(values["dit"])})

@@ -1,4 +1,4 @@
-"""Finite scalar quantization (arXiv 2309.15505): each number of z rounded to one of a few levels, nothing fitted."""
+"""Finite scalar quantization (arXiv 2309.15505): each number of z is rounded to one of a few fixed levels."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from models.quantizers.quantizer import Quantizer
 
 
 class FSQ(Quantizer):
-    """Each book stands for its own ``width / books`` dimensions, in as many levels each as its bits allow.
+    """Each book codes ``width / books`` dimensions of its own and shares its bits evenly among them.
 
-    Where bits do not divide evenly, the first dimensions of a book get one more. A number is squashed by the normal
-    distribution's function, which fills the levels evenly where z is normal, rounded, and put back at its level's
-    median. ``spread``, the deviation of each dimension, is learned, through the rounding (straight-through).
+    If the bits do not divide evenly, the first dimensions of a book get one more. A number is mapped by the normal CDF,
+    which fills the levels evenly if z is normal, is rounded to a level, and decodes to the median of that level.
+    ``spread``, the standard deviation of each dimension, is fitted and then learned.
 
-    It wastes what dimensions have in common, which a residual quantizer uses: for the same error it needs more bits.
-    A book that is left out decodes to the mean of its dimensions.
+    FSQ cannot exploit the correlation between dimensions, so it needs more bits than a residual quantizer for the same
+    error. A book that is left out decodes to the mean of its dimensions.
 
     Raises:
-        ValueError: a width that the books don't divide, besides what :class:`Quantizer` raises.
+        ValueError: ``books`` does not divide ``width``, or :class:`Quantizer` raises it.
     """
 
     kind = "fsq"
@@ -30,33 +30,33 @@ class FSQ(Quantizer):
         super().__init__(width, books, size)
         if width % books:
             divisors = [n for n in range(1, width + 1) if width % n == 0]
-            raise ValueError(f"fsq shares {width} dimensions among its books: take one of {divisors}, not {books}")
+            raise ValueError(f"fsq divides {width} dimensions among its books: take one of {divisors}, not {books}")
         bits, each = size.bit_length() - 1, width // books
         self.levels = [2 ** (bits // each + (dimension < bits % each)) for dimension in range(each)]
         self.spread = nn.Parameter(torch.ones(width))
 
     @torch.no_grad()
     def fit(self, vectors: Tensor, *, seed: int) -> None:
-        """Take mean and deviation of each dimension of ``vectors`` (N, width); ``seed`` changes nothing."""
+        """Set the mean and standard deviation of each dimension from ``vectors`` (N, width); ``seed`` has no effect."""
         self._set_statistics(vectors)
         deviation = self.standardise(vectors.to(self.mean.device)).std(dim=0, correction=0)
         self.spread.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
-        """Its codewords stay where they are."""
+        """Do nothing and return 0, because the levels are fixed."""
         return 0
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
-        """Codes ``(..., books)`` of ``z`` (..., width): the first books of them, whose codes depend on no other."""
+        """Return the codes ``(..., books)`` of ``z`` (..., width); no book's code depends on another book."""
         books = self._checked_books(books)
         with torch.autocast(z.device.type, enabled=False):
             levels, weights = self._levels_and_weights()
-            level = self._place(self.standardise(z)).mul(levels).floor().long().minimum(levels - 1)
+            level = self._quantile(self.standardise(z)).mul(levels).floor().long().minimum(levels - 1)
         return (level[..., :books, :] * weights).sum(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """``z_q`` (..., width) of ``codes`` (..., m): all the books or the first m of them."""
+        """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
         books = self._checked_books(codes.shape[-1])
         levels, weights = self._levels_and_weights()
         level = codes.unsqueeze(-1) // weights % levels
@@ -65,14 +65,14 @@ class FSQ(Quantizer):
         return self.restore(torch.cat([normal, missing], dim=-2).flatten(-2) * self.spread)
 
     def loss(self, z: Tensor) -> Tensor:
-        """Training's loss ``(N,)`` of ``z`` (N, width): the squared error with all books, a mean over width."""
+        """Return the training loss ``(N,)`` of ``z`` (N, width): the mean squared error with all books."""
         return (self.standardise(self.decode(self.encode(z))) - self.standardise(z)).square().mean(-1)
 
-    def _place(self, standardised: Tensor) -> Tensor:
-        """Where a number lies in its distribution, from 0 to 1, by books: (..., books, width / books)."""
+    def _quantile(self, standardised: Tensor) -> Tensor:
+        """Map standardised numbers by the normal CDF to (0, 1), grouped by book: (..., books, width / books)."""
         return torch.special.ndtr(standardised / self.spread).unflatten(-1, (self.books, -1))
 
     def _levels_and_weights(self) -> tuple[Tensor, Tensor]:
-        """Of each dimension of a book its levels, and what one of them counts in a code."""
+        """Return each dimension's number of levels in a book, and its place value in the book's code."""
         levels = torch.tensor(self.levels, device=self.spread.device)
         return levels, torch.cumprod(levels, 0) // levels

@@ -1,7 +1,7 @@
-"""QINCo2: residual quantization whose codebooks are computed from what is decoded so far (arXiv 2501.03078).
+"""QINCo2: residual quantization whose codebooks depend on what the earlier books decode to (arXiv 2501.03078).
 
 Shape suffixes: N vectors, M books, K codewords of a book, W width of a vector, E width inside the networks, B sequences
-of codes kept by the search, A candidates that it looks at.
+of codes in the beam, A candidates that the search evaluates.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SEARCH_NUMBERS = 2**23
 
 
 class ImplicitCodebook(nn.Module):
-    """f(c, x̂) = c + out(MLPs(in(c) + [in(c); x̂]·W)): a codeword c, adapted to what the books before it decode to.
+    """f(c, x̂) = c + out(MLPs(in(c) + [in(c); x̂]·W)): adapts a codeword c to x̂, the decoded sum of the earlier books.
 
-    Its last layer starts at zero, so that at first it is c itself, and the whole is the residual quantizer that its
-    codewords were fitted as.
+    The last layer is initialised to zero, so that f(c, x̂) = c at first and training starts from the residual quantizer
+    that the codewords were fitted for.
     """
 
     def __init__(self, width: int, embedding: int, hidden: int, depth: int) -> None:
         super().__init__()
         self.inward = nn.Linear(width, embedding, bias=False)
-        # the linear layer on the concatenation, in two parts: that of the codewords is one table for all vectors
+        # W is split in two, because the codewords' part can be computed once for all vectors
         self.of_codeword = nn.Linear(embedding, embedding, bias=False)
         self.of_estimate = nn.Linear(width, embedding)
         self.blocks = nn.ModuleList(
@@ -41,17 +41,17 @@ class ImplicitCodebook(nn.Module):
         nn.init.zeros_(self.outward.weight)
 
     def embedded(self, codewords: Tensor) -> Tensor:
-        """All that does not depend on the estimate: (..., W) → (..., E)."""
+        """Compute the part of the network that does not depend on the estimate x̂: (..., W) → (..., E)."""
         embedded = self.inward(codewords)
         return embedded + self.of_codeword(embedded)
 
     def forward(self, codewords: Tensor, embedded: Tensor, given: Tensor) -> Tensor:
-        """What codewords (..., W) stand for, (..., W).
+        """Return the adapted codewords f(c, x̂), (..., W).
 
         Args:
-            codewords: c.
+            codewords: c, (..., W).
             embedded: `embedded(c)`, (..., E).
-            given: `of_estimate(x̂)` of what was decoded before, (..., E).
+            given: `of_estimate(x̂)`, (..., E).
         """
         h = embedded + given
         for block in self.blocks:
@@ -60,14 +60,14 @@ class ImplicitCodebook(nn.Module):
 
 
 class QINCo2(Quantizer):
-    """Book after book, each computed by a network from the decoded sum of the ones before (arXiv 2501.03078).
+    """A network computes each book's codewords from the decoded sum of the earlier books (arXiv 2501.03078).
 
-    The search keeps `beam` sequences of codes. At each book a second, plain codebook orders all their continuations
-    (pre-selection, section 3.2), and the networks are asked about the best `candidates` alone. Unlike in the paper,
-    these are the best of all sequences together, not as many of each: a good sequence gets more of them, and a search
-    of the same error costs a fraction.
+    The search keeps a beam of `beam` sequences of codes. At each book, a second, plain codebook ranks all continuations
+    (pre-selection, section 3.2), and the network only evaluates the best `candidates`. Unlike in the paper, these are
+    the best over all sequences instead of an equal number for each sequence: good sequences get more candidates, which
+    makes a search with the same error several times cheaper.
 
-    Starts as a residual k-means. Any prefix of the codes decodes.
+    Training starts from a residual k-means. Any prefix of the codes can be decoded.
     """
 
     kind = "qinco2"
@@ -89,7 +89,7 @@ class QINCo2(Quantizer):
             if value < 1:
                 raise ValueError(f"a qinco2 quantizer needs {name} of at least 1, not {value}")
         if candidates < beam:
-            raise ValueError(f"a search that keeps {beam} sequences needs as many candidates, not {candidates}")
+            raise ValueError(f"a beam of {beam} sequences needs at least {beam} candidates, not {candidates}")
         self.beam, self.candidates = beam, candidates
         self.depth, self.embedding, self.hidden = depth, embedding, hidden
         self.codebooks = nn.Parameter(torch.zeros(books, size, width))
@@ -97,16 +97,16 @@ class QINCo2(Quantizer):
         self.steps = nn.ModuleList(ImplicitCodebook(width, embedding, hidden, depth) for _ in range(books - 1))
 
     def config(self) -> dict[str, Any]:
-        """What :func:`make_quantizer` builds this quantizer from, its weights aside."""
+        """Return the config from which :func:`make_quantizer` builds this quantizer without its weights."""
         own = ("beam", "candidates", "depth", "embedding", "hidden")
         return super().config() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
     def fit(self, vectors: Tensor, *, seed: int) -> None:
-        """Start as the residual k-means of ``vectors`` (N, width); the rest is learned by gradient, from `loss`.
+        """Initialise the codebooks by residual k-means on ``vectors`` (N, width); the networks learn from `loss`.
 
         Raises:
-            ValueError: vectors of another shape, not finite, or fewer than ``size``.
+            ValueError: ``vectors`` have another shape, are not finite, or are fewer than ``size``.
         """
         start = ResidualQuantizer(self.width, self.books, self.size).to(self.mean.device)
         start.fit(vectors, seed=seed)
@@ -117,24 +117,24 @@ class QINCo2(Quantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
-        """Codes ``(..., books)`` of ``z`` (..., width), chosen for that number of books; None takes all of them."""
+        """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
         books = self._checked_books(books)
         flat = self.standardise(z).reshape(-1, self.width)
         numbers = max(self.beam * (self.size + self.width), self.candidates * (self.hidden + 2 * self.embedding))
-        with torch.autocast(z.device.type, enabled=False):  # half precision would choose other codes
+        with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
             tables = [step.embedded(self.codebooks[book]) for book, step in self._networks(books)]
             codes = [self._search(part, tables) for part in flat.split(max(1, _SEARCH_NUMBERS // numbers))]
         return torch.cat(codes).reshape(*z.shape[:-1], books)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """``z_q`` (..., width) of ``codes`` (..., m): all the books or the first m of them."""
+        """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
         *_, estimate = self._estimates(codes)
         return self.restore(estimate)
 
     def loss(self, z: Tensor) -> Tensor:
-        """Training's loss ``(N,)`` of ``z`` (N, width): see :meth:`Quantizer.loss`, and as much of the pre-selection.
+        """Return the training loss ``(N,)`` of ``z`` (N, width): :meth:`Quantizer.loss` plus a pre-selection loss.
 
-        The latter is the error of each book's own plain codeword in place of the computed one.
+        The pre-selection loss of a book is the error if its plain codeword replaces the computed one.
         """
         x_NW, codes_NM = self.standardise(z), self.encode(z)
         total_N, before_NW = x_NW.new_zeros(len(x_NW)), torch.zeros_like(x_NW)
@@ -151,7 +151,7 @@ class QINCo2(Quantizer):
             codebook_KW[code] = codebook_KW[busy] + step_W
 
     def _estimates(self, codes: Tensor) -> list[Tensor]:
-        """What each prefix of ``codes`` (..., m) decodes to, (..., W), in the units of the codebooks."""
+        """Decode each prefix of ``codes`` (..., m) to a vector (..., W) in standardised units."""
         books = self._checked_books(codes.shape[-1])
         estimates = [F.embedding(codes[..., 0], self.codebooks[0])]
         for book, step in self._networks(books):
@@ -161,11 +161,11 @@ class QINCo2(Quantizer):
         return estimates
 
     def _networks(self, books: int) -> Iterator[tuple[int, ImplicitCodebook]]:
-        """The books but the first, of the first so many, each with its network."""
+        """Yield (book, network) for the books 1 … ``books`` - 1; the first book has no network."""
         return enumerate(islice(cast("Iterable[ImplicitCodebook]", self.steps), books - 1), 1)
 
     def _search(self, x_NW: Tensor, tables: list[Tensor]) -> Tensor:
-        """Codes (N, books) of ``x``; ``tables`` has what each step but the first embeds its codewords to."""
+        """Search the codes (N, books) of ``x``; ``tables`` holds each network's embedded codewords (K, E)."""
         last = len(tables)
         parent_NB, codes_NBM = nearest(x_NW.unsqueeze(1), self.codebooks[0], self.beam if last else 1)
         estimates_NBW, codes_NBM = self.codebooks[0][codes_NBM], codes_NBM.unsqueeze(-1)

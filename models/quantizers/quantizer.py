@@ -1,4 +1,4 @@
-"""z to codes and back: the quantizers, all nested, so that the first books of a code are a code of a lower rate."""
+"""The interface of the quantizers between z and codes. All are nested: the first books alone are a lower-rate code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _KINDS = {
     "fsq": ("models.quantizers.fsq", "FSQ"),
 }
 QUANTIZER_KINDS = tuple(_KINDS)
-"""Names of the quantizers that there are."""
+"""Names of the available quantizers."""
 
 
 class Quantizer(nn.Module, ABC):
-    """``books`` codes of ``log2 size`` bits for each vector of ``width`` numbers.
+    """Codes each vector of ``width`` numbers by ``books`` codes of ``log2 size`` bits.
 
-    Vectors are standardised first, by a mean per dimension and one standard deviation for all of them, which keeps the
-    meaning of distances; codebooks live in those units, and ``loss`` counts in them. Codes are int64 in [0, size).
+    Vectors are standardised first, with a mean per dimension and one standard deviation for all dimensions, which
+    preserves the ratios of distances. Codebooks and ``loss`` are in these units. Codes are int64 in [0, size).
 
     Raises:
-        ValueError: a size that is no power of two, or less than one book or dimension.
+        ValueError: ``size`` is not a power of two, or ``books`` or ``width`` is less than 1.
     """
 
     kind: ClassVar[str]
@@ -47,33 +47,34 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, vectors: Tensor, *, seed: int) -> None:
-        """Set the statistics and the codebooks from ``vectors`` (N, width), the same for the same seed."""
+        """Fit the statistics and the codebooks to ``vectors`` (N, width); the same seed gives the same result."""
 
     @abstractmethod
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
-        """Codes ``(..., books)`` of ``z`` (..., width), chosen for that number of books; None takes all of them."""
+        """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """``z_q`` (..., width) of ``codes`` (..., m): all the books or the first m of them."""
+        """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
 
     @abstractmethod
     def loss(self, z: Tensor) -> Tensor:
-        """Training's loss ``(N,)`` of ``z`` (N, width).
+        """Return the training loss ``(N,)`` of ``z`` (N, width).
 
-        The squared error of every prefix of the codes, summed over prefixes, a mean over width in standardised units.
-        Codes are found without gradient; what they stand for has it.
+        It is the squared error in standardised units, averaged over the width and summed over all prefixes of the
+        codes. The codes are found without gradient; the gradient flows through their decoding.
         """
 
     def forward(self, z: Tensor) -> Tensor:
-        """`loss`, by the call that wrappers of modules know."""
+        """Return `loss`, because wrappers of modules, such as DDP, only hook into `forward`."""
         return self.loss(z)
 
     @torch.no_grad()
     def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
-        """Move codewords that no code of ``vectors`` (N, width) has to where they are used; returns how many are left.
+        """Move codewords that no code of ``vectors`` (N, width) uses; return how many are still unused at the end.
 
-        Each goes beside the codeword of its book that is used most, halfway to what that one serves worst.
+        A book's unused codewords are paired with its most used ones. Each is moved next to its partner, halfway towards
+        the vector that the partner approximates worst.
         """
         x_NW, dead = self.standardise(vectors), 0
         for round_ in range(rounds + 1):
@@ -83,38 +84,40 @@ class Quantizer(nn.Module, ABC):
             if dead == 0 or round_ == rounds:
                 break
             for book in (used_MK == 0).any(dim=1).nonzero().flatten().tolist():
-                left_NW = x_NW - self.standardise(self.decode(codes_NM[:, : book + 1]))
+                errors_NW = x_NW - self.standardise(self.decode(codes_NM[:, : book + 1]))
                 unused = (used_MK[book] == 0).nonzero().flatten().tolist()
                 for code, busy in zip(unused, used_MK[book].topk(len(unused)).indices.tolist(), strict=True):
-                    served = left_NW[codes_NM[:, book] == busy]
-                    if len(served):
-                        self._split(book, code, busy, served[served.square().sum(dim=1).argmax()] / 2)
+                    own_errors = errors_NW[codes_NM[:, book] == busy]
+                    if len(own_errors):
+                        self._split(book, code, busy, own_errors[own_errors.square().sum(dim=1).argmax()] / 2)
         return dead
 
     def _split(self, book: int, code: int, busy: int, step_W: Tensor) -> None:
-        """Let a codeword be another one and a step."""
+        """Set codeword ``code`` of ``book`` to codeword ``busy`` plus ``step_W``."""
         raise NotImplementedError
 
     def bits(self, books: int | None = None) -> int:
-        """Bits a vector, with the first ``books`` books or all of them."""
+        """Return the bits per vector with the first ``books`` books; None counts all books."""
         return self._checked_books(books) * (self.size.bit_length() - 1)
 
     def config(self) -> dict[str, Any]:
-        """What :func:`make_quantizer` builds this quantizer from, its weights aside."""
+        """Return the config from which :func:`make_quantizer` builds this quantizer without its weights."""
         return {"kind": self.kind, "width": self.width, "books": self.books, "size": self.size}
 
     def standardise(self, z: Tensor) -> Tensor:
-        """``z`` (..., width) in the units of the codebooks."""
+        """Convert ``z`` (..., width) to the standardised units of the codebooks."""
         return (z.float() - self.mean) / self.scale
 
     def restore(self, standardised: Tensor) -> Tensor:
-        """The inverse of :meth:`standardise`."""
+        """Convert standardised units back to those of ``z``; the inverse of :meth:`standardise`."""
         return standardised * self.scale + self.mean
 
     def _checked_books(self, books: int | None) -> int:
         books = self.books if books is None else books
         if not 1 <= books <= self.books:
-            raise ValueError(f"this quantizer has {self.books} books: it cannot use {books}")
+            raise ValueError(
+                f"this quantizer has {self.books} books: give a number from 1 to {self.books}, not {books}"
+            )
         return books
 
     @torch.no_grad()
@@ -126,10 +129,10 @@ class Quantizer(nn.Module, ABC):
 
 
 def make_quantizer(config: dict[str, Any]) -> Quantizer:
-    """The quantizer that ``config`` tells of: its ``kind``, and the arguments of that class.
+    """Build a quantizer from ``config``, which holds its ``kind`` and the arguments of its class.
 
     Raises:
-        ValueError: an unknown kind, or arguments that it does not take.
+        ValueError: the kind is unknown, or its class does not take the arguments.
     """
     arguments = dict(config)
     kind = arguments.pop("kind", None)
@@ -143,7 +146,7 @@ def make_quantizer(config: dict[str, Any]) -> Quantizer:
 
 
 def nearest(residuals_NBW: Tensor, codebook_KW: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` nearest pairs of a residual and a codeword, of each row: their indices (N, A) in B and in K."""
+    """Find each row's ``count`` nearest (residual, codeword) pairs; return their indices (N, A) in B and in K."""
     # ‖r - c‖² = ‖r‖² - 2 r·c + ‖c‖²
     errors_NBK = residuals_NBW.square().sum(dim=-1, keepdim=True) + codebook_KW.square().sum(dim=-1)
     errors_NBK.sub_(F.linear(residuals_NBW, codebook_KW), alpha=2)
@@ -153,5 +156,5 @@ def nearest(residuals_NBW: Tensor, codebook_KW: Tensor, count: int) -> tuple[Ten
 
 
 def rows(table_NBX: Tensor, index_NA: Tensor) -> Tensor:
-    """Of each table (B, X) the rows at ``index``: (N, A, X)."""
+    """Gather the rows ``index_NA`` of each table (B, X) in ``table_NBX``: (N, A, X)."""
     return table_NBX.gather(1, index_NA.unsqueeze(-1).expand(-1, -1, table_NBX.shape[-1]))

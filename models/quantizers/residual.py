@@ -1,4 +1,4 @@
-"""Residual quantization with plain codebooks: the baseline, and what QINCo2 starts from."""
+"""Residual quantization with plain codebooks: a baseline, and the initialisation of QINCo2."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from models.quantizers.quantizer import Quantizer, nearest, rows
 logger = logging.getLogger(__name__)
 
 VECTORS_PER_CODEWORD = 40
-"""Fewer training vectors than this for each codeword of a book, and the codebooks fit the vectors, not their law."""
+"""With fewer training vectors than this per codeword of a book, the codebooks overfit the training vectors."""
 _SEARCH_NUMBERS = 2**23
 """Numbers in the largest tensor of a search: 32 MiB in float32."""
 _POINTS_PER_CENTROID = 256
-"""Vectors for each codeword beyond which k-means gains nothing; faiss's own default."""
+"""Training vectors per codeword; more than these do not improve k-means. This is faiss's own default."""
 
 
 class ResidualQuantizer(Quantizer):
-    """Book after book, each quantizing what the ones before it left; codes found by a beam search over the books.
+    """Each book quantizes the residual that the earlier books leave; a beam search over the books finds the codes.
 
-    The search is worth more than any other refinement: at 96 bits for 64 dimensions it takes a fifth off the error.
+    The search helps more than any other refinement: at 96 bits for 64 dimensions it reduces the error by a fifth.
     """
 
     kind = "residual"
@@ -37,23 +37,23 @@ class ResidualQuantizer(Quantizer):
         self.codebooks = nn.Parameter(torch.zeros(books, size, width))
 
     def config(self) -> dict[str, Any]:
-        """What :func:`make_quantizer` builds this quantizer from, its weights aside."""
+        """Return the config from which :func:`make_quantizer` builds this quantizer without its weights."""
         return super().config() | {"beam": self.beam}
 
     @torch.no_grad()
     def fit(self, vectors: Tensor, *, seed: int, fit_beam: int = 4, limit: int | None = None) -> None:
-        """Train the codebooks by faiss, on one thread: how many there are would change the result.
+        """Train the codebooks with faiss, on one thread because the number of threads changes the result.
 
         Args:
-            vectors: (N, width), of any device and dtype.
-            seed: of k-means and of the choice of vectors.
-            fit_beam: sequences of codes kept for each vector while training; the time grows with it. What a beam brings
-                in the search (see :meth:`encode`) it does not bring here: 4 is nearly as good as 32.
-            limit: at most this many vectors, drawn without replacement, are trained on; None takes 256 for each
-                codeword of a book, which is all that faiss's k-means looks at.
+            vectors: (N, width), on any device and in any dtype.
+            seed: the seed of k-means and of the choice of vectors.
+            fit_beam: sequences of codes kept for each vector during training, which takes longer with more. A wide beam
+                helps much less here than in :meth:`encode`: 4 is nearly as good as 32.
+            limit: the maximum number of vectors to train on, drawn without replacement; None takes 256 per codeword of
+                a book, as faiss's k-means uses no more.
 
         Raises:
-            ValueError: vectors of another shape, not finite, or fewer than ``size`` (after the limit).
+            ValueError: ``vectors`` have another shape, are not finite, or are fewer than ``size`` after the limit.
         """
         limit = _POINTS_PER_CENTROID * self.size if limit is None else limit
         self._check_vectors(vectors, limit)
@@ -67,20 +67,20 @@ class ResidualQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
-        """Codes ``(..., books)`` of ``z`` (..., width), chosen for that number of books; None takes all of them."""
+        """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
         codebooks = self.codebooks[: self._checked_books(books)].float()
         flat = self.standardise(z).reshape(-1, self.width)
         at_once = max(1, _SEARCH_NUMBERS // (self.beam * (self.size + self.width)))
-        with torch.autocast(z.device.type, enabled=False):  # half precision would choose other codes
+        with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
             codes = [_beam_search(part, codebooks, self.beam) for part in flat.split(at_once)]
         return torch.cat(codes).reshape(*z.shape[:-1], len(codebooks))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """``z_q`` (..., width) of ``codes`` (..., m): all the books or the first m of them."""
+        """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
         return self.restore(self._codewords(codes).sum(dim=-2))
 
     def loss(self, z: Tensor) -> Tensor:
-        """Training's loss ``(N,)`` of ``z`` (N, width); see :meth:`Quantizer.loss`."""
+        """Return the training loss ``(N,)`` of ``z`` (N, width); see :meth:`Quantizer.loss`."""
         prefixes_NMW = self._codewords(self.encode(z)).cumsum(dim=-2)
         error_NMW = prefixes_NMW - self.standardise(z).unsqueeze(-2)
         return error_NMW.square().mean(dim=-1).sum(dim=-1)
@@ -99,15 +99,15 @@ class ResidualQuantizer(Quantizer):
         if count < self.size:
             raise ValueError(f"{count} vectors cannot fill codebooks of {self.size}: add vectors or lower the size")
         if not torch.isfinite(vectors).all():
-            raise ValueError("the vectors to fit a quantizer on are not all finite: look at the run that made them")
+            raise ValueError("the vectors to fit a quantizer on are not all finite: check the run that produced them")
         if count < wanted:
             logger.warning(
-                "%d vectors are few for codebooks of %d, which will overfit: better %d", count, self.size, wanted
+                "%d vectors are few for codebooks of %d, which will overfit: use at least %d", count, self.size, wanted
             )
 
 
 def _beam_search(x_NW: Tensor, codebooks_MKW: Tensor, beam: int) -> Tensor:
-    """Codes (N, M) of ``x``: book by book, the ``beam`` sequences of codes with the least error so far are kept."""
+    """Search the codes (N, M) of ``x``, keeping the ``beam`` sequences with the least error after each book."""
     residuals_NBW, codes_NBM = x_NW.unsqueeze(1), x_NW.new_zeros((len(x_NW), 1, 0), dtype=torch.int64)
     for codebook_KW in codebooks_MKW:
         parent, code = nearest(residuals_NBW, codebook_KW, beam)
@@ -117,8 +117,8 @@ def _beam_search(x_NW: Tensor, codebooks_MKW: Tensor, beam: int) -> Tensor:
 
 
 def _faiss_codebooks(points: np.ndarray, books: int, size: int, *, seed: int, beam: int) -> np.ndarray:
-    """Codebooks (books, size, width) of ``points`` (N, width) by faiss's residual k-means with a beam."""
-    import faiss  # here, because only a fit needs it
+    """Fit codebooks (books, size, width) to ``points`` (N, width) by faiss's residual k-means with a beam."""
+    import faiss  # imported here because only `fit` needs it
 
     width = points.shape[1]
     quantizer = faiss.ResidualQuantizer(width, books, size.bit_length() - 1)
@@ -127,8 +127,8 @@ def _faiss_codebooks(points: np.ndarray, books: int, size: int, *, seed: int, be
     quantizer.max_mem_distances = 2**28
     quantizer.cp.seed = seed % 2**31
     quantizer.cp.max_points_per_centroid = _POINTS_PER_CENTROID
-    quantizer.cp.min_points_per_centroid = 1  # the caller has warned already
-    # Sums over threads come out in another order. One thread is also safe in a forked process, where more would hang.
+    quantizer.cp.min_points_per_centroid = 1  # `_check_vectors` has already warned
+    # With several threads, the order of summation varies, and a forked process would hang.
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

@@ -400,7 +400,7 @@ def test_formulations_are_made_by_name():
     ("name", "options", "message"),
     [
         ("vp", {}, "unknown diffusion 'vp': choose one of flow_matching, edm, v_prediction"),
-        ("edm", {"sigma": 1}, "no option 'sigma': it has sigma_data"),
+        ("edm", {"sigma": 1}, "no option 'sigma': its options are sigma_data"),
         ("flow_matching", {"logit_std": 0}, "logit_std=0 must be above 0"),
         ("edm", {"sigma_data": -1}, "sigma_data=-1 must be above 0"),
         ("edm", {"log_std": math.nan}, "log_std=nan must be above 0"),

@@ -258,7 +258,7 @@ def test_text_for_a_dit_without_text_is_refused():
 
 def test_frames_that_do_not_fill_the_patches_are_refused():
     dit = random_dit(dataclasses.replace(SMALL, patch_size=5))
-    with pytest.raises(ValueError, match="12 frames are no multiple of patch_size 5: crop or pad"):
+    with pytest.raises(ValueError, match="12 frames are not a multiple of patch_size 5: crop or pad"):
         dit(X, T)
 
 

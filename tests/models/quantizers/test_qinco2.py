@@ -172,5 +172,5 @@ def test_mistakes_are_refused():
     for name in ("beam", "candidates", "embedding", "hidden"):
         with pytest.raises(ValueError, match="at least 1"):
             make(**{name: 0})
-    with pytest.raises(ValueError, match="keeps 4 sequences needs as many candidates, not 3"):
+    with pytest.raises(ValueError, match="beam of 4 sequences needs at least 4 candidates, not 3"):
         make(candidates=3)

@@ -222,7 +222,7 @@ def test_few_vectors_warn_and_too_few_are_refused(caplog):
     quantizer = ResidualQuantizer(WIDTH, 2, SIZE)
     quantizer.fit(make_vectors(639), seed=0)
     assert [record.getMessage() for record in caplog.records] == [
-        "639 vectors are few for codebooks of 16, which will overfit: better 640"
+        "639 vectors are few for codebooks of 16, which will overfit: use at least 640"
     ]
     caplog.clear()
     quantizer.fit(make_vectors(640), seed=0)
