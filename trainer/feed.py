@@ -1,4 +1,4 @@
-"""A run's micro batches: what its config says of data, and where in the stream it is."""
+"""The micro batches of a training run, read from the data that its config names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.tasks import Task
 
 
 class Feed:
-    """This rank's micro batches, from any position of the stream on."""
+    """Reads this rank's micro batches from any position of the stream."""
 
     def __init__(
         self, config: Config, settings: TrainConfig, parallel: Parallel, *, errors: Path, stop: Stop | None = None
@@ -24,10 +24,10 @@ class Feed:
         data = config.data
         self.stop = stop or Stop()
         self.gave_up = False
-        """Whether a batch did not come before this rank was asked to leave: the step that it was for is void."""
+        """Whether this rank was asked to stop while it waited for a batch. The step of that batch is then void."""
         self.parallel, self.readers = parallel, data.readers
         self.parts = parallel.parts(settings.global_batch)
-        """Micro batches to a global batch on this rank."""
+        """Micro batches per global batch on this rank."""
         self.stream = LatentStream(
             training_sets(config),
             crop_frames=settings.crop_frames,
@@ -39,25 +39,25 @@ class Feed:
             max_damaged=data.max_damaged,
         )
         self.waited = 0.0
-        """Seconds spent waiting for batches since the log last asked."""
+        """Seconds spent waiting for batches since the log last reset this value."""
         self._batches: Generator[Batch | None] | None = None
 
     def require(self, task: Task) -> None:
-        """Read the conditions that the task wants, as far as the sets hold them.
+        """Check the latents against the task's autoencoder, and read those of the task's conditions that the sets hold.
 
         Raises:
-            ValueError: the latents are another autoencoder's than the task's, or a condition does not fit its D.
+            ValueError: the latents were made by another autoencoder, or a condition does not fit the task's D.
         """
         made_by, ours = self.stream.sets[0].info.ae_identity, task.autoencoder.identity()
         if made_by != ours:
             raise ValueError(
-                f"the latents in {self.stream.sets[0].location} are another autoencoder's ({made_by[:8]}, not "
-                f"{ours[:8]}): prepare them with this recipe's, or give that autoencoder"
+                f"the latents in {self.stream.sets[0].location} were made by another autoencoder ({made_by[:8]}, not "
+                f"{ours[:8]}): prepare them with this recipe's autoencoder, or set `autoencoder` to theirs"
             )
         self.stream.conditions = [reader for reader in task.conditions() if reader.found_in(self.stream.sets)]
 
     def begin(self, position: int) -> None:
-        """Go on with the global batch that begins there."""
+        """Start reading at the global batch that begins at `position`."""
         self.close()
         self.waited = 0.0
         parallel = self.parallel
@@ -72,10 +72,10 @@ class Feed:
         )
 
     def next(self) -> Batch:
-        """The next micro batch; it holds until the one after is asked for.
+        """Return the next micro batch; its `x0` is valid until the next call.
 
-        Where it does not come, and this rank is asked to leave, it is a blank one: the other ranks wait for this one in
-        the step's collectives, and come to know in the last that the step is void.
+        If this rank is asked to stop while it waits, the batch is blank. This rank still has to join the step's
+        collectives, because the other ranks wait in them; the last collective tells all ranks that the step is void.
         """
         assert self._batches is not None
         start = time.perf_counter()
@@ -87,20 +87,23 @@ class Feed:
         return batch
 
     def from_the_beginning(self, *, whole: bool = False) -> Iterator[Batch]:
-        """This rank's part of one global batch after another, or all of it; apart from the training's own."""
+        """Yield the global batches from position 0 on: this rank's share of each, or with `whole` all of its samples.
+
+        These reads do not affect the batches that `next` returns.
+        """
         rank, world_size = (0, 1) if whole else (self.parallel.rank, self.parallel.world_size)
         for step in itertools.count():
             yield self.stream.batch(step * self.stream.global_batch, rank=rank, world_size=world_size)
 
     def samples_at(self, position: int) -> dict[str, list[int]]:
-        """The ids of the whole global batch there, by the sets' locations."""
+        """Return the ids of the samples in the whole global batch at `position`, by the location of their set."""
         ids: dict[str, list[int]] = {}
-        for number, id_ in self.stream.dealt(position):
+        for number, id_ in self.stream.planned(position):
             ids.setdefault(self.stream.sets[number].location, []).append(id_)
         return ids
 
     def close(self) -> None:
-        """End the threads that read ahead."""
+        """Stop the threads that read ahead."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None

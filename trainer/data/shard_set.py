@@ -1,4 +1,4 @@
-"""A set of shards to read from: samples by their place in the index, each checked as it is read."""
+"""Reads a set of shards: samples are read by their row in the index, and each is checked against its checksum."""
 
 from __future__ import annotations
 
@@ -33,20 +33,27 @@ from trainer.data.shards import (
 
 _OPEN_FILES = 512  # shards that one process keeps open
 _LARGE_INDEX = 1 << 30  # bytes
-_GAP = 16 << 10  # bytes between two samples that are cheaper to read than to leave out
-_BUFFERS = 512  # to one read; Linux takes 1024
+_GAP = 16 << 10  # a gap of this many bytes between two samples is cheaper to read than to skip
+_BUFFERS = 512  # per read; Linux allows 1024
 
 
 class ShardSet:
-    """A folder of shards with its index, or one that lies elsewhere, by way of this node's cache.
+    """A local set, or a remote set that is read through this node's cache.
 
-    Attributes: `location`, the folder or its URL; `folder`, where the index is here; `info` (`SetInfo`); `shards`,
-    their names and bytes; `fingerprint`, a hash of all latents in their order; `index`, the rows; `total_frames`;
-    `shortest_frames` and `longest_frames`, of the clips; `has_audio`; `has_text`.
+    Attributes:
+        location: the set's folder or URL.
+        folder: the local folder with the index.
+        info: the facts that all samples share.
+        shards: (name, bytes) of each shard.
+        fingerprint: a hash of all latents in their order.
+        index: one row per sample.
+        total_frames: frames of all clips together.
+        shortest_frames, longest_frames: frames of the shortest and the longest clip.
+        has_audio, has_text: whether the samples have audio and text.
 
     Raises:
         NoSetError: the folder is not a set.
-        ValueError: its files are not those that its index was made from.
+        ValueError: the files in the folder do not match the set's index.
     """
 
     def __init__(self, folder: Path | ShardCache):
@@ -58,15 +65,15 @@ class ShardSet:
             description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
             self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
-            mend = "make the set with `spresso prepare`, or of tars that are there with `spresso index`"
-            raise NoSetError(f"{error.filename} is missing: {mend}") from error
+            remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
+            raise NoSetError(f"{error.filename} is missing: {remedy}") from error
         except ValueError as error:
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
         if description.pop("version", None) != SET_VERSION:
-            raise ValueError(f"{self.location}/set.json is of another version of this program: {MAKE_AGAIN}")
+            raise ValueError(f"{self.location}/set.json was written by another version of spresso: {MAKE_AGAIN}")
         shards = description.pop("shards")
         if strays := [shard["name"] for shard in shards if Path(shard["name"]).name != shard["name"]]:
-            raise ValueError(f"{self.location}/set.json names a shard outside of its folder: {strays[0]}")
+            raise ValueError(f"{self.location}/set.json names a shard outside of the set's folder: {strays[0]}")
         self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
         self.fingerprint: str = description.pop("fingerprint")
         samples: int = description.pop("samples")
@@ -81,65 +88,78 @@ class ShardSet:
             or self.index.shape != (samples,)
             or self.has_text != (self.info.text is not None)
         ):
-            raise ValueError(f"{self.location}/index.npy is not the one that set.json was written with: {MAKE_AGAIN}")
+            raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
         for name, size in self.shards if self._cache is None else ():
             try:
-                found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (there may be a hundred thousand)
+                found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (faster, for a hundred thousand shards)
             except FileNotFoundError:
                 raise ValueError(f"{folder}/{name} is missing: {MAKE_AGAIN}") from None
             if found != size:
-                raise ValueError(f"{folder}/{name} has {found} bytes, its index says {size}: {MAKE_AGAIN}")
+                raise ValueError(f"{folder}/{name} has {found} bytes, but set.json says {size}: {MAKE_AGAIN}")
         names = [f"{folder}/{name}" for name, _ in self.shards]
-        # a file that falls out closes when its last reader lets go of it
+        # A file that is evicted closes when its last reader releases it.
         self._open = lru_cache(_OPEN_FILES)(lambda shard: io.FileIO(names[shard]))
         if isinstance(self.index.base, mmap.mmap) and self.index.nbytes > _LARGE_INDEX:
-            self.index.base.madvise(mmap.MADV_RANDOM)  # what the kernel would read ahead of a row is of no use
+            self.index.base.madvise(mmap.MADV_RANDOM)  # rows are read at random, so the kernel's readahead is useless
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def mean_bytes(self) -> float:
-        """Of the latents of a sample."""
+        """The mean number of bytes in a sample's latents."""
         return 2 * self.info.latent_channels * self.total_frames / len(self)
 
     @property
     def paths(self) -> list[Path]:
-        """Of the shards, in their order."""
+        """The paths of the shards, in their order."""
         return [self.folder / name for name, _ in self.shards]
 
     def recomputed_fingerprint(self) -> str:
-        """What `fingerprint` is if the index is whole; reads all of it."""
+        """Compute the fingerprint from the whole index; it equals `fingerprint` if the index is intact."""
         return set_fingerprint(self.info, self.index)
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.float16]) -> dict[int, DamagedSample]:
-        """Read the latents of samples (B,) into rows of `out` (B, at least the longest one's C · frames values).
+        """Read the latents of samples into the rows of `out`.
 
-        The disk is read in one direction, and what lies close together in one go. Returns what could not be read, by
-        its row of `out`, which then holds anything.
+        Shards and offsets are read in rising order, and samples that are close together are read with one system call.
+
+        Args:
+            ids: (B,), the samples' rows in the index.
+            out: (B, n), n at least C · frames of the longest sample.
+
+        Returns:
+            The problem of each sample that could not be read, by its row of `out`. The content of such a row is
+            undefined.
         """
         rows = self.index[ids]
-        sound = well_formed(rows, self.info.latent_channels) & (rows["shard"] < len(self.shards))
-        problems = {row: self._index_damaged() for row in np.flatnonzero(~sound).tolist()}
-        places = np.lexsort((rows["x0_offset"], rows["shard"]))
-        places = places[sound[places]]
-        ordered = rows[places]
+        intact = well_formed(rows, self.info.latent_channels) & (rows["shard"] < len(self.shards))
+        problems = {row: self._index_damaged() for row in np.flatnonzero(~intact).tolist()}
+        # Sort the samples by their place on disk, and group those that are close together.
+        sequence = np.lexsort((rows["x0_offset"], rows["shard"]))
+        sequence = sequence[intact[sequence]]
+        ordered = rows[sequence]
         shard, begin, length = (ordered[name].astype(np.int64) for name in ("shard", "x0_offset", "x0_length"))
         gap = begin[1:] - (begin + length)[:-1]
-        apart = (shard[1:] != shard[:-1]) | (gap < 0) | (gap > _GAP)
-        cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
-        samples = list(zip(places.tolist(), begin.tolist(), length.tolist(), ordered["x0_crc32"].tolist(), strict=True))
+        separate = (shard[1:] != shard[:-1]) | (gap < 0) | (gap > _GAP)
+        cuts = [0, *(np.flatnonzero(separate) + 1).tolist(), len(sequence)]
+        columns = (sequence, begin, length, ordered["x0_crc32"])
+        samples = list(zip(*(column.tolist() for column in columns), strict=True))
+        # Read each group.
         buffer, stride = out.reshape(-1).view(np.uint8).data, out.strides[0]
         for first, last in pairwise(cuts):
             if last - first == 1 and self._read_one(int(shard[first]), samples[first], buffer, stride):
                 continue
-            for some in range(first, last, _BUFFERS // 2):
-                run = samples[some : min(last, some + _BUFFERS // 2)]
+            for start in range(first, last, _BUFFERS // 2):
+                run = samples[start : min(last, start + _BUFFERS // 2)]
                 problems |= self._read_run(int(shard[first]), run, buffer, stride)
         return problems
 
     def _read_one(self, shard: int, sample: tuple[int, int, int, int], buffer: memoryview, stride: int) -> bool:
-        """Whether a sample (row, offset, length, checksum) was read and is sound: the hot path of a shuffled order."""
+        """Read a sample (row, offset, length, checksum) of a local set; returns whether its checksum is right.
+
+        This is the hot path of a shuffled order. After a failure, `_read_run` finds out the reason.
+        """
         if self._cache is not None:
             return False
         row, offset, length, checksum = sample
@@ -152,7 +172,10 @@ class ShardSet:
     def _read_run(
         self, shard: int, run: list[tuple[int, int, int, int]], buffer: memoryview, stride: int
     ) -> dict[int, DamagedSample]:
-        """Samples (row, offset, length, checksum) that lie one behind another, by one read."""
+        """Read samples (row, offset, length, checksum) at rising offsets of a shard with one system call.
+
+        Returns the problem of each sample that could not be read, by its row.
+        """
         position = start = run[0][1]
         targets = []
         for row, offset, length, _ in run:
@@ -168,32 +191,32 @@ class ShardSet:
         problems = {}
         for row, offset, length, checksum in run:
             if offset + length - start > read:
-                problems[row] = self._damaged(shard, offset, "the shard ends too early")
+                problems[row] = self._damaged(shard, offset, "the shard is truncated")
             elif crc32(buffer[row * stride : row * stride + length]) != checksum:
                 problems[row] = self._damaged(shard, offset, "the checksum is wrong")
         return problems
 
     @property
     def cache(self) -> ShardCache | None:
-        """What a remote set's shards are fetched by."""
+        """The cache through which a remote set is read, or None for a local set."""
         return self._cache
 
     def shards_of(self, ids: NDArray[np.int64]) -> dict[int, int]:
-        """The shards that samples lie in, in the order of their first sample, with their bytes."""
+        """Return shard → bytes for all shards that hold these samples, in the order of each shard's first sample."""
         shards = self.index["shard"][ids]
-        known = shards[shards < len(self.shards)].tolist()  # a damaged index is reported where it is read
+        known = shards[shards < len(self.shards)].tolist()  # `read` reports a damaged index
         return {shard: self.shards[shard][1] for shard in dict.fromkeys(known)}
 
     def fetch(self, shard: int) -> None:
-        """Have a remote shard here, and used last; raises what reading it would raise."""
+        """Fetch a remote shard into the cache and mark it as just used; raises what reading the shard would raise."""
         with self._file(shard):
             pass
 
     def latents(self, ids: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.float16]]:
-        """x0 of each sample, float16 (C, T).
+        """Return x0 of each sample, float16 (C, T).
 
         Raises:
-            DamagedSample: a checksum is wrong, or the shard ends too early.
+            DamagedSample: a checksum is wrong, or the shard is truncated.
         """
         ids = np.asarray(ids, np.int64)
         frames = self.index["frames"][ids].tolist()
@@ -204,7 +227,7 @@ class ShardSet:
         return [row[: channels * count].reshape(channels, count) for row, count in zip(values, frames, strict=True)]
 
     def metadata(self, id_: int) -> dict[str, Any]:
-        """What `KEY.json` of a sample says; empty where there is none."""
+        """Return the content of a sample's `KEY.json`, or an empty dict if the sample has none."""
         row = self.index[id_]
         if not row["json_length"]:
             return {}
@@ -213,13 +236,13 @@ class ShardSet:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise self._damaged(row["shard"], row["json_offset"], f"no JSON: {error}") from error
+            raise self._damaged(row["shard"], row["json_offset"], f"its metadata is not JSON: {error}") from error
 
     def text(self, id_: int) -> NDArray[np.float16]:
-        """A sample's caption as D reads it, (tokens, width), in sets that hold text.
+        """Return a sample's caption as D reads it, (tokens, width), from a set that holds text.
 
         Raises:
-            DamagedSample: a checksum is wrong, or the shard ends too early or is away.
+            DamagedSample: the checksum is wrong, or the shard is truncated or missing.
         """
         assert self.info.text is not None
         row = self.index[id_]
@@ -231,14 +254,15 @@ class ShardSet:
         except (OSError, MissingFileError) as error:
             raise self._damaged(row["shard"], row["text_offset"], str(error)) from error
         if crc32(content) != row["text_crc32"]:
-            raise self._damaged(row["shard"], row["text_offset"], "the checksum of its text is wrong")
+            raise self._damaged(row["shard"], row["text_offset"], "the checksum of the text is wrong")
         return np.frombuffer(content, np.float16).reshape(-1, self.info.text["width"])
 
     def audio(self, id_: int) -> NDArray[np.float32]:
-        """The clip itself, (channels, samples), in sets that hold it."""
+        """Return a sample's audio, (channels, samples), from a set that holds audio."""
         if not self.has_audio:
             raise ValueError(
-                f"{self.location} holds latents without their audio, which figures need: add it as KEY.flac"
+                f"{self.location} holds latents without their audio, which evaluation needs: add each sample's audio "
+                f"to the tars as KEY.flac and run `spresso index`"
             )
         row = self.index[id_]
         with self._file(row["shard"]) as file:
@@ -265,10 +289,10 @@ class ShardSet:
 
 
 def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
-    """A set by its folder or its URL.
+    """Open a set by its folder or its URL.
 
     Raises:
-        ValueError: as `ShardSet` and `ShardCache` do.
+        ValueError: see `ShardSet` and `ShardCache`.
     """
     if not is_url(location):
         return ShardSet(Path(location))
@@ -276,10 +300,10 @@ def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
 
 
 def open_training_set(location: str, cache: CacheSettings | None = None) -> ShardSet:
-    """The `train/` of a folder or a URL, or, where that is a set itself, that.
+    """Open the set `train/` below a folder or a URL, or the folder or URL itself if that is a set.
 
     Raises:
-        ValueError: as `open_set` does.
+        ValueError: see `open_set`.
     """
     try:
         return open_set(f"{location.rstrip('/')}/train", cache)

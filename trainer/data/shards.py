@@ -1,12 +1,13 @@
-"""Shards: plain tar files of samples, with an index beside them.
+"""The shard format: plain tar files of samples, with an index next to them.
 
-A sample is `KEY.x0.npy` (float16, (C, T)), `KEY.json` (its metadata), where there is a text encoder `KEY.text.npy`
-(float16, (tokens, width): its caption as D reads it), and, in a held-out set, `KEY.flac` (its audio).
-Tars are USTAR with fixed times and owners, so equal samples make equal bytes; `tar` and WebDataset read them.
+A sample consists of `KEY.x0.npy` (its latents, float16, (C, T)) and `KEY.json` (its metadata). If the set holds text,
+`KEY.text.npy` is the sample's caption as D reads it (float16, (tokens, width)). In a held-out set, `KEY.flac` is the
+sample's audio. Tars are USTAR with fixed times and owners, so equal samples give equal bytes; `tar` and WebDataset can
+read them.
 
-A set is a folder of shards with two more files. `index.npy` is a structured array, one row a sample, mapped and not
-read: where its parts lie in which shard. `set.json` holds what is true of the whole set. Both are made from the tars
-alone (`scan_shard`, `write_index`).
+A set is a folder of shards and two more files. `index.npy` is a structured array with one row per sample, which gives
+the sample's shard and the offsets of its members; the array is memory-mapped. `set.json` describes the whole set. Both
+files can be made from the tars alone (`scan_shard`, `write_index`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from models.atomic_write import replacing, write_whole
 
-# Bytes from the start of the shard. x0 is the array's values alone, past the .npy header.
+# Offsets are bytes from the start of the shard. x0's offset and length leave out the .npy header.
 INDEX_ROW = np.dtype(
     [
         ("shard", "<u4"),
@@ -50,7 +51,7 @@ INDEX_ROWS = (
     np.dtype([*INDEX_ROW.descr, *_TEXT_COLUMNS]),
     np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS, *_TEXT_COLUMNS]),
 )
-"""Without more, with audio, with text, with both: it is all samples of a set or none."""
+"""Row types without audio and text, with audio, with text, and with both; all rows of a set have the same type."""
 _X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
@@ -59,42 +60,43 @@ MAKE_AGAIN = "restore it and run `spresso index` on the folder, or remove the se
 
 
 class DamagedSample(ValueError):
-    """What lies in a shard is not what the index says."""
+    """A shard's content differs from what the index says."""
 
 
 @dataclass(frozen=True)
 class SetInfo:
-    """What is true of every sample of a set."""
+    """The facts that all samples of a set share."""
 
     ae_identity: str
     """`AudioAE.identity()` of the autoencoder that made the latents."""
     ae_options: dict[str, Any]
-    """How to get it again: its kind and the like."""
+    """The options that load the autoencoder: its kind and so on."""
     sample_rate: int
     """Hz."""
     hop: int
-    """Audio samples a frame of latents."""
+    """Audio samples per frame of latents."""
     latent_channels: int
     clip_seconds: float
     prepared: dict[str, Any] = field(default_factory=dict)
-    """What the set was made from and how, so that making it again can tell whether it is there."""
+    """The sources and settings that the set was made with, by which `prepare` recognizes a finished set."""
     text: dict[str, Any] | None = None
-    """Of sets with text: `encoder`, the identity of what made it; `tokens`, the most that a caption has; `width`."""
+    """In sets with text: `encoder`, the text encoder's identity; `tokens`, the maximum per caption; `width`. Otherwise
+    None."""
 
 
 class ShardWriter:
     """Writes samples one after another into the tars `PREFIX00000.tar`, `PREFIX00001.tar`, … of a folder.
 
-    A tar is complete, and appears, before it would grow over `max_bytes` and at the end of the `with` block; an
-    exception in the block leaves nothing of the one under way.
+    A new tar begins before the current one would exceed `max_bytes`. A tar gets its final name only once it is
+    complete; an exception in the `with` block deletes the unfinished tar.
     """
 
     def __init__(self, folder: Path, *, prefix: str = "", max_bytes: int = 64 << 20):
         self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
         self.names: list[str] = []
-        """The shards begun so far."""
+        """The names of the shards begun so far."""
         self._tar: tarfile.TarFile | None = None
-        self._under_way = ExitStack()
+        self._open_files = ExitStack()
 
     def write(
         self,
@@ -111,11 +113,11 @@ class ShardWriter:
             ValueError: the key is not 1 to 80 ASCII letters, digits, - and _; or an array is not a float16 matrix.
         """
         if not (key.isascii() and key.replace("-", "a").replace("_", "a").isalnum() and len(key) <= 80):
-            raise ValueError(f"the sample key {key!r} is not 1 to 80 ASCII letters, digits, - and _")
+            raise ValueError(f"the sample key {key!r} must be 1 to 80 ASCII letters, digits, - and _")
         if x0_CT.dtype != np.float16 or x0_CT.ndim != 2:
-            raise ValueError(f"{key}: x0 is stored as float16 (C, T), not {x0_CT.dtype} {x0_CT.shape}")
+            raise ValueError(f"{key}: x0 must be float16 (C, T), not {x0_CT.dtype} {x0_CT.shape}")
         if text_NE is not None and (text_NE.dtype != np.float16 or text_NE.ndim != 2):
-            raise ValueError(f"{key}: text is stored as float16 (tokens, width), not {text_NE.dtype} {text_NE.shape}")
+            raise ValueError(f"{key}: text must be float16 (tokens, width), not {text_NE.dtype} {text_NE.shape}")
         members = {_X0: _npy(x0_CT), _JSON: json.dumps(metadata, ensure_ascii=False).encode()}
         members |= {_TEXT: _npy(text_NE)} if text_NE is not None else {}
         members |= {_FLAC: flac} if flac else {}
@@ -127,12 +129,12 @@ class ShardWriter:
 
     def _tar_with_room_for(self, size: int) -> tarfile.TarFile:
         if self._tar is None or self._tar.offset + size + tarfile.RECORDSIZE > self.max_bytes:
-            self._under_way.close()
+            self._open_files.close()
             self.names.append(f"{self.prefix}{len(self.names):05d}.tar")
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self._under_way.enter_context(replacing(self.folder / self.names[-1]))
+            partial = self._open_files.enter_context(replacing(self.folder / self.names[-1]))
             tar = tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (the stack closes it)
-            self._tar = self._under_way.enter_context(tar)
+            self._tar = self._open_files.enter_context(tar)
         return self._tar
 
     def __enter__(self) -> Self:
@@ -141,15 +143,15 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._under_way.__exit__(kind, error, traceback)
+        self._open_files.__exit__(kind, error, traceback)
         self._tar = None
 
 
 def scan_shard(path: Path) -> NDArray[np.void]:
-    """Find every sample of a tar: its index rows, with shard 0, in the order of the samples' first members.
+    """Return the index rows of all samples of a tar, with shard 0, in the order of the samples' first members.
 
-    As WebDataset has it, a member's name is a key and, from the first dot on, what the member is. Metadata may be
-    missing; latents may not.
+    As in WebDataset, a member's name is its sample's key up to the first dot, and its kind after that dot. Metadata may
+    be missing; latents may not.
 
     Raises:
         ValueError: the tar is broken, a sample is incomplete, or its x0 is not a float16 matrix in C order.
@@ -158,7 +160,7 @@ def scan_shard(path: Path) -> NDArray[np.void]:
 
 
 def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> NDArray[np.void]:
-    """The rows of `scan_shard`, from what `find_members` found."""
+    """Return the rows of `scan_shard` for the members that `find_members` found."""
     more = [kind for kind in (_FLAC, _TEXT) if any(kind in members for members in samples.values())]
     kinds = [_X0, *more]
     rows = np.zeros(len(samples), INDEX_ROWS[(_FLAC in kinds) + 2 * (_TEXT in kinds)])
@@ -182,7 +184,7 @@ def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]])
 
 
 def text_width(path: Path) -> int | None:
-    """Features of a text token in a shard, by its first sample with text; None where there is none."""
+    """Return the features per text token of the shard's first sample with text, or None if no sample has text."""
     with path.open("rb") as file:
         for key, members in find_members(path).items():
             if _TEXT in members:
@@ -191,7 +193,7 @@ def text_width(path: Path) -> int | None:
 
 
 def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key → kind → (offset, length) of a tar's files."""
+    """Return key → kind → (offset, length) in bytes for all files of a tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -206,9 +208,9 @@ def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 members[kind.lower()] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole tar file: {error}") from error
-    with path.open("rb") as file:  # cut off between two members, a tar looks like a shorter one
+    with path.open("rb") as file:  # tarfile accepts a tar that was truncated between two members
         if pread(file, max(0, path.stat().st_size - len(_END)), len(_END)) != _END:
-            raise ValueError(f"{path} is not a whole tar file: it has no end")
+            raise ValueError(f"{path} is not a whole tar file: its end-of-archive marker is missing")
     return samples
 
 
@@ -219,11 +221,11 @@ def _npy(values: NDArray[np.float16]) -> bytes:
 
 
 def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[tuple[int, int], int, int]:
-    """Shape, offset and length of the values of a .npy that lies at `offset`."""
+    """Return shape, offset and length of the values of the .npy member at `offset`; the last three are in bytes."""
     header = io.BytesIO(pread(file, offset, min(length, 512)))
     try:
         if np.lib.format.read_magic(header) != (1, 0):
-            raise ValueError("not version 1.0 of the format")
+            raise ValueError("its format version is not 1.0")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
     except ValueError as error:
         raise ValueError(f"{name} is not a .npy array: {error}") from error
@@ -234,31 +236,31 @@ def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[t
 
 
 def pread(file: BinaryIO | io.FileIO, offset: int, length: int) -> bytes:
-    """Bytes of a file, fewer where it ends."""
+    """Read `length` bytes at `offset`, or fewer at the end of the file."""
     return os.pread(file.fileno(), int(length), int(offset))
 
 
 def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.void]]) -> None:
-    """Make a folder of shards a set: write its `index.npy`, then its `set.json`.
+    """Make a folder of shards a set: write `index.npy`, then `set.json`.
 
     Args:
-        folder: holds the shards.
-        info: what is true of every sample.
-        shards: shard name → its rows by `scan_shard`, in the set's order.
+        folder: the folder with the shards.
+        info: the facts that all samples share.
+        shards: shard name → its rows from `scan_shard`, in the set's order.
 
     Raises:
-        ValueError: there is no sample, only some of them have audio or text, or the latents have other channels or the
-            text another width.
+        ValueError: there are no samples, only some samples have audio or text, or the latents' channels or the text's
+            width differ from `info`.
     """
     if not any(len(rows) for rows in shards.values()):
         raise ValueError(f"there is no sample to index in {folder}")
     if len({rows.dtype for rows in shards.values()}) > 1:
-        raise ValueError(f"some shards of {folder} have audio or text and some have none: it is all or none in a set")
+        raise ValueError(f"some shards of {folder} have audio or text and others have none: all must have the same")
     index = np.concatenate(list(shards.values()))
     if not well_formed(index, info.latent_channels).all():
-        raise ValueError(f"not all latents in {folder} have {info.latent_channels} channels, as they should")
+        raise ValueError(f"some latents in {folder} do not have {info.latent_channels} channels")
     if "text_tokens" in (index.dtype.names or ()) and (info.text is None or not text_fits(index, info.text).all()):
-        raise ValueError(f"not all text in {folder} is of up to {info.text}, as it should")
+        raise ValueError(f"some text in {folder} does not fit the tokens and width in {info.text}")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
     description = {
         "version": SET_VERSION,
@@ -279,7 +281,7 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
 
 
 def set_fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
-    """A hash of all latents, and of their text, in their order, from their index."""
+    """Return a hash of all latents and texts, in their order, computed from the checksums in the index."""
     digest = blake2b(info.ae_identity.encode(), digest_size=16)
     for column in ("frames", "x0_crc32", *(["text_crc32"] if "text_crc32" in (index.dtype.names or ()) else [])):
         digest.update(index[column].tobytes())
@@ -287,11 +289,11 @@ def set_fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
 
 
 def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
-    """Whether each row's length is that of its frames."""
+    """Whether the latents' length of each row fits its number of frames."""
     return rows["x0_length"] == np.uint64(2 * channels) * rows["frames"]
 
 
 def text_fits(rows: NDArray[np.void], text: Mapping[str, Any]) -> NDArray[np.bool]:
-    """Whether each row's text has so many bytes as its tokens have, and no more tokens than a caption may."""
+    """Whether each row's text length fits its number of tokens, which is at most the maximum per caption."""
     whole = rows["text_length"] == np.uint64(2 * text["width"]) * rows["text_tokens"]
     return whole & (rows["text_tokens"] <= text["tokens"])

@@ -1,4 +1,4 @@
-"""Batches of random crops: each a pure function of how many samples were seen before it."""
+"""Batches of random crops: each batch is a pure function of the number of samples seen before it."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from trainer.data.shard_set import ShardSet
 from trainer.inputs import Inputs
 from trainer.randomness import bits, keys
 
-_DEALT = 4096  # samples whose places are computed at once
-_LOOK_UP = 0.25  # seconds between two looks whether to wait on for a batch
+_PLANNED_AT_ONCE = 4096  # samples
+_POLL_SECONDS = 0.25  # between two calls of `give_up` while a batch is awaited
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Inputs):
-    """A micro batch as it is read: what a module takes, and which samples it holds."""
+    """A micro batch as it is read: a module's inputs, and the ids of the samples in them."""
 
     ids: Tensor
-    """(b,), int64: the samples' places in their set."""
+    """(b,), int64: each sample's index in its set."""
     sets: Tensor
-    """(b,), int64: which of the stream's sets each is from."""
+    """(b,), int64: the number of the stream's set that each sample is from."""
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How samples are mixed; the fields are `Order`'s, with the window in samples or in MiB."""
+    """How samples are shuffled. The fields are those of `Order`; the window is given in samples or in MiB."""
 
     kind: str = "windowed"
     block: int = 64
@@ -49,7 +49,7 @@ class Shuffle:
     lanes: int = 64
 
     def order(self, shard_set: ShardSet, seed: int, part: Part | None = None) -> Order:
-        """The order of a set, or of a part of it."""
+        """Return the order of a set, or of a part of the set."""
         part = part or Part(0)
         window = self.window or max(self.block * self.lanes, int(self.window_mib * 2**20 / shard_set.mean_bytes))
         fingerprint = shard_set.fingerprint + (f":{part.frames}" if part.ids is not None else "")
@@ -57,23 +57,23 @@ class Shuffle:
 
 
 class LatentStream:
-    """The endless stream of one set's samples, or of several sets' by weights; each epoch of a set in another order.
+    """The endless stream of the samples of one set, or of several weighted sets, with a new order in every epoch.
 
-    The global batch after n samples is positions n … n + global_batch - 1, whatever number of ranks and parts it is cut
-    into, so n is all there is to save. A rank takes every world_size-th of them.
+    The global batch after n samples consists of positions n … n + global_batch - 1, whatever the number of ranks and
+    micro batches, so n is the only state to save. Each rank takes every world_size-th position.
 
-    Samples are cropped to `crop_frames`. With `buckets`, lengths below that, a batch has the length of one of them or
-    `crop_frames`: it holds samples that are as long at most, and longer than the next smaller one, and a mask tells
-    their frames from the padding. It is then of one set; which one, goes by the weights.
+    Samples are cropped to `crop_frames`. `buckets` are shorter lengths, in frames: with them, each batch holds samples
+    of one set and one bucket, padded to the bucket's length, and a mask tells real frames from padding. A sample
+    belongs to the smallest bucket that it fits in; longer samples are cropped to `crop_frames`.
 
-    `conditions` are read beside the latents, from those of the sets that hold them.
+    `conditions` are read together with the latents, from the sets that hold them.
 
-    A sample that can't be read is replaced by the next of its lane, which is the same on every rank; what is random
-    about it is still that of its place. Such samples are written to `errors`, a line of JSON each.
+    A sample that can't be read is replaced by the next sample of its lane, which is the same on every rank. The
+    replacement uses the random numbers of the position. Damaged samples are logged to `errors` as lines of JSON.
 
     Raises:
-        ValueError: a crop is longer than the shortest clip and there are no buckets; the sets' latents are not of one
-            kind; or (while reading) more than the fraction `max_damaged` of a set can't be read.
+        ValueError: `crop_frames` exceeds the shortest clip and there are no buckets; the sets' latents were made by
+            different autoencoders; or (while reading) more than the fraction `max_damaged` of a set can't be read.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LatentStream:
         self.crop_frames, self.global_batch, self.seed = crop_frames, global_batch, seed
         lengths = sorted({length for length in buckets if 0 < length < crop_frames} | {crop_frames})
         if global_batch < 1:
-            raise ValueError(f"the global batch is at least 1, not {global_batch}")
+            raise ValueError(f"global_batch must be at least 1, not {global_batch}")
         self._padded = bool(buckets)
         self.conditions: list[ConditionReader] = []
         for shard_set in self.sets:
@@ -103,27 +103,28 @@ class LatentStream:
         parts = {shard_set: cut(shard_set, lengths if self._padded else [crop_frames]) for shard_set in self.sets}
         self._readers = [
             Reader(shard_set, part, shuffle.order(shard_set, seed, part), damage)
-            for shard_set, of_set in parts.items()
-            for part in of_set
+            for shard_set, set_parts in parts.items()
+            for part in set_parts
         ]
-        self._first_reader = list(accumulate(map(len, parts.values()), initial=0))  # of each set
+        self._first_reader = list(accumulate(map(len, parts.values()), initial=0))  # the first reader of each set
         self._mixture = Mixture(tuple(weights.values()), seed, lanes=1 if self._padded else shuffle.lanes)
         self._buckets = [
-            Buckets(tuple(part.samples(shard_set) for part in of_set), global_batch, seed)
-            for shard_set, of_set in parts.items()
+            Buckets(tuple(part.samples(shard_set) for part in set_parts), global_batch, seed)
+            for shard_set, set_parts in parts.items()
         ]
 
     def _check(self, shard_set: ShardSet) -> None:
         shortest, first = shard_set.shortest_frames, self.sets[0]
         if self.crop_frames < 1 or (self.crop_frames > shortest and not self._padded):
             raise ValueError(
-                f"crops of {self.crop_frames} frames don't fit the clips of {shard_set.location}, {shortest} frames:"
-                f" take crops of 1 to {shortest} frames, prepare longer clips, or give data.buckets=[…]"
+                f"crops of {self.crop_frames} frames don't fit the shortest clip of {shard_set.location}, which has"
+                f" {shortest} frames: take crops of 1 to {shortest} frames, prepare longer clips, or give"
+                f" data.buckets=[…]"
             )
         if shard_set.info.ae_identity != first.info.ae_identity:
             raise ValueError(
                 f"{shard_set.location} and {first.location} hold latents of two autoencoders, which can't be mixed: "
-                f"prepare both with one"
+                f"prepare both sets with the same autoencoder"
             )
 
     def batch(
@@ -136,31 +137,33 @@ class LatentStream:
         parts: int = 1,
         out: Tensor | None = None,
     ) -> Batch:
-        """A rank's micro-batch `part` of the global batch after `samples_seen` samples.
+        """Read micro batch `part` of one rank, of the global batch that begins after `samples_seen` samples.
 
         Args:
-            samples_seen: where in the stream.
-            rank: this one of `world_size`.
-            world_size: ranks that share the global batch.
-            part: this one of `parts` that the rank takes one after another.
-            parts: micro-batches to a global batch on each rank.
-            out: float16, contiguous, of at least b · C · crop_frames numbers: where `x0` is to lie; None: in memory of
-                its own.
+            samples_seen: the position in the stream.
+            rank: the rank, 0 … world_size - 1.
+            world_size: the number of ranks that share the global batch.
+            part: the micro batch, 0 … parts - 1.
+            parts: micro batches per global batch on each rank.
+            out: the buffer for `x0`, float16, contiguous, at least b · C · crop_frames values; None allocates one.
 
         Raises:
-            ValueError: the global batch can't be cut into world_size · parts equal micro-batches, or too much is
-                damaged.
+            ValueError: the global batch can't be split into world_size · parts equal micro batches, or too many
+                samples are damaged.
         """
         size = self._part_size(samples_seen, world_size, parts)
         positions = samples_seen + rank + world_size * np.arange(part * size, (part + 1) * size)
         if out is None:
             out = self._buffer(size, pinned=False)
-        return self._read(self._deal(positions), out)
+        return self._read(self._plan(positions), out)
 
-    def dealt(self, samples_seen: int) -> list[tuple[int, int]]:
-        """Number of the set, and id in it, of each sample of the global batch there, as planned; reads none of them."""
-        deal = self._deal(samples_seen + np.arange(self.global_batch))
-        return list(zip(self._set_of(deal).tolist(), deal.ids.tolist(), strict=True))
+    def planned(self, samples_seen: int) -> list[tuple[int, int]]:
+        """Return (set number, sample id) for each sample of the global batch at a position, without reading them.
+
+        Damaged samples are listed too, not their replacements.
+        """
+        plan = self._plan(samples_seen + np.arange(self.global_batch))
+        return list(zip(self._sets_of(plan).tolist(), plan.ids.tolist(), strict=True))
 
     def iterate(
         self,
@@ -174,42 +177,42 @@ class LatentStream:
         threads: int = 1,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Generator[Batch | None]:
-        """All of a rank's micro-batches from there on, without end, read ahead by threads (0: none, and not ahead).
+        """Yield a rank's micro batches from `samples_seen` on, without end.
 
-        One that has not come when `give_up` says so is waited for no longer: None is given, and nothing after it.
+        `threads` threads read `ahead` batches in advance; with 0 threads, each batch is read when it is requested.
+        If `give_up` returns true while a batch is awaited, the iterator yields None and ends.
 
-        Remote shards are fetched ahead too, as far as the half of the cache reaches that is for what comes, shared
-        among the node's `local_ranks`.
+        Shards of remote sets are prefetched into at most half of the cache, shared equally by the node's `local_ranks`.
 
-        A batch's `x0` holds until the next batch is asked for: then its memory (pinned, where there is CUDA) is used
-        again. The threads end when the iterator is closed, dropped or raises.
+        A batch's `x0` is valid until the next batch is requested; then its buffer (pinned, if there is CUDA) is reused.
+        The threads end when the iterator is closed, is garbage collected or raises.
         """
         size, ahead = self._part_size(samples_seen, world_size, parts), ahead if threads else 0
         buffers = [self._buffer(size) for _ in range(ahead + 1)]
-        work = zip(self._deals(samples_seen, rank, world_size, size), cycle(buffers), strict=False)
-        fetching = self._fetch_ahead(samples_seen, rank, world_size, local_ranks)
-        with fetching as fetch, _Readers(threads or 1, give_up) as pool, self._interrupted_at_the_end():
-            fetch(0)
-            under_way = deque(pool.submit(self._read, *item) for item in islice(work, ahead))
+        work = zip(self._plans(samples_seen, rank, world_size, size), cycle(buffers), strict=False)
+        prefetching = self._prefetching(samples_seen, rank, world_size, local_ranks)
+        with prefetching as prefetch, _ReaderPool(threads or 1, give_up) as pool, self._interrupt_remotes_at_exit():
+            prefetch(0)
+            pending = deque(pool.submit(self._read, *item) for item in islice(work, ahead))
             for number, item in enumerate(work):
                 if threads:
-                    under_way.append(pool.submit(self._read, *item))
-                batch = _awaited(under_way.popleft(), give_up) if threads else self._read(*item)
+                    pending.append(pool.submit(self._read, *item))
+                batch = _wait_for(pending.popleft(), give_up) if threads else self._read(*item)
                 yield batch
                 if batch is None:
                     return
-                fetch(number // parts)
+                prefetch(number // parts)
 
     def blank(self, size: int) -> Batch:
-        """A micro-batch in which there is nothing."""
+        """Return a micro batch of zeros."""
         x0_BCT, zeros_B = self._buffer(size, pinned=False).zero_(), torch.zeros(size, dtype=torch.int64)
         return Batch(x0=x0_BCT, positions=zeros_B, ids=zeros_B, sets=zeros_B, conditions=self._blank_conditions(size))
 
     @contextmanager
-    def _fetch_ahead(
+    def _prefetching(
         self, samples_seen: int, rank: int, world_size: int, local_ranks: int
     ) -> Iterator[Callable[[int], None]]:
-        """What is to be told each step, counted from `samples_seen`."""
+        """Prefetch remote shards; yields a function to call with each step's number, counted from `samples_seen`."""
         caches = [shard_set.cache for shard_set in self.sets if shard_set.cache is not None]
         if not caches:
             yield lambda step: None
@@ -217,14 +220,14 @@ class LatentStream:
         settings = caches[0].settings
         needs = self._needs(samples_seen, rank, world_size)
         share = settings.limit // (2 * local_ranks)
-        with FetchAhead(needs, share=share, fetchers=settings.fetchers) as fetching:
-            yield fetching.to
+        with FetchAhead(needs, share=share, fetchers=settings.fetchers) as fetch_ahead:
+            yield fetch_ahead.to
         for cache in caches:
             cache.remote.interrupted.clear()
 
     @contextmanager
-    def _interrupted_at_the_end(self) -> Iterator[None]:
-        """So that no thread waits on for a network that is away."""
+    def _interrupt_remotes_at_exit(self) -> Iterator[None]:
+        """Interrupt all fetching when the block ends, so that no thread keeps waiting for an unreachable server."""
         try:
             yield
         finally:
@@ -233,22 +236,22 @@ class LatentStream:
                     shard_set.cache.remote.interrupted.set()
 
     def _needs(self, samples_seen: int, rank: int, world_size: int) -> Iterator[Needs]:
-        """The remote shards that a rank needs for one global batch after another."""
-        for deal in self._deals(samples_seen, rank, world_size, self.global_batch // world_size):
+        """Yield the remote shards that a rank needs for each global batch from `samples_seen` on."""
+        for plan in self._plans(samples_seen, rank, world_size, self.global_batch // world_size):
             needs: Needs = {}
-            for number in np.unique(deal.readers).tolist():
+            for number in np.unique(plan.readers).tolist():
                 shard_set = self._readers[number].shard_set
                 if shard_set.cache is not None:
-                    shards = shard_set.shards_of(deal.ids[deal.readers == number])
+                    shards = shard_set.shards_of(plan.ids[plan.readers == number])
                     needs |= {(shard_set, shard): size for shard, size in shards.items()}
             yield needs
 
     def _part_size(self, samples_seen: int, world_size: int, parts: int) -> int:
-        """Samples to a micro-batch; raises ValueError where there is no such part."""
+        """Return the samples per micro batch; raises ValueError if the global batch can't be split this way."""
         if self.global_batch % (world_size * parts):
             raise ValueError(
-                f"a global batch of {self.global_batch} can't be cut into {world_size} ranks × {parts} parts:"
-                f" make it a multiple of {world_size * parts}"
+                f"a global batch of {self.global_batch} can't be split into {world_size} ranks × {parts} micro batches:"
+                f" set global_batch to a multiple of {world_size * parts}"
             )
         if self._padded and samples_seen % self.global_batch:
             raise ValueError(f"with buckets, batches begin at multiples of {self.global_batch}, not at {samples_seen}")
@@ -258,59 +261,64 @@ class LatentStream:
         shape = (size, self.sets[0].info.latent_channels, self.crop_frames)
         return torch.empty(shape, dtype=torch.float16, pin_memory=pinned and torch.cuda.is_available())
 
-    def _deals(self, samples_seen: int, rank: int, world_size: int, size: int) -> Iterator[_Deal]:
-        """A rank's micro-batches of `size` from there on; many are dealt at once, which costs a tenth for each."""
-        each, steps = self.global_batch // world_size, 1
-        while True:
-            deal = self._deal(samples_seen + rank + world_size * np.arange(steps * each))
-            for start in range(0, steps * each, size):
-                yield deal.cut(start, start + size)
-            samples_seen += steps * self.global_batch
-            steps = max(1, min(2 * steps, _DEALT // each))  # the first batch does not wait for many
+    def _plans(self, samples_seen: int, rank: int, world_size: int, size: int) -> Iterator[_Plan]:
+        """Yield the plans of a rank's micro batches of `size` samples from `samples_seen` on.
 
-    def _deal(self, positions: NDArray[np.int64]) -> _Deal:
-        """Who reads what for these positions (n,)."""
+        Many micro batches are planned at once, which makes the planning of each about ten times as fast.
+        """
+        per_rank, steps = self.global_batch // world_size, 1
+        while True:
+            plan = self._plan(samples_seen + rank + world_size * np.arange(steps * per_rank))
+            for start in range(0, steps * per_rank, size):
+                yield plan.rows(start, start + size)
+            samples_seen += steps * self.global_batch
+            # The number of planned steps grows slowly, so that the first batch does not wait for a long plan.
+            steps = max(1, min(2 * steps, _PLANNED_AT_ONCE // per_rank))
+
+    def _plan(self, positions: NDArray[np.int64]) -> _Plan:
+        """Decide which reader reads which sample for each of the positions (n,)."""
         if self._padded:
-            readers, places = self._deal_buckets(positions)
+            readers, places = self._plan_buckets(positions)
         else:
             readers, places = self._mixture.places(positions)
         ids = np.empty_like(places)
         for number, rows in _groups(readers, len(self._readers)):
             ids[rows] = self._readers[number].ids(places[rows])
         crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
-        return _Deal(positions, readers, places, ids, bits(crop_keys).numpy())
+        return _Plan(positions, readers, places, ids, bits(crop_keys).numpy())
 
-    def _deal_buckets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        steps, which = np.unique(positions // self.global_batch, return_inverse=True)
-        sets, steps_of_set = self._mixture.places(steps)
-        dealt = [self._buckets[of].place(step) for of, step in zip(sets.tolist(), steps_of_set.tolist(), strict=True)]
-        bucket, step_of_bucket = np.array(dealt).T
+    def _plan_buckets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the reader of each position (n,) and the place in that reader's order (n,), a bucket per batch."""
+        steps, inverse = np.unique(positions // self.global_batch, return_inverse=True)
+        sets, set_steps = self._mixture.places(steps)
+        pairs = zip(sets.tolist(), set_steps.tolist(), strict=True)
+        bucket, bucket_step = np.array([self._buckets[number].place(step) for number, step in pairs]).T
         first = np.array(self._first_reader)[sets]
-        return (first + bucket)[which], ((step_of_bucket - steps) * self.global_batch)[which] + positions
+        return (first + bucket)[inverse], ((bucket_step - steps) * self.global_batch)[inverse] + positions
 
-    def _read(self, deal: _Deal, out: Tensor) -> Batch:
-        """The crops of a micro-batch, in `out`."""
-        frames = self._readers[int(deal.readers[0])].part.frames  # the same for all
-        size = len(deal.positions)
+    def _read(self, plan: _Plan, out: Tensor) -> Batch:
+        """Read the crops of a micro batch into `out`, and the samples' conditions."""
+        frames = self._readers[int(plan.readers[0])].part.frames  # all readers of a batch crop to the same length
+        size = len(plan.positions)
         x0 = out.view(-1)[: size * out.shape[1] * frames].view(size, -1, frames)
         mask = np.ones((size, frames), bool) if self._padded else None
-        ids = deal.ids.copy()
-        for number, rows in _groups(deal.readers, len(self._readers)):
-            crop = Crop(deal.places[rows], ids[rows], deal.bits[rows], rows)
+        ids = plan.ids.copy()
+        for number, rows in _groups(plan.readers, len(self._readers)):
+            crop = Crop(plan.places[rows], ids[rows], plan.bits[rows], rows)
             ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
         return Batch(
             x0=x0,
-            positions=torch.from_numpy(deal.positions),
+            positions=torch.from_numpy(plan.positions),
             ids=torch.from_numpy(ids),
-            sets=torch.from_numpy(self._set_of(deal)),
+            sets=torch.from_numpy(self._sets_of(plan)),
             mask=None if mask is None or mask.all() else torch.from_numpy(mask),
-            conditions=self._read_conditions(deal, ids),
+            conditions=self._read_conditions(plan, ids),
         )
 
-    def _read_conditions(self, deal: _Deal, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """All conditions of the samples that were read for a micro batch."""
+    def _read_conditions(self, plan: _Plan, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Read the conditions of the samples `ids` (n,), which may differ from the planned ones."""
         conditions = self._blank_conditions(len(ids))
-        for number, rows in _groups(deal.readers, len(self._readers)) if self.conditions else ():
+        for number, rows in _groups(plan.readers, len(self._readers)) if self.conditions else ():
             reader = self._readers[number]
             note = partial(reader.damage.note, reader.shard_set)
             for condition in self.conditions:
@@ -319,7 +327,7 @@ class LatentStream:
                     reader.shard_set,
                     ids=ids[rows],
                     rows=rows,
-                    positions=deal.positions[rows],
+                    positions=plan.positions[rows],
                     note=note,
                 )
         return conditions
@@ -327,37 +335,37 @@ class LatentStream:
     def _blank_conditions(self, size: int) -> dict[str, Tensor]:
         return {name: value for condition in self.conditions for name, value in condition.blank(size).items()}
 
-    def _set_of(self, deal: _Deal) -> NDArray[np.int64]:
-        return np.searchsorted(self._first_reader, deal.readers, side="right") - 1
+    def _sets_of(self, plan: _Plan) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_reader, plan.readers, side="right") - 1
 
 
 @dataclass(frozen=True)
-class _Deal:
-    """Which samples stand at which positions: columns of n."""
+class _Plan:
+    """The samples to read for n positions of the stream; each field is a column (n,)."""
 
     positions: NDArray[np.int64]
     readers: NDArray[np.int64]
     places: NDArray[np.int64]
-    """In their reader's order."""
+    """Each sample's place in the order of its reader."""
     ids: NDArray[np.int64]
     bits: NDArray[np.int64]
-    """Random, of each position, for its crop: drawn here, as many at once cost little more than a few."""
+    """Random bits for each position's crop, drawn for a whole plan at once because many cost little more than a few."""
 
-    def cut(self, start: int, end: int) -> _Deal:
-        """Some rows."""
+    def rows(self, start: int, end: int) -> _Plan:
+        """Return the plan of rows start … end - 1."""
         columns = (self.positions, self.readers, self.places, self.ids, self.bits)
-        return _Deal(*(column[start:end] for column in columns))
+        return _Plan(*(column[start:end] for column in columns))
 
 
 def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[np.int64]]]:
-    """Each number below `count` that occurs, and where."""
+    """Return each of the numbers, all below `count`, that occurs, with the indices where it does."""
     if count == 1:
         return [(0, np.arange(len(numbers)))]
     return [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()]
 
 
-class _Readers(ThreadPoolExecutor):
-    """Ends with its `with`, and waits for its threads, which may hang, unless that is given up."""
+class _ReaderPool(ThreadPoolExecutor):
+    """Threads that read batches; on exit the pool waits for them, unless `give_up` returns true, as they may hang."""
 
     def __init__(self, threads: int, give_up: Callable[[], bool]) -> None:
         super().__init__(threads, "latents")
@@ -367,13 +375,13 @@ class _Readers(ThreadPoolExecutor):
         self.shutdown(wait=not self.give_up(), cancel_futures=True)
 
 
-def _awaited(batch: Future[Batch], give_up: Callable[[], bool]) -> Batch | None:
-    """What was read, None where that is given up."""
+def _wait_for(batch: Future[Batch], give_up: Callable[[], bool]) -> Batch | None:
+    """Wait for a batch and return it, or None once `give_up` returns true."""
     while True:
         try:
-            return batch.result(timeout=_LOOK_UP)
+            return batch.result(timeout=_POLL_SECONDS)
         except TimeoutError:
             if batch.done():
-                return batch.result()  # the reader's own time-out
+                return batch.result()  # the reader itself raised the TimeoutError
             if give_up():
                 return None

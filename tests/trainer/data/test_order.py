@@ -220,7 +220,7 @@ def test_a_mixture_is_mixed():
 
 
 def test_weights_must_be_whole_numbers_above_zero():
-    with pytest.raises(ValueError, match="whole numbers of at least 1"):
+    with pytest.raises(ValueError, match=r"weights in data\.mix must be whole numbers of at least 1"):
         Mixture((1, 0), 0)
 
 

@@ -210,7 +210,7 @@ def test_damaged_metadata_and_audio_are_found(tmp_path):
     with pytest.raises(DamagedSample, match="checksum"):
         shards.audio(0)
     flip(tmp_path / "00000.tar", row["json_offset"])
-    with pytest.raises(DamagedSample, match=f"00000.tar is damaged at byte {row['json_offset']}: no JSON"):
+    with pytest.raises(DamagedSample, match=f"00000.tar is damaged at byte {row['json_offset']}: .*not JSON"):
         shards.metadata(0)
 
 
@@ -218,7 +218,7 @@ def test_a_shard_that_shrinks_while_it_is_read(shard_set):
     last = SAMPLES - 1
     path = shard_set.folder / f"{shard_set.index[last]['shard']:05d}.tar"
     path.write_bytes(path.read_bytes()[: shard_set.index[last]["x0_offset"] + 5])
-    with pytest.raises(DamagedSample, match="ends too early"):
+    with pytest.raises(DamagedSample, match="truncated"):
         shard_set.latents([last])
 
 
@@ -226,13 +226,13 @@ def test_a_shard_that_shrinks_while_it_is_read(shard_set):
     (lambda folder: (folder / "set.json").unlink(), "set.json is missing: .*spresso prepare"),
     (lambda folder: (folder / "index.npy").unlink(), "index.npy is missing: .*spresso prepare"),
     (lambda folder: (folder / "00001.tar").unlink(), "00001.tar is missing: .*prepare"),
-    (lambda folder: (folder / "00001.tar").write_bytes(b"x"), "00001.tar has 1 bytes, its index says .*prepare"),
+    (lambda folder: (folder / "00001.tar").write_bytes(b"x"), "00001.tar has 1 bytes, but set.json says .*prepare"),
     (lambda folder: (folder / "set.json").write_text('{"version'), "damaged .*prepare"),
     (lambda folder: (folder / "set.json").write_text('{"version": 99}'), "another version .*prepare"),
     (lambda folder: (folder / "index.npy").write_bytes(b""), "damaged .*prepare"),
     (lambda folder: (folder / "index.npy").write_bytes((folder / "index.npy").read_bytes()[:-1]), "damaged .*prepare"),
-    (lambda folder: np.save(folder / "index.npy", np.zeros(SAMPLES)), "not the one .*prepare"),
-    (lambda folder: np.save(folder / "index.npy", np.zeros(3, INDEX_ROW)), "not the one .*prepare"),
+    (lambda folder: np.save(folder / "index.npy", np.zeros(SAMPLES)), "does not match set.json.*prepare"),
+    (lambda folder: np.save(folder / "index.npy", np.zeros(3, INDEX_ROW)), "does not match set.json.*prepare"),
     (shutil.rmtree, "set.json is missing"),
 ])  # fmt: skip
 def test_a_set_with_other_files_than_its_index_says_is_refused(shard_set, break_it, message):

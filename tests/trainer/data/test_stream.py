@@ -124,7 +124,7 @@ def test_crops_that_do_not_fit_are_refused(shard_set, crop_frames):
 
 def test_batches_that_do_not_divide_are_refused(stream, shard_set):
     for cut in ({"world_size": 5}, {"parts": 5}, {"world_size": 4, "parts": 2}):
-        with pytest.raises(ValueError, match=r"global batch of 12 can't be cut .* make it a multiple of (5|8)"):
+        with pytest.raises(ValueError, match=r"batch of 12 can't be split .* set global_batch to a multiple of (5|8)"):
             stream.batch(0, **cut)
     with pytest.raises(ValueError, match="at least 1"):
         LatentStream(shard_set, crop_frames=CROP, global_batch=0, seed=0)
@@ -147,7 +147,7 @@ def test_iterating_gives_a_ranks_batches_in_order(stream):
 def test_no_thread_is_left_when_an_iterator_is_dropped_or_fails(stream, monkeypatch):
     next(stream.iterate(0))
     assert reading_threads() == []
-    with pytest.raises(ValueError, match="can't be cut"):
+    with pytest.raises(ValueError, match="can't be split"):
         next(stream.iterate(0, world_size=5))
     assert reading_threads() == []
 
