@@ -1,71 +1,61 @@
-"""Opus (RFC 6716), through ffmpeg and libopus: what everyone has."""
+"""Opus (RFC 6716), by the libopus that is in the wheel of the package `av`."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from trainer.data.audio import Audio
-from trainer.evaluate.baselines.baseline import Baseline
+from trainer.evaluate.baselines.baseline import Baseline, lacks
 
-_HEADERS = 2  # packets before the sound: OpusHead and OpusTags
-_TIMEOUT = 600  # seconds
+if TYPE_CHECKING:
+    import av
 
 
 class Opus(Baseline):
     """48 kHz, in frames of 60 ms, the longest that all versions know: the least overhead."""
 
-    name, title, licence = "opus", "Opus", "BSD (libopus); ffmpeg's own"
+    name, title, licence = "opus", "Opus", "BSD (libopus); FFmpeg's own"
     rates = (6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
     default_kbps = 6.0
     sample_rate = 48_000
 
     def missing(self) -> str:
-        """There is no ffmpeg, or one without libopus."""
-        if shutil.which("ffmpeg") is None:
-            return "there is no ffmpeg: apt-get install ffmpeg"
-        listed = subprocess.run(["ffmpeg", "-hide_banner", "-encoders"], capture_output=True, text=True, check=False)
-        return "" if "libopus" in listed.stdout else "this ffmpeg has no libopus: install one that was built with it"
+        """The package `av` cannot be imported."""
+        return lacks("av", "pip install av")
 
     def load(self, device: torch.device) -> None:
         """Nothing to load."""
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """Encoded and decoded in memory; the decoder takes off the delay that the header tells of."""
-        raw = ("-f", "f32le", "-ar", str(self.sample_rate), "-ac", "1")
-        rate = ("-c:a", "libopus", "-b:a", f"{self.kbps:g}k", "-application", "audio", "-frame_duration", "60")
-        encoded = _ffmpeg((*raw, "-i", "pipe:0", *rate, "-f", "ogg", "pipe:1"), audio_S.astype("<f4").tobytes())
-        decoded = _ffmpeg(("-c:a", "libopus", "-f", "ogg", "-i", "pipe:0", *raw, "pipe:1"), encoded)
-        payload = list(ogg_packets(encoded))[_HEADERS:]
-        return np.frombuffer(decoded, "<f4").astype(np.float32), 8 * sum(payload)
+        """Encoded and decoded in memory; the decoder takes off the delay that the encoder's header states."""
+        packets, header = self._encode(audio_S)
+        payload_bits = 8 * sum(packet.size for packet in packets)
+        return _decode(packets, header)[: len(audio_S)], payload_bits
+
+    def _encode(self, audio_S: Audio) -> tuple[list[av.Packet], bytes]:
+        """Opus packets without a container, and the OpusHead header (RFC 7845, section 5.1)."""
+        import av
+
+        assert self.kbps is not None
+        encoder = av.CodecContext.create("libopus", "w")
+        encoder.sample_rate, encoder.layout, encoder.format = self.sample_rate, "mono", "flt"
+        encoder.bit_rate = round(1000 * self.kbps)
+        encoder.options = {"application": "audio", "frame_duration": "60"}
+        frame = av.AudioFrame.from_ndarray(audio_S[None].astype(np.float32), format="flt", layout="mono")
+        frame.sample_rate = self.sample_rate
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        assert encoder.extradata is not None
+        return packets, encoder.extradata
 
 
-def ogg_packets(data: bytes) -> Iterator[int]:
-    """Bytes of each packet of an Ogg file of one stream (RFC 3533, section 6): a packet ends with a lace below 255.
+def _decode(packets: list[av.Packet], header: bytes) -> Audio:
+    """Mono audio (samples,) at 48 kHz in [-1, 1), without the delay that the header states."""
+    import av
 
-    Raises:
-        ValueError: it is none.
-    """
-    position = packet = 0
-    while position < len(data):
-        if data[position : position + 4] != b"OggS" or position + 27 > len(data):
-            raise ValueError(f"no Ogg page at byte {position}")
-        laces = data[position + 27 : position + 27 + data[position + 26]]
-        position += 27 + len(laces) + sum(laces)
-        for lace in laces:
-            packet += lace
-            if lace < 255:
-                yield packet
-                packet = 0
-
-
-def _ffmpeg(arguments: tuple[str, ...], content: bytes) -> bytes:
-    command = ["ffmpeg", "-hide_banner", "-loglevel", "error", "-nostdin", *arguments]
-    result = subprocess.run(command, input=content, capture_output=True, check=False, timeout=_TIMEOUT)
-    if result.returncode:
-        raise ValueError(f"ffmpeg failed: {' '.join(result.stderr.decode(errors='replace').split())[:300]}")
-    return result.stdout
+    decoder = av.CodecContext.create("libopus", "r")
+    decoder.extradata = header
+    frames = [frame for packet in [*packets, None] for frame in decoder.decode(packet)]
+    return (np.concatenate([frame.to_ndarray()[0] for frame in frames]) / 2**15).astype(np.float32)
