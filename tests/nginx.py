@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-import pytest
+from tests.system_packages import PATH, require
 
 _CONFIG = """
 {user}daemon off;
@@ -41,15 +41,11 @@ class Nginx:
     """Serves `root` at `url`/plain/ as it is; /slow/ at `slow` bytes a second and connection; /flaky/ with 500 for 40 %
     of the requests; /whole/ without ranges; /down/ and /forbidden/ never.
 
-    Skips the test where there is no nginx, but fails with CI set.
+    A test that uses it is skipped where there is no nginx.
     """
 
     def __init__(self, root: Path, work: Path, *, slow: int = 1 << 20):
-        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-        if program is None:
-            if os.environ.get("CI"):
-                raise RuntimeError("no nginx: apt-get install --no-install-recommends nginx-light")
-            pytest.skip("no nginx: apt-get install --no-install-recommends nginx-light")
+        require("nginx-light")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -57,6 +53,7 @@ class Nginx:
         self.work, self.url = work, f"http://127.0.0.1:{self.port}"
         user = "user root;\n" if os.geteuid() == 0 else ""  # else its workers may not read pytest's folders
         (work / "nginx.conf").write_text(_CONFIG.format(work=work, root=root, port=self.port, slow=slow, user=user))
+        program = shutil.which("nginx", path=PATH)
         self._command = [program, "-p", str(work), "-c", str(work / "nginx.conf"), "-e", str(work / "error.log")]
         self.start()
 
@@ -76,6 +73,15 @@ class Nginx:
         """End in the middle of whatever is being sent."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def logged(self, text: str) -> bool:
+        """Whether it logged this within 5 s: the line of a request is written after its answer has been sent."""
+        deadline = time.monotonic() + 5
+        while text not in (self.work / "access.log").read_text():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def requests(self, name: str) -> int:
         """How often a file was asked for."""

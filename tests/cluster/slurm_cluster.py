@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -27,7 +26,6 @@ from typing import Any, Self
 from tests.cluster import slurm_conf
 from tests.cluster.slurm_conf import Place
 from tests.cluster.slurm_nodes import (
-    PATH,
     ClusterError,
     HostNode,
     Network,
@@ -44,17 +42,8 @@ from tests.cluster.slurm_nodes import (
     watch,
 )
 
-_PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "setpriv")
 _PATIENCE = 20.0  # seconds for a command; one whose controller does not answer tries for nine
 _TAIL = 25  # lines of each log
-
-
-def available() -> str | None:
-    """Why there can be no cluster here; None where there can."""
-    missing = [program for program in _PROGRAMS if shutil.which(program, path=PATH) is None]
-    if missing:
-        return f"no {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge iproute2 procps"
-    return None
 
 
 class SlurmCluster:

@@ -18,9 +18,8 @@ from typing import Any
 
 from tests.cluster import slurm_conf
 from tests.cluster.slurm_conf import Place
+from tests.system_packages import PATH
 
-PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-"""Debian keeps daemons, and ip, where not every user's PATH leads."""
 _BOOT = 3.0  # seconds that a host is off at least; the controller would not notice a boot within the same second
 _COUNTER = itertools.count()
 _NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]

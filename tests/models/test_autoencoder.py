@@ -9,8 +9,9 @@ import torch
 
 from models.autoencoder import AudioAE, SpectralAE, VocosAE
 from models.sizes import VocosConfig
+from tests.system_packages import require
 
-SPEECH = Path("/usr/share/sounds/alsa")  # 48 kHz, of the Debian package alsa-utils
+SPEECH = Path("/usr/share/sounds/alsa")  # 48 kHz, of alsa-utils
 TINY = VocosConfig(latent_channels=8, width=16, hidden_width=24, encoder_depth=2, decoder_depth=2)
 
 
@@ -76,6 +77,7 @@ def band_levels(audio: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def speech() -> torch.Tensor:
     """Six recorded clips of 1.2 s at -23 dBFS, `(6, 1, 57600)`."""
+    require("alsa-utils")
     paths = sorted(path for path in SPEECH.glob("*.wav") if "Noise" not in path.name)[:6]
     clips = torch.stack([torch.from_numpy(soundfile.read(path, dtype="float32")[0][:57600]) for path in paths])
     return (clips * 10 ** (-23 / 20) / clips.square().mean(1, keepdim=True).sqrt())[:, None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.system_packages import COMPILER, require
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import LOWER, STEPS, STRATEGIES, VARIANTS, first, let_go, make_base, recipe, resumed
 from trainer.tasks import make_task
@@ -77,6 +78,7 @@ def test_lower_precision_stays_near(begun, reference, name, world_size):
 
 
 def test_compiled_blocks_give_the_same_curve(begun, reference):
+    require(*COMPILER)
     assert begun["ddp, compiled", 1]["curve"] == pytest.approx(reference, rel=1e-5)
 
 
