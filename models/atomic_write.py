@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all: the one way in which this project writes a file that others read.
+"""Atomic file writes: every file that other processes read appears whole or not at all.
 
-A file is written under a hidden name beside its place, brought to the disk, and renamed. Readers see the old content or
-the new one. What only informs, such as a status that is written every few seconds, need not be on the disk when the
-write returns: `durable=False` leaves that to the system, and the file is still never seen in part.
+A file is written to a hidden file in the same folder, flushed to disk, and renamed, so that readers see either the old
+or the new content. `durable=False` skips the flush, for files such as a status that is written every few seconds;
+readers still never see such a file in part.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Give a hidden name beside `path` to write to; it becomes `path` when the block ends well, else it is removed.
+    """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
-    The name is this process's own: several, on several machines, may write the same file.
+    The hidden name contains the host and the process id, so several processes may write the same file.
     """
     partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
@@ -30,14 +30,14 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:
-    """Write a small file in one piece, and its folder where there is none; text is written as UTF-8."""
+    """Write a small file atomically and create its folder if it is missing; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=durable) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

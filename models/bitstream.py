@@ -1,24 +1,25 @@
-"""The ``.spr`` file: a header as small as is sensible, codes packed to the bit or entropy-coded, a checksum over both.
+"""The ``.spr`` file: a small header, codes that are bit-packed or entropy-coded, and a checksum over both.
 
     magic      3 bytes   "SPR"
     version    1 byte    2
-    model      4 bytes   the beginning of the codec's hash
-    samples    1–5 bytes length of a channel at the file's rate, 7 bits a byte, lowest first, the top bit set on all but
-                         the last
-    books      1 byte    codes for each vector
-    sizes      1 byte    channels - 1 in the upper 3 bits, log2 of the codebook's size in the lower 5
-    flags      1 byte    bit 0: entropy-coded; bits 1 and 2: how channels became rows of codes (`LAYOUTS`); bit 3: zero;
-                         bits 4 to 7: the sample rate's place in `RATES`, or 15
-    rate       1–3 bytes where that is 15: samples a second, as `samples` is written
-    gain       1 byte    a row of codes: signed, in steps of 0.5 dB
-    prior      2 bytes   where entropy-coded: the beginning of the prior's hash
-    payload              codes (rows, frames, books): packed, most significant bit first, zeros filling the last byte;
-                         or as the prior's coder gives them
-    checksum   4 bytes   CRC-32 of everything before it, big-endian
+    model      4 bytes   the first bytes of the codec's hash
+    samples    1–5 bytes samples per channel at the file's sample rate; 7 bits per byte, lowest bits first; the top bit
+                         is set on all bytes but the last
+    books      1 byte    codes per vector
+    sizes      1 byte    channels - 1 in the upper 3 bits, log2 of the codebooks' size in the lower 5
+    flags      1 byte    bit 0: entropy-coded; bits 1 and 2: index in `LAYOUTS`; bit 3: zero; bits 4 to 7: index of the
+                         sample rate in `RATES`, or 15 for another sample rate
+    rate       1–3 bytes only if that index is 15: samples per second, encoded like `samples`
+    gain       1 byte    one byte per row of codes: signed, in steps of 0.5 dB
+    prior      2 bytes   only if entropy-coded: the first bytes of the prior's hash
+    payload              codes (rows, frames, books): packed with the most significant bit first and the last byte
+                         padded with zeros, or entropy-coded
+    checksum   4 bytes   CRC-32 of all bytes before it, big-endian
 
-For 5 s at 48 kHz, one channel, all but the payload is 19 bytes. How many frames there are follows from ``samples``, the
-rate and the model. An entropy-coded payload is at least a `MOST_COMPRESSION`-th of the packed one, filled up with zeros
-where it would be shorter: so what a file makes a reader hold is in proportion to its own length.
+For one channel of 5 s at 48 kHz, everything except the payload takes 19 bytes. The number of frames is not stored: it
+follows from ``samples``, the sample rate and the model. An entropy-coded payload has at least 1 / `MOST_COMPRESSION` of
+the packed payload's length and is padded with zeros to it, so that a reader's memory is proportional to the file's
+length.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ RATES = (
 )
 RATE_RANGE = (100, 768_000)
 LAYOUTS = ("separate", "mid_side", "mid", "joint")
-"""What rows of codes stand for: a channel each; (L + R) / 2 and (L - R) / 2; the former alone, of two equal channels;
-or all channels together in one row."""
+"""How rows of codes represent channels: one row per channel; (L + R) / 2 and (L - R) / 2; only (L + R) / 2, if both
+channels are equal; or one row for all channels together."""
 MOST_COMPRESSION = 16
 
 _MODEL_BYTES = 4
@@ -60,59 +61,59 @@ FramesOf = Callable[[int, int], int]
 
 
 class EntropyCoder(Protocol):
-    """What codes are entropy-coded by, such as :class:`models.prior.Coder`."""
+    """The interface of an entropy coder such as :class:`models.prior.Coder`."""
 
     books: int
     size: int
     hash: bytes
 
     def encode(self, codes: npt.NDArray[np.int64]) -> bytes:
-        """Bytes of codes (rows, frames, books)."""
+        """Encode codes (rows, frames, books) to bytes."""
 
     def decode(self, data: bytes, rows: int, frames: int, books: int) -> npt.NDArray[np.int64]:
-        """The codes that `encode` made them of; ValueError where there are none such."""
+        """Decode the codes from the bytes of `encode`; raise ValueError if `encode` can't have returned these bytes."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an ``.spr`` file says of itself."""
+    """The fields of an ``.spr`` file's header."""
 
     model: str
-    """Hash of the codec in hex: 8 digits when read; the first 8 are written."""
+    """Hash of the codec in hex; a file stores its first 8 digits."""
     samples: int
-    """Length in samples a channel, at `rate`."""
+    """Samples per channel at the sample rate `rate`."""
     rate: int
-    """Samples a second of the sound that was encoded, and that decoding gives back."""
+    """Sample rate in Hz of the sound before it was encoded and after it is decoded."""
     channels: int
     layout: str
     """One of `LAYOUTS`."""
     books: int
-    """Codes for each vector."""
+    """Codes per vector."""
     size: int
-    """Codewords of a book, a power of two."""
+    """Codewords per book, a power of two."""
     gains_db: tuple[float, ...]
-    """Of each row of codes the gain that decoding takes back; kept to the nearest 0.5 dB."""
+    """Gain of each row of codes in dB, which decoding undoes; a file stores it to the nearest 0.5 dB."""
     prior: str = ""
-    """Hash of the prior in hex, 4 digits, where the file is entropy-coded."""
+    """Hash of the prior as 4 hex digits if the file is entropy-coded, otherwise empty."""
 
     @property
     def rows(self) -> int:
-        """Rows of codes."""
+        """Number of rows of codes."""
         return rows_of(self.layout, self.channels)
 
     @property
     def seconds(self) -> float:
-        """Length in time."""
+        """Length in seconds."""
         return self.samples / self.rate
 
     def packed_bits(self, frames: int) -> int:
-        """Bits of the codes of so many frames without entropy coding: rows · frames · books · log2 size."""
+        """Return the bits of `frames` frames of codes without entropy coding: rows · frames · books · log2 size."""
         return self.rows * frames * self.books * _code_bits(self.size)
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """What an ``.spr`` file holds."""
+    """The content of an ``.spr`` file."""
 
     header: Header
     codes: Codes
@@ -120,15 +121,15 @@ class Stream:
 
 
 def rows_of(layout: str, channels: int) -> int:
-    """Rows of codes that so many channels take."""
+    """Return how many rows of codes `channels` channels take in a layout."""
     return {"separate": channels, "mid_side": 2, "mid": 1, "joint": 1}[layout]
 
 
 def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
-    """The file's bytes; entropy-coded where there is a coder and they are fewer for it.
+    """Return the bytes of a stream's file, entropy-coded if there is a coder and the file becomes shorter.
 
     Raises:
-        ValueError: a field that the file cannot hold, or codes that contradict the other fields.
+        ValueError: the format can't hold the value of a field, or the codes contradict the header.
     """
     header, codes = stream.header, np.asarray(stream.codes)
     if codes.ndim != 3 or (codes.shape[0], codes.shape[2]) != (header.rows, header.books):
@@ -143,20 +144,20 @@ def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
 
 
 def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None) -> Stream:
-    """The stream of a file's bytes.
+    """Read a stream from the bytes of its file.
 
     Args:
         data: the whole file.
-        frames_of: the number of frames (vectors a row) that the codec makes of so many samples at such a rate.
-        coder: of the codec's prior; needed where the file is entropy-coded.
+        frames_of: returns the codec's number of frames (vectors per row) for (samples, sample rate).
+        coder: the entropy coder of the codec's prior; an entropy-coded file needs it.
 
     Raises:
-        ValueError: a foreign, damaged or truncated file, bytes after its end, another version of the format, or one
-            that is entropy-coded by another prior.
+        ValueError: the file is not an ``.spr`` file, is damaged or truncated, has bytes after its end, has another
+            version of the format, or is entropy-coded with another prior.
     """
     header, payload = _read(data)
     frames = frames_of(header.samples, header.rate)
-    # before anything is allocated: a damaged or hostile header may promise any amount
+    # Check the length before allocating memory, as a damaged or hostile header may claim any number of frames.
     packed = -(-header.packed_bits(frames) // 8)
     shape = (header.rows, frames, header.books)
     if not header.prior:
@@ -167,35 +168,38 @@ def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None)
     _require_length(len(payload), least, packed)
     _require_checksum(data)
     if coder is None or header.prior != coder.hash[:_PRIOR_BYTES].hex():
-        of = "this codec has none" if coder is None else f"this codec has {coder.hash[:_PRIOR_BYTES].hex()}"
+        own = "no prior" if coder is None else f"prior {coder.hash[:_PRIOR_BYTES].hex()}"
         raise ValueError(
-            f"the .spr file is entropy-coded by the prior {header.prior}, {of}: give the codec that wrote it"
+            f"the .spr file is entropy-coded with prior {header.prior}, but this codec has {own}: "
+            "give the codec that wrote the file"
         )
     if coder.size != header.size:
-        raise ValueError(f"the .spr file is damaged: books of {header.size}, and the prior's are of {coder.size}")
+        raise ValueError(
+            f"the .spr file is damaged: its books have {header.size} codewords, but the prior's have {coder.size}"
+        )
     coded = payload
-    if len(payload) == least:  # filled up, perhaps
+    if len(payload) == least:  # `write` may have padded it
         coded = payload.rstrip(b"\0")
     return Stream(header, coder.decode(coded, *shape))
 
 
 def read_header(data: bytes) -> tuple[Header, int]:
-    """What a whole file says of itself, and how many bytes its payload has; raises as `read` does."""
+    """Read the header of a whole file and its payload's length in bytes; raises the same errors as `read`."""
     header, payload = _read(data)
     _require_checksum(data)
     return header, len(payload)
 
 
 def model_of(data: bytes) -> str:
-    """The first 8 hex digits of the hash of the codec that made a file; ValueError where it is none."""
+    """Return the first 8 hex digits of the hash of the codec that wrote a file; raise ValueError for other files."""
     return _begun(data)[1]
 
 
 def pack(codes: Codes, size: int) -> bytes:
-    """``codes`` (frames, books) in exactly log2 ``size`` bits each, most significant first; the last byte is padded.
+    """Pack ``codes`` (frames, books) into log2 ``size`` bits each, most significant bit first, and pad the last byte.
 
     Raises:
-        ValueError: codes that are no integers in [0, size), or a size that is no power of two.
+        ValueError: the codes are not integers in [0, size), or ``size`` is not a power of two.
     """
     code_bits = _code_bits(size)
     codes = np.asarray(codes)
@@ -209,10 +213,10 @@ def pack(codes: Codes, size: int) -> bytes:
 
 
 def unpack(data: bytes, frames: int, books: int, size: int) -> npt.NDArray[np.int64]:
-    """The codes (frames, books) that :func:`pack` put into ``data``.
+    """Unpack the codes (frames, books) that :func:`pack` packed into ``data``.
 
     Raises:
-        ValueError: data of another length than these codes take, or a size that is no power of two.
+        ValueError: ``data`` does not have the length of these codes, or ``size`` is not a power of two.
     """
     code_bits = _code_bits(size)
     expected = -(-frames * books * code_bits // 8)
@@ -234,9 +238,11 @@ def _written(header: Header, prior: bytes) -> bytes:
         *(("gain_db", gain, *GAIN_RANGE_DB) for gain in header.gains_db),
     ):
         if not low <= value <= high:
-            raise ValueError(f"an .spr file holds {name} from {low} to {high}, not {value}")
+            raise ValueError(f"an .spr file can hold {name} from {low} to {high}, not {value}")
     if len(header.gains_db) != header.rows or (header.layout in ("mid_side", "mid") and header.channels != 2):
-        raise ValueError(f"{len(header.gains_db)} gains, {header.channels} channels: not what {header.layout} has")
+        raise ValueError(
+            f"{len(header.gains_db)} gains and {header.channels} channels do not fit the layout {header.layout}"
+        )
     sizes = (header.channels - 1) << 5 | _code_bits(header.size)
     place = RATES.index(header.rate) if header.rate in RATES else _OTHER_RATE
     flags = bool(prior) | LAYOUTS.index(header.layout) << 1 | place << 4
@@ -247,13 +253,13 @@ def _written(header: Header, prior: bytes) -> bytes:
 
 
 def _read(data: bytes) -> tuple[Header, bytes]:
-    """The header, and what is between it and the checksum."""
+    """Parse the header; return it and the payload, which is the bytes between the header and the checksum."""
     fields, model = _begun(data)
     samples, books, sizes, flags = fields.varint(), fields.byte(), fields.byte(), fields.byte()
     channels, code_bits, layout, place = (sizes >> 5) + 1, sizes & 31, LAYOUTS[flags >> 1 & 3], flags >> 4
     rate = fields.varint() if place == _OTHER_RATE else RATES[place]
     if books == 0 or code_bits == 0:
-        raise ValueError("the .spr file is damaged: its header tells of no codes")
+        raise ValueError("the .spr file is damaged: its header claims no books or no code bits")
     if flags & 8 or (layout in ("mid_side", "mid") and channels != 2) or not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
         raise ValueError("the .spr file is damaged: its header contradicts itself")
     gains = tuple(
@@ -269,19 +275,19 @@ def _read(data: bytes) -> tuple[Header, bytes]:
 def _begun(data: bytes) -> tuple[_Reader, str]:
     fields = _Reader(data)
     if fields.take(len(MAGIC)) != MAGIC:
-        raise ValueError("not an .spr file: it does not begin as one")
+        raise ValueError("this is not an .spr file: it does not begin with SPR")
     if (version := fields.byte()) != BITSTREAM_VERSION:
         raise ValueError(
-            f"the .spr file has version {version} of the format; this program reads version {BITSTREAM_VERSION}"
+            f"the .spr file has version {version} of the format, but this program reads version {BITSTREAM_VERSION}"
         )
     return fields, fields.take(_MODEL_BYTES).hex()
 
 
 def _require_length(found: int, least: int, most: int) -> None:
     if not least <= found <= most:
-        trouble = "cut short or damaged" if found < least else "damaged, or something follows its end"
-        told = f"{most}" if least == most else f"{least} to {most}"
-        raise ValueError(f"the .spr file is {trouble}: {found} bytes of codes where its header tells of {told}")
+        trouble = "cut short or damaged" if found < least else "damaged, or has bytes after its end"
+        expected = f"{most}" if least == most else f"{least} to {most}"
+        raise ValueError(f"the .spr file is {trouble}: it has {found} bytes of codes, and its header needs {expected}")
 
 
 def _require_checksum(data: bytes) -> None:
@@ -298,7 +304,7 @@ def _varint(number: int) -> bytes:
 
 
 class _Reader:
-    """Takes fields off the front of a file, and says so where it ends too early."""
+    """Reads the fields of a file one after the other; raises ValueError if the file ends too early."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 0
@@ -320,7 +326,7 @@ class _Reader:
             number |= (group & 127) << shift
             if group < 128:
                 return number
-        raise ValueError("the .spr file is damaged: its length is beyond all bounds")
+        raise ValueError("the .spr file is damaged: a number in its header is too large")
 
 
 def _code_bits(size: int) -> int:

@@ -1,9 +1,9 @@
-"""Channels of a sound ↔ rows that are coded each by itself.
+"""Convert the channels of a sound to rows, which are coded independently, and back.
 
-A row is what the AudioAE takes: a channel of one that is mono. Of stereo, mid (L + R) / 2 and side (L - R) / 2 are
-coded rather than left and right, which have most of the sound twice. Every row is levelled by itself, as the models
-were trained on levelled sounds, and its gain is written down: so a quiet side is coded as well as the mid, and comes
-back as quiet. A row in which nothing is heard has the largest gain there is, and stays unheard whatever is decoded.
+A row is what the AudioAE takes: for a mono AudioAE, one channel. Stereo is coded as mid (L + R) / 2 and side
+(L - R) / 2, because left and right would code most of the sound twice. The models are trained on levelled sounds, so
+each row is levelled by itself and its gain is stored: a quiet side is coded as accurately as the mid and is made quiet
+again by decoding. A silent row gets the largest gain, which makes any decoded sound inaudible.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from models.bitstream import GAIN_RANGE_DB, Header, rows_of
 from models.loudness import gain_of
 
 SAMPLES_PER_BLOCK = 2**20
-"""Samples of a channel that are looked at at once."""
+"""Samples per channel that are read at once to measure the level."""
 LAYOUT_CHOICES = ("auto", "separate", "mid_side")
-"""What a user chooses from: `auto` is mid/side for stereo."""
+"""The user's choices; `auto` is mid/side for stereo."""
 
 
 class Rows:
-    """The rows of a sound, made as they are read.
+    """The rows of a sound, computed when they are read.
 
     Args:
         audio: (channels, samples).
         layout: `auto`, `separate` or `mid_side`.
-        ae_channels: of the AudioAE.
+        ae_channels: number of channels of the AudioAE.
 
     Attributes:
         layout: one of `models.bitstream.LAYOUTS`.
-        gains_db: of each row.
+        gains_db: gain of each row in dB.
 
     Raises:
-        ValueError: a layout that this number of channels does not have.
+        ValueError: the layout does not fit the number of channels.
     """
 
     def __init__(self, audio: Tensor, *, layout: str, ae_channels: int) -> None:
@@ -50,7 +50,7 @@ class Rows:
         return len(self.gains_db)
 
     def read(self, row: int, first: int, last: int) -> Tensor:
-        """Samples of a row, levelled: (1, channels of the AudioAE, last - first)."""
+        """Return the levelled samples `first` to `last` of a row: (1, channels of the AudioAE, last - first)."""
         raw = self._raw(row, first, last)
         return (raw * self._factors[row]).expand(self.ae_channels, -1)[None]
 
@@ -64,14 +64,14 @@ class Rows:
 def _layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
     channels = len(audio)
     if wanted not in LAYOUT_CHOICES:
-        raise ValueError(f"channels are coded as {', '.join(LAYOUT_CHOICES)}, not as {wanted}")
+        raise ValueError(f"channels={wanted} is unknown: choose one of {', '.join(LAYOUT_CHOICES)}")
     if wanted == "mid_side" and channels != 2:
-        raise ValueError(f"mid and side are of two channels, not of {channels}: leave the choice out")
+        raise ValueError(f"channels=mid_side needs a sound of 2 channels, not of {channels}: choose channels=auto")
     if ae_channels > 1:
         if channels not in (1, ae_channels) or wanted != "auto":
             raise ValueError(
-                f"this codec's autoencoder takes {ae_channels} channels together: give so many or one, and leave the "
-                "choice of channels out"
+                f"this codec's autoencoder takes {ae_channels} channels together: give {ae_channels} channels or one, "
+                "and choose channels=auto"
             )
         return "joint"
     if channels != 2 or wanted == "separate":
@@ -80,7 +80,7 @@ def _layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
 
 
 def channels_of(rows_RCS: Tensor, header: Header) -> Tensor:
-    """Channels (channels, samples) of decoded rows (rows, channels of the AudioAE, samples), their gains taken back."""
+    """Undo the gains of decoded rows (rows, channels of the AudioAE, samples); return the (channels, samples)."""
     factors = rows_RCS.new_tensor([10 ** (-gain / 20) for gain in header.gains_db])
     rows_RCS = rows_RCS * factors[:, None, None]
     if header.layout == "joint":

@@ -1,4 +1,4 @@
-"""One level for all sounds: what the codec's models see is levelled, and the gain travels beside the codes."""
+"""Bring all sounds to one level: the codec's models see levelled audio, and the gain is stored with the codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SILENCE = 1e-4  # -80 dB re full scale
 
 
 def is_silent(audio_CS: Tensor) -> bool:
-    """Whether nothing is heard in (channels, samples): less than 80 dB below full scale, apart from a constant."""
+    """Whether every channel of (channels, samples) is below -80 dB re full scale after its mean is removed."""
     return (
         audio_CS.numel() == 0
         or float((audio_CS - audio_CS.mean(-1, keepdim=True)).square().mean(-1).max()) < SILENCE**2
@@ -22,15 +22,16 @@ def is_silent(audio_CS: Tensor) -> bool:
 
 
 def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99) -> tuple[Tensor, float]:
-    """Bring audio to a common level: the target's RMS, or as near to it as no sample over `peak` allows.
+    """Scale audio to the target RMS, or to less if a sample would otherwise exceed `peak`.
 
     Args:
         audio_CS: (channels, samples).
-        target_rms_db: re full scale 1, over all channels and samples.
+        target_rms_db: RMS over all channels and samples in dB re full scale 1.
         peak: the largest absolute value allowed.
 
     Returns:
-        The audio times 10^(gain/20), and the gain in dB, a multiple of 0.5 within ±60. Silence is left alone, gain 0.
+        The audio times 10^(gain/20), and the gain in dB, a multiple of 0.5 within ±60. Silence is unchanged; its gain
+        is 0.
     """
     if is_silent(audio_CS):
         return audio_CS, 0.0
@@ -40,7 +41,7 @@ def level(audio_CS: Tensor, *, target_rms_db: float = -23.0, peak: float = 0.99)
 
 
 def gain_of(blocks: Iterable[Tensor], *, target_rms_db: float = -23.0, peak: float = 0.99) -> float | None:
-    """The gain in dB by which `level` would multiply the audio that comes in blocks (channels, …); None for silence."""
+    """Return the gain in dB that `level` would apply to audio in blocks (channels, …); None for silence."""
     count, total, squares, largest = 0, 0.0, 0.0, 0.0
     for block_CS in blocks:
         exact = block_CS.double()

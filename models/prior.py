@@ -1,9 +1,10 @@
-"""The prior over codes, and the entropy coder on top: what is likely takes fewer bits.
+"""The prior over codes and its entropy coder, which spends fewer bits on likely codes.
 
-A small network gives the distribution of each code from the codes before it: the earlier books of the same vector, and
-the vector before. It is trained in floating point, and used in integers: weights rounded to fixed point, sums that are
-exact in any order, a table of powers of two made by integer roots, integer frequencies. So encoder and decoder, on
-whatever machines, have the same frequencies to the last digit, which a range coder stands on.
+A small network predicts the distribution of each code from earlier codes: those of the same vector's earlier books, and
+those of the previous vector. The network is trained in floating point, but the coder evaluates it in integers: weights
+are rounded to fixed point, sums are exact in any order, powers of two come from a table of integer roots, and
+frequencies are integers. Encoder and decoder therefore compute identical frequencies on any two machines, which a range
+coder depends on.
 
 Shape suffixes: B clips, N vectors, M books, K codewords of a book, W width, H hidden width.
 """
@@ -27,67 +28,70 @@ from torch.utils.checkpoint import checkpoint
 Integers = npt.NDArray[np.int64]
 
 LARGEST_SIZE = 2**16
-"""Codewords of a book at most: every codeword has a frequency above zero, and frequencies have 24 bits."""
+"""Most codewords of a book: every codeword needs a frequency above zero, and frequencies have 24 bits in all."""
 PRECISION = 24
-"""log2 of what the frequencies of a code add up to; the range coder's own precision."""
+"""log2 of the sum of a code's frequencies; this is the range coder's own precision."""
 _FRACTION = 10
-"""Bits behind the binary point of weights and activations."""
+"""Fractional bits of weights and activations."""
 _LARGEST_WEIGHT = 8.0
 _TABLE_BITS = 8
-"""Log-probabilities are resolved to 2^-8 bit."""
+"""Resolution of log-probabilities: 2^-8 bit."""
 _UNIT = 30
-"""Bits of a power of two in the table."""
+"""Fractional bits of the powers of two in the table."""
 _LOGITS = 2**26
-"""Logits of all books that training holds at once: 256 MiB."""
+"""Most logits of all books that training keeps in memory at once: 256 MiB."""
 _TABLE_NUMBERS = 2**18
-"""Frequencies that are held at once while encoding: 2 MiB."""
+"""Most frequencies that encoding keeps in memory at once: 2 MiB."""
 
 
 class Prior(nn.Module):
-    """Bits that a code takes, given the codes before it; a prefix of the books works as all of them do.
+    """Predicts how many bits each code takes, given the earlier codes; works for any prefix of the books.
 
     Args:
-        books, size: of the quantizer.
-        width: features of what is known of the codes before.
-        hidden: features between that and the logits.
+        books: number of codebooks of the quantizer.
+        size: codewords per book of the quantizer.
+        width: features of the embedding of the earlier codes.
+        hidden: features of the hidden layer between the embedding and the logits.
 
     Raises:
-        ValueError: less than one book, or a size that the coder has no frequencies for.
+        ValueError: ``books`` is less than 1, or ``size`` is not from 2 to `LARGEST_SIZE`.
     """
 
     def __init__(self, books: int, size: int, *, width: int = 16, hidden: int = 16) -> None:
         super().__init__()
         if books < 1 or not 2 <= size <= LARGEST_SIZE:
-            raise ValueError(f"a prior is over books of 2 to {LARGEST_SIZE} codewords, not {books} of {size}")
+            raise ValueError(
+                f"a prior is over at least 1 book of 2 to {LARGEST_SIZE} codewords, not over {books} books of {size}"
+            )
         self.books, self.size, self.width, self.hidden = books, size, width, hidden
-        self.same = nn.Parameter(torch.randn(books, size, width) * 0.2)  # of the earlier books of a vector
-        self.before = nn.Parameter(torch.randn(books, size, width) * 0.2)  # of the vector before
-        self.start = nn.Parameter(torch.zeros(width))  # in place of it at the first vector
+        self.same = nn.Parameter(torch.randn(books, size, width) * 0.2)  # embeds a vector's earlier books
+        self.before = nn.Parameter(torch.randn(books, size, width) * 0.2)  # embeds the previous vector
+        self.start = nn.Parameter(torch.zeros(width))  # replaces `before` for the first vector
         self.mix = nn.Parameter(torch.randn(books, hidden, 2 * width) / math.sqrt(2 * width))
         self.mix_bias = nn.Parameter(torch.zeros(books, hidden))
         self.out = nn.Parameter(torch.zeros(books, size, hidden))
         self.bias = nn.Parameter(torch.zeros(books, size))
 
     def config(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
+        """Return the arguments that build this prior without its weights."""
         return {"books": self.books, "size": self.size, "width": self.width, "hidden": self.hidden}
 
     @torch.no_grad()
     def fit(self, codes: Tensor) -> None:
-        """Begin with how often each codeword of each book occurs in ``codes`` (N, books), the codes before left out."""
+        """Initialise the biases to the log-frequencies of each book's codewords in ``codes`` (N, books)."""
         counts_MK = torch.stack([torch.bincount(book, minlength=self.size) for book in codes.T]).double()
         likely = (counts_MK + 0.5) / (counts_MK + 0.5).sum(dim=1, keepdim=True)
         self.bias[: len(likely)] = likely.log2().to(self.bias)
 
     def forward(self, codes_BNM: Tensor) -> Tensor:
-        """Bits (B, N, M) of each of the codes, of all the books or the first M of them; differentiable."""
+        """Return the bits (B, N, M) that each code of the first M books takes; differentiable."""
         same_BNMW = torch.stack([self.same[book][codes_BNM[..., book]] for book in range(codes_BNM.shape[-1])], dim=2)
         earlier_BNMW = F.pad(same_BNMW.cumsum(dim=2), (0, 0, 1, -1))
         vector_BNW = torch.stack([self.before[m][codes_BNM[..., m]] for m in range(codes_BNM.shape[-1])]).sum(dim=0)
         start_B1W = self.start.expand(len(codes_BNM), 1, -1)
         before_BNW = torch.cat([start_B1W, vector_BNW[:, :-1]], dim=1)
         of_book: Callable[..., Tensor] = self._bits
-        if codes_BNM.numel() * self.size > _LOGITS:  # then they are computed again in the backward pass, book by book
+        if codes_BNM.numel() * self.size > _LOGITS:  # recompute the logits in the backward pass, book by book
             of_book = functools.partial(checkpoint, self._bits, use_reentrant=False)
         bits = [
             of_book(book, earlier_BNMW[:, :, book], before_BNW, codes_BNM[..., book])
@@ -103,31 +107,31 @@ class Prior(nn.Module):
         return nats.unflatten(0, codes_BN.shape) / math.log(2)
 
     def coder(self) -> Coder:
-        """The same in integers, as files are written with it."""
+        """Return the entropy coder: this prior in integers, as `.spr` files use it."""
         return Coder({name: value.detach().cpu().numpy() for name, value in self.named_parameters()})
 
 
 class Coder:
-    """Codes ↔ bytes by a prior's integers; the same bytes on every machine."""
+    """Entropy-codes codes to bytes and back with a prior in integers; the bytes are the same on every machine."""
 
     def __init__(self, weights: dict[str, npt.NDArray[np.float32]]) -> None:
-        fine = {"mix_bias", "bias"}  # these are added to products of two
+        fine = {"mix_bias", "bias"}  # these are added to products of two fixed-point numbers
         fixed = {name: _fixed(value, 2 * _FRACTION if name in fine else _FRACTION) for name, value in weights.items()}
         self.same, self.before, self.start = fixed["same"], fixed["before"], fixed["start"]
         self.mix, self.mix_bias, self.out, self.bias = (fixed[name] for name in ("mix", "mix_bias", "out", "bias"))
         self.books, self.size = self.bias.shape
         self.hash = _hash(fixed)
 
-    # Integers below 2^53 are held in float64, where their products and sums are exact in any order: BLAS is used on
-    # them. The largest sum is that over the known features: 2 · 16 features · 2^13 · 60 codes · 2^13 < 2^38.
+    # The integers are stored in float64 so that BLAS can be used; below 2^53, products and sums are exact in any order.
+    # The largest sum is over the embedding of the earlier codes: 2 · 16 features · 2^13 · 60 codes · 2^13 < 2^38.
 
     def encode(self, codes: Integers) -> bytes:
-        """The bytes of codes (rows, frames, books); as few as there can be, trailing zeros left out.
+        """Encode codes (rows, frames, books) to as few bytes as possible, without trailing zeros.
 
         Raises:
-            ValueError: more books than the prior has, or codes outside its books.
+            ValueError: there are more books than the prior has, or codes outside [0, size).
         """
-        import constriction  # here: only entropy coding needs it
+        import constriction  # imported here because only entropy coding needs it
 
         self._check(codes.shape[-1], codes)
         encoder = constriction.stream.queue.RangeEncoder()
@@ -137,10 +141,10 @@ class Coder:
         return _shortest(encoder)
 
     def decode(self, data: bytes, rows: int, frames: int, books: int) -> Integers:
-        """The codes (rows, frames, books) that `encode` made ``data`` of.
+        """Decode the codes (rows, frames, books) from the bytes ``data`` that `encode` returned.
 
         Raises:
-            ValueError: more books than the prior has, or bytes that are no such codes.
+            ValueError: there are more books than the prior has, or `encode` can't have returned these bytes.
         """
         import constriction
 
@@ -155,14 +159,14 @@ class Coder:
                     table_1K = self._table(book, np.concatenate([same, before])[None])
                     frame[book] = decoder.decode(categorical(table_1K[0].astype(np.float64), perfect=False))
                     same = same + self.same[book, frame[book]]
-        except AssertionError as error:  # what constriction raises where bytes stand for nothing
+        except AssertionError as error:  # constriction raises it for bytes that encode nothing
             raise ValueError("the entropy-coded payload is damaged") from error
         if self.encode(codes) != data:
-            raise ValueError("the entropy-coded payload is damaged: its codes would be written as other bytes")
+            raise ValueError("the entropy-coded payload is damaged: its codes do not encode to the same bytes")
         return codes
 
     def bits(self, codes: Integers) -> float:
-        """What codes (rows, frames, books) take by these frequencies, before they are rounded up to bytes."""
+        """Return how many bits codes (rows, frames, books) take, before they are rounded up to bytes."""
         total = 0.0
         for known, wanted in self._portions(codes):
             frequencies = np.take_along_axis(self._tables(known), wanted.reshape(-1, 1), axis=1) + 1
@@ -170,7 +174,7 @@ class Coder:
         return total
 
     def _frames(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
-        """Of each frame what is known of the one before, and its codes, to be filled in."""
+        """Yield, for each frame, the previous frame's embedding and a view of its codes, which the caller fills in."""
         for row in codes:
             before = self.start
             for frame in row:
@@ -178,7 +182,7 @@ class Coder:
                 before = self.before[np.arange(len(frame)), frame].sum(axis=0)
 
     def _portions(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
-        """What is known before each code (frames, books, 2 W), and the codes (frames, books), some frames at a time."""
+        """Yield, in blocks of frames, the codes (frames, books) and before them their context (frames, books, 2 W)."""
         books = codes.shape[-1]
         at_once = max(1, _TABLE_NUMBERS // (self.size * books))
         for row in codes:
@@ -191,16 +195,16 @@ class Coder:
 
     @staticmethod
     def _sums(table: npt.NDArray[np.float64], codes_NM: Integers) -> npt.NDArray[np.float64]:
-        """Sums (N, M, W) over the first 1, 2 … books."""
+        """Return the embeddings (N, M, W) summed over the first 1, 2, …, M books."""
         return table[np.arange(codes_NM.shape[1]), codes_NM].cumsum(axis=1)
 
     def _tables(self, known_NMW: npt.NDArray[np.float64]) -> Integers:
-        """Frequencies (N · M, K), all books of a frame after one another."""
+        """Return the frequencies (N · M, K), ordered by frame, then by book."""
         books = known_NMW.shape[1]
         return np.stack([self._table(book, known_NMW[:, book]) for book in range(books)], axis=1).reshape(-1, self.size)
 
     def _table(self, book: int, known_NW: npt.NDArray[np.float64]) -> Integers:
-        """Frequencies (N, K) that add up to 2^24 - K; the coder itself adds one to each."""
+        """Return frequencies (N, K) that add up to 2^24 - K; the range coder itself adds one to each."""
         mixed = known_NW @ self.mix[book].T + self.mix_bias[book]
         hidden = np.floor(mixed / 2**_FRACTION + 0.5).clip(-(2**_FRACTION), 2**_FRACTION)
         logits_NK = (hidden @ self.out[book].T + self.bias[book]).astype(np.int64)
@@ -210,17 +214,19 @@ class Coder:
         if not 1 <= books <= self.books:
             raise ValueError(f"this prior is over {self.books} books, not {books}")
         if codes is not None and codes.size and not 0 <= codes.min() <= codes.max() < self.size:
-            raise ValueError(f"this prior is over books of {self.size}: codes lie in [{codes.min()}, {codes.max()}]")
+            raise ValueError(
+                f"this prior is over books of {self.size} codewords, but codes lie in [{codes.min()}, {codes.max()}]"
+            )
 
 
 def _fixed(weights: npt.NDArray[np.float32], fraction: int) -> npt.NDArray[np.float64]:
-    """Weights as whole multiples of 2^-fraction: scaling by a power of two and rounding are exact."""
+    """Round weights to whole multiples of 2^-fraction; scaling by a power of two and rounding are exact."""
     bound = _LARGEST_WEIGHT if fraction == _FRACTION else 4 * _LARGEST_WEIGHT
     return np.rint(weights.astype(np.float64).clip(-bound, bound) * 2**fraction)
 
 
 def _hash(fixed: dict[str, npt.NDArray[np.float64]]) -> bytes:
-    """Two bytes that tell priors apart."""
+    """Return two bytes of a hash that identifies the prior."""
     digest = hashlib.sha256(json.dumps({name: list(value.shape) for name, value in sorted(fixed.items())}).encode())
     for name in sorted(fixed):
         digest.update(fixed[name].astype("<i4").tobytes())
@@ -228,11 +234,11 @@ def _hash(fixed: dict[str, npt.NDArray[np.float64]]) -> bytes:
 
 
 def _frequencies(logits_NK: Integers) -> Integers:
-    """Integers (N, K) in proportion to 2^logits (in units of 2^-20), of the sum 2^24 - K each."""
+    """Return integers (N, K) proportional to 2^logits (in units of 2^-20); each row adds up to 2^24 - K."""
     below = (logits_NK.max(axis=1, keepdims=True) - logits_NK) >> (2 * _FRACTION - _TABLE_BITS)
     weights = _powers()[below & (2**_TABLE_BITS - 1)] >> np.minimum(below >> _TABLE_BITS, _UNIT + 1)
     total = 2**PRECISION - logits_NK.shape[1]
-    share = (total << _UNIT) // weights.sum(axis=1, keepdims=True)  # at most 2^24: the likeliest weighs 2^30
+    share = (total << _UNIT) // weights.sum(axis=1, keepdims=True)  # at most 2^24, as the likeliest weight is 2^30
     frequencies = (weights * share) >> _UNIT
     likeliest = logits_NK.argmax(axis=1)
     frequencies[np.arange(len(logits_NK)), likeliest] += total - frequencies.sum(axis=1)
@@ -241,7 +247,7 @@ def _frequencies(logits_NK: Integers) -> Integers:
 
 @functools.cache
 def _powers() -> Integers:
-    """2^(-k / 256) for k of 0 … 255, in units of 2^-30, rounded down: by integer square roots, eight deep."""
+    """Return 2^(-k / 256) for k = 0 … 255 in units of 2^-30, rounded down, by eight nested integer square roots."""
     steps, powers = 2**_TABLE_BITS, []
     for step in range(steps):
         power = 1 << (_UNIT * steps - step)
@@ -252,10 +258,10 @@ def _powers() -> Integers:
 
 
 def _shortest(encoder: Any) -> bytes:
-    """The shortest bytes that the decoder, which reads zeros beyond them, takes for what was encoded.
+    """Return the shortest bytes that decode to what was encoded; the decoder reads zeros beyond their end.
 
-    The coder ends with an interval of numbers that all stand for the same codes, and gives one as whole words of 32
-    bits; taken here is the one in it that ends with the most zeros.
+    The encoder ends with an interval of numbers that all decode to the same codes, and itself returns one of them as
+    whole 32-bit words. This function picks the number in the interval with the most trailing zeros.
     """
     if encoder.is_empty():
         return b""
@@ -268,4 +274,4 @@ def _shortest(encoder: Any) -> bytes:
         point = -(-first >> zeros) << zeros
         if point < first + span and point < 1 << width:
             return point.to_bytes(width // 8, "big")[: (width - zeros) // 8]
-    raise AssertionError("an interval holds its own beginning")
+    raise AssertionError("the interval contains its first number")

@@ -1,6 +1,6 @@
-"""RoPE: positions told to attention by turning pairs of features (arXiv 2104.09864), with YaRN's stretch.
+"""RoPE: encodes positions by rotating pairs of features (arXiv 2104.09864), with YaRN for longer sequences.
 
-Shape suffixes: S tokens of a sequence, K features of a head, k pairs of them.
+Shape suffixes: S tokens of a sequence, K features of a head, k pairs of features.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Angles of one sequence's tokens: the same for all of a batch, all heads and all blocks."""
+    """Cosines and sines of the angles of a sequence's tokens, for all samples of a batch, all heads and all blocks."""
 
     cos_S1k: Tensor
     sin_S1k: Tensor
 
     @classmethod
     def at(cls, positions_S: Tensor, frequencies_k: Tensor) -> Rotary:
-        """The angles of tokens at these positions."""
+        """Compute the angles of tokens at these positions."""
         angles_S1k = positions_S[:, None, None] * frequencies_k
         return cls(angles_S1k.cos(), angles_S1k.sin())
 
     def turn(self, x_BSHK: Tensor) -> Tensor:
-        """Turn each pair of neighbouring features by the angle of its token; in float32."""
+        """Rotate each pair of neighbouring features by its token's angle; return float32 in the input's shape."""
         even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = (even * self.cos_S1k - odd * self.sin_S1k, even * self.sin_S1k + odd * self.cos_S1k)
         return torch.stack(turned, -1).flatten(-2)
 
 
 def rope_frequencies(head_width: int, *, base: float, turning: int, device: torch.device) -> Tensor:
-    """Radians per token of each pair of a head's features; 0 for the pairs after the first `turning` features."""
+    """Return the radians per token for each pair of a head's features; 0 beyond the first `turning` features."""
     feature = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
     return base ** (-feature / head_width) * (feature < turning)
 
 
 def yarn(frequencies_k: Tensor, *, base: float, trained_tokens: int, factor: float) -> Tensor:
-    """Slow down by `factor` what turns less than once in `trained_tokens`, leave what turns 32 times, blend between.
+    """Stretch RoPE to longer sequences by YaRN (arXiv 2309.00071, section 3.2).
 
-    Source: YaRN, arXiv 2309.00071, section 3.2.
+    Frequencies with less than one turn in `trained_tokens` are divided by `factor`, those with more than 32 turns are
+    unchanged, and those in between are interpolated.
     """
     pairs = len(frequencies_k)
     turns_32, turns_1 = (pairs * math.log(trained_tokens / (2 * math.pi * turns), base) for turns in (32, 1))

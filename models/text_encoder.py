@@ -1,4 +1,4 @@
-"""Text encoders: a caption → a sequence of vectors that D reads, by models of transformers, from their own layouts."""
+"""Text encoders, which turn a caption into a sequence of vectors for D; the models are those of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "
 
 
 class TextEncoder:
-    """A frozen encoder and its tokenizer; captions are encoded one by one, so that none depends on its neighbours."""
+    """A frozen encoder and its tokenizer; it encodes captions one by one, so that no caption depends on its batch."""
 
     def __init__(
         self,
@@ -30,7 +30,16 @@ class TextEncoder:
         projection: nn.Linear | None = None,
         identity: str,
     ):
-        """`tokens`: the most of a caption; `layer`: whose hidden states; `projection`: applied to them."""
+        """Wrap a model and its tokenizer.
+
+        Args:
+            model: the encoder.
+            tokenizer: its tokenizer.
+            tokens: longer captions are truncated to this number of tokens.
+            layer: index of the layer whose hidden states are returned.
+            projection: a layer that is applied to the hidden states, if any.
+            identity: a hash of the tokenizer's files.
+        """
         self.model, self.tokenizer, self.projection = model.eval().requires_grad_(False), tokenizer, projection
         self.tokens, self.layer = tokens, layer
         settings: Any = model.config
@@ -39,13 +48,13 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, caption: str) -> Tensor:
-        """`(n, width)` in float32, n ≤ tokens; the tokenizer's own special tokens are among them."""
+        """Encode a caption to `(n, width)` in float32, n ≤ tokens, including the tokenizer's special tokens."""
         ids = self.tokenizer(caption, truncation=True, max_length=self.tokens, return_tensors="pt").input_ids
         hidden_ND = self.model(input_ids=ids, output_hidden_states=True).hidden_states[self.layer][0]
         return hidden_ND if self.projection is None else self.projection(hidden_ND)
 
     def identity(self) -> str:
-        """Short hash of weights, tokenizer and settings: the same for what gives the same vectors."""
+        """Return a short hash of weights, tokenizer and settings; encoders with equal vectors have equal hashes."""
         parts = {"encoder": self.model, **({"projection": self.projection} if self.projection is not None else {})}
         state = {
             f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
@@ -54,7 +63,7 @@ class TextEncoder:
 
 
 def load_stable_audio_text(folder: str | Path) -> TextEncoder:
-    """T5 and the projection of a Stable Audio Open release, by its folder or its name on the hub.
+    """Load T5 and its projection from a Stable Audio Open release, given by its folder or its hub name.
 
     Raises:
         ValueError: a part is missing, damaged or a pickle.
@@ -69,10 +78,15 @@ def load_stable_audio_text(folder: str | Path) -> TextEncoder:
 
 
 def load_text_encoder(folder: str | Path, *, tokens: int, layer: int) -> TextEncoder:
-    """Any encoder that transformers' `AutoModel` knows, with its tokenizer in the same folder.
+    """Load any encoder that transformers' `AutoModel` supports, with its tokenizer, from a folder or a hub name.
+
+    Args:
+        folder: the encoder's folder, which also holds its tokenizer, or its hub name.
+        tokens: longer captions are truncated to this number of tokens.
+        layer: index of the layer whose hidden states are used.
 
     Raises:
-        ValueError: it is not there, not whole, or a pickle.
+        ValueError: the encoder or its tokenizer is missing or incomplete, or the weights are a pickle.
     """
     require_package("transformers", "text", "a text encoder")
     from transformers import AutoModel
@@ -87,27 +101,27 @@ def load_text_encoder(folder: str | Path, *, tokens: int, layer: int) -> TextEnc
 def _pretrained(kind: Any, path: Path) -> nn.Module:
     from transformers.utils import logging
 
-    open_part(path)  # refuses a pickle, and names what is missing
+    open_part(path)  # raises a clear error if the weights are missing or a pickle
     logging.disable_progress_bar()
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
         model, loading = kind.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be loaded as a text encoder: {str(error).splitlines()[0]}") from error
-    # transformers draws what a file lacks; only the pooler, which no hidden state depends on, may be lacking
+    # transformers initialises missing weights at random. Only the pooler may be missing: no hidden state depends on it.
     if absent := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ValueError(f"{path} lacks weights of its text encoder: {listed(absent)}")
     return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
 def _tokenizer(path: Path) -> tuple[Any, str]:
-    """A tokenizer, and a hash of its files."""
+    """Load a tokenizer; return it and a hash of its files."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no whole tokenizer: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} holds no complete tokenizer: {str(error).splitlines()[0]}") from error
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
@@ -116,7 +130,7 @@ def _tokenizer(path: Path) -> tuple[Any, str]:
 
 
 def _projection(path: Path) -> nn.Linear | None:
-    """The layer between text encoder and D; none where both have the same width."""
+    """Load the projection from the text encoder's width to D's; return None if both widths are equal."""
     sizes = read_config(path, "StableAudioProjectionModel", PROJECTION_SETTINGS)
     if sizes["text_encoder_dim"] == sizes["conditioning_dim"]:
         return None
@@ -125,5 +139,5 @@ def _projection(path: Path) -> nn.Linear | None:
     try:
         layer.load_state_dict({name: read(stored[f"text_projection.{name}"]) for name in ("weight", "bias")})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no text_projection of {sizes}: fetch the release again") from error
+        raise ValueError(f"{path} holds no text_projection of {sizes}: download the release again") from error
     return layer

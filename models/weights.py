@@ -1,4 +1,4 @@
-"""Weights in files and into models: safetensors with the config as JSON in their header. Nothing is ever unpickled."""
+"""Save weights to files and load them into models: safetensors with the config as JSON in the header, never pickles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: its shape is known, and its numbers are read when they are asked for."""
+    """A tensor in a safetensors file: its shape is known, and `read` loads its numbers."""
 
     path: Path
     name: str
@@ -32,7 +32,7 @@ class Stored:
     file: Any
 
     def read(self) -> Tensor:
-        """The tensor, anew with each call, in memory of its own; `ValueError` if the file has been damaged since."""
+        """Read the tensor into newly allocated memory; raise `ValueError` if the file was damaged after opening."""
         try:
             return self.file.get_tensor(self.name)
         except SafetensorError as error:
@@ -40,72 +40,77 @@ class Stored:
 
 
 Weights = Mapping[str, Tensor | Stored]
-"""Tensors by name, in memory or still in a file."""
+"""Maps names to tensors, which are in memory or still in a file."""
 
 
 def read(value: Tensor | Stored) -> Tensor:
-    """The tensor, wherever it is."""
+    """Return the tensor, and read it first if it is still in a file."""
     return value.read() if isinstance(value, Stored) else value
 
 
 def save_weights(path: str | Path, state: State, config: Mapping[str, Any]) -> None:
-    """Write tensors and their config (anything that JSON holds) to one file, which appears whole or not at all.
+    """Write tensors and their config (any JSON object) to one file, which appears whole or not at all.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        OSError: the file could not be written; an older file at `path` is unchanged.
     """
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     write_safetensors(path, tensors, {"config": json.dumps(config, sort_keys=True)})
 
 
 def write_safetensors(path: str | Path, state: State, metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors that share no memory, and metadata, to one file, as `save_weights` does."""
+    """Write metadata and tensors, which are contiguous and share no memory, to one file, as `save_weights` does."""
     try:
         with replacing(Path(path)) as partial:
             save_file(dict(state), partial, metadata=dict(metadata))
-            partial.chmod(0o666 & ~_umask())  # safetensors makes its files unreadable for the group
+            partial.chmod(0o666 & ~_umask())  # safetensors creates files that the group can't read
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, f"could not be written ({error})", str(path)) from error
 
 
 def _umask() -> int:
-    """Reading it is setting it."""
+    """Return the process's umask; Python can only read it by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a file by `save_weights`.
+    """Read the config and the tensors of a file that `save_weights` wrote.
 
     Raises:
-        ValueError: the file is truncated, foreign or without a config.
-        FileNotFoundError: there is none.
+        ValueError: the file is truncated, is not a safetensors file, or has no config.
+        FileNotFoundError: the file does not exist.
     """
     config, stored = open_weights(path)
     return config, {name: value.read() for name, value in stored.items()}
 
 
 def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """`load_weights`, with the tensors not read yet."""
+    """Read a file's config as `load_weights` does, but leave its tensors in the file until they are read."""
     metadata, stored = open_safetensors(path)
     if "config" not in metadata:
         raise ValueError(f"{path} has no config in its header: it was not written by this program")
     try:
         config = json.loads(metadata["config"])
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the config in its header is no JSON ({error})") from error
+        raise ValueError(f"{path}: the config in its header is not JSON ({error})") from error
     return config, stored
 
 
 def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored]]:
-    """Metadata and tensors of any safetensors file; `ValueError` with the file's name where it is none."""
+    """Open any safetensors file; return its metadata and its unread tensors.
+
+    Raises:
+        ValueError: the path is a folder, or the file is not a safetensors file or is damaged.
+        FileNotFoundError: the file does not exist.
+    """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the file in it")
+        raise ValueError(f"{path} is a folder: give a safetensors file in it")
     try:
-        # not mapped into memory, where what was read would stay next to what it was read for
+        # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
     except SafetensorError as error:
         raise _damaged(path, error) from error
@@ -114,11 +119,11 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
 
 
 def _damaged(path: Path, error: SafetensorError) -> ValueError:
-    return ValueError(f"{path} is no whole safetensors file ({error}): fetch or export it again")
+    return ValueError(f"{path} is not a complete safetensors file ({error}): download or export it again")
 
 
 def hash_state(config: Mapping[str, Any], state: State) -> str:
-    """SHA-256 in hex of a config and its tensors: names, types, shapes and bits, in whatever order they come."""
+    """Return the SHA-256 in hex of a config and of all tensors' names, types, shapes and bits, in any order."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -128,12 +133,12 @@ def hash_state(config: Mapping[str, Any], state: State) -> str:
 
 
 def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Callable[[str], str] = str) -> Model:
-    """What `build` makes, with its weights from `state`, where its tensor `name` is called `name_of(name)`.
+    """Build a model on the CPU and load its weights from `state`, which calls the tensor `name` `name_of(name)`.
 
-    What lies in files is read tensor by tensor, once all are known to fit: there is never a second copy of the whole.
+    Tensors in files are read one by one after all names and shapes are checked, so memory never holds a second copy.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; begins with `where` and names it.
+        ValueError: a tensor is missing, unknown or of another shape. The message begins with `where` and names it.
     """
     with torch.device("meta"):
         model = build()
@@ -156,5 +161,5 @@ def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Call
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many there are where that is not all."""
+    """Join the first `most` names, and add the total number if there are more."""
     return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "")

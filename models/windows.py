@@ -1,6 +1,6 @@
-"""Latents of any length through networks that know windows of one length, with no seam where windows meet.
+"""Run networks that take windows of a fixed length on latents of any length, without seams between the windows.
 
-Shape suffixes: B clips, C channels of x0, Z of z, T frames, N vectors of z, W windows.
+Shape suffixes: B clips, C channels of x0, Z channels of z, T frames, N vectors z, W windows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ Item = TypeVar("Item")
 
 
 def starts(frames: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover all frames, `stride` apart; the last ends with the frames."""
+    """Return the first frame of each window: windows are `stride` apart, and the last one ends at the last frame."""
     return [*range(0, max(0, frames - window), stride), max(0, frames - window)]
 
 
 def encode(g: Callable[[Tensor], Tensor], x0_BCT: Tensor, *, window: int, pooling: int, margin: int) -> Tensor:
-    """z (B, Z, N) of x0 by `g`, which sees a window at a time; of each but the first and the last end of x0 what lies
-    within `margin` frames of the window's ends is another window's."""
+    """Encode x0 to z (B, Z, N) with `g`, one window at a time.
+
+    Within `margin` frames of a window's start or end, z comes from the neighbouring window, except at the ends of x0.
+    """
     z_BZN = None
     for start in starts(x0_BCT.shape[-1], window, window - 2 * margin):
         part_BZN = g(x0_BCT[..., start : start + window])
@@ -37,19 +39,24 @@ def encode(g: Callable[[Tensor], Tensor], x0_BCT: Tensor, *, window: int, poolin
 
 
 class Joint:
-    """D and f on windows, as one network of any length: one sound that all windows agree on.
+    """Runs D and f on windows as one network for latents of any length, in which all windows agree on one sound.
 
-    The windows of a step of the sampler meet and hardly overlap, and those of the next step lie across where they met
-    (`step` says which it is). All work on one x: what a window makes of it is what its neighbours go on from in the
-    next step. So nothing is decided twice and then mixed, as where windows are sampled apart and cross-faded, nor are
-    predictions averaged in overlaps, as in MultiDiffusion (arXiv 2302.08113). Of data that are -1 or +1 throughout,
-    whose exact D is known, those leave 13 % and 11 % of the frames in between, and this none; it also costs a quarter
-    less. `benchmarks/seams.py` measures it on a trained codec.
+    In one step of the sampler, the windows are adjacent and hardly overlap; in the next step (see `step`), they are
+    shifted so that they span the previous step's borders. All windows work on the same x, so a window continues in the
+    next step from what its neighbours computed. Nothing is decided twice and then mixed, as if windows were sampled
+    independently and cross-faded, and no predictions are averaged in overlaps, as in MultiDiffusion (arXiv 2302.08113).
+    On data that is -1 or +1 throughout, for which D is known exactly, cross-fading leaves 13 % and MultiDiffusion 11 %
+    of the frames between -1 and +1, and this method leaves none. It also costs a quarter less. `benchmarks/seams.py`
+    measures the seams of a trained codec.
 
     Args:
         dit: D: (x, t, condition=…, …) → prediction.
         f: z → condition.
-        window, pooling: frames of a window, and to a vector of z.
+        window: frames of a window.
+        pooling: frames per vector z.
+
+    Attributes:
+        step: number of sampler steps done, which the caller updates.
     """
 
     def __init__(self, dit: Callable[..., Tensor], f: Callable[[Tensor], Tensor], *, window: int, pooling: int) -> None:
@@ -57,15 +64,15 @@ class Joint:
         self.step = 0
 
     def starts(self, frames: int) -> list[int]:
-        """Where this step's windows begin."""
+        """Return the first frame of each window in this step."""
         shift = self.window // self.pooling // 2 * self.pooling if self.step % 2 else 0
         last = frames - self.window
         return sorted({0, last, *range(self.window - shift, last, self.window)})
 
     def __call__(self, x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Any) -> Tensor:
-        """D's prediction for x (B, C, T) at the levels t; the condition is z (B, Z, N) itself.
+        """Return D's prediction for x (B, C, T) at the noise levels t (B,); `condition` is z (B, Z, N) itself.
 
-        Where windows do overlap, at the ends of x, a frame is taken from the one whose middle is nearer.
+        Where windows overlap, near the ends of x, each frame is taken from the window whose middle is nearer.
         """
         predicted_BCT, begins = torch.empty_like(x_BCT), self.starts(x_BCT.shape[-1])
         between = [(one + other + self.window) // 2 for one, other in pairwise(begins)]

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Audio Open (arXiv 2407.14358): 44.1 kHz, 64 channels at 21.5 Hz, from diffusers' layout."""
+"""The autoencoder of Stable Audio Open (arXiv 2407.14358), loaded from diffusers' layout: 64 channels at 21.5 Hz."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SETTINGS = (
 
 
 class OobleckAE(AudioAE):
-    """Strided convolutions with Snake activations, a variational bottleneck, and the way back.
+    """A variational autoencoder of strided convolutions with Snake activations, for 44.1 kHz audio.
 
-    A frame stands for the hop at its place, so n frames are n hops. The latents are the bottleneck's mean, not a draw
-    from it, and as the release's D knows them: training gave them a standard deviation of about 1, and no factor is
-    applied. A stereo model takes a mono channel as both of its channels, and gives their mean back.
+    Each frame covers one hop. The latents are the bottleneck's mean instead of a sample from it. They are not rescaled:
+    their standard deviation is about 1 already, and the release's D was trained on them. A stereo model gets the mono
+    channel as left and right, and its two output channels are averaged.
     """
 
     name = "oobleck"
@@ -55,17 +55,17 @@ class OobleckAE(AudioAE):
 
 
 def load_oobleck(folder: str | Path) -> OobleckAE:
-    """The autoencoder in the `vae/` of a release, by its folder or its name on the hub.
+    """Load the autoencoder from the subfolder `vae/` of a release, given by its folder or its hub name.
 
     Raises:
-        ValueError: it is not there, is damaged, or is another model.
+        ValueError: the autoencoder is missing or damaged, or is another model.
     """
     part, config = find_part(folder, "vae"), read_oobleck_config(folder)
     return filled(lambda: OobleckAE(config), open_part(part), str(part))
 
 
 def read_oobleck_config(folder: str | Path) -> OobleckConfig:
-    """Its sizes alone; raises as `load_oobleck` does."""
+    """Read the autoencoder's sizes without its weights; raises as `load_oobleck` does."""
     part = find_part(folder, "vae")
     given = read_config(part, _CLASS, _SETTINGS)
     config = OobleckConfig(
@@ -81,7 +81,7 @@ def read_oobleck_config(folder: str | Path) -> OobleckConfig:
         {
             "encoder_hidden_size is twice decoder_input_channels": given["encoder_hidden_size"]
             == 2 * config.latent_channels,
-            "all downsampling_ratios are even, as others lose samples": all(ratio % 2 == 0 for ratio in config.strides),
+            "all downsampling_ratios are even (odd ones lose samples)": all(ratio % 2 == 0 for ratio in config.strides),
             "there are as many channel_multiples as downsampling_ratios": len(config.multiples) == len(config.strides),
         },
     )

@@ -1,4 +1,4 @@
-"""Pretrained models: our own exports and public releases; the one place to load and save weights from."""
+"""Load pretrained models from this project's exports and from public releases; other packages import from here."""
 
 from __future__ import annotations
 
@@ -37,19 +37,23 @@ __all__ = [
 ]
 
 AUTOENCODERS = ("spectral", "woosh", "oobleck")
-"""Kinds of AudioAE."""
+"""The kinds of AudioAE."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Sizes = TypeVar("Sizes", DiTConfig, VocosConfig)
 
 
 def load_dit(path: str | Path) -> Decoder:
-    """D from an export of ours (a file, or a folder with `dit.safetensors`) or from a release's folder or hub name.
+    """Load D from this project's export or from a public release.
+
+    Args:
+        path: an exported file, a folder with `dit.safetensors`, or a release's folder or hub name.
+
+    Returns:
+        D. Its attribute `diffusion` is its training's formulation, {"name", "options"}, or None if unknown.
 
     Raises:
-        ValueError: nothing of the kind lies there, or it is damaged or does not fit; names the file.
-
-    Its attribute `diffusion` says in which formulation it was trained: {"name", "options"}; None: not known.
+        ValueError: there is no D at `path`, or it is damaged or does not fit; the message names the file.
     """
     path = _found(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
@@ -71,7 +75,7 @@ def load_dit(path: str | Path) -> Decoder:
 
 
 def _found(path: str | Path) -> Path:
-    """What `locate` finds; raises ValueError where that is nothing and looks like a name of the hub."""
+    """Return what `locate` finds; raise ValueError if it finds nothing and `path` looks like a hub name."""
     found = locate(path)
     if not found.exists() and is_hub_name(path) and found.suffix != ".safetensors":
         raise ValueError(missing(path))
@@ -83,7 +87,7 @@ def _in_diffusers_layout(folder: Path) -> bool:
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
-    """The files of a D that is a folder, by their names in it: all that `load_dit` may read."""
+    """Return all files that `load_dit` may read from a D's folder, by their relative paths in it."""
     folder = locate(path)
     parts = ("transformer", "projection_model", "scheduler") if _in_diffusers_layout(folder) else (".",)
     files = [file for part in parts for file in (folder / part).iterdir() if file.is_file()]
@@ -91,8 +95,16 @@ def weight_files(path: str | Path) -> dict[str, Path]:
 
 
 def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:
-    """The AudioAE of a kind: `spectral`, which needs no folder, `woosh` from the folder of a Woosh-AE release, or
-    `oobleck` from Stable Audio Open's, which may be its name on the hub."""
+    """Load an AudioAE.
+
+    Args:
+        kind: `spectral`, `woosh` or `oobleck`.
+        folder: unused for `spectral`; the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a
+            Stable Audio Open release for `oobleck`.
+
+    Raises:
+        ValueError: the kind is unknown, or the folder is missing, damaged or another model's.
+    """
     if kind == "spectral":
         return SpectralAE()
     where = _release_of(kind, folder)
@@ -101,14 +113,14 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
 
 def _release_of(kind: str, folder: str | Path | None) -> Path:
     if kind not in AUTOENCODERS:
-        raise ValueError(f"there is no autoencoder of kind {kind!r}: take one of {', '.join(AUTOENCODERS)}")
+        raise ValueError(f"unknown kind of autoencoder {kind!r}: take one of {', '.join(AUTOENCODERS)}")
     if folder is None:
         raise ValueError(f"the autoencoder of kind {kind!r} needs the folder of its release, with config and weights")
     return _found(folder) if kind == "oobleck" else Path(folder)
 
 
 def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> tuple[int, int]:
-    """Sample rate and hop of an AudioAE, from the release's config alone; raises as `load_autoencoder` does."""
+    """Return the sample rate and hop of an AudioAE from its config alone; raises as `load_autoencoder` does."""
     if kind == "spectral":
         return SpectralAE.sample_rate, SpectralAE.hop
     where = _release_of(kind, folder)
@@ -117,7 +129,7 @@ def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> t
 
 
 def read_dit_config(path: str | Path) -> DecoderConfig:
-    """The sizes of what `load_dit` would load, without reading its weights; raises as that does."""
+    """Return the sizes of the D that `load_dit` would load, without reading its weights; raises as `load_dit` does."""
     path = _found(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
@@ -131,7 +143,7 @@ def read_dit_config(path: str | Path) -> DecoderConfig:
 
 
 def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:
-    """What `load_autoencoder` would load, on the meta device: all shapes and no numbers."""
+    """Build the AudioAE that `load_autoencoder` would load on the meta device: it has shapes, but no weights."""
     if kind == "spectral" or folder is None:
         with torch.device("meta"):
             return SpectralAE()
@@ -147,7 +159,7 @@ def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None
 def _sizes_of_kind(kind: type[Sizes], folder: str | Path) -> Sizes:
     sizes = read_woosh_sizes(folder)
     if not isinstance(sizes, kind):
-        raise ValueError(f"{folder} holds the other model of the release: give its other folder")
+        raise ValueError(f"{folder} holds the other model of the release: give the other folder of the release")
     return sizes
 
 

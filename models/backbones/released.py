@@ -1,6 +1,6 @@
-"""Released weights in the layout of Hugging Face: a folder, here or in the hub's cache, with a model a subfolder.
+"""Read releases in the layout of Hugging Face: a local folder, or one in the hub's cache, with one subfolder per model.
 
-Each subfolder holds `config.json` and safetensors, in one file or sharded with an index. Pickles are never opened.
+A subfolder holds `config.json` and safetensors, in one file or in shards with an index. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(folder: str | Path) -> Path:
-    """The folder, or, where there is none and its path is a name of the hub (`owner/model`), the hub's copy of it here.
+    """Return the folder if it exists, or the copy in the hub's local cache if `folder` is a hub name (`owner/model`).
 
-    Nothing is downloaded: what lies nowhere comes back as it was given.
+    Nothing is downloaded. If neither exists, `folder` itself is returned.
     """
     path = Path(folder)
     if path.exists() or not is_hub_name(folder):
@@ -36,52 +36,54 @@ def locate(folder: str | Path) -> Path:
 
 
 def is_hub_name(folder: str | Path) -> bool:
-    """Whether it may be a model's name on the hub."""
+    """Whether `folder` has the form of a model's name on the hub, `owner/model`."""
     return _HUB_NAME.fullmatch(str(folder)) is not None
 
 
 def missing(folder: str | Path) -> str:
-    """What to tell of a folder that `locate` did not find."""
+    """Return the error message for a folder that `locate` did not find."""
     if not is_hub_name(folder):
         return f"{folder} is no folder"
     return (
-        f"{folder} is no folder, and no model in the hub's cache on this machine: give a folder, or fetch it with  "
-        f"hf download {folder}  (accept its licence on huggingface.co and run  hf auth login  first, where it asks)"
+        f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
+        f"with  hf download {folder}  (for a gated model, first accept its licence on huggingface.co and run  "
+        "hf auth login)"
     )
 
 
 def find_part(folder: str | Path, part: str) -> Path:
-    """The subfolder of a release that holds one of its models.
+    """Return the subfolder `part` of a release.
 
     Raises:
-        ValueError: there is no such release here, or it has no such part.
+        ValueError: the release is not on this machine, or it has no such part.
     """
     path = locate(folder)
     if not path.is_dir():
         raise ValueError(missing(folder))
     if not (path / part / "config.json").is_file():
-        raise ValueError(f"{path} has no {part}/config.json: give the whole release, in diffusers' layout")
+        raise ValueError(f"{path} has no {part}/config.json: give the complete release in diffusers' layout")
     return path / part
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError where the file is missing or holds something else."""
+    """Read a JSON object; raise ValueError if the file is missing or holds anything else."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: fetch the release again") from None
+        raise ValueError(f"{path} is missing: download the release again") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch the release again") from None
+        raise ValueError(f"{path} is not JSON ({error}): download the release again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings: fetch the release again")
+        raise ValueError(f"{path} is not a JSON object: download the release again")
     return values
 
 
 def read_config(path: Path, class_name: str, known: Collection[str]) -> dict[str, Any]:
-    """The settings in a part's `config.json`, all of which are known.
+    """Read the settings in a part's `config.json`, which must be exactly the `known` ones.
 
     Raises:
-        ValueError: it is another class's, or one is missing or unknown: it could change what the weights mean.
+        ValueError: the config is another class's, or a setting is missing or unknown, which could change what the
+            weights mean.
     """
     values = read_json(path / "config.json")
     if values.get("_class_name", class_name) != class_name:
@@ -95,16 +97,16 @@ def read_config(path: Path, class_name: str, known: Collection[str]) -> dict[str
 
 
 def require(where: Path, conditions: Mapping[str, bool]) -> None:
-    """Raise ValueError with what has to be true and is not."""
+    """Raise ValueError that lists the conditions (text → whether it holds) which do not hold."""
     if broken := [what for what, holds in conditions.items() if not holds]:
-        raise ValueError(f"{where}: only models can be used in which {'; '.join(broken)}")
+        raise ValueError(f"{where}: a model can be used only if {'; '.join(broken)}")
 
 
 def open_part(path: Path) -> dict[str, Stored]:
-    """The tensors of a part, not read yet, from one safetensors file or from the shards that an index names.
+    """Open a part's tensors without reading them, from one safetensors file or from the shards that an index names.
 
     Raises:
-        ValueError: there is none, or it is damaged or a pickle.
+        ValueError: there is no safetensors file, or it is damaged, or there are only pickles.
     """
     for stem in _STEMS:
         index, whole = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
@@ -115,27 +117,27 @@ def open_part(path: Path) -> dict[str, Stored]:
     pickles = sorted(file.name for file in path.glob("*") if file.suffix in _PICKLES)
     if pickles:
         raise ValueError(
-            f"{path / pickles[0]} is a pickle, which can run code and is not opened here: fetch the release's "
+            f"{path / pickles[0]} is a pickle, which can run code and is not opened: download the release's "
             f"safetensors, or, if you trust it, load it with diffusers and save it again with "
             f"save_pretrained(…, safe_serialization=True)"
         )
-    raise ValueError(f"{path} holds no {_STEMS[0]}.safetensors: fetch the release's weights into it")
+    raise ValueError(f"{path} holds no {_STEMS[0]}.safetensors: download the release's weights into it")
 
 
 def _open_shards(path: Path, index: Path) -> dict[str, Stored]:
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{index} names no weights: fetch the release again")
+        raise ValueError(f"{index} names no weights: download the release again")
     names = sorted(set(map(str, shard_of.values())))
     if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise ValueError(f"{index} names {strange[0]}, which is no safetensors file beside it")
+        raise ValueError(f"{index} names {strange[0]}, which is not a safetensors file in the same folder")
     if absent := [name for name in names if not (path / name).is_file()]:
-        raise ValueError(f"{path} lacks {listed(absent)}: fetch the release again")
+        raise ValueError(f"{path} lacks {listed(absent)}: download the release again")
     return {name: stored for shard in names for name, stored in open_safetensors(path / shard)[1].items()}
 
 
 def require_package(package: str, extra: str, why: str) -> None:
-    """Raise ValueError where a package of one of the extras is not installed."""
+    """Raise ValueError if `package`, which belongs to the extra `extra`, is not installed; `why` needs it."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:

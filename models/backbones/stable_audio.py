@@ -1,7 +1,8 @@
-"""The diffusion Transformer of Stable Audio Open (arXiv 2407.14358) as D, from diffusers' layout.
+"""The diffusion Transformer of Stable Audio Open (arXiv 2407.14358) as D, loaded from diffusers' layout.
 
-It reads text by cross-attention, and is told where in a longer sound its window begins and how long that sound is. A
-crop is told as a sound of its own. Without text, all that it could cross-attend to is zeros, as in its training.
+Its conditions are text, by cross-attention, and the start and end in seconds of its window in a longer sound. Here,
+every crop is treated as a whole sound. Without text, the cross-attention's input is all zeros, as in the release's
+training.
 
 Shape suffixes: B batch, C latent channels, T frames, N text tokens, E features of a text token, D width.
 """
@@ -54,13 +55,13 @@ class FlatFourierFeatures(nn.Module):
         self.weight = nn.Parameter(torch.empty(features // 2))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """`(B, features)`."""
+        """Return the features `(B, features)` of the numbers `t`."""
         angles = 2 * math.pi * t_B.float()[:, None] * self.weight.float()
         return torch.cat((angles.cos(), angles.sin()), -1)
 
 
 class Seconds(nn.Module):
-    """A number of seconds as a token `(B, 1, E)`: itself, as a fraction of a range, and its sines and cosines."""
+    """Embeds a time in seconds as a token `(B, 1, E)`, by its fraction of a range and Fourier features of that."""
 
     def __init__(self, config: StableAudioConfig):
         super().__init__()
@@ -69,7 +70,7 @@ class Seconds(nn.Module):
         self.out = nn.Linear(config.seconds_features + 1, config.text_width)
 
     def forward(self, seconds_B: Tensor) -> Tensor:
-        """The token."""
+        """Return the token `(B, 1, E)` of the times `seconds_B`."""
         fraction = ((seconds_B - self.shortest) / (self.longest - self.shortest)).clamp(0, 1)[:, None]
         angles = fraction * self.features.float() * 2 * math.pi
         features = torch.cat((fraction, angles.sin(), angles.cos()), -1)
@@ -77,15 +78,15 @@ class Seconds(nn.Module):
 
 
 class StableAudioDiT(nn.Module):
-    """The parts of diffusers' `StableAudioDiTModel` behind the interface of `models.dit.DiT`.
+    """Wraps the modules of diffusers' `StableAudioDiTModel` in the interface of `models.dit.DiT`.
 
-    `condition` is added to the projected latents: at zero, the output is the release's to the bit.
+    `condition` is added to the projected latents; if it is zero, the output is identical to the release's.
     """
 
     lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     """Names of the linear layers that LoRA adapts: both attentions and the MLP of each block."""
     diffusion: dict[str, Any] | None = None
-    """`name` and `options` of the formulation of its weights, where that is known."""
+    """`name` and `options` of the diffusion formulation that the weights were trained with; None if unknown."""
 
     def __init__(self, config: StableAudioConfig):
         super().__init__()
@@ -123,13 +124,14 @@ class StableAudioDiT(nn.Module):
         text_mask: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """The prediction `(B, C, T)` for noised latents.
+        """Predict the network's output `(B, C, T)` for noised latents.
 
         Args:
-            x: noised latents `(B, C, T)`, scaled as the diffusion's formulation has it.
-            t: noise level `(B,)`, as that tells it.
-            text: `(B, text_tokens, text_width)`, projected as the release does; None is unconditional.
-            text_mask: `(B, text_tokens)`, 1 where `text` is real; a row of none is unconditional. None: all is real.
+            x: noised latents `(B, C, T)`, scaled as the diffusion's formulation requires.
+            t: noise level `(B,)`, as the diffusion's formulation defines it.
+            text: text tokens `(B, text_tokens, text_width)`, projected as in the release; None is unconditional.
+            text_mask: `(B, text_tokens)`, 1 where `text` holds a token and 0 elsewhere; a row of zeros is
+                unconditional. None uses all tokens of `text`.
             condition: `(B, width, T)`, added to the projected latents.
 
         Raises:
@@ -152,15 +154,15 @@ class StableAudioDiT(nn.Module):
         return (self.mix_out(out_BCT) + out_BCT).to(x.dtype)
 
     def _seconds(self, batch: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where a sound of so many frames begins and ends, a token each."""
+        """Return the tokens of the start and the end of a sound of `frames` frames."""
         zeros_B = torch.zeros(batch, device=device)
         return self.start(zeros_B), self.end(zeros_B + frames * self.config.frame_seconds)
 
     def _rotary(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for half of each head's features, as the release's pipeline gives them."""
+        """Return RoPE's cosines and sines for half of each head's features, as the release's pipeline computes them."""
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-        positions: Any = torch.arange(tokens, device=device)  # a number of them would give them on the CPU
+        positions: Any = torch.arange(tokens, device=device)  # if given an integer, diffusers computes on the CPU
         width = self.config.head_width // 2
         return get_1d_rotary_pos_embed(width, positions, use_real=True, repeat_interleave_real=False)
 
@@ -169,7 +171,7 @@ class StableAudioDiT(nn.Module):
     ) -> None:
         config = self.config
         if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
-            raise ValueError(f"x is {tuple(x.shape)}: this D takes floats (batch, {config.channels}, frames)")
+            raise ValueError(f"x is {tuple(x.shape)}: this D takes floats of shape (batch, {config.channels}, frames)")
         batch, frames = len(x), x.shape[2]
         expected = {
             "t": (t, (batch,)),
@@ -185,9 +187,10 @@ class StableAudioDiT(nn.Module):
 
 
 def _cross(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, end_B1E: Tensor) -> Tensor:
-    """What is cross-attended to: text, where it begins, where it ends; zeros where there is no text.
+    """Concatenate the input of cross-attention: text, start and end tokens; zeros for samples without text.
 
-    Nothing here has a bias, so zeros give zeros however many they are: one is enough where no sample has any text.
+    The cross-attention has no biases, so it returns zeros for any number of zero tokens; if no sample has text, one
+    zero token is enough.
     """
     if text_BNE is None:
         return torch.zeros_like(start_B1E)
@@ -200,17 +203,17 @@ def _cross(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, e
 
 
 def load_stable_audio(folder: str | Path) -> StableAudioDiT:
-    """D of a release (`transformer/`, with what `projection_model/` knows of seconds), by its folder or its hub name.
+    """Load D from a release's folder or hub name: `transformer/`, and the time embedding in `projection_model/`.
 
     Raises:
-        ValueError: it is not there, is damaged, or is another model.
+        ValueError: a part is missing or damaged, or is another model.
     """
     config = read_stable_audio_config(folder)
     transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
     own = {
         f"{_PROJECTION}{name}": value
         for name, value in open_part(projection).items()
-        if not name.startswith("text_projection.")  # of the text encoder, which is none of D
+        if not name.startswith("text_projection.")  # it belongs to the text encoder, not to D
     }
     dit = filled(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _name)
     dit.diffusion = _formulation(folder)
@@ -218,7 +221,7 @@ def load_stable_audio(folder: str | Path) -> StableAudioDiT:
 
 
 def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
-    """Its sizes alone; raises as `load_stable_audio` does."""
+    """Read D's sizes without its weights; raises as `load_stable_audio` does."""
     transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
     given = read_config(transformer, _CLASS, _SETTINGS)
     seconds = read_config(projection, "StableAudioProjectionModel", PROJECTION_SETTINGS)
@@ -231,7 +234,8 @@ def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
             "in_channels is the autoencoder's decoder_input_channels": autoencoder.latent_channels == channels,
             "cross_attention_input_dim is the projection's conditioning_dim": given["cross_attention_input_dim"]
             == width,
-            "global_states_input_dim is twice that": given["global_states_input_dim"] == 2 * width,
+            "global_states_input_dim is twice the projection's conditioning_dim": given["global_states_input_dim"]
+            == 2 * width,
         },
     )
     return StableAudioConfig(
@@ -251,18 +255,17 @@ def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
 
 
 def text_tokens(folder: str | Path) -> int:
-    """Tokens that the release pads or cuts every caption to."""
+    """Return the number of tokens to which the release pads or truncates every caption."""
     settings = locate(folder) / "tokenizer" / "tokenizer_config.json"
     if not settings.is_file():
         return STABLE_AUDIO_TEXT_TOKENS
     tokens = read_json(settings).get("model_max_length", STABLE_AUDIO_TEXT_TOKENS)
-    return (
-        int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
-    )  # a tokenizer that was told of no length has 10³⁰
+    # transformers writes 10³⁰ for a tokenizer without a maximum length
+    return int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
 
 
 def _formulation(folder: str | Path) -> dict[str, Any]:
-    """What the weights were trained in, as the release's scheduler tells it."""
+    """Read the diffusion formulation of the weights from the release's scheduler."""
     path = locate(folder) / "scheduler" / "scheduler_config.json"
     given = read_json(path)
     require(
@@ -278,7 +281,7 @@ def _formulation(folder: str | Path) -> dict[str, Any]:
 
 
 def _name(ours: str) -> str:
-    """What a tensor of ours is called in the release."""
+    """Return the release's name for the tensor that is called `ours` here."""
     for prefix, theirs in _NAMES.items():
         if ours == prefix or ours.startswith(f"{prefix}."):
             return theirs + ours.removeprefix(prefix)

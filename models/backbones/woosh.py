@@ -1,4 +1,4 @@
-"""The public Woosh release (arXiv 2604.01929) as models of ours: its configs are read and its weights renamed."""
+"""Load the public Woosh release (arXiv 2604.01929) into this project's models: map its configs, rename its weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _DIT_FIXED: dict[str, Any] = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
-_DIT_IGNORED = ("non_checkpoint_layers", "symmetric_attention_init")  # they act in training only
+_DIT_IGNORED = ("non_checkpoint_layers", "symmetric_attention_init")  # these only matter in training
 
 _VOCOS_PARTS = {
     "norm_in": "norm",
@@ -87,7 +87,7 @@ _VOCOS_FIXED: dict[str, Any] = {
     "spec_embed": "stft-complex",
     "normalize": True,
 }
-_VOCOS_IGNORED = ("ztransform", "exclude_from_checkpoint", "trainable")  # the first acts in training only
+_VOCOS_IGNORED = ("ztransform", "exclude_from_checkpoint", "trainable")  # `ztransform` only matters in training
 _HEAD_FIXED: dict[str, Any] = {
     "_target_": "woosh.module.model.vocos.ISTFTCircleHead",
     "padding": "center",
@@ -98,10 +98,10 @@ _HEAD_FIXED: dict[str, Any] = {
 
 
 def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
-    """The model of a release's folder, which holds `config.yaml` and `weights.safetensors`: Woosh-Flow or Woosh-AE.
+    """Load Woosh-Flow or Woosh-AE from its folder, which holds `config.yaml` and `weights.safetensors`.
 
     Raises:
-        ValueError: a file is missing, damaged or a pickle, which is never opened, or the model is another one.
+        ValueError: a file is missing or damaged, the weights are a pickle, or the model is another one.
     """
     folder = Path(folder)
     config, is_dit = _read_config(folder)
@@ -113,7 +113,7 @@ def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
 
 
 def read_woosh_sizes(folder: str | Path) -> DiTConfig | VocosConfig:
-    """The sizes of a release's model from its `config.yaml` alone; raises as `load_woosh_folder` does."""
+    """Read the sizes of a release's model from its `config.yaml` alone; raises as `load_woosh_folder` does."""
     config, is_dit = _read_config(Path(folder))
     try:
         return _dit_config(config) if is_dit else _vocos_config(config)
@@ -122,32 +122,32 @@ def read_woosh_sizes(folder: str | Path) -> DiTConfig | VocosConfig:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
-    """A release's config, and whether it is Woosh-Flow's."""
+    """Read a release's config; return it and whether it is Woosh-Flow's."""
     config = _read_yaml(folder / "config.yaml")
     is_dit = config.get("model_type") == "LatentDiffusionModel"
     if not is_dit and config.get("_target_") != _VOCOS_FIXED["_target_"]:
-        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two can be used")
+        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two are supported")
     return config, is_dit
 
 
 def _dit_state(state: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The DiT's part of a Woosh-Flow file; fine-tuned copies may hold the models around it, too."""
+    """Select the DiT's tensors of a Woosh-Flow file; fine-tuned copies may hold the other models, too."""
     own = {name: value for name, value in state.items() if not name.startswith(("autoencoder.", "conditioners."))}
     return {name.removeprefix("dit."): value for name, value in own.items()}
 
 
 def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
-    """A DiT with the weights of a Woosh-Flow model.
+    """Build a DiT with the weights of a Woosh-Flow model.
 
     Args:
-        config: the release's; of it `dit` (sizes) and `pred_type`.
-        state: its tensors, named as in the release without the prefix `dit.`.
+        config: the release's config, of which only `dit` (sizes) and `pred_type` are used.
+        state: the release's tensors by their names without the prefix `dit.`.
 
     Raises:
-        ValueError: the config asks for what this DiT can't do, or a tensor is missing, unknown or of another shape.
+        ValueError: this DiT does not support the config, or a tensor is missing, unknown or of another shape.
     """
     dit_config = _dit_config(config)
-    # Empty, as there are no such tokens; some exports leave it out.
+    # This tensor is empty, because the model has no such tokens; some exports leave it out.
     empty = "preprocessing.memory_tokens_description"
     kept = {name: value for name, value in state.items() if name != empty or value.shape.numel()}
     return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _dit_name)
@@ -156,7 +156,7 @@ def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
 def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
     if config.get("pred_type", "v_pred") != "v_pred":
         raise ValueError(
-            f"Woosh config: pred_type is {config['pred_type']!r}, only 'v_pred' (the velocity) is supported"
+            f"Woosh config: pred_type is {config['pred_type']!r}, but only 'v_pred' (the velocity) is supported"
         )
     given = config.get("dit", {})
     _check_config("Woosh config: dit", given, used=_DIT_USED, fixed=_DIT_FIXED, ignored=_DIT_IGNORED)
@@ -165,7 +165,7 @@ def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
         raise ValueError("Woosh config: dit: head widths (rope + nope, and qkv) × n_heads must both equal dim")
     if given["max_seq_len"] % patch_size:
         raise ValueError(
-            "Woosh config: dit: max_seq_len is no multiple of patch_size, which would need learned padding"
+            "Woosh config: dit: max_seq_len is not a multiple of patch_size; learned padding is not supported"
         )
     span = int(math.ceil(given["max_seq_len"] / patch_size) * (given["rope_len_multiplier"] or 1))
     return DiTConfig(
@@ -189,18 +189,18 @@ def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
 
 
 def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE:
-    """A VocosAE with the weights of a Woosh-AE model, its latents normalised by the release's `z_mean` and `z_std`.
+    """Build a VocosAE with the weights of a Woosh-AE model; `z_mean` and `z_std` of the release normalise its latents.
 
     Raises:
-        ValueError: the config asks for what VocosAE can't do, or a tensor is missing, unknown or of another shape.
+        ValueError: VocosAE does not support the config, or a tensor is missing, unknown or of another shape.
     """
     vocos_config = _vocos_config(config)
     window = torch.hann_window(vocos_config.n_fft)
     for name in _WINDOWS & state.keys():
         if state[name].shape != window.shape or not torch.allclose(read(state[name]).float(), window, atol=1e-6):
-            raise ValueError(f"Woosh-AE weights: {name} is no Hann window of {len(window)} samples: not supported")
+            raise ValueError(f"Woosh-AE weights: {name} is not a Hann window of {len(window)} samples: not supported")
     if "z_std" in state and not (read(state["z_std"]) > 0).all():
-        raise ValueError("Woosh-AE weights: z_std is not positive: the model was exported without latent statistics")
+        raise ValueError("Woosh-AE weights: z_std is not positive, so the model was exported without latent statistics")
     kept = {name: value for name, value in state.items() if name not in _WINDOWS}
     return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _vocos_name)
 
@@ -230,7 +230,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no settings")
+        raise ValueError(f"{path} is not a mapping of settings: download the release again")
     return {str(key): value for key, value in config.items()}
 
 
@@ -245,7 +245,7 @@ def _open_weights(folder: Path) -> dict[str, Stored]:
             f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'weights.safetensors')"
         )
         raise ValueError(
-            f"{folder / pickles[0]} is a pickle, which can run code and is not opened here: "
+            f"{folder / pickles[0]} is a pickle, which can run code and is not opened: "
             f'if you trust it, convert it in its folder with  python -c "{convert}"'
         )
     raise ValueError(f"{weights} does not exist: download the release's weights into this folder")
@@ -254,7 +254,7 @@ def _open_weights(folder: Path) -> dict[str, Stored]:
 def _check_config(
     where: str, given: Mapping[str, Any], *, used: Collection[str], fixed: Mapping[str, Any], ignored: Collection[str]
 ) -> None:
-    """All keys that are needed are there, no unknown ones, and the fixed ones have the one value that is supported."""
+    """Raise ValueError if a `used` or `fixed` key is missing, a key is unknown, or a `fixed` key has another value."""
     known = {*used, *fixed, *ignored}
     problems = [f"{name} is missing" for name in sorted({*used, *fixed} - given.keys())]
     problems += [f"{name} is unknown" for name in sorted(given.keys() - known)]

@@ -102,7 +102,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path):
     _, stored = open_weights(path)
     with path.open("r+b") as file:
         file.truncate(200)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file .*a from file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file .*a from file"):
         stored["a"].read()
 
 

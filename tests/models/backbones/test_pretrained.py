@@ -103,7 +103,7 @@ def test_many_missing_tensors_make_one_short_line():
         ({"adaln_last_layer": False, "num_sinks": 2}, "adaln_last_layer is False.*num_sinks is 2"),
         ({"n_memory_tokens_description": 3}, "n_memory_tokens_description is 3"),
         ({"qkv_head_dim": 32}, "head widths"),
-        ({"patch_size": 2}, "max_seq_len is no multiple"),
+        ({"patch_size": 2}, "max_seq_len is not a multiple"),
         ({"n_experts": 4}, "n_experts is unknown"),
         ({"n_heads": None}, "n_heads is missing"),
     ],
@@ -143,7 +143,7 @@ def test_autoencoder_weights_without_statistics_or_with_another_window_are_refus
     with pytest.raises(ValueError, match="z_std is not positive"):
         autoencoder_from_woosh(config, state | {"z_std": torch.zeros(16)})
     name = "autoencoder.decoder.head.istft.window"
-    with pytest.raises(ValueError, match="no Hann window"):
+    with pytest.raises(ValueError, match="not a Hann window"):
         autoencoder_from_woosh(config, state | {name: torch.hamming_window(96)})
 
 
@@ -229,7 +229,7 @@ def test_pickles_are_never_opened_and_the_way_out_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"weights\.pt is a pickle.*convert it.*weights_only=True"):
         load_woosh_folder(tmp_path)
     (tmp_path / "weights.pt").rename(tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"weights\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a complete safetensors file"):
         load_woosh_folder(tmp_path)
     assert not (tmp_path / "exploded").exists()
 
@@ -309,7 +309,7 @@ def test_truncated_files_are_named(tmp_path, keep):
     path = tmp_path / "model.safetensors"
     save_weights(path, STATE, CONFIG)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         load_weights(path)
 
 
@@ -322,7 +322,7 @@ def test_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"foreign\.safetensors has no config"):
         load_weights(path)
     save_file({"a": torch.zeros(1)}, path, metadata={"config": "{"})
-    with pytest.raises(ValueError, match=r"foreign\.safetensors: the config .* is no JSON"):
+    with pytest.raises(ValueError, match=r"foreign\.safetensors: the config .* is not JSON"):
         load_weights(path)
     with pytest.raises(ValueError, match="is a folder"):
         load_weights(tmp_path)
