@@ -1,4 +1,4 @@
-"""Conditions of D that the stream reads from the sets, beside the latents."""
+"""Conditions of D, which the stream reads from the sets together with the latents."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from trainer.data.shard_set import DamagedSample, ShardSet
 
 Note = Callable[[int, DamagedSample], None]
-"""Called with the id of a sample whose condition is damaged, and what is wrong with it."""
+"""A function that is called with the id of a sample whose condition is damaged, and the problem."""
 
 
 class ConditionReader(ABC):
-    """Reads one condition of a batch's samples; its tensors reach D under the names that `blank` gives them."""
+    """Reads one condition of a batch's samples; D receives the tensors by the names in `blank`."""
 
     @abstractmethod
     def found_in(self, sets: Sequence[ShardSet]) -> bool:
         """Whether any of the sets holds the condition.
 
         Raises:
-            ValueError: what the sets hold does not fit D; names the mend.
+            ValueError: the condition in the sets does not fit D. The message names the remedy.
         """
 
     @abstractmethod
     def blank(self, size: int) -> dict[str, Tensor]:
-        """The condition of so many samples that have none: tensors of `size` rows by D's argument names."""
+        """Return the condition of `size` samples that lack it: tensors of `size` rows, by D's argument names."""
 
     @abstractmethod
     def fill(
@@ -41,13 +41,13 @@ class ConditionReader(ABC):
         positions: NDArray[int64],
         note: Note,
     ) -> None:
-        """Read the condition of some samples into rows of what `blank` gave.
+        """Read the condition of n samples of one set into rows of the tensors from `blank`.
 
         Args:
             into: the batch's tensors.
             shard_set: the set that the samples are from.
-            ids: (n,), the samples' places in the set.
-            rows: (n,), the rows of the batch that they take.
-            positions: (n,), the samples' places in the stream, by which a condition is dropped at random.
-            note: told of each sample whose condition is damaged, which then has none.
+            ids: (n,), the samples' indices in the set.
+            rows: (n,), the samples' rows in the batch.
+            positions: (n,), the samples' positions in the stream, which key the random dropping of a condition.
+            note: called for each sample whose condition is damaged; its rows stay blank.
         """

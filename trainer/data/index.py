@@ -1,4 +1,4 @@
-"""`spresso index`: an index for tars that are there already, and a check of one against its tars."""
+"""`spresso index`: makes the index of existing tars, and verifies an index against its tars."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from trainer.data.workers import explained_death, follow_parent
 
 Result = TypeVar("Result")
 ProgressCallback = Callable[[int, int], None]
-"""Is called with shards done and shards in all."""
+"""A function that is called with the shards done and the number of shards."""
 
 
 def index_folder(
     folder: Path, info: SetInfo, *, workers: int = 1, progress: ProgressCallback | None = None
 ) -> ShardSet:
-    """Make a folder of tars a set, in the order of their names; its samples are as `scan_shard` finds them.
+    """Make a folder of tars a set. Its shards are the tars in the order of their names, as `scan_shard` reads them.
 
     Args:
-        folder: holds `*.tar`, of `spresso prepare`, WebDataset's `TarWriter` or `tar`, uncompressed.
-        info: what is true of every sample.
+        folder: holds uncompressed `*.tar`, written by `spresso prepare`, WebDataset's `TarWriter` or `tar`.
+        info: the facts that all samples share.
         workers: processes that read the tars.
-        progress: is called after each tar.
+        progress: called after each tar.
 
     Raises:
-        ValueError: there is no tar, one is broken or holds no latents, a key stands in two, or a worker died.
+        ValueError: there is no tar, a tar is broken or holds no latents, two tars hold the same key, or a worker died.
     """
     paths = _tars(folder)
     shards: dict[str, NDArray[np.void]] = {}
     shard_of: dict[str, str] = {}
     for done, (path, (rows, keys)) in enumerate(zip(paths, _in_workers(_scan, paths, workers), strict=True), 1):
         if not keys:
-            raise ValueError(f"{path} holds no sample: remove it, or give the folder that holds tars of latents")
+            raise ValueError(f"{path} holds no sample: remove the tar, or give a folder with tars of latents")
         for key in keys:
             if key in shard_of:
-                raise ValueError(f"the key {key} stands in {shard_of[key]} and in {path.name}: rename or remove one")
+                raise ValueError(
+                    f"the key {key} is in both {shard_of[key]} and {path.name}: rename or remove one sample"
+                )
             shard_of[key] = path.name
         shards[path.name] = rows
         if progress:
@@ -54,7 +56,7 @@ def index_folder(
 
 
 def _with_text(info: SetInfo, paths: list[Path], shards: dict[str, NDArray[np.void]]) -> SetInfo:
-    """What is true of the samples' text as well, where they have some and nothing is known of it."""
+    """Return `info` with a `text` that fits the shards; `encoder` is "unknown" if `info` did not fit them."""
     if not all("text_tokens" in (rows.dtype.names or ()) for rows in shards.values()):
         return replace(info, text=None)
     width = next((found for found in map(text_width, paths) if found is not None), 0)
@@ -65,16 +67,16 @@ def _with_text(info: SetInfo, paths: list[Path], shards: dict[str, NDArray[np.vo
 
 
 def verify_folder(folder: Path, *, workers: int = 1, progress: ProgressCallback | None = None) -> list[str]:
-    """What of a set is not as its index says, a line each, from reading all of it; empty where all is.
+    """Read a whole set and return its differences from its index, one line each; an empty list if there are none.
 
     Raises:
-        ValueError: the folder is not a set at all, or a worker died.
+        ValueError: the folder is not a set, or a worker died.
     """
     shard_set = ShardSet(folder)
     problems = []
     strays = {path.name for path in folder.glob("*.tar")} - {path.name for path in shard_set.paths}
     if strays:
-        problems.append(f"{', '.join(sorted(strays))} not in the index: run `spresso index {folder}`")
+        problems.append(f"not in the index: {', '.join(sorted(strays))}; run `spresso index {folder}`")
     if shard_set.recomputed_fingerprint() != shard_set.fingerprint:
         problems.append(f"index.npy is damaged: run `spresso index {folder}`")
     scans = _in_workers(_scan_tolerantly, shard_set.paths, workers)
@@ -91,10 +93,10 @@ def verify_folder(folder: Path, *, workers: int = 1, progress: ProgressCallback 
 
 def _differences(path: Path, expected: NDArray[np.void], found: NDArray[np.void]) -> list[str]:
     if len(found) != len(expected):
-        return [f"{path} holds {len(found)} samples, its index says {len(expected)}"]
+        return [f"{path} holds {len(found)} samples, but its index says {len(expected)}"]
     names = [name for name in expected.dtype.names or () if name != "shard"]
     if not set(names) <= set(found.dtype.names or ()):
-        return [f"{path} holds no audio or no text, its index says it does"]
+        return [f"{path} lacks audio or text that its index says it holds"]
     wrong = np.zeros(len(expected), bool)
     for name in names:
         wrong |= expected[name] != found[name]
@@ -105,7 +107,7 @@ def _tars(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         compressed = [path.name for path in folder.glob("*.tar.*")]
-        hint = f"; {compressed[0]} is compressed, which can't be read in any order: unpack it" if compressed else ""
+        hint = f"; {compressed[0]} is compressed, which rules out random access: unpack it" if compressed else ""
         raise ValueError(f"{folder} holds no .tar{hint}")
     return paths
 
@@ -132,7 +134,7 @@ def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
 
 
 def info_of(folder: Path) -> SetInfo | None:
-    """What the folder's `set.json` says, if it has a readable one."""
+    """Return the content of the folder's `set.json`, or None if that file is missing or unreadable."""
     try:
         description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
         return SetInfo(**{name: description[name] for name in SetInfo.__dataclass_fields__ if name in description})

@@ -1,9 +1,10 @@
-"""From a folder of sound files to sets of latents: `OUT/train` to learn from and `OUT/test`, which nothing learns from.
+"""Turns a folder of sound files into two sets of latents: `OUT/train`, and `OUT/test`, which is held out.
 
-The work is planned before it begins: files in the order of their paths, cut into units that fill about a shard each.
-What a unit's shards hold depends on its files alone, so the outcome is the same to the byte for any number of workers
-and however often it was killed. `OUT/.prepare` remembers the units that are done until all of them are. Several parts
-of one job, on as many machines, each make every n-th unit; the one that ends last makes the sets.
+The work is planned before it begins: the files, in the order of their paths, are divided into units that fill about one
+shard each. The content of a unit's shards depends on the unit's files alone, so the output is identical to the byte for
+any number of workers and restarts. `OUT/.prepare` records the finished units until all are finished. A job can be
+split into n parts, each on its own machine: every part makes every n-th unit, and the last part to finish makes the
+sets.
 """
 
 from __future__ import annotations
@@ -28,39 +29,39 @@ from trainer.data.text_embeddings import Embedder
 from trainer.files import locked
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
-_MENDS = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
+_REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
 
 
 @dataclass
 class Tally:
-    """How far it is."""
+    """The progress of one part of the job."""
 
     files: int
-    """In all, of this part of the job."""
+    """The number of files in this part."""
     done: int = 0
-    """Files."""
+    """The number of finished files."""
     seconds: float = 0.0
-    """Of sound in the files that are done and could be used."""
+    """Seconds of sound in the finished files that could be used."""
     problems: int = 0
-    """Files, or clips of files, that were left out."""
+    """The number of entries in `PrepareReport.problems`."""
     found: float = 0.0
-    """Seconds of sound that had been done before."""
+    """Seconds of sound in the files that an earlier attempt had finished."""
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What came of a folder."""
+    """The outcome of `prepare`, which is also written to `OUT/report.json`."""
 
     settings: dict[str, Any]
-    """All that the outcome depends on."""
+    """Everything that the sets depend on."""
     files: int
-    """Sound files that were found."""
+    """The number of sound files found."""
     clips: dict[str, int]
-    """Clips in each set."""
+    """The number of clips in each set."""
     seconds: float
-    """Of sound in the files that could be used."""
+    """Seconds of sound in the files that could be used."""
     problems: list[dict[str, str]]
-    """{"file", "reason"} of each file that was left out, or clips of it."""
+    """{"file", "reason"} of each problem: a file, some of its clips or its text was left out."""
 
 
 def prepare(
@@ -79,36 +80,36 @@ def prepare(
     parts: int = 1,
     progress: Callable[[Tally], None] | None = None,
 ) -> PrepareReport | None:
-    """Make the sets, or what is missing of them; where they are complete, return at once.
+    """Make the sets, or finish an earlier attempt; return at once if the sets are complete.
 
-    Files are cut into clips of equal length. A shorter one is repeated to fill it; the rest of a longer one is a clip
-    that ends with the file, if it is at least half a clip. Each clip is brought to a common level, and its gain kept.
-    Silence and files that can't be read are left out and reported (`OUT/report.json`).
+    Files are cut into clips of equal length. A file shorter than a clip is repeated to fill the clip. If the remainder
+    of a longer file is at least half a clip, one more clip ends where the file ends. Each clip is normalized to a
+    common level, and its gain is stored. Silence and unreadable files are left out and reported in `OUT/report.json`.
 
     Args:
         audio: the folder of sound files, or a manifest (`list_sources`).
         out: the folder for the sets.
-        make_ae: makes the autoencoder, in this process and in each worker; it must be picklable.
-        make_embedder: makes what makes captions into text that D reads, likewise; None: there is none in the sets.
+        make_ae: makes the autoencoder, in this process and in each worker; must be picklable.
+        make_embedder: makes the embedder of captions, likewise; None makes sets without text.
         clip_seconds: a clip's length.
-        holdout: fraction of the files (by a hash of their base names) for the test set, 0 up to but not 1. The test
-            set holds the clips' audio as well.
-        seed: of that choice.
-        ae_options: how to get the autoencoder again, to be kept in the sets' `set.json`.
-        workers: processes; with 1, this one.
-        shard_mb: a shard's size, at most, in MiB (more only if a single clip is larger).
-        part: which part of the job is done here, from 0 on.
-        parts: into so many the job is cut; they may run at the same time.
-        progress: is called after each file.
+        holdout: the fraction of the files in the test set, in [0, 1), chosen by a hash of their base names. The test
+            set also holds the clips' audio.
+        seed: the seed of that choice.
+        ae_options: the options that load the autoencoder, to be stored in the sets' `set.json`.
+        workers: worker processes; 1 means this process.
+        shard_mb: the maximum size of a shard in MiB; only a single clip that is larger may exceed it.
+        part: the part of the job to do, 0 … parts - 1.
+        parts: the number of parts of the job, which may run at the same time.
+        progress: called after each file.
 
     Returns:
-        What came of it; None where other parts of the job have not ended yet.
+        The report, or None if other parts of the job are unfinished.
 
     Raises:
         ValueError: there is no usable sound, a set would be empty, `out` holds other sets, or a worker died.
     """
     if not 0 <= part < parts:
-        raise ValueError(f"the parts of a job of {parts} are 0 to {parts - 1}, not {part}")
+        raise ValueError(f"a job of {parts} parts has the parts 0 to {parts - 1}, not {part}")
     ae, embedder = make_ae(), make_embedder and make_embedder()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
@@ -133,12 +134,14 @@ def prepare(
     units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
     mine = units[part::parts]
     tally = Tally(sum(len(unit.sources) for unit in mine))
-    missing = [unit for unit in mine if not _count_done(out, unit, tally)]
+    missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
+    # Encode the missing units of this part.
     tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
     encode = ClipEncoder(ae, clip_samples, embedder)
     with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
         for unit in missing:
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
+    # If all parts are done, make the sets.
     with locked(out / _LOCK):
         if report := _finished(out, settings):
             return report
@@ -149,9 +152,12 @@ def prepare(
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
     if not 0 <= holdout < 1:
-        raise ValueError(f"holdout is a fraction from 0 up to but not 1, not {holdout}")
+        raise ValueError(f"data.holdout must be at least 0 and below 1, not {holdout}")
     if clip_seconds < SHORTEST_SECONDS or workers < 1:
-        raise ValueError(f"clip_seconds is at least {SHORTEST_SECONDS} and workers 1, not {clip_seconds}, {workers}")
+        raise ValueError(
+            f"data.clip_seconds must be at least {SHORTEST_SECONDS} and data.workers at least 1, not {clip_seconds} "
+            f"and {workers}"
+        )
 
 
 def _set_info(
@@ -171,17 +177,17 @@ def _set_info(
     )
 
 
-# ---- What is there already ------------------------------------------------------------------------------------------
+# ---- Earlier attempts ------------------------------------------------------------------------------------------------
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
-    """The report of a complete outcome."""
+    """Return the report of finished sets, or None; raises ValueError if the sets have other settings."""
     if not (out / _REPORT).is_file():
         return None
     try:
         report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / _REPORT} is not one of `prepare`: give another folder") from error
+        raise ValueError(f"{out / _REPORT} was not written by `spresso prepare`: give another folder") from error
     if report.settings != settings:
         other = ", ".join(sorted(key for key in settings if report.settings.get(key) != settings[key]))
         raise ValueError(f"{out} was prepared with other settings ({other}): remove it, or give another folder")
@@ -192,17 +198,17 @@ def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Make `OUT/.prepare` ready, with what an earlier attempt with the same settings left in it."""
+    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings."""
     work = out / _WORK
-    mark = work / "settings.json"
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings:
+    record = work / "settings.json"
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
-        raise ValueError(f"{out} holds a train or test folder that `prepare` did not make: give another folder")
+        raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
     for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
-    write_whole(mark, json.dumps(settings))
+    write_whole(record, json.dumps(settings))
 
 
 # ---- Units and sets -------------------------------------------------------------------------------------------------
@@ -217,7 +223,7 @@ def _write_unit(
     *,
     shard_bytes: int,
 ) -> None:
-    """Write a unit's shards, then what is to be known of them, and last the record that it is done."""
+    """Write a unit's shards, then their index rows, and last the record that marks the unit as done."""
     record: dict[str, Any] = {"seconds": 0.0, "problems": []}
     with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
         for source, file in zip(unit.sources, files, strict=True):
@@ -241,8 +247,8 @@ def _is_done(out: Path, unit: Unit) -> bool:
     )
 
 
-def _count_done(out: Path, unit: Unit, tally: Tally) -> bool:
-    """Whether a unit is done; if so, it counts."""
+def _count_if_done(out: Path, unit: Unit, tally: Tally) -> bool:
+    """Whether a unit is done; adds a finished unit to the tally."""
     if not _is_done(out, unit):
         return False
     record = _record(out, unit)
@@ -254,7 +260,7 @@ def _count_done(out: Path, unit: Unit, tally: Tally) -> bool:
 
 
 def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
-    """Make sets of the shards, and write the report."""
+    """Make the sets from the shards of all units, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
     files = sum(len(unit.sources) for unit in units)
@@ -265,19 +271,22 @@ def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
         reasons = "; ".join(f"{problem['file']} {problem['reason']}" for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
     clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in SPLITS}
-    wanted = {"train": 1, "test": 2 if info.prepared["holdout"] else 0}  # one clip is decoded from another's z
+    wanted = {
+        "train": 1,
+        "test": 2 if info.prepared["holdout"] else 0,
+    }  # evaluation decodes one clip from another clip's z
     if short := [split for split, count in wanted.items() if clips[split] < count]:
         raise ValueError(
-            f"the {files} sound files give {clips['train']} clips to learn from and {clips['test']} held out: at least "
-            f"{wanted['train']} and {wanted['test']} are needed; add files, or " + _MENDS[short[0]]
+            f"the {files} sound files give {clips['train']} training clips and {clips['test']} held-out clips, but at "
+            f"least {wanted['train']} and {wanted['test']} are needed: add files, or " + _REMEDIES[short[0]]
         )
     for split in shards:
         write_index(out / split, info, shards[split])
     seconds = sum(record["seconds"] for record in records)
     report = PrepareReport(info.prepared, files, clips, seconds, problems)
     write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
-    for left in out.glob("*/.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for leftover in out.glob("*/.*.partial"):  # from processes that were killed
+        leftover.unlink(missing_ok=True)
     shutil.rmtree(out / _WORK)
     return report
 

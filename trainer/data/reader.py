@@ -1,4 +1,4 @@
-"""A set, or a part of it, read in its order, with other samples in place of damaged ones."""
+"""Reads crops from a set, or from a part of a set, in its order; damaged samples are replaced."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ from trainer.data.shards import DamagedSample
 from trainer.files import locked
 from trainer.randomness import below
 
-_SUBSTITUTES = 64  # samples tried in place of a damaged one
+_SUBSTITUTES = 64  # the number of samples tried as a replacement for a damaged one
 
 
 @dataclass(frozen=True)
 class Part:
-    """The samples of a set that are read as crops of so many frames: some of them, by `ids` in rising order, or all."""
+    """The samples of a set that are read as crops of the same length."""
 
     frames: int
+    """The length of the crops."""
     ids: NDArray[np.int64] | None = None
+    """The samples, in rising order; None means all samples of the set."""
 
     def samples(self, shard_set: ShardSet) -> int:
-        """How many they are."""
+        """Return the number of samples in the part."""
         return len(shard_set) if self.ids is None else len(self.ids)
 
 
 def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
-    """A set by the smallest of these lengths that a sample fits in; the largest is of all that are longer, too."""
+    """Split a set by length: each sample goes to the smallest of the `lengths` (frames, rising) that it fits in.
+
+    Samples that exceed the largest length go to that length, too. Empty parts are left out.
+    """
     if len(lengths) == 1:
         return [Part(lengths[0])]
     bucket = np.searchsorted(lengths[:-1], shard_set.index["frames"])
@@ -47,17 +52,20 @@ def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
 
 @dataclass(frozen=True)
 class Crop:
-    """What to read, columns of B: places in the reader's order, ids, random bits for the crop, rows of the batch."""
+    """The samples of a batch that one reader reads; each field is a column (B,)."""
 
     places: NDArray[np.int64]
+    """Places in the reader's order."""
     ids: NDArray[np.int64]
     bits: NDArray[np.int64]
+    """64 random bits for the start of each crop."""
     rows: NDArray[np.int64]
+    """Rows of the batch."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A part of a set in its order, with other samples in place of damaged ones."""
+    """Reads crops of the samples of one part in its order; damaged samples are replaced."""
 
     shard_set: ShardSet
     part: Part
@@ -65,18 +73,29 @@ class Reader:
     damage: Damage
 
     def ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples at these places of the order."""
+        """Return the samples (B,) at these places (B,) of the order."""
         ids = self.order.ids(places)
         return ids if self.part.ids is None else self.part.ids[ids]
 
     def read(self, crop: Crop, out: NDArray[np.float16], mask: NDArray[np.bool] | None) -> NDArray[np.int64]:
-        """Read into some rows of `out` (b, C, frames), and of `mask`; returns the ids of what lies there then (B,)."""
+        """Read crops into rows of a batch.
+
+        Args:
+            crop: the samples and the rows.
+            out: (b, C, frames).
+            mask: (b, frames), true on entry; set to false where a sample is padded. None: no sample is padded.
+
+        Returns:
+            (B,), the ids of the samples that were read: those of `crop`, except for replaced samples.
+        """
         channels, frames = out.shape[1:]
+        # If the crops fill the batch and every clip is as long as a crop, read directly into the batch.
         if len(crop.rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == frames:
             return self._fill(crop, out.reshape(len(out), -1))
         values = np.empty((len(crop.rows), channels * self.shard_set.longest_frames), np.float16)
         ids = self._fill(crop, values)
         lengths = self.shard_set.index["frames"][ids].astype(np.int64)
+        # Cut a crop out of each clip at a random start, and pad the clips that are shorter.
         starts = below(torch.from_numpy(np.maximum(0, lengths - frames) + 1), torch.from_numpy(crop.bits))
         for row, clip, length, start in zip(crop.rows.tolist(), values, lengths.tolist(), starts.tolist(), strict=True):
             cut_CT = clip[: channels * length].reshape(channels, length)[:, start : start + frames]
@@ -94,63 +113,63 @@ class Reader:
         return ids
 
     def _substitute(self, place: int, value: NDArray[np.float16]) -> int:
-        """Read the next sound sample of the place's lane instead."""
+        """Read the next undamaged sample of the place's lane into `value` and return its id."""
         for step in range(1, _SUBSTITUTES + 1):
             id_ = self.ids(np.array([place + step * self.order.lanes]))
             problems = self.shard_set.read(id_, value)
             if not problems:
                 return int(id_[0])
             self.damage.note(self.shard_set, int(id_[0]), problems[0])
-        raise ValueError(f"{_SUBSTITUTES} samples of {self.shard_set.location} in a row can't be read: {problems[0]}")
+        raise ValueError(f"{_SUBSTITUTES} successive samples of {self.shard_set.location} can't be read: {problems[0]}")
 
 
 class Damage:
-    """Samples that could not be read, each named once by whoever met it first: a thread, a rank, a run before.
+    """Logs the samples that could not be read, each once across all threads, ranks and earlier runs.
 
     Args:
-        path: of the file that all ranks of a run name them in, a line of JSON each; None: nowhere.
-        most: fraction of a set that may be damaged.
+        path: the log that all ranks of a run share, one line of JSON per sample; None disables the log.
+        most: the fraction of a set that may be damaged.
     """
 
     def __init__(self, path: Path | None, most: float):
         self.path, self.most = path, most
         self._known: defaultdict[str, set[int]] = defaultdict(set)  # by the set's location
-        self._read = 0  # bytes of the file that are in `_known`
+        self._bytes_read = 0  # the length of the log's beginning whose entries are in `_known`
         self._lock = threading.Lock()
 
     def note(self, shard_set: ShardSet, id_: int, problem: DamagedSample) -> None:
-        """Count a sample and write it down, the first time; raises ValueError where they are too many."""
+        """Count and log a sample that is new; raises ValueError if too many samples of the set are damaged."""
         with self._lock:
             known = self._known[shard_set.location]
             if id_ in known:
                 return
-            with self._file() as file:
+            with self._updated_log() as file:
                 if id_ not in known:
                     line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
                     file.write((json.dumps(line) + "\n").encode())
                 known.add(id_)
         if len(known) > self.most * len(shard_set):
             raise ValueError(
-                f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, more than "
-                f"data.max_damaged={self.most:g} of them. The last: {problem}"
-                + (f". Once the set is whole again, remove {self.path}" if self.path else "")
+                f"{len(known)} of {len(shard_set)} samples of {shard_set.location} can't be read, which exceeds the "
+                f"fraction data.max_damaged={self.most:g}. The last: {problem}"
+                + (f". Once the set is repaired, remove {self.path}" if self.path else "")
             )
 
     @contextmanager
-    def _file(self) -> Iterator[io.BufferedIOBase]:
-        """The file, at its end and locked, once all that others wrote there is known."""
+    def _updated_log(self) -> Iterator[io.BufferedIOBase]:
+        """Lock the log, add the entries of other processes to `_known`, and yield the log positioned at its end."""
         if self.path is None:
             yield io.BytesIO()
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path), self.path.open("r+b") as file:
-            file.seek(self._read)
+            file.seek(self._bytes_read)
             line = b"\n"
             for line in file:
-                with suppress(ValueError, KeyError):  # a line that was not written to its end
+                with suppress(ValueError, KeyError):  # skip a line that was not written completely
                     entry = json.loads(line)
                     self._known[entry["set"]].add(entry["sample"])
             if not line.endswith(b"\n"):
                 file.write(b"\n")
             yield file
-            self._read = file.tell()
+            self._bytes_read = file.tell()

@@ -1,13 +1,13 @@
-"""Sets that lie elsewhere (`http(s)://`, `s3://`, `gs://`, whatever fsspec opens): whole shards in a local cache.
+"""Remote sets (`http(s)://`, `s3://`, `gs://` and all else that fsspec opens), cached locally as whole shards.
 
-The cache is one folder a node, shared by all its processes, and never larger than its limit. Files speak for themselves
-and locks for those who use them, so nothing has to be cleaned up after a kill:
+Each node has one cache folder, which all its processes share and which never exceeds its size limit. The state of the
+cache is in its file names and file locks alone, so a killed process leaves nothing to clean up:
 
-* `NAME.tar` is whole. Whoever reads it holds a shared lock on it; what nobody reads may be evicted, what was unused
-  for longest first.
-* `NAME.tar.SIZE.part` is being fetched by whoever holds its exclusive lock, and has SIZE bytes set aside. When that
-  process dies the lock goes, and the next one continues where it ended.
-* `lock` is held while names change or room is made, never while something is fetched.
+* `NAME.tar` is complete. Every reader holds a shared lock on the file. Files without readers may be evicted, the least
+  recently used first.
+* `NAME.tar.SIZE.part` is a partial download, for which SIZE bytes are reserved. The process that downloads holds an
+  exclusive lock on the file. If that process dies, the lock is released and another process resumes the download.
+* `lock` is held while files are renamed or evicted, but never during a download.
 """
 
 from __future__ import annotations
@@ -33,108 +33,108 @@ from models.atomic_write import write_whole
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_PIECE, _LARGEST_PIECE = 256 << 10, 16 << 20  # bytes to one request
+_SMALLEST_PIECE, _LARGEST_PIECE = 256 << 10, 16 << 20  # bytes per request
 _LONGEST_PAUSE = 30.0  # seconds between two attempts
-_SILENCE = 60.0  # seconds without a byte after which an HTTP request is given up
-_WARN_AGAIN = 30.0  # seconds
-_NO_ROOM = 0.05  # seconds until room may have been made
+_HTTP_TIMEOUT = 60.0  # seconds without a byte after which an HTTP request fails
+_WARNING_INTERVAL = 30.0  # seconds
+_FULL_CACHE_PAUSE = 0.05  # seconds between two attempts to make room in a cache whose shards are all in use
 
 
 class MissingFileError(Exception):
-    """A remote file that is not there, or not as long as its index says: trying again would not help."""
+    """A remote file is missing, or shorter than the set's index says. Retrying would not help."""
 
 
 class NoSetError(ValueError):
-    """A folder or a URL where no set is."""
+    """There is no set at a folder or a URL."""
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is for fsspec to open."""
+    """Whether a location is a URL, which fsspec opens, rather than a local path."""
     return "://" in str(location)
 
 
 @dataclass
 class CacheSettings:
-    """Where a node keeps what it fetched, and how long it waits for it."""
+    """The node's cache of remote shards, and how downloads are retried."""
 
     folder: str | None = None
-    """On a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or where temporary files go."""
+    """A folder on a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or the system's temporary folder."""
     gib: float = 50.0
-    """GiB that all shards in it may take."""
+    """The size limit of all shards in the cache, in GiB."""
     patience: float = 600.0
-    """Seconds to try again without a byte having come."""
+    """Seconds to retry a failing request for."""
     fetchers: int = 4
-    """Shards that each rank fetches at a time."""
+    """Shards that each rank fetches at the same time."""
 
     @property
     def limit(self) -> int:
-        """Bytes that all shards in it may take."""
+        """The size limit of all shards in the cache, in bytes."""
         return int(self.gib * 2**30)
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The cache folder, with its default filled in."""
         if self.folder is not None:
             return Path(self.folder).expanduser()
         return Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"spresso-{getpass.getuser()}"
 
 
 class Remote:
-    """Files below a URL, fetched with patience.
+    """Fetches files below a URL, and retries failed requests.
 
     Args:
-        url: of a folder.
-        patience: seconds to try again without a byte having come.
+        url: the URL of a folder.
+        patience: seconds to retry a request for.
 
     Raises:
-        ValueError: what opens such URLs is not installed.
+        ValueError: the package that opens such URLs is not installed, or the URL is invalid.
     """
 
     def __init__(self, url: str, *, patience: float):
-        import fsspec  # takes a while, and most sets are local
+        import fsspec  # imported here because the import is slow and most sets are local
 
         self.url, self.patience = url.rstrip("/"), patience
         self.interrupted = threading.Event()
-        """While it is set, nothing is waited for."""
+        """While this event is set, failed requests are not retried."""
         try:
             self._filesystem, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url))
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url} can't be opened: {error}") from error
 
     def content(self, name: str) -> bytes:
-        """A whole small file. Raises as `append` does."""
-        return self._patiently(name, lambda: self._filesystem.cat_file(f"{self._root}/{name}"))
+        """Return the content of a small file. Raises the errors of `append`."""
+        return self._retry(name, lambda: self._filesystem.cat_file(f"{self._root}/{name}"))
 
     def size(self, name: str) -> int:
-        """Of a file, in bytes. Raises as `append` does."""
+        """Return the size of a file in bytes. Raises the errors of `append`."""
 
-        def ask() -> int:
+        def request() -> int:
             try:
                 return int(self._filesystem.info(f"{self._root}/{name}")["size"])
             except FileNotFoundError as error:
-                # over HTTP fsspec says so whatever went wrong, be it a 500 or a line that was cut
+                # Over HTTP, fsspec raises FileNotFoundError for all failures, even a status 500 or a lost connection.
                 cause = error.__cause__
                 if isinstance(cause, TimeoutError) or (cause and type(cause).__module__.startswith("aiohttp")):
                     raise cause from None
                 raise
 
-        return int(self._patiently(name, ask))
+        return int(self._retry(name, request))
 
     def append(self, name: str, file: io.FileIO, size: int) -> None:
-        """Fetch what `file` lacks at its end to have `size` bytes.
+        """Fetch the rest of a remote file and append it to `file`, until that has `size` bytes.
 
         Raises:
-            MissingFileError: there is no such file, or it ends earlier.
-            ValueError: it may not be read, it did not come for too long, or `interrupted` is set.
+            MissingFileError: the remote file is missing, or has fewer than `size` bytes.
+            ValueError: access is denied, requests failed for `patience` seconds, or `interrupted` is set.
         """
         path, piece = f"{self._root}/{name}", _LARGEST_PIECE
 
         def fetch() -> bytes:
             nonlocal piece
             wanted = min(piece, size - at)
-            piece = max(_SMALLEST_PIECE, wanted // 2)  # a bad line carries only small pieces
+            piece = max(_SMALLEST_PIECE, wanted // 2)  # if this request fails, the next one is smaller
             content = self._filesystem.cat_file(path, start=at, end=at + wanted)
-            if len(content) == size > wanted:  # from a server that knows no ranges
+            if len(content) == size > wanted:  # the server ignores ranges and sent the whole file
                 content = content[at:]
             elif len(content) != wanted:
                 raise MissingFileError(f"{self.url}/{name} has fewer than the {size} bytes that its index says")
@@ -142,54 +142,59 @@ class Remote:
             return content
 
         while (at := os.fstat(file.fileno()).st_size) < size:
-            file.write(self._patiently(name, fetch))
+            file.write(self._retry(name, fetch))
 
-    def _patiently(self, name: str, attempt: Callable[[], Any]) -> Any:
+    def _retry(self, name: str, attempt: Callable[[], Any]) -> Any:
+        """Call `attempt` until it succeeds, fails finally, or `patience` seconds have passed; return its result."""
         start, warned, pause = time.monotonic(), -math.inf, 0.5
         while True:
             try:
                 return attempt()
             except MissingFileError:
                 raise
-            except Exception as error:  # the libraries' errors share no base class
+            except Exception as error:  # the errors of fsspec's backends share no base class
                 self._raise_if_final(name, error)
                 reason = f"{type(error).__name__} {error}".strip()
                 now = time.monotonic()
                 if now - start > self.patience:
                     raise ValueError(
-                        f"{self.url}/{name} could not be had for {self.patience:g} s, at last for {reason}. Run the "
-                        f"same again when it can: what was fetched is kept"
+                        f"{self.url}/{name} could not be fetched for {self.patience:g} s; the last error was {reason}. "
+                        f"Run the same command again once the server responds: all that was fetched is kept"
                     ) from error
-            if now - warned > _WARN_AGAIN:
+            if now - warned > _WARNING_INTERVAL:
                 left = start + self.patience - now
-                logger.warning("%s/%s: %s; trying again for %.0f s", self.url, name, reason, left)
+                logger.warning("%s/%s: %s; retrying for %.0f s", self.url, name, reason, left)
                 warned = now
             if self.interrupted.wait(pause * random.uniform(0.5, 1.5)):
-                raise ValueError(f"{self.url}/{name} was not fetched: the reader was closed")
+                raise ValueError(f"{self.url}/{name} was not fetched, because the reader was closed")
             pause = min(_LONGEST_PAUSE, 2 * pause)
 
     def _raise_if_final(self, name: str, error: Exception) -> None:
         status = getattr(error, "status", None)
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise MissingFileError(f"{self.url}/{name} is missing") from error
-        if status == 416:  # the range asked for begins behind the end
+        if status == 416:  # the requested range begins after the end of the file
             raise MissingFileError(f"{self.url}/{name} has fewer bytes than its index says") from error
         if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"{self.url}/{name} may not be read: {error}") from error
+            raise ValueError(f"access to {self.url}/{name} is denied, check the credentials: {error}") from error
 
 
 class ShardCache:
-    """A set at a URL: its index and, once they are asked for, its shards on this node's disk.
+    """The local copy of a set at a URL: its index, and those of its shards that are cached.
 
-    Attributes: `url`; `folder`, which holds `set.json`, `index.npy` and the shards that are here; `settings`; `remote`.
+    Attributes:
+        url: the URL of the set's folder.
+        folder: the local folder with `set.json`, `index.npy` and the cached shards.
+        settings: the settings of this node's cache.
+        remote: fetches the set's files.
 
     Args:
-        url: of the set's folder.
-        settings: of this node's cache, which all sets share.
+        url: the URL of the set's folder.
+        settings: the settings of this node's cache, which all sets share.
 
     Raises:
-        NoSetError: there is none.
-        ValueError: it can't be had, or the cache can't be written.
+        NoSetError: there is no set at the URL.
+        ValueError: the index can't be fetched, or the cache can't be written.
     """
 
     def __init__(self, url: str, settings: CacheSettings):
@@ -197,53 +202,55 @@ class ShardCache:
         self.remote = Remote(url, patience=settings.patience)
         try:
             description = self.remote.content("set.json")
-            # Another set at the same place has another folder: no shard of the old one is taken for one of the new.
+            # The folder's name depends on set.json, so that shards of an old set are never used for a new set at the
+            # same URL.
             name = blake2b(self.url.encode() + b"\0" + description, digest_size=8).hexdigest()
             self.folder = self._all_sets / name
-            with self._explained():
+            with self._disk_errors_explained():
                 self.folder.mkdir(parents=True, exist_ok=True)
-            with self._whole("index.npy", self.remote.size("index.npy")):
+            with self._complete("index.npy", self.remote.size("index.npy")):
                 pass
         except MissingFileError as error:
             raise NoSetError(
                 f"{error}: give the URL of a folder with train/ and test/, as `spresso prepare` makes it"
             ) from error
-        with self._explained(), self._lock():
+        with self._disk_errors_explained(), self._lock():
             write_whole(self.folder / "set.json", description)
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[io.FileIO]:
-        """A shard of so many bytes: fetched if it is not here, and kept here while it is open.
+        """Open the shard `name` of `size` bytes; fetches the shard if needed, and keeps it cached while it is open.
 
         Raises:
-            MissingFileError: there is no such shard, or it is shorter.
-            ValueError: it can't be had, or the cache can't hold it.
+            MissingFileError: the remote shard is missing, or has fewer than `size` bytes.
+            ValueError: the shard can't be fetched, or does not fit in the cache.
         """
-        with self._whole(name, size) as file:
-            os.utime(file.fileno())  # now the last to be evicted
+        with self._complete(name, size) as file:
+            os.utime(file.fileno())  # mark the shard as the most recently used
             yield file
 
     @contextmanager
-    def _whole(self, name: str, size: int) -> Iterator[io.FileIO]:
+    def _complete(self, name: str, size: int) -> Iterator[io.FileIO]:
+        """Open a file of the set under a shared lock, after fetching the file if needed."""
         path = self.folder / name
         while True:
             try:
                 file = path.open("rb", buffering=0)
             except FileNotFoundError:
-                if (fetched := self._fetched(path, size)) is None:
+                if (fetched := self._fetch(path, size)) is None:
                     continue
                 file = fetched
             with file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if _exists(file):  # it may have been evicted before it was locked
+                if _exists(file):  # the file may have been evicted before it was locked
                     yield file
                     return
 
-    def _fetched(self, path: Path, size: int) -> io.FileIO | None:
-        """Fetch a file. None: try anew, for another process did, or all that is here is in use."""
-        with self._explained():
-            if (part := self._part(path, size)) is None:
-                time.sleep(_NO_ROOM)
+    def _fetch(self, path: Path, size: int) -> io.FileIO | None:
+        """Fetch a file; None means to try again: another process has fetched the file, or the cache had no room."""
+        with self._disk_errors_explained():
+            if (part := self._open_partial(path, size)) is None:
+                time.sleep(_FULL_CACHE_PAUSE)
                 return None
             try:
                 fcntl.flock(part, fcntl.LOCK_EX)
@@ -263,8 +270,8 @@ class ShardCache:
             part.close()
             return None
 
-    def _part(self, path: Path, size: int) -> io.FileIO | None:
-        """Where to fetch a file to, with room for all of it."""
+    def _open_partial(self, path: Path, size: int) -> io.FileIO | None:
+        """Open the partial download of a file, with room reserved for the whole file; None if there is no room."""
         part = path.with_name(f"{path.name}.{size}.part")
         with self._lock():
             if part.exists() or path.suffix != ".tar" or self._make_room(size):
@@ -272,19 +279,19 @@ class ShardCache:
         return None
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes fit, now that what was unused for longest is gone."""
+        """Evict the least recently used shards until `size` bytes fit; returns whether they do."""
         if size > self.settings.limit:
             raise ValueError(
                 f"a shard of {self.url} has {size / 2**20:.0f} MiB, more than data.cache.gib={self.settings.gib:g}: "
-                f"raise that"
+                f"raise data.cache.gib"
             )
         files = [(path, path.stat()) for kind in ("*.tar", "*.tar.*.part") for path in self._all_sets.glob(f"*/{kind}")]
-        sizes = {path: _bytes_for(path, status) for path, status in files}
+        sizes = {path: _reserved_bytes(path, status) for path, status in files}
         total = sum(sizes.values())
         for path, _ in sorted(files, key=lambda file: file[1].st_mtime_ns):
             if total + size <= self.settings.limit:
                 break
-            if _remove_unless_used(path):
+            if _remove_if_unused(path):
                 total -= sizes[path]
         return total + size <= self.settings.limit
 
@@ -295,14 +302,14 @@ class ShardCache:
             yield
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """An OSError in here is one of the cache's disk."""
+    def _disk_errors_explained(self) -> Iterator[None]:
+        """Turn an OSError in the block, which comes from the cache's disk, into a ValueError."""
         try:
             yield
         except OSError as error:
             raise ValueError(
-                f"the cache {self._all_sets} can't be written: {error.strerror}; give another data.cache.folder, or a "
-                f"lower data.cache.gib than {self.settings.gib:g}"
+                f"the cache {self._all_sets} can't be written: {error.strerror}; give another data.cache.folder, or "
+                f"lower data.cache.gib={self.settings.gib:g}"
             ) from error
 
 
@@ -311,18 +318,21 @@ def _options(url: str) -> dict[str, Any]:
         return {}
     from aiohttp import ClientTimeout
 
-    return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)}}
+    return {
+        "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_TIMEOUT, sock_read=_HTTP_TIMEOUT)}
+    }
 
 
 def _exists(file: io.FileIO) -> bool:
     return os.fstat(file.fileno()).st_nlink > 0
 
 
-def _bytes_for(path: Path, status: os.stat_result) -> int:
+def _reserved_bytes(path: Path, status: os.stat_result) -> int:
     return int(path.name.split(".")[-2]) if path.suffix == ".part" else status.st_size
 
 
-def _remove_unless_used(path: Path) -> bool:
+def _remove_if_unused(path: Path) -> bool:
+    """Remove a file that no process has locked; returns whether the file was removed."""
     with path.open("rb+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

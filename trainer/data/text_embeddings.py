@@ -1,4 +1,4 @@
-"""Text in a set: made once by `prepare`, from captions or from embeddings that are there, and read in batches."""
+"""The text in a set: `prepare` makes it once, from captions or from existing embeddings, and the stream reads it."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ TEXT_KINDS = ("none", "stable_audio", "transformers", "files")
 
 @dataclass(frozen=True)
 class TextReader(ConditionReader):
-    """Reads captions' embeddings as D's `text` (b, N, E), float16, and `text_mask` (b, N), true where a token is real.
+    """Reads the embeddings of captions as D's `text` (b, N, E), float16, and `text_mask` (b, N), true for real tokens.
 
-    Rows are 0 behind the end of a caption; a sample without text has a mask that is false throughout.
+    `text` is 0 after the end of a caption. A sample without text has an all-false mask.
     """
 
     stage: str
-    """The stage whose D reads them, for messages."""
+    """The stage of D, which messages name."""
     tokens: int
-    """N, the most that D takes."""
+    """N, the maximum number of tokens that D takes."""
     width: int
-    """E, features of a token."""
+    """E, the features per token."""
     keeps: Callable[[Tensor], Tensor]
-    """Of positions in the stream (b,), which samples keep their text (b,), bool: what is dropped is not even read."""
+    """Maps positions in the stream (b,) to whether each sample keeps its text (b,), bool. Dropped text is not read."""
 
     def found_in(self, sets: Sequence[ShardSet]) -> bool:
-        """See `ConditionReader`; refuses text of other sizes than D's, and of two encoders."""
+        """See `ConditionReader`; raises ValueError if the text's sizes are not D's, or if it is of two encoders."""
         encoders: dict[str, str] = {}
         for shard_set in sets:
             if (text := shard_set.info.text) is None:
@@ -51,13 +51,13 @@ class TextReader(ConditionReader):
             encoders[text["encoder"]] = shard_set.location
             if text["width"] != self.width or text["tokens"] > self.tokens:
                 raise ValueError(
-                    f"the text in {shard_set.location} is of up to {text['tokens']} tokens of {text['width']} features "
-                    f"each, and D reads {self.tokens} of {self.width}: prepare it with the text encoder that D was "
-                    f"trained with, or leave all text out with {self.stage}.text_dropout=1"
+                    f"the text in {shard_set.location} has up to {text['tokens']} tokens of {text['width']} features "
+                    f"each, but D reads {self.tokens} tokens of {self.width}: prepare the set with the text encoder "
+                    f"that D was trained with, or leave all text out with {self.stage}.text_dropout=1"
                 )
         if len(encoders) > 1:
             raise ValueError(
-                f"{' and '.join(encoders.values())} hold text of different encoders: prepare them with one"
+                f"{' and '.join(encoders.values())} hold text of different encoders: prepare them with the same one"
             )
         return bool(encoders)
 
@@ -79,36 +79,37 @@ class TextReader(ConditionReader):
         positions: NDArray[np.int64],
         note: Note,
     ) -> None:
-        """See `ConditionReader`; samples that drop their text are passed over."""
+        """See `ConditionReader`; skips the samples that drop their text."""
         if not shard_set.has_text:
             return
         kept = self.keeps(torch.from_numpy(positions)).numpy()
         for id_, row in zip(ids[kept].tolist(), rows[kept].tolist(), strict=True):
             try:
-                found_NE = shard_set.text(id_)
+                text_NE = shard_set.text(id_)
             except DamagedSample as problem:
                 note(id_, problem)
                 continue
-            into["text"][row, : len(found_NE)] = torch.from_numpy(found_NE.copy())
-            into["text_mask"][row, : len(found_NE)] = True
+            into["text"][row, : len(text_NE)] = torch.from_numpy(text_NE.copy())
+            into["text_mask"][row, : len(text_NE)] = True
 
 
 class Embedder(Protocol):
-    """What makes the text of a sound file."""
+    """Makes the text of a sound file."""
 
     tokens: int
-    """The most that a caption has."""
+    """The maximum number of tokens per caption."""
     width: int
+    """The features per token."""
 
     def embed(self, name: str, caption: str) -> NDArray[np.float16]:
-        """(n, width), n ≤ tokens. Raises ValueError where there is none of this file."""
+        """Return the text of a file, (n, width), n ≤ tokens. Raises ValueError if the file has none."""
 
     def identity(self) -> str:
-        """A hash of all that it depends on."""
+        """Return a hash of everything that the text depends on."""
 
 
 class Captions:
-    """Captions through a text encoder; one that comes again is not encoded again."""
+    """Embeds captions with a text encoder; repeated captions are encoded once."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder, self.tokens, self.width = encoder, encoder.tokens, encoder.width
@@ -123,7 +124,7 @@ class Captions:
             return np.zeros((0, self.width), np.float16)
         embedded = self.encoder.encode(caption).numpy().astype(np.float16)
         if not np.isfinite(embedded).all():
-            raise ValueError("has a caption whose embedding is beyond the range of float16")
+            raise ValueError("has a caption whose embedding exceeds the range of float16")
         return embedded
 
     def identity(self) -> str:
@@ -132,17 +133,19 @@ class Captions:
 
 
 class TextFiles:
-    """Embeddings that were made elsewhere: `NAME.npy`, (n, width), in a folder that mirrors that of the sounds.
+    """Reads existing embeddings: `NAME.npy`, (n, width), in a folder that mirrors the folder of sounds.
 
     Raises:
-        ValueError: the folder holds none, or the first is no matrix.
+        ValueError: the folder holds no embeddings, or the first one is not a matrix.
     """
 
     def __init__(self, folder: Path, *, tokens: int) -> None:
         self.folder, self.tokens = folder, tokens
         self._paths = sorted(folder.rglob("*.npy")) if folder.is_dir() else []
         if not self._paths:
-            raise ValueError(f"text.folder={folder} holds no .npy: give one with NAME.npy for each sound file NAME")
+            raise ValueError(
+                f"text.folder={folder} holds no .npy: give a folder with NAME.npy for each sound file NAME"
+            )
         self.width: int = self._read(self._paths[0]).shape[1]
 
     def embed(self, name: str, caption: str) -> NDArray[np.float16]:
@@ -153,7 +156,7 @@ class TextFiles:
         embedded = self._read(path)
         if embedded.shape[1] != self.width or not np.isfinite(embedded).all():
             raise ValueError(
-                f"has a text embedding {path} of {embedded.shape[1]} features, not {self.width} finite ones"
+                f"has a text embedding {path} of {embedded.shape[1]} features: they must be {self.width} and finite"
             )
         return embedded[: self.tokens]
 
@@ -161,27 +164,27 @@ class TextFiles:
         try:
             embedded = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"has a text embedding {path} that is no whole .npy: {error}") from error
+            raise ValueError(f"has a text embedding {path} that is not a complete .npy: {error}") from error
         if embedded.ndim != 2 or embedded.dtype.kind != "f":
-            raise ValueError(f"has a text embedding {path} that is no matrix of (tokens, width) floats")
+            raise ValueError(f"has a text embedding {path} that is not a matrix of (tokens, width) floats")
         with np.errstate(over="ignore"):
             return embedded.astype(np.float16)
 
     def identity(self) -> str:
-        """Changes with any of the files."""
+        """See `Embedder`; the hash changes if any of the files does."""
         digest = blake2b(json.dumps(self.tokens).encode(), digest_size=6)
         for path in self._paths:
             status = path.stat()
-            fact = [path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns]
-            digest.update(json.dumps(fact).encode())
+            facts = [path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns]
+            digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
 
 
 def make_embedder(config: TextConfig) -> Embedder:
-    """What a recipe's `text` names, which is not `none`.
+    """Make the embedder that a recipe's `text` names; its kind must not be `none`.
 
     Raises:
-        ValueError: it is not there, or not whole.
+        ValueError: the text encoder or the embeddings are missing or damaged.
     """
     folder = config.folder or ""
     if config.kind == "files":
@@ -194,5 +197,5 @@ def make_embedder(config: TextConfig) -> Embedder:
 
 
 def embedder_factory(config: TextConfig) -> Callable[[], Embedder] | None:
-    """Makes it, in this process and in workers; None where there is no text."""
+    """Return a picklable function that makes the embedder, or None if the recipe's `text` is `none`."""
     return None if config.kind == "none" else functools.partial(make_embedder, config)

@@ -128,7 +128,7 @@ def test_verify_names_what_is_damaged(folder):
     [problem] = verify_folder(folder)
     assert problem == f"{folder}/1.tar at byte {row['x0_offset']}: the sample is not the one in the index"
     shutil.copy(folder / "0.tar", folder / "7.tar")
-    assert verify_folder(folder)[0] == f"7.tar not in the index: run `spresso index {folder}`"
+    assert verify_folder(folder)[0] == f"not in the index: 7.tar; run `spresso index {folder}`"
 
 
 def test_verify_finds_a_damaged_index(folder):
@@ -141,7 +141,7 @@ def test_verify_finds_a_damaged_index(folder):
 
 def test_a_key_in_two_shards(folder):
     shutil.copy(folder / "0.tar", folder / "7.tar")
-    with pytest.raises(ValueError, match=r"key sub/k00 stands in 0.tar and in 7.tar: rename or remove one"):
+    with pytest.raises(ValueError, match=r"key sub/k00 is in both 0.tar and 7.tar: rename or remove one"):
         index_folder(folder, INFO)
 
 

@@ -274,7 +274,7 @@ def test_what_others_made_is_not_touched(sounds, tmp_path):
     (tmp_path / "other").mkdir()
     for report in ("", "[]", '{"other": 1}'):
         (tmp_path / "other/report.json").write_text(report)
-        with pytest.raises(ValueError, match=r"report\.json is not one of `prepare`: give another folder"):
+        with pytest.raises(ValueError, match=r"report\.json was not written by `spresso prepare`: give another folder"):
             run(sounds, tmp_path / "other")
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/mine.tar").write_text("precious")
@@ -381,14 +381,14 @@ def test_what_cannot_be_used_is_refused(tmp_path):
         run(tmp_path / "audio", tmp_path / "out")
     write_sounds(tmp_path / "audio", {"c.wav": 1.0})
     for seed in range(20):  # either c or the silence is held out
-        with pytest.raises(ValueError, match=r"give \d clips to learn from and \d held out: .* add files"):
+        with pytest.raises(ValueError, match=r"give \d training clips and \d held-out clips, but .* needed: add files"):
             run(tmp_path / "audio", tmp_path / "out", seed=seed)
     assert run(tmp_path / "audio", tmp_path / "out", holdout=0).clips == {"train": 2, "test": 0}
 
 
 def test_too_few_sounds_are_refused_before_any_training(tmp_path):
     write_sounds(tmp_path / "audio", {"a.wav": 5.0})
-    with pytest.raises(ValueError, match=r"give 10 clips to learn from and 0 held out: at least 1 and 2"):
+    with pytest.raises(ValueError, match=r"give 10 training clips and 0 held-out clips, but at least 1 and 2"):
         run(tmp_path / "audio", tmp_path / "out")
     write_sounds(tmp_path / "audio", {"b.wav": 0.5})
     for seed in range(20):  # a, or b of a single clip, is held out
@@ -396,7 +396,7 @@ def test_too_few_sounds_are_refused_before_any_training(tmp_path):
         if held_out(["a", "b"], fraction=0.2, seed=seed) == {"a"}:
             assert run(tmp_path / "audio", out, seed=seed).clips == {"train": 1, "test": 10}
         else:
-            with pytest.raises(ValueError, match="10 clips to learn from and 1 held out"):
+            with pytest.raises(ValueError, match="10 training clips and 1 held-out clips"):
                 run(tmp_path / "audio", out, seed=seed)
 
 
