@@ -1,11 +1,15 @@
-"""Figures of a trained codec on held-out clips, beside other codecs, between a ceiling and two floors.
+"""Scores a trained codec on held-out clips and compares it with other codecs, a ceiling and two floors.
 
-The ceiling is the AudioAE alone; the floors are a decode from another clip's z, which tells "follows the source" from
-"plausible", and an unconditional sample. Each system of ours has its own such control beside each figure.
+The ceiling is the AudioAE alone. One floor is a decode from another clip's z, which shows whether a codec follows its
+source or only sounds plausible; the other is an unconditional sample. Each of our systems also has a control of its
+own: the same system, decoded from another clip's z or codes.
 
-    clips.py      what is scored                      report.py      pieces → means, intervals, differences
-    ours.py       our codecs as rows                  bootstrap.py   the intervals
-    others.py     codecs by others (`baselines/`)     tables.py      text, Markdown, LaTeX
-    scores.py     sounds → figures of a block         embedding.py   what distances of sets are taken over
-    pieces.py     what is done already                run.py         the evaluation, whole or in parts
+    evaluation.py     the evaluation, whole or in parts      scored_clips.py    the held-out clips and their blocks
+    under_test.py     the interface of a scored system       pieces.py          results of finished blocks, on disk
+    own_codecs.py     our codecs as systems                  report.py          pieces → means, intervals, differences
+    other_codecs.py   codecs by others as systems            bootstrap.py       confidence intervals
+    baselines/        the codecs by others                   systems.py         a row of the tables, ranges of bit rates
+    scores.py         decodes of a block → its figures       tables.py          text, Markdown and LaTeX tables
+    figures.py        the figures themselves                 listening_test.py  a blind listening test
+    embedding.py      embeddings for distances of sets
 """

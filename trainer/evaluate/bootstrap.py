@@ -1,7 +1,7 @@
-"""Confidence intervals by resampling the clips (Efron and Tibshirani 1993), all replicates at once.
+"""Bootstrap confidence intervals over the clips (Efron and Tibshirani 1993), vectorized over all replicates.
 
-The clips are what is drawn at random: a replicate has as many of them, each zero or more times. All systems are
-resampled alike, so that the difference of two of them is paired, clip by clip.
+A replicate draws as many clips as there are, with replacement. All systems use the same draws, so that the difference
+of two systems is paired, clip by clip.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 LEVEL = 0.95
 REPLICATES = 2000
-"""For means over clips."""
+"""Number of replicates for means over clips."""
 SET_REPLICATES = 200
-"""For distances between sets: each takes the roots of two covariances."""
+"""Number of replicates for distances between sets, each of which takes the square roots of two covariances."""
 
 Numbers = NDArray[np.float64]
 
 
 @functools.cache
 def counts(clips: int, replicates: int = REPLICATES) -> Numbers:
-    """How often each clip is in each replicate: (replicates, clips), the same in every process."""
+    """Draw how often each clip is in each replicate: (replicates, clips), the same in every process."""
     return np.random.default_rng(clips).multinomial(clips, np.full(clips, 1 / clips), size=replicates).astype(float)
 
 
 def mean_replicates(values_C: Numbers) -> Numbers:
-    """The mean of each replicate (R,), over the clips that have a value; NaN where none of it has."""
+    """Return the mean of each replicate (R,) over the clips that have a value; NaN if no drawn clip has one."""
     has = np.isfinite(values_C)
     weights_RC = counts(len(values_C)) * has
     total_R = weights_RC.sum(1)
@@ -39,7 +39,7 @@ def mean_replicates(values_C: Numbers) -> Numbers:
 
 
 def interval(replicates_R: Numbers) -> tuple[float, float] | None:
-    """The percentile interval of `LEVEL`; None where nothing is finite."""
+    """Return the percentile interval at `LEVEL`, or None if no replicate is finite."""
     finite = replicates_R[np.isfinite(replicates_R)]
     if not len(finite):
         return None
@@ -53,10 +53,10 @@ def excludes_zero(bounds: tuple[float, float] | None) -> bool:
 
 
 class SetReplicates:
-    """Replicates of the distances between the originals and other sets of decodes of the same clips."""
+    """Computes replicates of the distances between the originals and sets of decodes of the same clips."""
 
     def __init__(self, reference: Sequence[Tensor], replicates: int = SET_REPLICATES) -> None:
-        """`reference`: rows (windows, dim) of each clip's embedding."""
+        """Keep the embedding (windows, dim) of each original, and what all systems have in common."""
         self._clip = torch.repeat_interleave(torch.arange(len(reference)), torch.tensor([len(r) for r in reference]))
         self._a = torch.cat(list(reference)).double()
         self._clips, self._counts = len(reference), torch.from_numpy(counts(len(reference), replicates))
@@ -65,10 +65,10 @@ class SetReplicates:
         self._roots: dict[int, Tensor] = {}
 
     def frechet(self, estimate: Sequence[Tensor], value: float) -> Numbers:
-        """Of `figures.frechet_distance`, (R,); `value` is that of all clips.
+        """Return replicates (R,) of `figures.frechet_distance`; `value` is the distance over all clips.
 
-        A replicate holds clips more than once, so fewer different ones, which biases the distance upwards as a smaller
-        set does. The replicates are shifted so that their mean is the value: what is kept is how they scatter.
+        A replicate repeats clips and so has fewer distinct ones, which biases the distance upwards, as in a smaller
+        set. The replicates are therefore shifted so that their mean is `value`; only their scatter is used.
         """
         b = torch.cat(list(estimate)).double()
         found = [self._frechet(number, b) for number in range(len(self._counts))]
@@ -76,9 +76,9 @@ class SetReplicates:
         return np.maximum(replicates - replicates.mean() + value, 0.0)
 
     def kernel(self, estimate: Sequence[Tensor]) -> Numbers:
-        """Of `figures.kernel_distance`, (R,); its bandwidth is held.
+        """Return replicates (R,) of `figures.kernel_distance`, all with the bandwidth of the full set.
 
-        Unbiased, too: copies of one clip are never paired with each other.
+        The replicates are unbiased as well: copies of one clip are never paired with each other.
         """
         b = torch.cat(list(estimate)).double()
         within_a = self._mean_of_pairs(self._within_a, same=True)
@@ -92,7 +92,7 @@ class SetReplicates:
         mean_a, a = _centred(self._a[drawn], weights_N1)
         mean_b, b = _centred(b[drawn], weights_N1)
         rows = weights_N1.sum() - 1
-        if len(a) < a.shape[1]:  # the singular values of A^½ B^½ are those of the rows' own product
+        if len(a) < a.shape[1]:  # A^½ B^½ has the same singular values as a bᵀ, which is smaller
             overlap = torch.linalg.svdvals(a @ b.T).sum() / rows
         else:
             if number not in self._roots:
@@ -102,7 +102,7 @@ class SetReplicates:
         return float((mean_a - mean_b).square().sum() + spread - 2 * overlap)
 
     def _blocks(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sums of the kernel over the windows of each pair of clips (C, C), without a window's with itself."""
+        """Sum the kernel over the windows of each pair of clips: (C, C), without pairs of a window with itself."""
         kernel = (-0.5 * (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / self._bandwidth) ** 2).exp()
         if x is y:
             kernel.fill_diagonal_(0.0)
@@ -110,7 +110,10 @@ class SetReplicates:
         return torch.zeros(self._clips, self._clips, dtype=x.dtype).index_add_(1, self._clip, sums)
 
     def _mean_of_pairs(self, sums_CC: Tensor, *, same: bool) -> Tensor:
-        """(R,): pairs of different clips count w·w', a clip's own once for each time that it was drawn."""
+        """Average sums (C, C) over the pairs of each replicate: (R,).
+
+        A pair of different clips, drawn w and w' times, counts w·w' times; a clip paired with itself counts w times.
+        """
         windows_C = torch.bincount(self._clip, minlength=self._clips).double()
         pairs_CC = torch.outer(windows_C, windows_C) - (windows_C.diag() if same else 0)
 
@@ -124,7 +127,7 @@ class SetReplicates:
 
 
 def _centred(rows_ND: Tensor, weights_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean, and rows whose plain second moment is the weighted scatter around it."""
+    """Return the weighted mean, and centred rows (N, D) whose unweighted scatter matrix is the weighted one."""
     mean = (weights_N1 * rows_ND).sum(0) / weights_N1.sum()
     return mean, weights_N1.sqrt() * (rows_ND - mean)
 

@@ -1,4 +1,4 @@
-"""What the distances between sets of clips are taken over."""
+"""Embeddings over which the distances between sets of clips are computed."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ CLAP = "clap:"
 
 
 class Embedding(ABC):
-    """Audio → rows of numbers in which likeness is nearness."""
+    """Turns audio into vectors that are close to each other if the audio is similar."""
 
     name: str
-    """To be named wherever a figure over it is shown."""
+    """The name to show with every figure over this embedding."""
     note: str
 
     @abstractmethod
     def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
-        """One clip (1, samples) → (windows, dim), float32 on the CPU."""
+        """Embed one clip (1, samples): (windows, dim), float32 on the CPU."""
 
 
 class MelStatistics(Embedding):
-    """`trainer.evaluate.figures.mel_statistics`: no weights."""
+    """The embedding by `trainer.evaluate.figures.mel_statistics`, which needs no weights."""
 
     name = EMBEDDING
-    note = f"the {EMBEDDING} embedding: means and deviations of a log-mel spectrogram in half-second windows."
+    note = f"the {EMBEDDING} embedding: means and standard deviations of log-mel bands in half-second windows."
 
     def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
-        """A row a half second."""
+        """Embed one clip, with one row for each half second."""
         return mel_statistics(audio_1S, sample_rate).float().cpu()
 
 
 class Clap(Embedding):
-    """CLAP's audio tower (arXiv 2211.06687), from a folder or by a name in the hub's cache."""
+    """The audio embedding of CLAP (arXiv 2211.06687), loaded from a folder or by its name on the hub."""
 
     def __init__(self, where: str, device: torch.device) -> None:
         self.where, self.device, self.name = where, device, f"CLAP {where.rstrip('/').rpartition('/')[2]}"
-        self.note = f"the audio embedding of {self.name}, a row for each ten seconds begun."
+        self.note = f"the audio embedding of {self.name}, with one row for every ten seconds or part of them."
 
     @functools.cached_property
     def _parts(self) -> tuple[Any, Any]:
@@ -61,12 +61,15 @@ class Clap(Embedding):
             first = str(error).splitlines()[0]
             raise ValueError(
                 f"evaluate.embedding={CLAP}{self.where} can't be loaded ({first}): give a folder with config.json, "
-                f"preprocessor_config.json and model.safetensors, or run `hf download {self.where}`; or leave it out"
+                f"preprocessor_config.json and model.safetensors, run `hf download {self.where}`, or leave the key out"
             ) from None
         return extractor, model.to(self.device).eval()
 
     def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
-        """Windows as long as the model's longest input; a shorter one is repeated to fill it, as it was in training."""
+        """Embed one clip in windows of the model's longest input.
+
+        The extractor repeats a shorter window until it is full, as in CLAP's training.
+        """
         extractor, model = self._parts
         audio_S = resample_mono(audio_1S[0].cpu().numpy(), sample_rate, extractor.sampling_rate)
         longest = int(extractor.max_length_s * extractor.sampling_rate)
@@ -78,5 +81,5 @@ class Clap(Embedding):
 
 
 def make_embedding(choice: str, device: torch.device) -> Embedding:
-    """By `evaluate.embedding`: `mel-stat`, or `clap:` and a folder or name."""
+    """Return the embedding of `evaluate.embedding`: `mel-stat`, or `clap:` with a folder or a name on the hub."""
     return Clap(choice.removeprefix(CLAP), device) if choice.startswith(CLAP) else MelStatistics()

@@ -1,4 +1,4 @@
-"""One evaluation: which systems on which clips, done piece by piece, by one process or by many, and put together."""
+"""Evaluates a run: scores every system block by block, in one process or in several, and merges the results."""
 
 from __future__ import annotations
 
@@ -35,16 +35,22 @@ from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
 
 _REPORT, _LOCK = "evaluation.json", ".merge.lock"
-_FORMAT = 2  # of pieces; another one is computed anew
+_FORMAT = 2  # version of the pieces; pieces of another version are not used
 TIMED_CLIPS = 3
+"""Clips over which the speed is measured."""
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Score the run's codec beside others; writes `evaluate/evaluation.json`, tables and what the page plays; returns
-    the report. What an earlier call has done, in one process or in parts, is not done again.
+    """Score the run's codec and the codecs that it is compared with.
+
+    Writes `evaluate/evaluation.json`, the tables and the audio that the page plays. Pieces that an earlier call has
+    finished, in one process or in parts, are reused.
+
+    Returns:
+        The report, as in `evaluation.json`.
 
     Raises:
-        ValueError: a stage has not ended yet, or what was asked for can't be loaded.
+        ValueError: a stage has not ended yet, or a codec or embedding of the recipe can't be loaded.
     """
     report = evaluate_part(config, part=0, parts=1)
     assert report is not None
@@ -52,17 +58,17 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | None:
-    """Every `parts`-th block of clips from `part` on; the last of them to end puts all together.
+    """Score every `parts`-th block of clips, starting with block `part`; the last part to end merges the results.
 
     Returns:
-        The report; None where other parts have not ended. It does not depend on the number of parts, to the bit, but
-        for `speed` and `created`.
+        The report, or None if other parts have not ended yet. Except for `speed` and `created`, the report is
+        bit-identical for any number of parts.
 
     Raises:
-        ValueError: as `evaluate`, or there is no such part.
+        ValueError: for the same reasons as `evaluate`, or `part` is not between 0 and `parts` - 1.
     """
     if not 0 <= part < parts:
-        raise ValueError(f"the parts of an evaluation in {parts} are 0 to {parts - 1}, not {part}")
+        raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
     if plan.holds(report := read_json(plan.folder / _REPORT)):
         return report
@@ -77,16 +83,16 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
 
 
 def evaluation_identity(config: Config) -> str:
-    """Changes with all that the figures depend on: the models, how they decode, which clips, and which figures.
+    """Return a hash of everything that the figures depend on: models, sampling, clips, and the choice of figures.
 
     Raises:
-        ValueError: a stage has not ended, or not since the one before it was trained on.
+        ValueError: a stage has not ended, or its settings or its inputs have changed since.
     """
     return _Plan(config).identity
 
 
 class _Plan:
-    """What there is to do, and where it lies."""
+    """The pieces of one evaluation: which there are, where they are kept, and how the missing ones are made."""
 
     def __init__(self, config: Config) -> None:
         _require_ended(config)
@@ -106,41 +112,43 @@ class _Plan:
             for source in self.sources
         }
         if len(self.names) < len(self.sources):
-            raise ValueError(f"evaluate.codecs has titles that are too much alike: {', '.join(chosen.codecs)}")
+            raise ValueError(
+                f"evaluate.codecs has titles that differ only in case or punctuation: {', '.join(chosen.codecs)}"
+            )
         self._finetuned = next(
             source.export for source in self.sources if isinstance(source, Own) and source.key.startswith("zq")
         )
-        asked = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
-        self.speed_name = f"speed-{hash_values(of_all | asked)[:8]}"
+        timed = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
+        self.speed_name = f"speed-{hash_values(of_all | timed)[:8]}"
         order = [*self.names.values(), self.speed_name]
         self.identity = hash_values({"name": config.name, "systems": order, "decodes": chosen.decodes})
 
     def holds(self, report: dict[str, Any]) -> bool:
-        """Whether a report is that of this evaluation, and nothing that it lacked could be had now."""
+        """Whether a report is of this evaluation, and no system that was unavailable then is available now."""
         if report.get("identity") != self.identity:
             return False
         lacking = {system["key"] for system in report["systems"] if system["unavailable"]}
         return not any(source.key in lacking and source.retry() for source in self.sources)
 
     def complete(self) -> bool:
-        """Whether all pieces are there."""
+        """Whether all pieces and the measured speed are on disk."""
         numbers = range(len(self.blocks))
-        there = all(self.pieces.path(name, number).is_file() for name in self.names.values() for number in numbers)
-        return there and self._speed_path.is_file()
+        scored = all(self.pieces.path(name, number).is_file() for name in self.names.values() for number in numbers)
+        return scored and self._speed_path.is_file()
 
     @property
     def _speed_path(self) -> Path:
         return self.folder / "pieces" / self.speed_name / "speed.json"
 
     def work(self, part: int, parts: int) -> None:
-        """Make the pieces of this part that are missing, and measure the speed in the first one."""
+        """Make the missing pieces of this part; part 0 also measures the speed."""
         chosen = self.config.evaluate
         embedding = make_embedding(chosen.embedding, self.device)
         scorer = Scorer(embedding, self.clips.sample_rate, visqol=chosen.visqol)
         mine = range(part, len(self.blocks), parts)
         with Progress("evaluate", total=len(self.sources) * len(mine) + 1, unit="pieces") as progress:
             for done, (source, number) in enumerate(self._ordered(mine), start=1):
-                if not self._made(source, number):
+                if not self._is_made(source, number):
                     self._make(source, number, scorer)
                 progress.to(done, last=source.key)
             if part == 0 and not self._speed_path.is_file():
@@ -148,7 +156,7 @@ class _Plan:
             progress.to(len(self.sources) * len(mine) + 1)
 
     def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest, int]]:
-        """Source by source, those of one codec together, which is then let go of."""
+        """Yield (source, block number), all sources of one codec together; then unload that codec."""
         groups: dict[int, list[SystemUnderTest]] = {}
         for source in self.sources:
             groups.setdefault(id(getattr(source, "export", source)), []).append(source)
@@ -158,7 +166,8 @@ class _Plan:
                     yield source, number
             group[0].unload()
 
-    def _made(self, source: SystemUnderTest, number: int) -> bool:
+    def _is_made(self, source: SystemUnderTest, number: int) -> bool:
+        """Whether the piece exists; one without figures does not count if its codec is available now."""
         name = self.names[source.key]
         if not self.pieces.path(name, number).is_file():
             return False
@@ -174,7 +183,7 @@ class _Plan:
         if made.takes:
             takes = [take.to(self.device) for take in made.takes]
             piece.embedding, piece.windows = scorer.embed(takes[0])
-            piece.failures = {clips.keys[row]: told for row, told in made.failures.items()}
+            piece.failures = {clips.keys[row]: message for row, message in made.failures.items()}
             piece.windows, piece.embedding = _without(made.failures, rows, piece)
             piece.payload_bits, piece.file_bytes = made.payload_bits, made.file_bytes
             piece.coded_bits = made.coded_bits
@@ -187,7 +196,7 @@ class _Plan:
     def _write_audio(
         self, name: str, rows: list[int], takes: list[torch.Tensor], failures: dict[int, str]
     ) -> dict[str, list[str]]:
-        """Of the page's clips, each take; returns their files by clip."""
+        """Write every take of the clips that the page plays; return the files by clip."""
         folder = self.pieces.audio(name)
         (self.folder / folder).mkdir(parents=True, exist_ok=True)
         written: dict[str, list[str]] = {}
@@ -202,7 +211,7 @@ class _Plan:
         return written
 
     def _speed(self) -> dict[str, Any]:
-        """Real-time factors of the codec as it is used: a clip at a time, from audio to a stream and back."""
+        """Measure real-time factors of the codec in normal use: one clip at a time, from audio to a stream and back."""
         export: Export = self._finetuned
         codec: SPresso = export.codec
         rows = range(min(TIMED_CLIPS, len(self.clips)))
@@ -221,7 +230,7 @@ class _Plan:
         }
 
     def merge(self) -> dict[str, Any]:
-        """Put the pieces together; writes the report and its tables, and removes what older evaluations left."""
+        """Write the report and its tables from the pieces, and remove the pieces of older evaluations."""
         report = self._report() | {"identity": self.identity}
         write_whole(self.folder / _REPORT, json.dumps(report, indent=1))
         write_tables(report, self.folder)
@@ -241,7 +250,7 @@ class _Plan:
             "model_hash": self._finetuned.model_hash,
             "created": datetime.now(UTC).date().isoformat(),
             "sample_rate": clips.sample_rate,
-            "subtitle": f"{len(clips)} held-out clips of {clips.seconds:.1f} s, which no stage saw",
+            "subtitle": f"{len(clips)} held-out clips of {clips.seconds:.1f} s, on which no stage was trained",
             "systems": systems_of(gathered),
             "tables": {key: each.title for key, each in RATE_RANGES.items()},
             "figures": [dataclasses.asdict(figure) for figure in figures],
@@ -271,12 +280,12 @@ def _require_ended(config: Config) -> None:
     for stage in STAGES["evaluate"].judges:
         directory = RunDirectory(stage_folder(config, stage), stage)
         if directory.status.get("export") is None:
-            raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run that first")
+            raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run {stage} first")
         directory.require_same(config, stage_inputs(config, stage))
 
 
 def _without(failures: dict[int, str], rows: list[int], piece: Piece) -> tuple[list[int], torch.Tensor]:
-    """The embedding less the rows of clips that failed."""
+    """Drop the embedding rows of the clips that failed; return the windows of each clip and the remaining rows."""
     parts = piece.embedding.split(piece.windows)
     kept = [part[:0] if row in failures else part for row, part in zip(rows, parts, strict=True)]
     return [len(part) for part in kept], torch.cat(kept)

@@ -1,7 +1,7 @@
-"""How near a decoded clip is to its original, and a set of clips to another.
+"""Figures of how close a decoded clip is to its original, and how close one set of clips is to another.
 
-Audio is `(..., samples)` and every leading index is a clip of its own: figures of a clip come back as `(...)`.
-Everything is computed from the signals alone, so nothing is downloaded. `FIGURES` says what each figure means.
+Audio is `(..., samples)`, where every leading index is a separate clip; figures of clips have the shape `(...)`.
+Everything is computed from the signals alone, without downloads. `FIGURES` explains each figure.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FLOOR_DB = 60.0
-"""What lies more than this below the loudest point of the reference counts as silence; else silence decides."""
+"""Spectra are floored this far below the reference's loudest point; otherwise silence would dominate."""
 SI_SDR_LIMIT_DB = 60.0
-"""SI-SDR is clamped to ± this: beyond it lie only equal signals, silent ones and chance."""
+"""SI-SDR is clamped to ± this limit, beyond which there are only identical, silent and unrelated signals."""
 EMBEDDING = "mel-stat"
-"""An embedding for `frechet_distance` and `kernel_distance`, to be named wherever they are shown."""
+"""Name of the embedding by `mel_statistics`, to be shown wherever a distance over it is shown."""
 
 _SILENCE = 1e-14  # -140 dB of full scale: keeps the logarithm finite where the reference itself is silent
 _MEL_RESOLUTIONS = (512, 1024, 2048)
@@ -28,7 +28,7 @@ _STFT_RESOLUTIONS = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))  # n_f
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as tables and the page show it."""
+    """A figure as the tables and the page show it."""
 
     key: str
     title: str
@@ -37,7 +37,7 @@ class Figure:
     """Which way is better: "lower" or "higher"."""
     note: str
     digits: int | None = None
-    """Behind the decimal point; None: as many as the values need."""
+    """Digits after the decimal point; None: as many as the values need."""
 
 
 FIGURES = {
@@ -48,8 +48,8 @@ FIGURES = {
             title="Log-mel distance",
             unit="dB",
             better="lower",
-            note="Mean error of the mel spectrogram in decibels, over three resolutions. "
-            f"What is {FLOOR_DB:.0f} dB below the loudest point of the original counts as silence.",
+            note="The mean error of the mel spectrogram in decibels, over three resolutions. Everything more than "
+            f"{FLOOR_DB:.0f} dB below the loudest point of the original counts as silence.",
             digits=2,
         ),
         Figure(
@@ -57,30 +57,32 @@ FIGURES = {
             title="Multi-resolution STFT",
             unit="",
             better="lower",
-            note="Spectral convergence plus log-magnitude error, averaged over three STFT resolutions.",
+            note="The spectral convergence plus the log-magnitude error, averaged over three STFT resolutions.",
         ),
         Figure(
             key="lsd",
             title="Log-spectral distance",
             unit="dB",
             better="lower",
-            note="Root mean square error of a frame's log spectrum, averaged over frames; floored as log-mel.",
+            note="The root-mean-square error of a frame's log spectrum, averaged over the frames. It has the same "
+            "floor as the log-mel distance.",
         ),
         Figure(
             key="si_sdr",
             title="SI-SDR",
             unit="dB",
             better="higher",
-            note="How much of the waveform itself is kept, whatever its gain. It says little at very low rates, where "
-            f"sounds are rebuilt, not copied. Clamped to ±{SI_SDR_LIMIT_DB:.0f} dB.",
+            note="It shows how well the waveform itself is preserved, at any gain. It says little at very low rates, "
+            "where sounds are synthesized again rather than copied. Values are clamped to "
+            f"±{SI_SDR_LIMIT_DB:.0f} dB.",
         ),
         Figure(
             key="denoising",
             title="Denoising error",
             unit="",
             better="lower",
-            note="What training minimises, on these clips: how far D, told this z, is from x0 under noise, at eight "
-            "levels, with the same noise for every system. It needs no sample to be drawn, so it has no luck in it.",
+            note="The training loss on these clips: the error of D when it denoises x0 given this z, at eight noise "
+            "levels, with the same noise for every system. No sample is drawn, so the value does not depend on chance.",
             digits=4,
         ),
         Figure(
@@ -88,23 +90,23 @@ FIGURES = {
             title="Fréchet distance",
             unit="",
             better="lower",
-            note="Between all originals and all decodes as two sets: whether the decodes are plausible as a whole. "
-            "Few clips bias it upwards.",
+            note="The distance between the set of all originals and the set of all decodes. It shows whether the "
+            "decodes are plausible as a whole. It is biased upwards if there are few clips.",
         ),
         Figure(
             key="kernel",
             title="Kernel distance",
             unit="",
             better="lower",
-            note="As the Fréchet distance, but unbiased for few clips, so that it may fall just below zero: the "
-            "squared maximum mean discrepancy, with a Gaussian kernel.",
+            note="It compares the same sets as the Fréchet distance, by the squared maximum mean discrepancy with a "
+            "Gaussian kernel. It is unbiased for few clips, so it may be slightly below zero.",
         ),
     )
 }
 
 
 def clip_figures(reference: Tensor, estimate: Tensor, sample_rate: int) -> dict[str, Tensor]:
-    """All figures that compare one clip with its original, by their keys in `FIGURES`."""
+    """Return all figures that compare a clip with its original, by their keys in `FIGURES`."""
     return {
         "log_mel": log_mel_distance(reference, estimate, sample_rate),
         "mrstft": multi_resolution_stft_distance(reference, estimate),
@@ -114,15 +116,15 @@ def clip_figures(reference: Tensor, estimate: Tensor, sample_rate: int) -> dict[
 
 
 def set_figures(reference: Tensor, estimate: Tensor) -> dict[str, float]:
-    """All figures that compare two sets of `mel_statistics`, `(windows, dim)` each, by their keys in `FIGURES`."""
+    """Return all figures that compare two sets of embeddings, `(windows, dim)` each, by their keys in `FIGURES`."""
     return {"frechet": frechet_distance(reference, estimate), "kernel": kernel_distance(reference, estimate)}
 
 
-# ---- of one clip against its original
+# ---- figures of one clip and its original
 
 
 def log_mel_distance(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
-    """Mean absolute difference of the log-mel spectrograms in dB, averaged over n_fft 512, 1024 and 2048 (hop n_fft/4).
+    """Return the mean absolute log-mel difference in dB, averaged over n_fft 512, 1024 and 2048 (hop n_fft/4).
 
     `(..., samples)` twice → `(...)`. Both spectrograms are floored `FLOOR_DB` below the reference's maximum.
     """
@@ -137,7 +139,7 @@ def log_mel_distance(reference: Tensor, estimate: Tensor, sample_rate: int) -> T
 
 
 def multi_resolution_stft_distance(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Spectral convergence plus L1 of the log magnitudes, averaged over three resolutions (arXiv 1910.11480).
+    """Return spectral convergence plus log-magnitude L1, averaged over three resolutions (arXiv 1910.11480).
 
     `(..., samples)` twice → `(...)`.
     """
@@ -151,7 +153,7 @@ def multi_resolution_stft_distance(reference: Tensor, estimate: Tensor) -> Tenso
 
 
 def log_spectral_distance(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Root mean square difference in dB over the bins of a frame (n_fft 2048, hop 512), averaged over frames.
+    """Return the RMS difference in dB over the bins of a frame (n_fft 2048, hop 512), averaged over frames.
 
     `(..., samples)` twice → `(...)`. Both spectra are floored `FLOOR_DB` below the reference's maximum.
     """
@@ -161,10 +163,10 @@ def log_spectral_distance(reference: Tensor, estimate: Tensor) -> Tensor:
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB (arXiv 1811.02508), clamped to ±`SI_SDR_LIMIT_DB`.
+    """Return the scale-invariant signal-to-distortion ratio in dB (arXiv 1811.02508), clamped to ±`SI_SDR_LIMIT_DB`.
 
-    `(..., samples)` twice → `(...)`. A perfect estimate, at any gain, has the upper limit. Where either signal is
-    silent there is nothing of the one in the other: the lower limit.
+    `(..., samples)` twice → `(...)`. A perfect estimate has the upper limit at any gain. If either signal is silent,
+    the result is the lower limit.
     """
     _require_same_shape(reference, estimate)
     target, found = reference.double(), estimate.double()
@@ -176,41 +178,42 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
     return ratio_db.clamp(-SI_SDR_LIMIT_DB, SI_SDR_LIMIT_DB).to(reference.dtype)
 
 
-# ---- of one set of clips against another
+# ---- distances between two sets of clips
 
 
 def mel_statistics(audio: Tensor, sample_rate: int) -> Tensor:
-    """The `EMBEDDING`: mean and standard deviation over half a second of each of 32 log-mel bands, in bels (dB/10).
+    """Compute the `EMBEDDING`: mean and standard deviation of 32 log-mel bands over half a second, in bels (dB/10).
 
-    `(..., samples)` → `(windows, 64)`, the windows of all clips one after another. A rest shorter than a window is
-    dropped; a clip shorter than a window is padded to one.
+    `(..., samples)` → `(windows, 64)`, concatenated over the clips. An incomplete last window is dropped; a clip
+    shorter than a window is padded to one.
     """
     hop, frames_per_window = sample_rate // 100, 50
     missing = max(0, hop * frames_per_window - audio.shape[-1])
     energies = mel_energies(F.pad(audio, (0, missing)), sample_rate, n_fft=1024, hop=hop, bands=32)
-    bels = energies.clamp(min=1e-7).log10()  # floored, so that differences between near-silences don't count
+    bels = energies.clamp(min=1e-7).log10()  # the floor hides differences between near-silent windows
     windows = bels.unfold(-1, frames_per_window, frames_per_window)  # (..., bands, windows, frames)
     statistics = torch.cat([windows.mean(-1), windows.std(-1)], dim=-2)
     return statistics.transpose(-2, -1).reshape(-1, statistics.shape[-2])
 
 
 def frechet_distance(reference: Tensor, estimate: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of embeddings (arXiv 1706.08500, eq. 6; arXiv 1812.08466).
+    """Return the Fréchet distance between Gaussians fitted to two sets (arXiv 1706.08500, eq. 6; arXiv 1812.08466).
 
-    `(windows, dim)` twice, of at least two rows each. Fewer rows than dimensions will do, but bias it upwards.
+    `(windows, dim)` twice, of at least two rows each. Fewer rows than dimensions are possible, but bias the result
+    upwards.
     """
     (mean_a, root_a), (mean_b, root_b) = (_gaussian(_require_rows(rows)) for rows in (reference, estimate))
-    # trace (A B)^½ = sum of the singular values of A^½ B^½, which needs no root of a product that rounding spoilt
+    # trace (A B)^½ is the sum of the singular values of A^½ B^½; the root of A B itself would suffer from rounding
     overlap = torch.linalg.svdvals(root_a @ root_b).sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * overlap
     return max(0.0, float(distance))
 
 
 def kernel_distance(reference: Tensor, estimate: Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of two sets of embeddings, as in KAD (arXiv 2502.15602).
+    """Return the unbiased squared maximum mean discrepancy of two sets of embeddings, as in KAD (arXiv 2502.15602).
 
-    `(windows, dim)` twice, of at least two rows each. The kernel is Gaussian, as wide as the median distance within the
-    reference. Equal distributions give 0 on average, so a single value may be slightly negative; the most is 2.
+    `(windows, dim)` twice, of at least two rows each. The bandwidth of the Gaussian kernel is the median distance in
+    the reference. Equal distributions give 0 on average, so a value may be slightly negative; the maximum is 2.
     """
     a, b = _require_rows(reference), _require_rows(estimate)
     bandwidth = torch.pdist(a).median().clamp(min=1e-12)
@@ -220,13 +223,13 @@ def kernel_distance(reference: Tensor, estimate: Tensor) -> float:
         return (-0.5 * (distances / bandwidth).square()).exp()
 
     def mean_within(x: Tensor) -> Tensor:
-        return (kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1))  # the diagonal, all ones, is what biases
+        return (kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1))  # without the biasing diagonal
 
     return float(mean_within(a) + mean_within(b) - 2 * kernel(a, b).mean())
 
 
 def _gaussian(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and the symmetric square root of the covariance."""
+    """Return the mean and the symmetric square root of the covariance."""
     variances, axes = torch.linalg.eigh(torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1]))
     return rows.mean(0), (axes * variances.clamp(min=0).sqrt()) @ axes.T
 
@@ -241,19 +244,22 @@ def _require_rows(embeddings: Tensor) -> Tensor:
 
 
 def power_spectrogram(audio: Tensor, n_fft: int, hop: int) -> Tensor:
-    """Power of a Hann-windowed STFT, `(..., samples)` → `(..., n_fft/2 + 1, frames)`; a full-scale sine has power 1."""
-    return _power(audio, n_fft, hop, n_fft) / (n_fft / 4) ** 2  # half the sum of the window
+    """Compute the power of a Hann-windowed STFT, `(..., samples)` → `(..., n_fft/2 + 1, frames)`.
+
+    A full-scale sine has power 1.
+    """
+    return _power(audio, n_fft, hop, n_fft) / (n_fft / 4) ** 2  # n_fft / 4 is half the sum of the window
 
 
 def mel_energies(audio: Tensor, sample_rate: int, *, n_fft: int, hop: int, bands: int) -> Tensor:
-    """Energy in mel bands, `(..., samples)` → `(..., bands, frames)`; see `power_spectrogram` and `mel_filterbank`."""
+    """Compute the energy in mel bands, `(..., samples)` → `(..., bands, frames)`."""
     filters = mel_filterbank(sample_rate, n_fft, bands).to(audio)
     return filters @ power_spectrogram(audio, n_fft, hop)
 
 
 @functools.lru_cache(maxsize=16)
 def mel_filterbank(sample_rate: int, n_fft: int, bands: int) -> Tensor:
-    """Triangles of height 1, evenly spaced on Slaney's mel scale from 0 Hz to Nyquist: `(bands, n_fft/2 + 1)`."""
+    """Return triangles of height 1, evenly spaced on Slaney's mel scale up to Nyquist: `(bands, n_fft/2 + 1)`."""
     edges = _hertz(torch.linspace(0, _mel(sample_rate / 2), bands + 2, dtype=torch.float64))
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     lower, centre, upper = edges[:-2, None], edges[1:-1, None], edges[2:, None]
@@ -261,7 +267,7 @@ def mel_filterbank(sample_rate: int, n_fft: int, bands: int) -> Tensor:
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
-# Slaney's scale: linear up to 1 kHz, which is 15 mel; above it 27 mel for each factor of 6.4.
+# Slaney's scale is linear up to 1 kHz, which is 15 mel; above 1 kHz each factor of 6.4 adds 27 mel.
 _LINEAR_HERTZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, math.log(6.4) / 27
 
 
@@ -278,7 +284,7 @@ def _hertz(mel: Tensor) -> Tensor:
 
 def _power(audio: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
     clips = audio.reshape(-1, audio.shape[-1])
-    clips = F.pad(clips, (0, max(0, n_fft - audio.shape[-1])))  # the STFT mirrors the edges and needs so many
+    clips = F.pad(clips, (0, max(0, n_fft - audio.shape[-1])))  # the STFT's reflect padding needs n_fft samples
     window = torch.hann_window(window_length, dtype=audio.dtype, device=audio.device)
     spectrum = torch.stft(clips, n_fft, hop, window_length, window, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()
@@ -286,7 +292,7 @@ def _power(audio: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
 
 
 def _floored_decibels(reference: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor]:
-    """Both powers `(..., bands, frames)` in dB, floored `FLOOR_DB` below the reference's maximum in the clip."""
+    """Convert powers `(..., bands, frames)` to dB, floored `FLOOR_DB` below the reference's maximum in the clip."""
     floor = (reference.amax((-2, -1), keepdim=True) * 10 ** (-FLOOR_DB / 10)).clamp(min=_SILENCE)
     return 10 * reference.maximum(floor).log10(), 10 * estimate.maximum(floor).log10()
 

@@ -1,10 +1,10 @@
-"""A blind listening test after MUSHRA (ITU-R BS.1534) as a folder for webMUSHRA.
+"""Writes a blind listening test in the style of MUSHRA (ITU-R BS.1534) as a folder for webMUSHRA.
 
     OUT/configs/NAME.yaml               the test
-    OUT/configs/resources/NAME/*.wav    its sounds, all of one rate, length and level, under names that tell nothing
-    OUT.key.json                        which is which: to be kept back, and never to lie on the server
+    OUT/configs/resources/NAME/*.wav    its sounds, of equal sample rate, length and level, under random names
+    OUT.key.json                        the system behind each sound: keep this file back, never put it on the server
 
-webMUSHRA adds the hidden reference itself. The anchors are the reference below 3.5 and 7 kHz.
+webMUSHRA adds the hidden reference itself. The anchors are the reference, low-pass filtered at 3.5 and 7 kHz.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ import yaml
 from trainer.data.audio import Audio, read_audio, write_audio
 
 MOST_CONDITIONS = 12
-"""To a trial, the reference and the anchors among them: more than BS.1534 holds that people can compare."""
+"""The most versions in one trial, including the reference and the anchors, as BS.1534 recommends."""
 ANCHORS = {"anchor35": 3500.0, "anchor70": 7000.0}
 """Cut-off frequencies in Hz."""
 _PEAK = 0.99
-_MOST_GAIN = 4.0  # 12 dB: a system that is softer than that is so by itself
-_TAPS = 1023  # of the anchors' filter: its transition takes 160 Hz at 48 kHz
+_MOST_GAIN = 4.0  # 12 dB: a larger difference in level belongs to the system and is kept
+_TAPS = 1023  # of the anchors' filter, whose transition band is 160 Hz wide at 48 kHz
 
 _INTRODUCTION = (
-    "You will hear several versions of the same sound. Rate how near each is to the reference, from 0 (bad) to 100 "
-    "(excellent). One of the versions is the reference itself. Please use headphones, in a quiet place."
+    "You will hear several versions of the same sound. Rate how close each version is to the reference, from 0 (bad) "
+    "to 100 (excellent). One of the versions is the reference itself. Please use headphones in a quiet place."
 )
-_QUESTION = "How near is each version to the reference?"
+_QUESTION = "How close is each version to the reference?"
 
 
 @dataclass(frozen=True)
 class ListeningTest:
-    """What was written."""
+    """The files of a test, and its size."""
 
     config: Path
     key: Path
     trials: int
     conditions: int
-    """To a trial, without the hidden reference."""
+    """Versions in each trial, without the hidden reference."""
 
 
 def write_listening_test(
@@ -58,23 +58,23 @@ def write_listening_test(
     clips: int | None = None,
     seed: int = 0,
 ) -> ListeningTest:
-    """Write the folder; the same report and seed write the same files.
+    """Write the test's folder and its key; the same report and seed write the same files.
 
     Args:
-        report: of an evaluation.
-        audio_root: what its audio paths are relative to.
-        out: is made; what an older test left in it is removed.
-        systems: their keys; None: all that the page plays, floors aside.
-        clips: so many of the page's; None: all.
-        seed: of names and orders.
+        report: the report of an evaluation.
+        audio_root: folder to which the report's audio paths are relative.
+        out: folder to create; an older test in this folder is removed.
+        systems: keys of the systems; None: all systems that the page plays, except floors.
+        clips: number of the page's clips to use; None: all of them.
+        seed: seed of the file names and of the order of versions.
 
     Raises:
-        ValueError: a system or its sound is not there, there are too many to compare, or `out` holds something else.
+        ValueError: a system or its audio is missing, there are too many systems, or `out` holds other files.
     """
     chosen = _chosen(report, systems)
     trials = list(report["clips"])[:clips]
     if not trials or (clips is not None and clips < 1):
-        raise ValueError("--clips is at least 1, and the evaluation has to have clips that the page plays")
+        raise ValueError("--clips must be at least 1, and the evaluation needs clips that the page plays")
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in report["recipe"])
     sounds = Path("configs") / "resources" / name
     _clear(out, sounds)
@@ -99,7 +99,7 @@ def write_listening_test(
 
 
 def anchor_filter(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
-    """What of (1, samples) lies below a frequency in Hz, not delayed: a windowed sinc, 80 dB down beyond it."""
+    """Low-pass audio (1, samples) at `cutoff` Hz without delay, by a windowed sinc with 80 dB of attenuation."""
     times = np.arange(_TAPS) - _TAPS // 2
     kernel = 2 * cutoff / sample_rate * np.sinc(2 * cutoff / sample_rate * times) * np.blackman(_TAPS)
     length = audio_1S.shape[1] + _TAPS - 1
@@ -109,33 +109,33 @@ def anchor_filter(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
 
 
 def _chosen(report: Mapping[str, Any], systems: Sequence[str] | None) -> list[str]:
-    heard = {key for clip in report["clips"] for key in clip["audio"]}
-    roles = {system["key"]: system["role"] for system in report["systems"] if system["key"] in heard}
+    with_audio = {key for clip in report["clips"] for key in clip["audio"]}
+    roles = {system["key"]: system["role"] for system in report["systems"] if system["key"] in with_audio}
     known = [key for key, role in roles.items() if role != "original"]
     if systems is None:
         systems = [key for key in known if roles[key] != "floor"]
     if unknown := [key for key in systems if key not in known]:
-        raise ValueError(f"--systems: there is no sound of {', '.join(unknown)}; there is of {', '.join(known)}")
+        raise ValueError(f"--systems: no audio of {', '.join(unknown)}: choose from {', '.join(known)}")
     if (count := len(systems) + len(ANCHORS) + 1) > MOST_CONDITIONS:
         raise ValueError(
-            f"{count} versions of a sound are more than anybody can compare ({MOST_CONDITIONS}, the reference and two "
-            f"anchors among them): choose with --systems some of {', '.join(systems)}"
+            f"a trial would have {count} versions; {MOST_CONDITIONS} are the most, reference and anchors included: "
+            f"choose with --systems some of {', '.join(systems)}"
         )
     return list(dict.fromkeys(systems))
 
 
 def _clear(out: Path, sounds: Path) -> None:
     if out.exists() and any(path.name != "configs" for path in out.iterdir()):
-        raise ValueError(f"{out} holds something else than a listening test: give another folder")
+        raise ValueError(f"{out} holds files that are not of a listening test: give another folder")
     shutil.rmtree(out / "configs", ignore_errors=True)
     (out / sounds).mkdir(parents=True)
 
 
 def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sample_rate: int) -> dict[str, Audio]:
-    """All that is heard in a trial, (1, samples) each, at one level and one length."""
+    """Read all versions of a clip, (1, samples) each, and bring them to the same level and length."""
     files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
-    if silent := [key for key, takes in files.items() if not takes]:
-        raise ValueError(f"there is no sound of {', '.join(silent)} for {clip['key']}: choose others with --systems")
+    if missing := [key for key, takes in files.items() if not takes]:
+        raise ValueError(f"no audio of {', '.join(missing)} for {clip['key']}: choose others with --systems")
     versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
     versions |= {key: anchor_filter(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
     samples = versions["reference"].shape[1]
@@ -147,9 +147,10 @@ def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sampl
 
 
 def _levelled(versions: Mapping[str, Audio]) -> dict[str, Audio]:
-    """The systems as loud as the reference, within `_MOST_GAIN`; all softer by the same where a peak asks for it.
+    """Match the RMS level of each system to the reference's, within `_MOST_GAIN`.
 
-    The anchors keep what their filter leaves, as those that webMUSHRA makes do.
+    If a peak would clip, all versions are attenuated by the same factor. The anchors keep the level
+    that their filter leaves, as in webMUSHRA.
     """
     target = _rms(versions["reference"])
     gains = {
@@ -176,7 +177,7 @@ def _page(trial: str, number: int, files: Mapping[str, str], stimuli: Mapping[st
         "content": _QUESTION,
         "showWaveform": True,
         "enableLooping": True,
-        "strict": False,  # which asks for anchors that webMUSHRA makes
+        "strict": False,  # strict mode requires the anchors that webMUSHRA makes itself
         "randomize": True,
         "reference": files["reference"],
         "createAnchor35": False,
@@ -194,11 +195,11 @@ def _test(name: str, pages: list[dict[str, Any]]) -> dict[str, Any]:
         "stimulus": pages[0]["reference"],
         "defaultVolume": 0.5,
     }
-    volume["content"] = "Set a volume that is comfortable, and leave it so."
+    volume["content"] = "Set a comfortable volume. Please do not change it during the test."
     last = {
         "type": "finish",
         "name": "Thank you",
-        "content": "That was all.",
+        "content": "You have completed the test.",
         "showResults": False,
         "writeResults": True,
     }

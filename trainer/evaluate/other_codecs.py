@@ -1,4 +1,4 @@
-"""Codecs by others as rows: what they raise is told, and ends nothing."""
+"""Codecs by others as systems under test. Their errors are recorded and do not end the evaluation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Other(SystemUnderTest):
         self.baseline, self.clips, self.device = baseline, clips, device
         self.key = baseline.spec.replace("@", "_")
         self.identity = hash_values({"spec": baseline.spec, "weights": baseline.weights})
-        self._trouble: str | None = None  # not tried yet
+        self._error: str | None = None  # why loading failed; empty after success, None before the first try
 
     def decode(self, rows: Sequence[int]) -> Decoded:
-        """Clip by clip, with the clip's own seed for whatever is random in it."""
+        """Decode clip by clip, seeding torch with the clip's row because a codec may be random."""
         system = self._system()
-        if self._trouble is None:
-            self._trouble = self._load()
-        if self._trouble:
-            system.unavailable = self._trouble
+        if self._error is None:
+            self._error = self._load()
+        if self._error:
+            system.unavailable = self._error
             return Decoded(system, [])
         audio_B1S = self.clips.audio(rows)
         out, made = torch.zeros_like(audio_B1S), Decoded(system, [])
@@ -44,8 +44,8 @@ class Other(SystemUnderTest):
                     clip_S = audio_B1S[index, 0].cpu().numpy()
                     decoded_S, bits = self.baseline.code(clip_S, self.clips.sample_rate)
                     out[index, 0] = torch.from_numpy(decoded_S)
-            except Exception as error:  # others' code may raise anything
-                made.failures[row] = _told(error)
+            except Exception as error:  # code of others may raise anything
+                made.failures[row] = _in_one_line(error)
                 logger.warning("%s failed on %s: %s", self.key, self.clips.keys[row], made.failures[row])
                 continue
             made.payload_bits += [] if bits is None else [bits]
@@ -53,13 +53,13 @@ class Other(SystemUnderTest):
         return made
 
     def retry(self) -> bool:
-        """All of it is here."""
+        """Whether nothing that the codec needs is missing."""
         return not self.baseline.missing()
 
     def unload(self) -> None:
-        """The weights."""
-        if self._trouble == "":
-            self.baseline, self._trouble = make_baseline(self.baseline.spec, self.baseline.weights), None
+        """Free the weights."""
+        if self._error == "":
+            self.baseline, self._error = make_baseline(self.baseline.spec, self.baseline.weights), None
 
     def _load(self) -> str:
         missing = self.baseline.missing()
@@ -67,10 +67,10 @@ class Other(SystemUnderTest):
             return missing
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # others' own deprecations
+                warnings.simplefilter("ignore")  # deprecations within the packages of others
                 self.baseline.load(self.device)
-        except Exception as error:  # others' code may raise anything
-            return missing or _told(error)
+        except Exception as error:  # code of others may raise anything
+            return missing or _in_one_line(error)
         return ""
 
     def _system(self) -> System:
@@ -87,13 +87,13 @@ class Other(SystemUnderTest):
 
 
 def other_sources(config: Config, clips: ScoredClips, device: torch.device) -> list[SystemUnderTest]:
-    """Those of `evaluate.baselines`; nothing is loaded."""
+    """Return the codecs of `evaluate.baselines`; nothing is loaded yet."""
     return [
         Other(make_baseline(spec, config.evaluate.weights.get(spec.partition("@")[0])), clips, device)
         for spec in config.evaluate.baselines
     ]
 
 
-def _told(error: Exception) -> str:
-    """In one line."""
+def _in_one_line(error: Exception) -> str:
+    """Return the type and the first 200 characters of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""Our own codecs: the AudioAE alone, z, its codes at each rate, and each of them decoded from another clip's z."""
+"""Our own systems: the AudioAE alone, continuous z, codes at each rate, and a control of each from another clip's z."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import hash_values
 from trainer.run_directory import stage_folder
 
-LEVELS = 8  # of noise, at which the denoising error is taken
-NOISE_SEED = 500_000  # of that noise: another one than the decodes start from
-_KBPS = "<kbps>"  # in a title, until the rate is known
-VARIABLE = 4  # systems of which several decodes of the same codes are kept, as on the paper's page
+LEVELS = 8  # noise levels over which the denoising error is averaged
+NOISE_SEED = 500_000  # for the denoising error; differs from the seeds of decodes
+_KBPS = "<kbps>"  # placeholder in a title until the codec is loaded and its rate is known
+VARIABLE = 4  # the most systems that are decoded several times from the same codes, as on the paper's page
 
 
 class Export:
-    """A codec's folder. It is loaded when the first clip goes through, and remembers each clip's z."""
+    """An exported codec, loaded when its first clip is scored. It caches each clip's z and stream."""
 
     def __init__(self, folder: Path, clips: ScoredClips, *, sampling: Sampling | None, device: torch.device) -> None:
         self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
@@ -38,7 +38,7 @@ class Export:
 
     @functools.cached_property
     def model_hash(self) -> str:
-        """Known without loading it."""
+        """The hash of the model, read without loading the weights."""
         try:
             return json.loads((self.folder / "codec.json").read_text())["model"]
         except (OSError, ValueError, KeyError):
@@ -48,34 +48,34 @@ class Export:
 
     @functools.cached_property
     def codec(self) -> SPresso:
-        """In memory, until `unload`."""
+        """The codec, kept in memory until `unload`."""
         return SPresso.from_pretrained(self.folder, device=self.device)
 
     @property
     def sampling(self) -> Sampling:
-        """How D decodes: as the run says, or as the export does."""
+        """How D samples: the run's settings if they are given, otherwise the export's."""
         return self.asked or self.codec.config.sampling
 
     def unload(self) -> None:
-        """Let go of the weights."""
+        """Free the weights and the cached z and streams."""
         self._z.clear()
         self._files.clear()
         self.__dict__.pop("codec", None)
 
     def audio(self, rows: Sequence[int]) -> Tensor:
-        """The clips (B, 1, samples) at the codec's rate."""
+        """Return the clips (B, 1, samples) at the codec's sample rate."""
         return _resampled(self.clips.audio(rows), self.clips.sample_rate, self.codec.autoencoder.sample_rate)
 
     def z(self, rows: Sequence[int]) -> Tensor:
-        """(B, Z, N): each clip's by itself, so that it does not depend on the company."""
+        """Return z (B, Z, N), computed clip by clip so that the result does not depend on the batch."""
         for row in rows:
             if row not in self._z:
                 self._z[row] = self.codec.audio_to_z(self.audio([row]))[0]
         return torch.stack([self._z[row] for row in rows])
 
     def through_files(self, rows: Sequence[int], books: int) -> tuple[Tensor, list[_File]]:
-        """z_q (B, Z, N), by way of the real files; and these."""
-        for row in rows:  # again for the next clip's control, and the search for codes is slow
+        """Encode clips to real files and read them back; return z_q (B, Z, N) and the files."""
+        for row in rows:  # the files are cached, because the control needs them again and the search for codes is slow
             if (row, books) not in self._files:
                 stream, coder = self.codec.encode(self.audio([row])[0], books=books), self.codec.coder()
                 coded = bitstream.write(stream, coder=coder) if coder else None
@@ -87,21 +87,21 @@ class Export:
         return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
 
     def decode(self, z_BZN: Tensor | None, rows: Sequence[int], *, take: int = 0) -> Tensor:
-        """(B, 1, samples) at the clips' rate; z None: an unconditional sample."""
+        """Decode z to audio (B, 1, samples) at the clips' sample rate; without z, draw unconditional samples."""
         samples = _length(self.clips.samples, self.clips.sample_rate, self.codec.autoencoder.sample_rate)
         noise = self.codec.noise(self.clips.seeds(rows, take), self.codec.z_frames(samples))
         return self.back(self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling))
 
     def back(self, audio_B1S: Tensor) -> Tensor:
-        """Of the codec's rate to that of the clips, and as long as they are."""
+        """Resample audio from the codec's rate to the clips' rate, and cut it to the clips' length."""
         rate = self.codec.autoencoder.sample_rate
         return _resampled(audio_B1S, rate, self.clips.sample_rate)[..., : self.clips.samples]
 
     def denoising(self, z_BZN: Tensor | None, rows: Sequence[int]) -> Tensor | None:
-        """The error that training minimises, of each clip (B,): at evenly filled noise levels, always the same noise.
+        """Return the error (B,) that training minimises, averaged over evenly spaced noise levels, with fixed noise.
 
-        In windows as long as in training; what fills none at a clip's end is left out. None for another AudioAE, whose
-        x0 is another thing.
+        Clips are split into windows of the training length; an incomplete last window is left out. The result is None
+        if the codec has another AudioAE than the held-out set, because errors on a different x0 are not comparable.
         """
         codec = self.codec
         if codec.autoencoder.identity() != self.clips.autoencoder:
@@ -123,19 +123,19 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A clip as a stream, and as an entropy-coded one where the codec has a prior."""
+    """A clip as a stream, and as an entropy-coded stream if the codec has a prior."""
 
     content: bytes
     coded: bytes | None
 
     @property
     def coded_bits(self) -> int | None:
-        """Bits of its codes when they are entropy-coded, headers aside."""
+        """Bits of the entropy-coded codes without headers; None if the codec has no prior."""
         return None if self.coded is None else 8 * bitstream.read_header(self.coded)[1]
 
 
 class Own(SystemUnderTest):
-    """One system of ours: an export, and what D is told."""
+    """One system of ours: an export, and which z D is conditioned on."""
 
     def __init__(
         self,
@@ -147,15 +147,15 @@ class Own(SystemUnderTest):
         takes: int = 1,
         control_of: str = "",
     ) -> None:
-        """Says what it will be.
+        """Describe the system; nothing is loaded yet.
 
         Args:
             export: the codec.
-            system: its row.
-            books: how many codebooks z goes through; None: it stays continuous.
-            told: which z: the clip's `own`, the next clip's (`other`), or none (`nothing`).
-            takes: decodes of the page's clips.
-            control_of: see `Source`.
+            system: the system's row in the tables.
+            books: number of codebooks that quantize z; None: z stays continuous.
+            told: which z D is conditioned on: the clip's `own`, the next clip's (`other`), or none (`nothing`).
+            takes: number of decodes of the page's clips.
+            control_of: key of the system that this one is the control of, see `SystemUnderTest`.
         """
         self.export, self.system, self.books, self.told, self.takes = export, system, books, told, takes
         self.key, self.control_of = system.key, control_of
@@ -164,7 +164,7 @@ class Own(SystemUnderTest):
         self.identity = hash_values(facts | {"title": system.title})
 
     def decode(self, rows: Sequence[int]) -> Decoded:
-        """z, perhaps through codes, to audio."""
+        """Decode the clips from z or from its codes."""
         export, clips = self.export, self.export.clips
         source = [(row + 1) % len(clips) for row in rows] if self.told == "other" else rows
         files: list[_File] = []
@@ -205,26 +205,26 @@ class Own(SystemUnderTest):
 
 
 class Original(SystemUnderTest):
-    """The clips themselves."""
+    """The original clips."""
 
     def __init__(self, clips: ScoredClips) -> None:
         self.key, self.identity, self.clips = "original", "", clips
 
     def decode(self, rows: Sequence[int]) -> Decoded:
-        """As they are."""
+        """Return the clips unchanged."""
         return Decoded(System("original", "Original", "original"), [self.clips.audio(rows)])
 
 
 class Ceiling(SystemUnderTest):
-    """The AudioAE alone."""
+    """The AudioAE alone, without z and D."""
 
     def __init__(self, export: Export) -> None:
         self.key, self.export = "autoencoder", export
         self.identity = hash_values({"model": export.model_hash})
 
     def decode(self, rows: Sequence[int]) -> Decoded:
-        """Audio → x0 → audio."""
-        note = "No codec is better than the autoencoder it stands on."
+        """Encode the clips to x0 and decode x0."""
+        note = "The autoencoder without a codec: no codec that is built on it can be better."
         autoencoder = self.export.codec.autoencoder
         audio = self.export.back(autoencoder.decode(autoencoder.encode(self.export.audio(rows))))
         return Decoded(System(self.key, "AudioAE alone", "ceiling", note=note), [audio])
@@ -237,7 +237,10 @@ class Ceiling(SystemUnderTest):
 def own_sources(
     config: Config, clips: ScoredClips, device: torch.device
 ) -> tuple[list[SystemUnderTest], list[SystemUnderTest]]:
-    """The run's codec and those of `evaluate.codecs`, each with its wrong-z control; and the floors. None is loaded."""
+    """Return our systems, each followed by its control from another clip's z; and the floors.
+
+    The systems are those of the run's codec and of `evaluate.codecs`. Nothing is loaded yet.
+    """
     open_export = functools.partial(Export, clips=clips, device=device)
     stages = ("autoencode", "finetune", "quantize")
     of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=config.sampling) for name in stages}
@@ -252,9 +255,9 @@ def own_sources(
     for title, folder in config.evaluate.codecs.items():
         rows += _of_codec(title, Path(folder), functools.partial(open_export, sampling=None))
     rows = _with_takes(rows, config.evaluate.decodes)
-    note = "Decoded from the z of the next clip: what is gained by following the source."
+    note = "The z of the next clip is decoded. A codec that follows its source is clearly better than this."
     other = System("z_other", "Another clip's z", "floor", note=note)
-    note = "Decoded from no z at all: what the decoder makes up by itself."
+    note = "Nothing is decoded: the decoder invents a sound without any z."
     nothing = System("unconditional", "Unconditional", "floor", note=note)
     pairs = [source for row in rows for source in (row, *_control(row))]
     floors: list[SystemUnderTest] = [
@@ -265,20 +268,23 @@ def own_sources(
 
 
 def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[Own]:
-    """Another export: its continuous z, by D before it was finetuned where that lies beside it, and its rates."""
+    """Yield the systems of another export: its continuous z and each of its rates.
+
+    Continuous z is decoded by the run's `autoencode` export if there is one next to this export.
+    """
     folder = folder.resolve()
     slug = "".join(letter if letter.isalnum() else "_" for letter in title.lower()).strip("_")
-    export, beside = open_export(folder), folder.parents[1] / "autoencode" / "export"
+    export, autoencode = open_export(folder), folder.parents[1] / "autoencode" / "export"
     own_rates = _rates(folder)
-    before = open_export(beside) if own_rates and (beside / "codec.json").is_file() else export
-    note = "" if before is not export or not own_rates else "By the D that was finetuned on codes."
+    before = open_export(autoencode) if own_rates and (autoencode / "codec.json").is_file() else export
+    note = "" if before is not export or not own_rates else "z is decoded by the D that was finetuned on codes."
     yield Own(before, System(f"{slug}_z", f"{title}, continuous z", "system", note=note))
     for books in own_rates:
         yield Own(export, System(f"{slug}_zq{books}", f"{title}, {_KBPS}", "system"), books=books)
 
 
 def _rates(folder: Path) -> list[int]:
-    """Numbers of codebooks that an export is for; none where it has no quantizer."""
+    """Return the numbers of codebooks of an export's rates, largest first; empty if it has no quantizer."""
     if not (folder / "quantizer.safetensors").is_file():
         return []
     try:
@@ -289,7 +295,7 @@ def _rates(folder: Path) -> list[int]:
 
 
 def _with_takes(rows: list[Own], decodes: int) -> list[Own]:
-    """Several decodes for up to `VARIABLE` of those that the page plays: of rates in bits, evenly, then of z."""
+    """Set several decodes for up to `VARIABLE` systems of the page: quantized ones, evenly over the rates, first."""
     played = sorted((row for row in rows if row.system.page), key=lambda row: row.books is None)
     in_bits = [row for row in played if row.books is not None]
     if len(in_bits) > VARIABLE:
@@ -299,7 +305,7 @@ def _with_takes(rows: list[Own], decodes: int) -> list[Own]:
 
 
 def _control(row: Own) -> list[Own]:
-    """The same from the codes of another clip, to be scored beside it; that of `z` is a row of its own."""
+    """Return the control of a system, decoded from another clip's codes; the control of `z` is one of the floors."""
     if row.key == "z":
         return []
     system = dataclasses.replace(row.system, key=f"{row.key}_other", page=False)
@@ -307,7 +313,7 @@ def _control(row: Own) -> list[Own]:
 
 
 def _windows(x_BCT: Tensor, length: int) -> Tensor:
-    """Whole windows of (B, C, T), one after another: (windows · B, C, length), all clips' first ones first."""
+    """Split (B, C, T) into complete windows: (windows · B, C, length), the first window of every clip first."""
     count = x_BCT.shape[-1] // length
     return x_BCT[..., : count * length].unflatten(-1, (count, length)).permute(2, 0, 1, 3).flatten(0, 1)
 

@@ -1,7 +1,8 @@
-"""What is known of one system on one block of clips: computed once, by whichever process, and kept as a file.
+"""Pieces: the results of one system on one block of clips, each computed once by any process and kept in a file.
 
-A piece appears by rename. Its folder is named by all that its figures depend on, so that a preempted evaluation goes on
-where it was, another number of parts uses the same pieces, and a new baseline costs its own decodes alone.
+A piece is written to a temporary file and renamed. The name of its folder contains a hash of everything that the
+figures depend on. A preempted evaluation therefore resumes, another number of parts reuses the same pieces, and a new
+baseline costs only its own decodes.
 """
 
 from __future__ import annotations
@@ -19,51 +20,51 @@ from models.weights import load_weights, save_weights
 
 @dataclasses.dataclass
 class Piece:
-    """One system on one block. Of a clip that its codec failed on, the figures are NaN."""
+    """The results of one system on one block. Figures of a clip on which the codec failed are NaN."""
 
     system: dict[str, Any]
-    """Fields of its `System`."""
+    """The fields of the `System`."""
     rows: list[int]
-    """The block's clips."""
+    """Rows of the block's clips."""
     figures: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """float64 (clips,) each; `spread` only has those of the page's clips."""
+    """float64 (clips,) for each key; `spread` has values for the page's clips only."""
     embedding: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0))
-    """float32 (windows, dim), all clips' one after another."""
+    """float32 (windows, dim), concatenated over the clips."""
     windows: list[int] = dataclasses.field(default_factory=list)
-    """How many of them each clip has."""
+    """How many rows of the embedding each clip has."""
     audio: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """By a clip's key, what the page plays: a file a take, relative to the evaluation's folder."""
+    """Audio that the page plays, by the clip's key: one file for each take, relative to the evaluation's folder."""
     payload_bits: list[int] = dataclasses.field(default_factory=list)
-    """Of each clip that went through; empty where there are no bits."""
+    """Measured payload of each clip that did not fail, for codecs by others; empty for continuous latents."""
     file_bytes: list[int] = dataclasses.field(default_factory=list)
-    """Likewise, with headers."""
+    """Size of each clip's stream, with headers, for our own codecs; empty for continuous latents."""
     coded_bits: list[int] = dataclasses.field(default_factory=list)
-    """Likewise, of the entropy-coded codes; empty where there is no prior."""
+    """Size of each clip's entropy-coded codes; empty if the codec has no prior."""
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By a clip's key, what a codec by others raised."""
+    """Error messages of a codec by others, by the clip's key."""
 
     @property
     def unavailable(self) -> str:
-        """Why there are no figures."""
+        """Why there are no figures; empty if there are figures."""
         return self.system["unavailable"]
 
 
 class Pieces:
-    """Those of one evaluation, under its folder."""
+    """Reads and writes the pieces of one evaluation, under the evaluation's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def audio(self, name: str) -> Path:
-        """Folder of a system's sounds, relative to the evaluation's; `name` holds its key and identity."""
+        """Return the folder of a system's audio, relative to the evaluation's; `name` is its key and identity."""
         return Path("audio") / name
 
     def path(self, name: str, block: int) -> Path:
-        """Of a piece."""
+        """Return the path of a piece."""
         return self.folder / "pieces" / name / f"{block:05d}.safetensors"
 
     def read(self, name: str, block: int) -> Piece | None:
-        """A piece, or None where it is not made yet."""
+        """Return a piece, or None if it does not exist yet."""
         try:
             facts, tensors = load_weights(self.path(name, block))
         except FileNotFoundError:
@@ -72,7 +73,7 @@ class Pieces:
         return Piece(**facts, figures=dict(sorted(tensors.items())), embedding=embedding)
 
     def write(self, name: str, block: int, piece: Piece) -> None:
-        """Whole or not at all."""
+        """Write a piece atomically."""
         path = self.path(name, block)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
@@ -83,7 +84,7 @@ class Pieces:
         save_weights(path, {**piece.figures, "embedding": piece.embedding}, facts)
 
     def keep(self, names: set[str]) -> None:
-        """Remove what other evaluations left here."""
+        """Remove the pieces and the audio of all other names, which older evaluations left."""
         for kind in ("pieces", "audio"):
             for path in (self.folder / kind).glob("*/"):
                 if path.name not in names:

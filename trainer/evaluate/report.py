@@ -1,4 +1,4 @@
-"""All pieces → the report: means, intervals, the control beside each figure, and which differences are significant."""
+"""Turns the pieces into the report: means, intervals, controls, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _COMPETE = ("system", "baseline")
 
 
 class Gathered:
-    """All that is known of one system."""
+    """The results of one system over all clips."""
 
     def __init__(self, pieces: Sequence[Piece], *, seconds: float, control_of: str) -> None:
-        """Of its blocks, in order; `seconds` are those of a clip."""
+        """Gather the pieces of a system, in the order of its blocks; `seconds` is the length of a clip."""
         self.control_of = control_of
         self.rows = [row for piece in pieces for row in piece.rows]
-        self.failures = {key: told for piece in pieces for key, told in piece.failures.items()}
+        self.failures = {key: message for piece in pieces for key, message in piece.failures.items()}
         self.audio = {key: files for piece in pieces for key, files in piece.audio.items()}
         self.system = self._described(pieces, seconds)
         self.figures: dict[str, Numbers] = {}
@@ -53,21 +53,25 @@ class Gathered:
             if len(self.failures) == len(self.rows):
                 system.unavailable = first
             else:
-                told = f"Failed on {len(self.failures)} of {len(self.rows)} clips: {first}"
-                system.note = f"{system.note} {told}".strip()
+                note = f"Failed on {len(self.failures)} of {len(self.rows)} clips: {first}"
+                system.note = f"{system.note} {note}".strip()
         return system
 
 
 def results_of(
     systems: Sequence[Gathered], originals: Mapping[int, Tensor], figures: Sequence[Figure]
 ) -> dict[str, Any]:
-    """By system and figure: `mean`, `std`, `ci`, each clip's own (`clips`, None where it failed), `control`; and where
-    systems of one table compete, `best`, or `difference` to the best with its `ci` and whether it is `significant`.
+    """Compute the results of the report, by system and figure.
 
     Args:
-        systems: all that were scored, controls among them.
-        originals: rows of each clip's embedding.
-        figures: what there is to tell.
+        systems: all scored systems, including controls.
+        originals: the embedding (windows, dim) of each original, by row.
+        figures: the figures of the report.
+
+    Returns:
+        For each system and figure: `mean`, `std`, `ci`, the value of each clip (`clips`, None if the clip failed) and
+        the mean of the control (`control`). If systems of one table compete, the best one has `best`, and each of the
+        others has `difference` to the best, `difference_ci`, and whether the difference is `significant`.
     """
     scored = [one for one in systems if one.system.role != "original" and not one.system.unavailable]
     sets = _Sets(originals)
@@ -92,7 +96,7 @@ def results_of(
 
 
 def _hidden(one: Gathered) -> bool:
-    """Whether it is a control without a row of its own."""
+    """Whether a system is a control without a row of its own."""
     return bool(one.control_of) and one.system.role != "floor"
 
 
@@ -109,14 +113,14 @@ def _of_clips(values_C: Numbers, replicates: dict[str, Numbers], key: str) -> di
 
 
 class _Sets:
-    """Distances between all originals and all decodes of a system, with replicates."""
+    """Computes distances between all originals and all decodes of a system, with bootstrap replicates."""
 
     def __init__(self, originals: Mapping[int, Tensor]) -> None:
         self._originals = originals
         self._of_rows: dict[tuple[int, ...], SetReplicates] = {}
 
     def figures(self, one: Gathered, *, with_replicates: bool) -> dict[str, tuple[float, Numbers]]:
-        """Value and replicates by figure; over the clips that the system has."""
+        """Return value and replicates of each figure, over the clips for which the system has a decode."""
         rows = tuple(sorted(one.embedding))
         reference, estimate = [self._originals[row] for row in rows], [one.embedding[row] for row in rows]
         if sum(map(len, reference)) < 2:
@@ -145,7 +149,7 @@ def _compare(
     replicates: Mapping[str, Mapping[str, Numbers]],
     figures: Sequence[Figure],
 ) -> None:
-    """Mark the best of each table, and how far the others are from it."""
+    """Mark the best system of each table, and compare the others with it, figure by figure."""
     for table in RATE_RANGES:
         rivals = [one for one in scored if _competes(one, table)]
         for figure in figures:
@@ -168,7 +172,10 @@ def _competes(one: Gathered, table: str) -> bool:
 def _difference(
     one: Gathered, best: Gathered, figure: str, replicates: Mapping[str, Mapping[str, Numbers]]
 ) -> dict[str, Any]:
-    """Paired, over the clips that both have; nothing where those of a set figure differ."""
+    """Compare a system with the best one, paired over the clips that both have.
+
+    The result is empty for a distance between sets if the two systems do not have the same clips.
+    """
     if figure in one.figures:
         difference_C = one.figures[figure] - best.figures[figure]
         value, of_difference = float(np.nanmean(difference_C)), bootstrap.mean_replicates(difference_C)
@@ -184,11 +191,11 @@ def _difference(
 
 
 def systems_of(gathered: Sequence[Gathered]) -> list[dict[str, Any]]:
-    """Rows of the report, controls left out."""
+    """Return the systems of the report, without the controls that have no row of their own."""
     return [dataclasses.asdict(one.system) for one in gathered if not _hidden(one)]
 
 
 def variability(results: Mapping[str, Any], decodes: int) -> dict[str, Any]:
-    """Of which systems several decodes of the same codes are kept, and what their spread is."""
+    """Return which systems were decoded several times from the same codes, and the figure of their spread."""
     systems = [key for key, of_system in results.items() if SPREAD.key in of_system]
     return {"decodes": decodes, "systems": systems, "figure": dataclasses.asdict(SPREAD)}

@@ -1,4 +1,4 @@
-"""The held-out clips that are scored, and the blocks in which that is done."""
+"""The held-out clips that are scored, and their blocks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import hash_values
 from trainer.stage_inputs import held_out_set
 
-_OTHER_SEED = 1_000_003  # decode n of a clip draws its noise from clip seed + n · this
+_OTHER_SEED = 1_000_003  # decode n of a clip has the seed: row + n · this number
 
 
 class ScoredClips:
-    """Held-out clips, levelled; their audio is read when it is asked for. The page's come first.
+    """Level-normalized held-out clips, whose audio is read on demand. The page's clips come first.
 
-    Attributes: `sample_rate` in Hz, `samples` of each, `keys`, `on_page` (how many of them the page plays).
+    Attributes: `sample_rate` in Hz, `samples` of each clip, `keys`, and `on_page`, the number of clips that the page
+    plays.
     """
 
     def __init__(self, shards: ShardSet, ids: Sequence[int], *, samples: int, on_page: int, device: torch.device):
@@ -34,21 +35,21 @@ class ScoredClips:
 
     @property
     def seconds(self) -> float:
-        """Of each clip."""
+        """The length of each clip."""
         return self.samples / self.sample_rate
 
     @property
     def identity(self) -> str:
-        """Changes with what the clips are, and which of them the page plays."""
+        """Identifies the clips, their length, and how many of them the page plays."""
         return hash_values({"set": self._shards.fingerprint, "ids": self._ids, "cut": [self.samples, self.on_page]})
 
     @property
     def autoencoder(self) -> str:
-        """Identity of the AudioAE that the set was made with."""
+        """The identity of the AudioAE that encoded the held-out set."""
         return self._shards.info.ae_identity
 
     def audio(self, rows: Sequence[int]) -> Tensor:
-        """(rows, 1, samples)."""
+        """Read the clips of these rows: (rows, 1, samples)."""
         audio = [torch.from_numpy(self._shards.audio(self._ids[row]))[:, : self.samples] for row in rows]
         if (shortest := min(clip.shape[1] for clip in audio)) < self.samples:
             self._refuse(shortest)
@@ -56,23 +57,26 @@ class ScoredClips:
 
     @cached_property
     def audio_B1S(self) -> Tensor:
-        """All of them."""
+        """All clips, (C, 1, samples)."""
         return self.audio(range(len(self)))
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """What a clip's JSON says."""
+        """Return the contents of a clip's JSON file."""
         return self._shards.metadata(self._ids[row])
 
     def blocks(self, size: int) -> list[list[int]]:
-        """All rows, so many to a block: what is computed together, whoever does it, comes out the same."""
+        """Split all rows into blocks of `size`.
+
+        The blocks do not depend on the number of parts, so the results of a batch do not either.
+        """
         return [list(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
 
     def seeds(self, rows: Sequence[int], take: int = 0) -> list[int]:
-        """A seed a clip, another one for each take."""
+        """Return the seed of each clip, which differs between takes."""
         return [row + take * _OTHER_SEED for row in rows]
 
     def _common(self, samples: int) -> int:
-        """Samples that all clips have, `samples` at most; refused where some are cut shorter by that than others."""
+        """Return the length that all clips have, at most `samples`; refuse clips of unequal length below `samples`."""
         frames = self._shards.index["frames"][self._ids]
         shortest, longest = (
             self._shards.audio(self._ids[int(at)]).shape[1] for at in (frames.argmin(), frames.argmax())
@@ -84,12 +88,12 @@ class ScoredClips:
     def _refuse(self, shortest: int) -> None:
         seconds = shortest / self.sample_rate
         raise ValueError(
-            f"{self._shards.location} holds clips of {seconds:.2f} s: set evaluate.seconds to that or less"
+            f"{self._shards.location} has a clip of only {seconds:.2f} s: set evaluate.seconds to {seconds:.2f} or less"
         )
 
 
 def load_clips(config: Config, device: torch.device) -> ScoredClips:
-    """Held-out clips, spread evenly over the set; the page's, spread likewise, come first.
+    """Choose clips evenly from the held-out set; the page's clips, also spread evenly, come first.
 
     Raises:
         ValueError: there are fewer than two, or some are shorter than `evaluate.seconds`.
@@ -98,7 +102,7 @@ def load_clips(config: Config, device: torch.device) -> ScoredClips:
     count = min(config.evaluate.clips or len(shards), len(shards))
     if count < 2:
         raise ValueError(
-            f"{shards.location} holds {len(shards)} clip(s), figures need 2: raise data.holdout or add sounds"
+            f"{shards.location} holds {len(shards)} clip(s), at least 2 are needed: raise data.holdout or add sounds"
         )
     ids = [round(index * (len(shards) - 1) / (count - 1)) for index in range(count)]
     of_page = ids[:: max(1, count // config.evaluate.page_clips)][: config.evaluate.page_clips]

@@ -1,4 +1,4 @@
-"""From sounds to figures: one block of one system, against its originals."""
+"""Computes the figures of one system on one block of clips, compared with the originals."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SPREAD = Figure(
     title="Spread of decodes",
     unit="dB",
     better="",
-    note="Mean log-mel distance between two decodes of the same codes: how much the bits leave open. Of the clips that "
-    "are played.",
+    note="The mean log-mel distance between two decodes of the same codes, over the clips that the page plays. It "
+    "shows how much the codes leave undetermined.",
     digits=2,
 )
-"""Neither high nor low is better, so it is no figure of `figures_of`."""
+"""Neither a high nor a low spread is better, so `figures_of` does not include it."""
 _VISQOL = Figure(
     key="visqol",
     title="ViSQOL",
     unit="MOS-LQO",
     better="higher",
-    note="A model of what listeners say of codecs, 1 to 5 (audio mode, arXiv 2004.09584). It ranks very low rates "
-    "otherwise than listeners do: DAC above S-PRESSO, against the listening tests.",
+    note="The listeners' rating that a model predicts, from 1 to 5 (audio mode, arXiv 2004.09584). At very low rates "
+    "its ranking differs from that of listening tests: it puts DAC above S-PRESSO.",
     digits=2,
 )
 _VISQOL_RATE = 48_000
@@ -43,28 +43,33 @@ _OVER_EMBEDDINGS = ("frechet", "kernel")
 
 
 def figures_of(embedding: Embedding, *, visqol: bool) -> list[Figure]:
-    """The figures of a report, in the order of its tables; those over an embedding name it."""
+    """Return the figures of a report, in the order of its tables; set distances name their embedding."""
     figures = []
     for figure in FIGURES.values():
         if figure.key in _OVER_EMBEDDINGS:
             figure = dataclasses.replace(
                 figure,
                 title=f"{figure.title} ({embedding.name})",
-                note=f"{figure.note} Over {embedding.note}",
+                note=f"{figure.note} It is computed over {embedding.note}",
             )
         figures.append(figure)
     return [*figures, *([_VISQOL] if visqol else [])]
 
 
 class Scorer:
-    """Figures of each clip, and its rows of the embedding."""
+    """Computes the figures and the embedding of clips."""
 
     def __init__(self, embedding: Embedding, sample_rate: int, *, visqol: bool) -> None:
         self.embedding, self.sample_rate = embedding, sample_rate
         self._visqol: Any = _load_visqol() if visqol else None
 
     def figures(self, originals_B1S: Tensor, made: Decoded, rows: Sequence[int]) -> dict[str, Tensor]:
-        """float64 (B,) each, NaN where the clip failed; `spread` is (clips of several decodes,)."""
+        """Compute the figures of a block.
+
+        Returns:
+            float64 (B,) for each key, NaN for clips that failed; `spread` has one value for each clip of several
+            decodes.
+        """
         each = [
             {key: float("nan") for key in self._keys()}
             if row in made.failures
@@ -79,7 +84,7 @@ class Scorer:
         return found
 
     def embed(self, audio_B1S: Tensor) -> tuple[Tensor, list[int]]:
-        """Rows of all clips, and how many each has."""
+        """Return the embedding rows of all clips, and the number of rows of each clip."""
         rows = [self.embedding(audio_1S, self.sample_rate) for audio_1S in audio_B1S]
         return torch.cat(rows), [len(of_clip) for of_clip in rows]
 
@@ -101,13 +106,13 @@ class Scorer:
         )
         try:
             return float(self._visqol.measure_from_arrays(*pair, _VISQOL_RATE).moslqo)
-        except Exception as error:  # the package's own, for silence and the like
+        except Exception as error:  # the package raises errors of its own, for silence for example
             logger.warning("ViSQOL failed on a clip: %s: %s", type(error).__name__, error)
             return float("nan")
 
 
 def spread(takes: Sequence[Tensor], sample_rate: int) -> Tensor:
-    """Mean pairwise log-mel distance of the decodes of each clip, both ways round: float64 (clips of the last take,).
+    """Return the mean log-mel distance over all ordered pairs of a clip's decodes: float64 (clips of the last take,).
 
     `takes` are (clips, 1, samples); the first may hold more clips than the others.
     """

@@ -1,4 +1,4 @@
-"""What tables and page know of a system, and the ranges of bit rates within which systems are compared."""
+"""The description of a system in tables and page, and the ranges of bit rates within which systems are compared."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 EvaluationReport = Mapping[str, Any]
-"""What `evaluation.json` holds."""
+"""The contents of `evaluation.json`."""
 
-_LOW_KBPS = 0.5  # from here up a bit rate is low, below it ultra-low, as on the paper's page
+_LOW_KBPS = 0.5  # rates from here on are "low", rates below are "ultra-low", as on the paper's page
 
 
 @dataclasses.dataclass(frozen=True)
 class RateRange:
-    """A range of bit rates within which systems are compared: a table of its own."""
+    """A range of bit rates within which systems are compared. Each range has its own table."""
 
     key: str
     title: str
     lead: str
-    """What is in the table, in a sentence."""
+    """One sentence that says what the table contains."""
 
 
 RATE_RANGES = {
     each.key: each
     for each in (
         RateRange(
-            "continuous", "Continuous", "Nothing is quantized yet: what the latents can say at each of their rates."
+            "continuous",
+            "Continuous",
+            "These latents are not quantized: the decodes show what z can carry at each latent rate.",
         ),
-        RateRange("low", "Low rates", f"Whole bitstreams, from {_LOW_KBPS:g} kbit/s."),
-        RateRange("ultra_low", "Ultra-low rates", f"Whole bitstreams below {_LOW_KBPS:g} kbit/s."),
+        RateRange("low", "Low rates", f"These are complete bitstreams of {_LOW_KBPS:g} kbit/s or more."),
+        RateRange("ultra_low", "Ultra-low rates", f"These are complete bitstreams below {_LOW_KBPS:g} kbit/s."),
     )
 }
 
@@ -46,21 +48,21 @@ class System:
     note: str = ""
     payload_kbps: float | None = None
     file_kbps: float | None = None
-    """With headers."""
+    """Measured from the streams' sizes, with headers."""
     coded_kbps: float | None = None
-    """Of the payload when it is entropy-coded by the codec's prior."""
+    """Rate of the payload after entropy coding by the codec's prior."""
     page: bool = True
-    """Whether the page plays it, or only the tables have it."""
+    """Whether the page plays the system; if not, only the tables show it."""
     table: str = ""
-    """Key of one of `RATE_RANGES`; empty for what belongs to all of them: original, ceiling, floors."""
+    """A key of `RATE_RANGES`; empty for systems that stand in every table: original, ceiling and floors."""
     licence: str = ""
-    """Of a codec by others."""
+    """The licence of a codec by others."""
     unavailable: str = ""
-    """Why there are no figures of it; empty where there are."""
+    """Why there are no figures of the system; empty if there are figures."""
 
 
 def rate_range_of(kbps: float | None) -> str:
-    """Key of the range that a codec of this payload belongs to; None and 0: the codec has no bits."""
+    """Return the key of the range that a payload rate belongs to; None or 0 means continuous."""
     if not kbps:
         return "continuous"
     return "low" if kbps >= _LOW_KBPS else "ultra_low"

@@ -1,7 +1,7 @@
-"""The report as tables: text for a terminal, Markdown, and LaTeX for a paper.
+"""Renders the report as tables: text for a terminal, Markdown, and LaTeX for a paper.
 
-A cell is the mean, ± half of its 95 % interval, and in brackets the same figure of decodes from another clip's z. Bold
-(in text: a star) is the best of a table and what does not differ significantly from it.
+A cell shows the mean, ± half of its 95 % interval and, in brackets, the same figure of decodes from another clip's z.
+The best system of a table and all that do not differ significantly from it are bold (in text: marked with a star).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHORT = {
     "kernel": "KD ({embedding})",
     "spread": "Spread",
 }
-"""Heads of the columns in a paper, where the figure's title is long."""
+"""Short column heads for LaTeX, for figures whose title is long."""
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -48,17 +48,17 @@ _SPECIAL = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of one system, as text; empty where there is none."""
+    """One figure of one system, as text; `mean` is empty if there is no value."""
 
     mean: str = ""
     half: str = ""
     control: str = ""
     good: bool = False
-    """The best of its table, or not significantly worse."""
+    """Whether this is the best of its table, or not significantly worse."""
 
     @property
     def plain(self) -> str:
-        """For a terminal."""
+        """The cell for a terminal."""
         if not self.mean:
             return ""
         parts = [self.mean + ("*" if self.good else ""), f"±{self.half}" if self.half else ""]
@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def markdown(self) -> str:
-        """With bold."""
+        """The cell in Markdown, bold if it is good."""
         if not self.mean:
             return _NOTHING
         mean = f"**{self.mean}**" if self.good else self.mean
@@ -75,7 +75,7 @@ class Cell:
 
     @property
     def latex(self) -> str:
-        """In math, so that a minus is one."""
+        """The cell in math mode, which prints a true minus sign."""
         if not self.mean:
             return "--"
         mean = rf"\mathbf{{{self.mean}}}" if self.good else self.mean
@@ -85,7 +85,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A system in a table."""
+    """One system's row in a table."""
 
     title: str
     kbps: str
@@ -95,7 +95,7 @@ class TableRow:
 
 
 def table(report: EvaluationReport) -> str:
-    """For a terminal: a system a line, in sections."""
+    """Render a table for a terminal: one line for each system, in sections."""
     columns = _columns(report)
     lines = [["system", "kbps", *(f"{column['key']} {column['unit']}".strip() for column in columns)]]
     notes = []
@@ -104,16 +104,19 @@ def table(report: EvaluationReport) -> str:
         lines += [[row.title, row.kbps, *(cell.plain for cell in row.cells)] for row in rows if not row.unavailable]
         notes += [f"{row.title}: not available, {row.unavailable}" for row in rows if row.unavailable]
     speed = report["speed"]
-    told = (
-        f"encode {speed['encode_realtime_factor']}× and decode {speed['decode_realtime_factor']}× as fast as it sounds "
-        f"({speed['steps']} steps, {speed['device']})"
+    speed_line = (
+        f"speed relative to real time: encode {speed['encode_realtime_factor']}×, decode "
+        f"{speed['decode_realtime_factor']}× ({speed['steps']} steps, {speed['device']})"
     )
-    legend = f"mean ± half of the 95 % interval [from another clip's z]; {_sets(report)}; * best, or not clearly worse"
-    return "\n".join([aligned(lines, right=range(1, len(lines[0]))), legend, *notes, told])
+    legend = (
+        f"mean ± half of the 95 % interval [decoded from another clip's z]; set distances over {report['embedding']}; "
+        "* best, or not significantly worse"
+    )
+    return "\n".join([aligned(lines, right=range(1, len(lines[0]))), legend, *notes, speed_line])
 
 
 def markdown(report: EvaluationReport) -> str:
-    """Tables for a README or an issue, one a section."""
+    """Render Markdown tables for a README or an issue, one for each section."""
     columns = _columns(report)
     parts = [f"## {_plain(report['recipe'])}", f"{_plain(report['subtitle'])}."]
     head = ["System", "kbps", *(f"{column['title']} {_unit_and_way(column)}".strip() for column in columns)]
@@ -126,14 +129,15 @@ def markdown(report: EvaluationReport) -> str:
         notes = [f"* {_plain(row.title)}: {_plain(_note(row))}" for row in rows if _note(row)]
         parts += [f"### {title}", text, *(["\n".join(notes)] if notes else [])]
     parts.append(
-        "Mean ± half of the 95 % interval (bootstrap over clips); in brackets the same decoded from another clip's z. "
-        f"Bold: the best of a table, and what does not differ significantly from it. D{_plain(_sets(report))[1:]}."
+        "Each cell shows the mean ± half of the 95 % interval (bootstrap over clips), and in brackets the mean of the "
+        "same system decoded from another clip's z. The best system of each table and all that do not differ "
+        f"significantly from it are bold. Set distances are computed over {_plain(report['embedding'])} embeddings."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def latex(report: EvaluationReport) -> str:
-    """A `table*` for a paper; needs the packages booktabs and graphicx."""
+    """Render a `table*` for a paper, which needs the packages booktabs and graphicx."""
     columns = _columns(report)
     width = len(columns) + 2
     heads = ["System", "kbps", *(_latex_head(column, report["embedding"]) for column in columns)]
@@ -160,13 +164,16 @@ def latex(report: EvaluationReport) -> str:
 
 
 def write_tables(report: EvaluationReport, folder: Path) -> None:
-    """`table.txt`, `table.md` and `table.tex`."""
+    """Write `table.txt`, `table.md` and `table.tex` into the folder."""
     for name, text in (("txt", table(report) + "\n"), ("md", markdown(report)), ("tex", latex(report))):
         write_whole(folder / f"table.{name}", text)
 
 
 def sections(report: EvaluationReport) -> list[tuple[str, list[TableRow]]]:
-    """The ceiling, each table's systems and then the codecs by others in it, and the floors; none that is empty."""
+    """Return title and rows of each section that is not empty.
+
+    The order is: the ceiling; for each range of bit rates our systems, then codecs by others; the floors.
+    """
     wanted: list[tuple[str, str, str]] = [("Ceiling", "ceiling", "")]
     for rates in RATE_RANGES.values():
         wanted += [(rates.title, "system", rates.key), (f"{rates.title}: codecs by others", "baseline", rates.key)]
@@ -200,13 +207,13 @@ def _cell(score: Mapping[str, Any], digits: int) -> Cell:
 
 
 def _columns(report: EvaluationReport) -> list[Mapping[str, Any]]:
-    """The figures, and the spread of decodes where there are several."""
+    """Return the figures, and the spread of decodes if systems were decoded several times."""
     variability = report["variability"]
     return [*report["figures"], *([variability["figure"]] if variability["systems"] else [])]
 
 
 def _digits(report: EvaluationReport, column: Mapping[str, Any]) -> int:
-    """Behind the point: the figure's own, or about three that count in the column's median."""
+    """Return the digits after the point: the figure's own, or about three significant ones of the median."""
     if column["digits"] is not None:
         return column["digits"]
     means = [abs(score[column["key"]]["mean"] or 0) for score in report["results"].values() if column["key"] in score]
@@ -232,20 +239,17 @@ def _latex_head(column: Mapping[str, Any], embedding: str) -> str:
 
 def _caption(report: EvaluationReport) -> str:
     return (
-        f"{report['recipe']}: {report['subtitle']}. Mean ± half of the 95 % bootstrap interval over clips; in brackets "
-        f"the same decoded from another clip's z. Bold: best of its table, or not significantly worse."
+        f"{report['recipe']}: {report['subtitle']}. Each cell shows the mean ± half of the 95 % bootstrap interval "
+        "over clips, and in brackets the mean of the same system decoded from another clip's z. Bold figures are the "
+        "best of their table, or not significantly worse."
     )
 
 
-def _sets(report: EvaluationReport) -> str:
-    return f"distances of sets over {report['embedding']}"
-
-
 def _plain(text: str) -> str:
-    """A cell of Markdown stays one."""
+    """Escape text so that it stays within its Markdown cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _escaped(text: str) -> str:
-    """Text that LaTeX prints as it is."""
+    """Escape text so that LaTeX prints it literally."""
     return "".join(_SPECIAL.get(letter, letter) for letter in " ".join(text.split()))

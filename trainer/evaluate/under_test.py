@@ -1,4 +1,4 @@
-"""What is scored: anything that makes sounds of the held-out clips, block by block."""
+"""The interface of a system under test: anything that turns the held-out clips into audio, block by block."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from trainer.evaluate.systems import System
 
 @dataclasses.dataclass
 class Decoded:
-    """What a source made of one block of clips."""
+    """The audio that a system made from one block of clips."""
 
     system: System
-    """What is known of it by now."""
+    """The system's row, with everything that decoding has shown about the system."""
     takes: list[Tensor]
-    """(clips, 1, samples): a decode of all clips of the block; then further ones, of the page's clips alone. None: the
-    system is not available."""
+    """(clips, 1, samples) each: first one decode of every clip in the block, then further decodes of the page's clips
+    only. The list is empty if the system is not available."""
     denoising: Tensor | None = None
-    """The error of D alone, (clips,), where D is used."""
+    """D's denoising error of each clip, (clips,); None for systems that do not use D."""
     payload_bits: list[int] = dataclasses.field(default_factory=list)
     file_bytes: list[int] = dataclasses.field(default_factory=list)
     coded_bits: list[int] = dataclasses.field(default_factory=list)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
-    """By row, what went wrong: what `takes` holds there counts for nothing."""
+    """Error messages by row. The audio that `takes` holds for these rows is ignored."""
 
 
 class SystemUnderTest(ABC):
-    """A system, before it has made anything."""
+    """A system that can be scored. Nothing is loaded before the first `decode`."""
 
     key: str
     identity: str
-    """Changes with all that its decodes depend on, beside the clips."""
+    """Identifies everything that the decodes depend on, except the clips."""
     control_of: str = ""
-    """The key of the system whose decodes from another clip's z these are; empty for a row of its own."""
+    """If this is the control of another system (the same, decoded from another clip's z): that system's key."""
 
     @abstractmethod
     def decode(self, rows: Sequence[int]) -> Decoded:
-        """Of the clips of a block."""
+        """Decode the clips of a block, given by their rows."""
 
     def retry(self) -> bool:
-        """Whether it could be had now, if it could not before."""
+        """Whether a system that was unavailable before can be loaded now."""
         return False
 
-    def unload(self) -> None:  # noqa: B027 (most hold nothing)
-        """Let go of what takes memory."""
+    def unload(self) -> None:  # noqa: B027 (most systems hold nothing)
+        """Free the memory of models and caches."""

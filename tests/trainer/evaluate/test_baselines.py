@@ -82,7 +82,7 @@ def test_the_vae_is_continuous_and_hears_mono_in_both_channels(weights):
 
 
 def test_more_books_than_the_weights_have_are_refused(weights):
-    with pytest.raises(ValueError, match="takes 4 codebooks, these weights have 3"):
+    with pytest.raises(ValueError, match="needs 4 codebooks, these weights have 3"):
         make_baseline("dac@3.4", weights["dac"]).load(CPU)
 
 

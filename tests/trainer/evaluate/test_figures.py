@@ -247,7 +247,7 @@ def test_kernel_distance_grows_to_two_and_survives_equal_rows():
 @pytest.mark.parametrize("rows", [torch.zeros(1, 64), torch.zeros(0, 64), torch.zeros(64)])
 def test_too_few_windows_are_refused(rows):
     for distance in (figures.frechet_distance, figures.kernel_distance):
-        with pytest.raises(ValueError, match="use more clips"):
+        with pytest.raises(ValueError, match="use more clips, 2 windows are needed"):
             distance(noise(8, 64), rows)
 
 

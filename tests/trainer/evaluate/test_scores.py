@@ -57,7 +57,7 @@ def test_clap_hears_48_khz_in_windows_and_is_named(clap):
 
 def test_clap_that_is_nowhere_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"evaluate\.embedding=clap:.*can't be loaded .*or leave it out"):
+    with pytest.raises(ValueError, match=r"evaluate\.embedding=clap:.*can't be loaded .*or leave the key out"):
         make_embedding(f"clap:{tmp_path}", CPU)(sounds(1)[0], 48_000)
 
 

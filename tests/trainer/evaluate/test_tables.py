@@ -75,7 +75,7 @@ def test_text(report):
     assert line_of(text, "dac").split() == ["dac", "1.740", "9.10*", "±0.50", "0.100", "±0.500"]
     assert line_of(text, "z").split() == ["z", "8.00", "±0.50", "[21.00]", "3.00", "±0.50"]
     assert "gone: not available, no weights" in text
-    assert "encode 30.1× and decode 4.2×" in text
+    assert "encode 30.1×, decode 4.2×" in text
     assert "mel-stat" in text
 
 

@@ -1,6 +1,6 @@
-"""Codecs by others, to stand beside ours in a table: one interface, and each by `NAME@KBPS` or `NAME`.
+"""Codecs by others to compare with ours, behind one interface; each is named by `NAME@KBPS` or `NAME`.
 
-Importing this imports none of them: what a codec needs is imported when it is loaded.
+Importing this package imports no codec: the packages that a codec needs are imported when the codec is loaded.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BASELINES: dict[str, type[Baseline]] = {
 
 
 def make_baseline(spec: str, weights: str | None = None) -> Baseline:
-    """The codec that `dac@1.7` or `music2latent` names, not loaded yet.
+    """Return the codec that a spec such as `dac@1.7` or `music2latent` names; nothing is loaded yet.
 
     Args:
-        spec: a name, and after an @ one of its rates in kbps (without it, that of the paper's page).
-        weights: a folder of them; None: the hub's cache, or what the codec's own package does.
+        spec: a name, optionally with @ and a rate in kbps; the default is the rate on the paper's page.
+        weights: a folder of weights; None: the hub's cache, or the default of the codec's own package.
 
     Raises:
-        ValueError: there is no such codec, or it has no such rate; names the nearest.
+        ValueError: there is no such codec, or it has no such rate; the message names the nearest.
     """
     name, at, rate = spec.partition("@")
     if name not in BASELINES:
@@ -40,7 +40,7 @@ def make_baseline(spec: str, weights: str | None = None) -> Baseline:
     try:
         kbps = float(rate)
     except ValueError:
-        raise ValueError(f"{spec}: {rate!r} is no number of kbps: write {name}@{kind.default_kbps:g}") from None
+        raise ValueError(f"{spec}: {rate!r} is not a number of kbps: write {name}@{kind.default_kbps:g}") from None
     near = min(kind.rates, key=lambda known: abs(known - kbps))
     if abs(near - kbps) > 1e-6:
         known = ", ".join(f"{known:g}" for known in kind.rates)
@@ -49,7 +49,7 @@ def make_baseline(spec: str, weights: str | None = None) -> Baseline:
 
 
 def problems_of(specs: list[str], weights: dict[str, str]) -> list[str]:
-    """All that is wrong with a recipe's choice of them."""
+    """Return all errors in a recipe's `evaluate.baselines` and `evaluate.weights`."""
     found = []
     for spec in specs:
         try:

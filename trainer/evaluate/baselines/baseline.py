@@ -1,4 +1,4 @@
-"""What a codec by others has to be to stand in a table: its names, its rates, and audio → bits → audio."""
+"""The interface of a codec by others: its names, its rates, and audio → bits → audio."""
 
 from __future__ import annotations
 
@@ -17,64 +17,69 @@ from torch.nn import functional as F
 
 from trainer.data.audio import Audio
 
-_PATIENCE = 10.0  # seconds for the hub to answer
+_PATIENCE = 10.0  # seconds to wait for the hub's answer
 
 
 class Baseline(ABC):
     """A codec by others at one of its rates."""
 
     name: ClassVar[str]
-    """As in `evaluate.baselines`."""
+    """The name in `evaluate.baselines`."""
     title: ClassVar[str]
     licence: ClassVar[str]
-    """Of code and weights, to be shown."""
+    """The licence of code and weights, which the tables show."""
     rates: ClassVar[tuple[float, ...]]
-    """Nominal, in kbps; empty where the latents are continuous."""
+    """Nominal rates in kbps; empty if the latents are continuous."""
     default_kbps: ClassVar[float | None]
-    """The rate of the paper's page."""
+    """The rate on the paper's page; None if the latents are continuous."""
     sample_rate: int
-    """In Hz, of what the codec itself sees."""
+    """The codec's own sample rate in Hz."""
     delay: int = 0
-    """Samples at that rate by which its output lags behind its input."""
+    """Samples at `sample_rate` by which the output lags behind the input."""
 
     def __init__(self, kbps: float | None, weights: str | None = None) -> None:
-        """Loads nothing yet; see `make_baseline`."""
+        """Store the arguments, see `make_baseline`; nothing is loaded yet."""
         self.kbps, self.weights = kbps, weights
 
     @property
     def spec(self) -> str:
-        """What names it in a recipe."""
+        """The codec's name and rate as a recipe writes them."""
         return self.name if self.kbps is None else f"{self.name}@{self.kbps:g}"
 
     @abstractmethod
     def missing(self) -> str:
-        """What is missing, in one line with its mend; empty where the codec can be loaded from what is here."""
+        """Return one line that says what is missing and how to get it; empty if the codec can be loaded now."""
 
     @property
     def fetches(self) -> bool:
-        """Whether `load` may get what `missing` names from the network."""
+        """Whether `load` may download what `missing` names."""
         return False
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
-        """Make ready for `code`.
+        """Load the model, so that `code` can be called.
 
         Raises:
-            Exception: whatever the codec's own code raises; nothing can be said of it.
+            Exception: any error of the codec's own package.
         """
 
     @abstractmethod
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """Mono at `sample_rate`, there and back, of any length; and the bits of its payload, None where it has none."""
+        """Encode and decode mono audio (samples,) at `sample_rate`.
+
+        Returns:
+            Decoded audio of any length, and the bits of the payload, or None for continuous latents.
+        """
 
     @torch.inference_mode()
     def code(self, audio_S: Audio, sample_rate: int) -> tuple[Audio, int | None]:
-        """Mono audio (samples,) of any rate through the codec.
+        """Pass mono audio (samples,) of any sample rate through the codec.
+
+        The audio is resampled both ways, the codec's delay is removed, and the end is cut or padded with silence.
 
         Returns:
-            Audio of the same rate and length, in time with the original: resampled both ways, the codec's delay taken
-            off, cut or filled with silence at the end. And the bits of the payload, containers aside; None where the
-            codec has continuous latents.
+            Audio of the same rate and length, aligned with the input, and the bits of the payload without containers,
+            or None for continuous latents.
         """
         decoded, bits = self.run(resample_mono(audio_S, sample_rate, self.sample_rate))
         back = resample_mono(decoded[self.delay :].astype(np.float32), self.sample_rate, sample_rate)[: len(audio_S)]
@@ -82,26 +87,26 @@ class Baseline(ABC):
 
 
 def resample_mono(audio_S: Audio, rate: int, to: int) -> Audio:
-    """Linear in phase: nothing is delayed."""
+    """Resample (samples,) from `rate` to `to` Hz with linear phase and no delay."""
     return audio_S if rate == to else soxr.resample(audio_S, rate, to)
 
 
 def padded(audio_S: Audio, unit: int, device: torch.device) -> torch.Tensor:
-    """With silence at the end, up to a multiple of `unit`: (1, 1, samples)."""
+    """Pad audio with silence at the end to a multiple of `unit`: (1, 1, samples)."""
     return F.pad(torch.from_numpy(audio_S), (0, -len(audio_S) % unit))[None, None].to(device)
 
 
 def lacks(package: str, install: str) -> str:
-    """A line where a package is not installed, else nothing."""
+    """Return one line that says how to install a missing package; empty if the package is installed."""
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed: {install}"
     return ""
 
 
 def offline() -> bool:
-    """Whether the hub is not to be asked: the environment says so, or it does not answer, which is tried once.
+    """Whether the hub can't be used: the environment forbids it, or the hub does not answer.
 
-    Its own client would try again for a minute at each file.
+    The hub is tried only once, because its own client would retry each file for a minute.
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names):
@@ -115,6 +120,6 @@ def _answers(url: str) -> bool:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE):
             return True
     except urllib.error.HTTPError:
-        return True  # whatever it says
+        return True  # any status is an answer
     except (OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""DAC, EnCodec and the Stable Audio VAE, as transformers and diffusers have them. Only safetensors are read."""
+"""DAC, EnCodec and the Stable Audio VAE from transformers and diffusers. Only safetensors files are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INSTALL = "pip install 'spresso[baselines]'"
 
 
 class _FromHub(Baseline):
-    """Weights from a folder, or by their name from the hub's cache."""
+    """A codec whose weights come from a folder, or by their name from the hub or its cache."""
 
     hub: ClassVar[str]
     folder_in_hub: ClassVar[str] = ""
@@ -23,7 +23,7 @@ class _FromHub(Baseline):
     model: Any
 
     def missing(self) -> str:
-        """A package, a folder or a cached file is missing."""
+        """Return what is missing: a package, files of the folder, or the weights in the hub's cache."""
         if missing := lacks(self.package, _INSTALL):
             return missing
         if self.weights is not None:
@@ -36,19 +36,19 @@ class _FromHub(Baseline):
         if isinstance(try_to_load_from_cache(self.hub, f"{inside}config.json"), str):
             return ""
         return (
-            f"the weights {self.hub} are not in the hub's cache: `hf download {self.hub}` where there is a network, or "
-            f"evaluate.weights.{self.name}=FOLDER"
+            f"the weights {self.hub} are not in the hub's cache: run `hf download {self.hub}` with network access, "
+            f"or set evaluate.weights.{self.name}=FOLDER"
         )
 
     @property
     def fetches(self) -> bool:
-        """Unless the environment says that the hub is not to be asked."""
+        """Whether `load` may download the weights from the hub."""
         return self.weights is None and not offline() and not lacks(self.package, _INSTALL)
 
     def _load(self, kind: Any, device: torch.device) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would go through ours
+        logging.disable_progress_bar()  # the bar would break our own progress line
         options: dict[str, Any] = {"local_files_only": self.weights is not None or offline()}
         if self.folder_in_hub and self.weights is None:
             options["subfolder"] = self.folder_in_hub
@@ -58,7 +58,7 @@ class _FromHub(Baseline):
 
 
 class DAC(_FromHub):
-    """Descript's audio codec (arXiv 2306.06546): 44.1 kHz, up to 9 books of 1024 at 86 Hz."""
+    """Descript's audio codec (arXiv 2306.06546): 44.1 kHz, up to 9 codebooks of 1024 entries at 86 Hz."""
 
     name, title, licence = "dac", "DAC", "MIT"
     rates = tuple(round(0.8613 * books, 1) for books in range(1, 10))
@@ -66,7 +66,7 @@ class DAC(_FromHub):
     hub, package = "descript/dac_44khz", "transformers"
 
     def load(self, device: torch.device) -> None:
-        """From `weights` or the hub."""
+        """Load the model from `weights` or the hub."""
         from transformers import DacModel
 
         self._load(DacModel, device)
@@ -75,10 +75,12 @@ class DAC(_FromHub):
         assert self.kbps is not None
         self.books = max(1, round(1000 * self.kbps * self.hop / (self.sample_rate * self.code_bits)))
         if self.books > config.n_codebooks:
-            raise ValueError(f"{self.spec} takes {self.books} codebooks, these weights have {config.n_codebooks}")
+            raise ValueError(
+                f"{self.spec} needs {self.books} codebooks, these weights have {config.n_codebooks}: lower the rate"
+            )
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """Padded to whole frames, which are paid for."""
+        """Code audio padded to whole frames, whose bits all count."""
         audio_11S = padded(audio_S, self.hop, self.model.device)
         codes_1MT = self.model.encode(audio_11S, n_quantizers=self.books).audio_codes
         decoded_1S = self.model.decode(audio_codes=codes_1MT).audio_values
@@ -86,7 +88,7 @@ class DAC(_FromHub):
 
 
 class EnCodec(_FromHub):
-    """Meta's codec (arXiv 2210.13438): 24 kHz, books of 1024 at 75 Hz."""
+    """Meta's codec (arXiv 2210.13438): 24 kHz, codebooks of 1024 entries at 75 Hz."""
 
     name, title, licence = "encodec", "EnCodec", "MIT (code); its weights' own card"
     rates = (1.5, 3.0, 6.0, 12.0, 24.0)
@@ -94,13 +96,13 @@ class EnCodec(_FromHub):
     hub, package = "facebook/encodec_24khz", "transformers"
 
     def load(self, device: torch.device) -> None:
-        """From `weights` or the hub."""
+        """Load the model from `weights` or the hub."""
         from transformers import EncodecModel
 
         self._load(EncodecModel, device)
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """The codes, and 32 bits for the scale of each chunk where the weights ask for one."""
+        """Code audio; the bits include 32 for the scale of each chunk if the model normalizes chunks."""
         config = self.model.config
         audio_1CS = padded(audio_S, config.hop_length, self.model.device).expand(-1, config.audio_channels, -1)
         encoded = self.model.encode(audio_1CS, bandwidth=self.kbps)
@@ -122,14 +124,14 @@ class StableAudio(_FromHub):
     hub, folder_in_hub, package = "stabilityai/stable-audio-open-1.0", "vae", "diffusers"
 
     def load(self, device: torch.device) -> None:
-        """From `weights` or the hub."""
+        """Load the model from `weights` or the hub."""
         from diffusers import AutoencoderOobleck
 
         self._load(AutoencoderOobleck, device)
         self.hop = math.prod(self.model.config.downsampling_ratios)
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """Mono in each of its channels, and their mean; the mode of the latents, not a draw from them."""
+        """Code the mono audio in every channel and average the channels; latents are the mode, not a sample."""
         audio_1CS = padded(audio_S, self.hop, self.model.device)
         audio_1CS = audio_1CS.expand(-1, self.model.config.audio_channels, -1)
         latents = self.model.encode(audio_1CS).latent_dist.mode()

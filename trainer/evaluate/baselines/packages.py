@@ -1,6 +1,6 @@
-"""Music2Latent and SemantiCodec, by their own packages, which nobody has to install.
+"""Music2Latent and SemantiCodec, through their own optional packages.
 
-Both fetch their weights themselves, as pickles: torch is told to read tensors from them and nothing else.
+Both packages download their weights as pickles. An environment variable makes torch load only tensors from them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Music2Latent(Baseline):
     rates: ClassVar[tuple[float, ...]] = ()
     default_kbps = None
     sample_rate = 44_100
-    _UNIT = 4096  # samples to a latent; what fills none is cut off by the package
+    _UNIT = 4096  # samples of a latent; the package cuts off an incomplete last one
 
     def missing(self) -> str:
-        """The package is missing."""
+        """Return how to install the package if it is missing."""
         return lacks("music2latent", "pip install music2latent")
 
     def load(self, device: torch.device) -> None:
-        """From `weights`, a file music2latent.pt or its folder, or as the package does."""
+        """Load the model from `weights` (a file music2latent.pt or its folder), or as the package does by default."""
         from music2latent import EncoderDecoder
 
         path = None if self.weights is None else Path(self.weights)
@@ -46,7 +46,7 @@ class Music2Latent(Baseline):
             self.model = EncoderDecoder(load_path_inference=None if path is None else str(path), device=device)
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """Two units of silence behind, so that nothing is cut off."""
+        """Code audio with at least two units of silence appended, so that nothing is cut off."""
         latents = self.model.encode(np.pad(audio_S, (0, -len(audio_S) % self._UNIT + 2 * self._UNIT)))
         return torch.as_tensor(self.model.decode(latents)).float().cpu().reshape(-1).numpy(), None
 
@@ -58,23 +58,26 @@ class SemantiCodec(Baseline):
     rates = (0.31, 0.33, 0.34, 0.35, 0.63, 0.65, 0.68, 0.7, 1.25, 1.3, 1.35, 1.4)
     default_kbps = 1.4
     sample_rate = 16_000
-    _ACOUSTIC_BITS = 13  # of the 8192 codes beside each semantic one
+    _ACOUSTIC_BITS = 13  # each semantic code comes with one of 8192 acoustic codes
 
     def missing(self) -> str:
-        """The package, or torchaudio, which it reads files with, is missing."""
+        """Return how to install the package, or torchaudio, which the package reads files with."""
         install = (
-            "pip install git+https://github.com/haoheliu/SemantiCodec-inference, with a torchaudio that fits torch"
+            "pip install git+https://github.com/haoheliu/SemantiCodec-inference, and a torchaudio that matches torch"
         )
         return lacks("semanticodec", install) or lacks("torchaudio", install)
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Tokens a second and the size of the semantic vocabulary, as the package names a rate."""
+        """Tokens per second and the size of the semantic vocabulary, by which the package names a rate."""
         number = self.rates.index(self.kbps or self.rates[-1])
         return (25, 50, 100)[number // 4], 4096 << number % 4
 
     def load(self, device: torch.device) -> None:
-        """From `weights`, a folder as in its hub repository, or as the package does. It chooses the device itself."""
+        """Load the model from `weights` (a folder like its hub repository), or as the package does by default.
+
+        The package chooses the device itself.
+        """
         from semanticodec import SemantiCodec as Model
 
         rate, vocabulary = self.tokens
@@ -83,7 +86,7 @@ class SemantiCodec(Baseline):
             self.model = Model(token_rate=rate, semantic_vocab_size=vocabulary, **options)
 
     def run(self, audio_S: Audio) -> tuple[Audio, int | None]:
-        """By way of a file, as the package wants it. A token is a semantic code and an acoustic one."""
+        """Code audio through a file, which the package requires; a token is a semantic and an acoustic code."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.wav"
             write_audio(path, audio_S[None], self.sample_rate)
@@ -95,6 +98,7 @@ class SemantiCodec(Baseline):
 
 @contextlib.contextmanager
 def _only_tensors() -> Iterator[None]:
+    """Make `torch.load` refuse pickles that hold more than tensors."""
     before = os.environ.get(_ONLY_TENSORS)
     os.environ[_ONLY_TENSORS] = "1"
     try:
