@@ -1,4 +1,4 @@
-"""What a recipe says of a SLURM cluster: the schema, and what each stage asks for."""
+"""The cluster section of a recipe: its schema, its checks, and the resources that each stage requests from SLURM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.stages import STAGES
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 OURS = (
-    # options of sbatch that a job's survival stands on, or that other settings say
+    # options of sbatch that requeueing depends on, or that have a setting of their own
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output", "requeue"),
     *("no-requeue", "signal", "wrap", "nodes", "gpus-per-node", "ntasks-per-node", "ntasks", "cpus-per-task", "mem"),
     *("time", "partition", "account", "qos", "constraint"),
@@ -22,69 +22,69 @@ OURS = (
 
 @dataclass
 class ClusterConfig:
-    """Where the stages run. `cluster=NAME` takes `configs/cluster/NAME.yaml`, or a file of one's own."""
+    """Where the stages run. `cluster=NAME` reads `configs/cluster/NAME.yaml`, or the YAML file at that path."""
 
     kind: str = "local"
-    """`local`: on this machine; `slurm`: each stage is a job after the one before, through submitit."""
+    """`local`: stages run on this machine; `slurm`: each stage is a job that waits for the previous one."""
     nodes: str = "1"
-    """Of each job: `4`, or `2-8` for what it can get, which may differ each time that it is requeued."""
+    """Nodes of each job: `4`, or a range such as `2-8`, from which each start of the job takes what is available."""
     gpus_per_node: int = 0
-    """0: the ranks compute on CPUs."""
+    """GPUs per node; 0: the ranks compute on CPUs."""
     tasks_per_node: int | None = None
-    """Ranks to a node; None: one a GPU, or one."""
+    """Ranks per node; None: one per GPU, or one without GPUs."""
     cpus_per_task: int | None = None
-    """Cores to a rank; None: what the cluster gives."""
+    """CPU cores per rank; None: the cluster's default."""
     mem: str | None = None
-    """Host memory of a node, such as `200G`; None: what the cluster gives."""
+    """Host memory per node, such as `200G`; None: the cluster's default."""
     time: str | None = None
-    """Time limit of a job, as sbatch takes it (`24:00:00`, `2-0`, minutes). A job that reaches it saves, leaves and is
-    requeued, as often as it takes. None: the partition's."""
+    """Time limit of a job in sbatch's notation (`24:00:00`, `2-0` for two days, or minutes). A job that reaches it
+    saves and is requeued until its stage is done. None: the partition's limit."""
     partition: str | None = None
-    """None: the cluster's default; so for the next three."""
+    """SLURM partition; None: the cluster's default."""
     account: str | None = None
-    """Who pays."""
+    """SLURM account that is charged; None: the cluster's default."""
     qos: str | None = None
-    """Quality of service."""
+    """SLURM quality of service; None: the cluster's default."""
     constraint: str | None = None
-    """Features that the nodes have to have, such as `h100`."""
+    """Features that the nodes must have, such as `h100`; None: any nodes."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Any other options of sbatch by their long names: `{exclusive: true, gres: "gpu:a100:8", exclude: node[7-9]}`."""
+    """Other options of sbatch by their long names: `{exclusive: true, gres: "gpu:a100:8", exclude: "node[7-9]"}`."""
     srun: dict[str, Any] = field(default_factory=dict)
     """Options of srun by their long names: `{container-image: /images/train.sqsh, cpu-bind: cores}`."""
     setup: list[str] = field(default_factory=list)
-    """Lines of bash before anything else, such as `module load cuda/13.0`."""
+    """Lines of bash that run first in the job, such as `module load cuda/13.0`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
     python: str | None = None
-    """Command of the Python in the job; None: the one that submits."""
+    """Command that starts Python in the job; None: the Python that submits the job."""
     grace_seconds: int = 120
-    """So long before the time limit a job is told to save and leave. More than a step and a save take; SLURM may say it
-    up to a minute early."""
+    """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
+    them. SLURM may send the signal up to a minute early."""
     array: int = 1
-    """Jobs that share the sound files of `prepare`; for those that share the clips of `evaluate`, say
+    """Jobs among which the sound files of `prepare` are divided. To divide the clips of `evaluate`, set
     `stages.evaluate.array`."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """A stage's own values for any of the above: `{prepare: {array: 16, partition: cpu}, evaluate: {time: "1:00:00"}}`.
-    `synth`, `prepare` and `page` take one task without a GPU where nothing is said here, `evaluate` one with a GPU,
-    `quantize` one node."""
+    """A stage's own values for the settings above: `{prepare: {array: 16}, evaluate: {time: "1:00:00"}}`. By default
+    `synth`, `prepare` and `page` request one task without a GPU, `evaluate` one task with a GPU, and `quantize` one
+    node."""
 
     @property
     def least_nodes(self) -> int:
-        """Nodes that a job has in any case."""
+        """Smallest number of nodes of a job."""
         return int(self.nodes.partition("-")[0])
 
     @property
     def most_nodes(self) -> int:
-        """Nodes that a job may get."""
+        """Largest number of nodes of a job."""
         return int(self.nodes.rpartition("-")[2])
 
     @property
     def ranks_per_node(self) -> int:
-        """Tasks to a node."""
+        """Ranks per node: `tasks_per_node`, or one per GPU, or one."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     def of(self, stage: str) -> ClusterConfig:
-        """What a stage's job asks for."""
+        """Return the settings for the job of one stage."""
         row = STAGES[stage]
         chosen: dict[str, Any] = {**row.asks}
         if "gpus_per_node" in chosen:
@@ -99,16 +99,16 @@ class ClusterConfig:
         return dataclasses.replace(self, **chosen, stages={})
 
     def problems(self) -> list[str]:
-        """All that is wrong with it; empty where nothing is."""
+        """Return every problem as a line; empty if there is none."""
         if self.kind not in ("local", "slurm"):
             return [
-                f"cluster.kind={self.kind} is neither local nor slurm: cluster=slurm takes configs/cluster/slurm.yaml"
+                f"cluster.kind={self.kind} is neither local nor slurm: cluster=slurm reads configs/cluster/slurm.yaml"
             ]
         found = _problems_of(self, "cluster")
         for stage, values in self.stages.items():
             if stage not in STAGES:
                 found.append(
-                    f"cluster.stages.{stage}: there is no such stage, the nearest is {_nearest(stage, STAGES)}"
+                    f"cluster.stages.{stage}: there is no such stage; the nearest one is {_nearest(stage, STAGES)}"
                 )
                 continue
             unknown = [key for key in values if key not in _OF_STAGES]
@@ -117,7 +117,9 @@ class ClusterConfig:
                 for key in unknown
             ]
             misfits = [key for key in values.keys() - unknown if not _fits(key, values[key])]
-            found += [f"cluster.stages.{stage}.{key}={values[key]!r} is no {_OF_STAGES[key]}" for key in misfits]
+            found += [
+                f"cluster.stages.{stage}.{key}={values[key]!r} must be of type {_OF_STAGES[key]}" for key in misfits
+            ]
             if not unknown and not misfits:
                 found += _problems_of(self.of(stage), f"cluster.stages.{stage}")
         return list(dict.fromkeys(found))
@@ -147,20 +149,18 @@ def _problems_of(cluster: ClusterConfig, where: str) -> list[str]:
     if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
         found.append(f"{where}.nodes={cluster.nodes} is neither a number like 4 nor a range like 2-8")
     if cluster.time is not None and not _TIME.fullmatch(str(cluster.time)):
-        found.append(f"{where}.time={cluster.time} is no time limit: write 24:00:00, 2-12 (days-hours) or minutes")
+        found.append(f"{where}.time={cluster.time} is not a time limit: write 24:00:00, 2-12 (days-hours) or minutes")
     for key in ("tasks_per_node", "cpus_per_task", "array", "grace_seconds"):
         value = getattr(cluster, key)
         if value is not None and value < 1:
-            found.append(f"{where}.{key}={value} is at least 1")
+            found.append(f"{where}.{key}={value} must be at least 1")
     if cluster.gpus_per_node < 0:
-        found.append(f"{where}.gpus_per_node={cluster.gpus_per_node} is at least 0")
+        found.append(f"{where}.gpus_per_node={cluster.gpus_per_node} must be at least 0")
     for key in cluster.options:
         name = key.replace("_", "-").lstrip("-")
         if name in OURS:
             setting = name.replace("-", "_").replace("ntasks_per_node", "tasks_per_node")
-            mend = (
-                f"say {where}.{setting}=…" if setting in _OF_STAGES else "leave it out: jobs that come back stand on it"
-            )
+            mend = f"set {where}.{setting} instead" if setting in _OF_STAGES else "remove it: requeueing depends on it"
             found.append(f"{where}.options.{key}: {mend}")
     return found
 

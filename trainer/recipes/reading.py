@@ -1,4 +1,4 @@
-"""Reads a recipe: YAML, the choices that it names, `key=value` overrides; refuses what is unknown or does not fit."""
+"""Reads a recipe: its YAML file, the files that it names (`cluster`, `model`), and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)
-"""Keys whose value may be a name: it stands for the file of that name in `configs/KEY/`."""
+"""Keys whose value may be a name: the name stands for the content of `configs/KEY/NAME.yaml`."""
 _MODEL = "model"
-"""The same, for a file that holds settings of several keys: all that goes with a pretrained model."""
+"""Key whose value names a file in `configs/model/` with all settings of a pretrained model, under several keys."""
 
 
 def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
-    """Read a recipe, by path or by its name in `configs/`, merge `key=value` overrides, validate; `released`: whether
-    folders of pretrained weights have to be there, too.
+    """Read a recipe, merge the overrides into it, and validate the result.
+
+    Args:
+        recipe: path of a YAML file, or the name of one in `configs/`.
+        overrides: settings as `key=value`.
+        released: whether the folders of pretrained weights must exist.
 
     Raises:
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
-            the message holds every problem, a line each.
+            the message has a line for every problem.
     """
     from trainer.recipes.validation import problems
 
@@ -43,7 +47,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
 
 
 def find_recipe(recipe: str) -> Path:
-    """Path of a recipe given by path or by name."""
+    """Return the path of a recipe that is given by path or by its name in `configs/`; raises ValueError."""
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
@@ -52,9 +56,9 @@ def find_recipe(recipe: str) -> Path:
 
 
 def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
-    """What is merged, in this order: the files that recipe or overrides choose, the recipe, the overrides.
+    """Return the layers to merge: files that the recipe or the overrides name, then the recipe, then the overrides.
 
-    A model that the overrides choose comes after the recipe, which may have been written for another.
+    A model that the overrides name comes after the recipe, which may have been written for another model.
     """
     before, recipe, after, overrides = _with_model(recipe, overrides)
     chosen = {}
@@ -71,20 +75,20 @@ def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
 def _with_model(
     recipe: DictConfig, overrides: list[str]
 ) -> tuple[list[DictConfig], DictConfig, list[DictConfig], list[str]]:
-    """The layer of the recipe's model, the recipe itself, the layer of the overrides' model, the other overrides."""
+    """Return the layer of the recipe's model, the recipe, the layer of the overrides' model, the other overrides."""
     own = recipe.pop(_MODEL, None)
-    given = [item.partition("=")[2] for item in overrides if item.startswith(f"{_MODEL}=")]
-    rest = [item for item in overrides if not item.startswith(f"{_MODEL}=")]
-    if given:
-        layer = _read_recipe(find_choice(_MODEL, given[-1]))
+    models = [item.partition("=")[2] for item in overrides if item.startswith(f"{_MODEL}=")]
+    others = [item for item in overrides if not item.startswith(f"{_MODEL}=")]
+    if models:
+        layer = _read_recipe(find_choice(_MODEL, models[-1]))
         if "diffusion" in layer:
-            recipe.pop("diffusion", None)  # the options of one formulation are none of another's
-        return [], recipe, [layer], rest
-    return [_read_recipe(find_choice(_MODEL, str(own)))] if own is not None else [], recipe, [], rest
+            recipe.pop("diffusion", None)  # the options of one formulation are unknown to another
+        return [], recipe, [layer], others
+    return [_read_recipe(find_choice(_MODEL, str(own)))] if own is not None else [], recipe, [], others
 
 
 def find_choice(key: str, name: str) -> Path:
-    """Path of what `key=name` stands for: `configs/key/name.yaml`, or a file."""
+    """Return the file that `key=name` stands for: the path itself, or `configs/key/name.yaml`; raises ValueError."""
     for path in (Path(name), RECIPES / key / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -95,17 +99,17 @@ def find_choice(key: str, name: str) -> Path:
 def _read_recipe(path: Path) -> DictConfig:
     try:
         recipe = OmegaConf.load(path)
-    except Exception as error:  # the YAML library's own errors share no useful base class
+    except Exception as error:  # the errors of the YAML library share no useful base class
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, DictConfig):
-        raise ValueError(f"{path} holds no keys: a recipe is a mapping such as `name: demo`")
+        raise ValueError(f"{path} has no keys: a recipe is a mapping such as `name: demo`")
     return recipe
 
 
 def _parse(overrides: list[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"{override!r} is no override: write key=value, such as autoencode.lr=1e-4")
+            raise ValueError(f"{override!r} is not an override: write key=value, such as autoencode.lr=1e-4")
     parsed = []
     for override in overrides:
         try:

@@ -1,4 +1,4 @@
-"""The schema of a recipe: dataclasses, filled by `recipes.reading` and looked at by `recipes.validation`."""
+"""The schema of a recipe: dataclasses that `recipes.reading` fills and `recipes.validation` checks."""
 
 from __future__ import annotations
 
@@ -13,97 +13,99 @@ from trainer.recipes.cluster import ClusterConfig
 from trainer.stages import STAGES, trained_stages
 
 ADDED_LATER = {"added_later": True}
-"""Metadata of a setting that older runs did not have: at its default it is left out of the hash of a run's settings, so
-that older checkpoints keep the hash that they were saved with."""
+"""Metadata of a setting that older runs did not have. The hash of a run's settings leaves such a setting out while it
+has its default, so older checkpoints keep the hash that they were saved with."""
 
 
 @dataclass
 class DataConfig:
-    """From sound files to latents."""
+    """Where the sounds and latents are, and the order in which training reads them."""
 
     audio: str | None = None
-    """Folder of sound files (wav, flac, ogg, mp3), or a manifest (.jsonl or .csv with `file` and `caption`). None:
-    `synth` makes some under the run directory."""
+    """Folder of sound files (wav, flac, ogg, mp3), or a manifest (.jsonl or .csv with `file` and `caption`). None: the
+    `synth` stage makes sounds under the run directory."""
     synth_hours: float = 0.5
-    """Hours of sound that `synth` makes where `audio` is None."""
+    """Hours of sound that `synth` makes if `audio` is None."""
     latents: str = "${run_dir}/latents"
-    """Folder of the shards: `train/` and `test/`; several runs may share it. Or its URL: http(s)://, s3://, gs:// …"""
+    """Folder that holds the shards in `train/` and `test/`, or its URL (http(s)://, s3://, gs:// …). Several runs may
+    share one folder."""
     cache: CacheSettings = field(default_factory=CacheSettings)
-    """Where a node keeps the shards that it fetched from a URL."""
+    """Local cache in which each node keeps the shards that it downloads from a URL."""
     clip_seconds: float = 5.0
-    """Length of a clip in seconds: 5 in the paper."""
+    """Length of a clip in seconds; 5 as in the paper."""
     holdout: float = 0.1
-    """Fraction of the files that no stage sees, by a hash of their names; `evaluate` scores these."""
+    """Fraction of the files that no stage trains on and that `evaluate` scores. A hash of the name selects them."""
     workers: int = 2
-    """Processes that `synth` and `prepare` use; the outcome does not depend on it."""
+    """Processes that `synth` and `prepare` use. The result does not depend on their number."""
     shard_mb: float = 64.0
     """Size in MiB at which a new shard begins."""
     mix: dict[str, int] = field(default_factory=dict)
-    """Folder or URL of latents, or of a set without `train/` and `test/`, → its share in a batch, a whole number:
-    trained on instead of `latents`, whose `test/` stays what is evaluated. Empty: `latents` alone."""
+    """Sets of latents to train on instead of `latents`: folder or URL → its share of a batch, a whole number. A folder
+    holds `train/` and `test/`, or is a set itself. `evaluate` still uses the `test/` of `latents`. Empty: `latents`
+    alone."""
     shuffle: str = "windowed"
-    """`windowed`: blocks over the whole set, then samples within windows of many blocks, which keeps reads together;
-    `global`: a true shuffle; `none`: as they lie."""
+    """`windowed`: shuffle the blocks of the whole set, then the samples within windows of many blocks, so that reads
+    stay sequential; `global`: shuffle all samples; `none`: keep the order on disk."""
     block: int = 64
-    """Consecutive samples that stay together on their way into a window."""
+    """Consecutive samples that `windowed` moves together into a window."""
     window_mib: float = 2048.0
-    """Size in MiB of the latents that a batch is drawn from."""
+    """MiB of latents in a shuffle window, from which each batch is drawn."""
     window: int | None = None
-    """The same in samples; None: from `window_mib`."""
+    """Samples in a shuffle window; None: as many as fit into `window_mib`."""
     lanes: int = 64
-    """Parts of the order that share no block: as many nodes, or a divisor of it, each read only their own."""
+    """Parts of the order that share no block. If the number of nodes divides it, each node reads only its own parts."""
     readers: int = 1
-    """Threads of each rank that read and check batches ahead; 0: each when it is needed."""
+    """Threads of each rank that read and check batches ahead; 0: read each batch when it is needed."""
     buckets: list[int] = field(default_factory=list)
-    """For clips of different lengths: frames, below a stage's `crop_frames`, to which batches of shorter clips are
-    padded; what is padded counts in no loss. Empty: no clip may be shorter than a crop."""
+    """Lengths in x0 frames, below a stage's `crop_frames`, to which batches of shorter clips are padded; no loss counts
+    the padding. Empty: no clip may be shorter than a crop."""
     max_damaged: float = 0.01
-    """Fraction of a set's samples that may be damaged, and are replaced and named, before a run stops."""
+    """Largest fraction of damaged samples in a set: the run logs and replaces each, and stops beyond this fraction."""
 
 
 @dataclass
 class AutoencoderConfig:
-    """The AudioAE: audio ↔ x0."""
+    """The AudioAE, which turns audio into latents x0 and back."""
 
     kind: str = "spectral"
-    """`spectral` (no weights), `woosh` (that release's Vocos autoencoder) or `oobleck` (Stable Audio Open's)."""
+    """`spectral` (no weights), `woosh` (the Vocos autoencoder of Woosh) or `oobleck` (of Stable Audio Open)."""
     folder: str | None = None
-    """Folder of the release; `oobleck` also takes its name on the Hugging Face hub. `spectral` needs none."""
+    """Folder of the released weights, or for `oobleck` their name on the Hugging Face hub. `spectral` needs none."""
 
 
 @dataclass
 class TextConfig:
-    """What makes captions into what D reads. `prepare` does, once; no stage after it holds a text encoder."""
+    """The text encoder whose embeddings of captions D reads. Only `prepare` runs it; later stages do not load it."""
 
     kind: str = "none"
-    """`none`; `stable_audio` (that release's T5 and its projection); `transformers` (any text encoder of that package);
-    `files` (embeddings made elsewhere: `NAME.npy` for each sound file NAME, its suffix left out)."""
+    """`none`; `stable_audio` (the T5 of Stable Audio Open and its projection); `transformers` (any text encoder of that
+    package); `files` (embeddings made elsewhere: `door.npy` for the sound file `door.wav`)."""
     folder: str | None = None
-    """Folder of it; of `stable_audio` and `transformers` also a name on the Hugging Face hub."""
+    """Folder of the encoder or the embeddings. `stable_audio` and `transformers` also take a Hugging Face name."""
     tokens: int = 77
-    """Text tokens that D takes; longer captions are cut. `stable_audio` knows its own."""
+    """Text tokens that D reads; longer captions are cut. `stable_audio` uses its own number instead."""
     layer: int = -1
-    """`transformers` only: whose hidden states are taken; -1 is the last, -2 the one before."""
+    """`transformers` only: index of the layer whose hidden states are used; -1 is the last layer, -2 the one before."""
 
 
 @dataclass
 class PretrainedConfig:
-    """A pretrained decoder D in place of the `pretrain` stage."""
+    """A pretrained decoder D that replaces the `pretrain` stage."""
 
     folder: str | None = None
-    """Folder of a Woosh-Flow release, folder or hub name of Stable Audio Open's, or an `export/` of a `pretrain` stage.
-    None: D is pretrained here."""
+    """Folder of Woosh-Flow, folder or Hugging Face name of Stable Audio Open, or the `export/` of a `pretrain` stage.
+    None: the `pretrain` stage trains D."""
 
 
 @dataclass
 class DiffusionConfig:
-    """Formulation and noise levels."""
+    """The diffusion formulation and its noise levels."""
 
     name: str = "flow_matching"
     """`flow_matching` (rectified flow, as Woosh), `edm` (Karras et al. 2022, as the S-PRESSO paper) or `v_prediction`
     (as Stable Audio Open)."""
     options: dict[str, float] = field(default_factory=dict)
-    """Fields of that formulation in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
+    """Fields of the formulation's class in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
 
 
 @dataclass
@@ -118,37 +120,37 @@ class LoraConfig:
 
 @dataclass
 class QuantizerConfig:
-    """z → codes, M codebooks of K vectors each."""
+    """The quantizer, which turns z into codes: M codebooks of K vectors each."""
 
     kind: str = "qinco2"
-    """`qinco2`: codebooks that a network computes from what the codes before decode to, fitted as `residual` and then
-    learned for `quantize.samples` (arXiv 2501.03078); `residual`: plain codebooks fitted by faiss; `fsq`: each number
-    of z rounded, nothing fitted (arXiv 2309.15505)."""
+    """`residual`: plain residual codebooks, fitted by faiss; `qinco2`: codebooks that start as `residual` and that
+    networks then adapt to the preceding codes, trained for `quantize.samples` (arXiv 2501.03078); `fsq`: rounds each
+    number of z and fits nothing (arXiv 2309.15505)."""
     books: int = 15
-    """M. The bit rate is z rate · M · log2 K."""
+    """Number of codebooks M. The bit rate is (z rate) · M · log2 K."""
     size: int = 256
-    """K, a power of two."""
+    """Vectors per codebook K, a power of two."""
     rates: list[int] = field(default_factory=list)
-    """Numbers of codebooks at which the codec is finetuned and evaluated, as any prefix of the codes decodes; empty:
-    all of them."""
+    """Numbers of codebooks for which the codec is finetuned and evaluated, as any prefix of the codes can be decoded.
+    Empty: `books` alone."""
     vectors: int = 65_536
-    """Upper bound of the number of z vectors that codebooks are fitted on, before what is learned by gradient."""
+    """At most so many z vectors are used to fit the codebooks, before any training by gradient."""
     gain_db: float = 0.0
-    """Other gains at which `quantize` hears a clip, evenly drawn between minus and plus so many dB: more vectors from
-    few sounds. Each costs a pass through the autoencoder and back; 0: none."""
+    """Gain augmentation in `quantize`: each clip's gain is uniform between minus and plus this many dB, which gives
+    more z vectors from few sounds but decodes and encodes each clip with the autoencoder. 0: none."""
     beam: int = 16
-    """Sequences of codes that the search keeps, in training and in use; not for `fsq`."""
+    """Code sequences that the beam search keeps, in training and in encoding; not for `fsq`."""
     candidates: int = 32
-    """`qinco2`: continuations of all of them that the networks are asked about, at each book."""
+    """`qinco2`: candidates per codebook, over the whole beam, that the networks evaluate; at least `beam`."""
     depth: int = 2
-    """`qinco2`: residual MLPs in the network of each book."""
+    """`qinco2`: residual MLPs in the network of each codebook."""
     embedding: int = 128
-    """`qinco2`: width between them."""
+    """`qinco2`: width between the residual MLPs."""
     hidden: int = 256
-    """`qinco2`: width inside them."""
+    """`qinco2`: width inside the residual MLPs."""
 
     def description(self, width: int) -> dict[str, Any]:
-        """What `models.quantizers.quantizer.make_quantizer` builds for z of this width."""
+        """Return the description of the quantizer that `make_quantizer` builds for z with `width` channels."""
         own = {"residual": ("beam",), "qinco2": ("beam", "candidates", "depth", "embedding", "hidden"), "fsq": ()}
         sizes = {"kind": self.kind, "width": width, "books": self.books, "size": self.size}
         return sizes | {name: getattr(self, name) for name in own[self.kind]}
@@ -156,162 +158,162 @@ class QuantizerConfig:
 
 @dataclass
 class TrainConfig:
-    """How one stage is optimized."""
+    """How one stage is trained. All lengths are in samples, so they hold for any batch size."""
 
     samples: int = 100_000
-    """Clips that the stage sees: its length, and the unit in which all else below is counted."""
+    """Length of the stage: clips that it trains on."""
     global_batch: int = 32
-    """Clips to one step of the optimizer, over all ranks and accumulation steps."""
+    """Clips per optimizer step, over all ranks and gradient accumulation steps."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup: int = 1_000
     """Samples over which the learning rate rises from zero."""
     decay: float = 0.3
-    """Last fraction of the samples over which it falls to zero (linearly); 0: constant."""
+    """Last fraction of the samples, over which the learning rate falls linearly to zero; 0: it stays constant."""
     weight_decay: float = 0.01
-    """AdamW's, on matrices alone."""
+    """Weight decay of AdamW, applied to matrices alone."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """AdamW's."""
+    """The two betas of AdamW."""
     clip_norm: float = 1.0
-    """Upper bound of the global gradient norm."""
+    """Global gradient norm above which gradients are clipped."""
     ema_halflife: float = 2_000.0
-    """Half-life in samples of the moving average of the trained weights; the export holds the average."""
+    """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds."""
     condition_dropout: float = 0.1
-    """Fraction of the clips whose z is dropped, so that classifier-free guidance and unconditional samples work."""
+    """Fraction of the clips whose z is dropped, which classifier-free guidance and unconditional sampling need."""
     text_dropout: float = 0.9
-    """Fraction of the clips whose text is dropped, where the set holds text and D reads it. High, as the codec in use
-    knows of no text; the paper does not say how high. `pretrain` has 0.1: there D learns to read."""
+    """Fraction of the clips whose text is dropped, if the set holds text and D reads it. The default is high because
+    the codec has no text at inference; the paper gives no value. In `pretrain`, where D learns to read, it is 0.1."""
     crop_frames: int = 495
-    """x0 frames to a training crop: a multiple of `latent_encoder.pooling`."""
+    """Length of a training crop in x0 frames, a multiple of `latent_encoder.pooling`."""
     loss_weights: dict[str, float] = field(default_factory=dict, metadata=ADDED_LATER)
-    """Name of a loss term → how much it counts. A term that is not named counts once; the log has a curve of each."""
+    """Name of a loss term → its weight; 1 for a term that is not named. The log has a curve for each term."""
 
 
 @dataclass
 class ParallelConfig:
-    """Where the work is done. None of it changes what is learned."""
+    """How ranks share the work. None of these settings changes what is learned."""
 
     strategy: str = "ddp"
-    """How ranks share the work: `ddp` (all held by each), `zero1`, `zero2`, `zero3` (DeepSpeed: moments; and gradients;
-    and weights cut among ranks) or `fsdp2` (all three cut, by torch)."""
+    """`ddp`: each rank holds everything; `zero1`, `zero2`, `zero3` (DeepSpeed): moments, then also gradients, then also
+    weights are sharded; `fsdp2` (torch): all three are sharded."""
     processes: int = 1
-    """Ranks on this machine. Started by torchrun or SLURM: theirs count."""
+    """Ranks to start on this machine. Under torchrun or SLURM, their number of ranks is used instead."""
     replicas: int = 1
-    """`fsdp2` only: so many groups of ranks each hold all that is trained, cut within the group; the number of nodes
-    keeps the traffic of weights within each (HSDP)."""
+    """`fsdp2` only: number of groups of ranks. Each group holds a full copy of the trained weights, sharded within the
+    group (HSDP). With one group per node, weights are gathered within a node alone."""
     micro_batch: int | None = None
-    """Clips to one forward pass of one rank; None: global batch / ranks. The rest is gradient accumulation."""
+    """Clips per forward pass of one rank; gradients are accumulated up to the global batch. None: no accumulation."""
     precision: str = "fp32"
-    """What is computed in: `fp32`, `bf16` or `fp16` (with loss scaling). The trained weights stay float32, and a frozen
-    base is held in what is computed in."""
+    """Data type of the computation: `fp32`, `bf16` or `fp16` (with loss scaling). The trained weights stay float32; a
+    frozen base is stored in this type."""
     shard_base: bool = False
-    """`fsdp2` only: the frozen base is cut among ranks too, not held by each. `zero3` always does."""
+    """`fsdp2` only: shard the frozen base too, which otherwise each rank holds in full. `zero3` always shards it."""
     offload: str = "none"
-    """`zero1` to `zero3`: `optimizer` keeps moments and master weights in host memory; `all`, `zero3` only, the cut
-    weights too."""
+    """`zero1` to `zero3`: `optimizer` keeps moments and master weights in host memory; `all` (`zero3` only) keeps the
+    sharded weights there too."""
     checkpoint_activations: bool = False
-    """Compute each block's activations again in the backward pass: far less memory, a third more compute."""
+    """Recompute each block's activations in the backward pass: far less memory for a third more compute."""
     compile: bool = False
-    """torch.compile each block: a slow first step, faster ones after."""
+    """Compile each block with torch.compile: the first step is slow, later steps are faster."""
     device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
+    """`auto` (CUDA if available), `cpu` or `cuda`."""
     threads: int | None = None
-    """CPU threads to a rank; None: cores / ranks."""
+    """CPU threads per rank; None: cores / ranks."""
     gpu_gib: float = 80.0
-    """Memory of a GPU in GiB, for what `plan` says on a machine without one."""
+    """Memory of a GPU in GiB that `spresso plan` assumes on a machine without one."""
 
 
 @dataclass
 class LogConfig:
-    """What is written down while training, in samples seen."""
+    """What training logs. Intervals are in samples."""
 
     every: int = 1_000
     """Samples between two lines of the log."""
     samples_every: int = 20_000
-    """Samples between two listening samples (audio and spectrograms in TensorBoard); 0: only at the end."""
+    """Samples between two decodings of held-out clips (audio and spectrograms in TensorBoard); 0: only at the end."""
     clips: int = 3
-    """Held-out clips that are decoded for them, always the same."""
+    """Number of held-out clips to decode, the same each time."""
     held_out: int = 64
-    """Held-out clips whose loss is taken with each checkpoint, with noise that is always the same."""
+    """Held-out clips whose loss is computed at each checkpoint, with the same noise each time."""
     bins: int = 8
-    """Noise levels, equally populated, by which the loss is told apart."""
+    """Noise level bins, equally populated, for each of which the loss is logged."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints: whole or not there at all; a killed run goes on from the last."""
+    """Checkpoints. Each is written atomically, and a killed run resumes from the last one."""
 
     every: int = 20_000
     """Samples between two checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Also keep so many with the lowest loss on held-out clips."""
+    """Number of checkpoints with the lowest held-out loss to keep in addition."""
     keep_every: int | None = None
-    """Also keep those at multiples of so many samples."""
+    """Also keep the checkpoints at multiples of this many samples; None: no others."""
     resume: str = "auto"
-    """`auto`: from the run's newest whole checkpoint, if there is one; `never`: an older run in its folder is refused;
-    or a checkpoint's path, of this run or of another of the same config."""
+    """`auto`: resume from the run's newest complete checkpoint, if there is one; `never`: refuse a folder that already
+    holds a run; or the path of a checkpoint, of this run or of another run with the same config."""
     start_from: str | None = None
-    """A checkpoint, or a stage's `export/`, whose weights alone a new run begins with; it has its own schedule and
-    fresh moments."""
+    """Checkpoint, or `export/` of a stage, that gives a new run its initial weights alone: the run has its own schedule
+    and fresh moments."""
 
 
 @dataclass
 class HealthConfig:
-    """What a run does about losses that are no longer finite, spikes, and ranks that hang."""
+    """How a run reacts to losses that are not finite, to gradient spikes, and to ranks that hang."""
 
     spike: float = 10.0
-    """A step is skipped whose gradient norm is so many times the running median of the accepted ones; 0: never."""
+    """Skip a step whose gradient norm exceeds this many times the running median of the accepted steps; 0: never."""
     spike_window: int = 128
-    """Steps over which that median is taken; before a quarter of them were seen, nothing counts as a spike."""
+    """Steps over which the median is taken. No step counts as a spike before a quarter of the window is filled."""
     rewind_after: int = 5
-    """After so many skipped steps in a row the run goes back to the last checkpoint and passes over this window of
-    the data."""
+    """Consecutive skipped steps after which the run rewinds to the last checkpoint and leaves out the data that it has
+    read since."""
     max_rewinds: int = 3
-    """Of them a run ends with an error, as it would go on for ever."""
+    """Rewinds that a run may make; it then ends with an error instead of rewinding forever."""
     hang_seconds: float = 600.0
-    """A step that takes longer ends the job with every rank's stack in its log; 0: never."""
+    """Seconds after which a step counts as hung: the job ends, and each rank's log shows its stack. 0: never."""
 
 
 @dataclass
 class EvaluateConfig:
-    """Figures and page, on held-out clips."""
+    """The scores and the listening page, on held-out clips."""
 
     clips: int = 24
     """Held-out clips to score, spread evenly over the set; 0: all."""
     page_clips: int = 10
-    """How many of them the page plays."""
+    """Number of the scored clips that the page plays."""
     decodes: int = 5
-    """Decodes of the same codes, of the page's clips at up to four rates, to hear and measure the variability; 5 on the
-    paper's page."""
+    """Times that the same codes are decoded with different seeds, to hear and measure the variability; for the page's
+    clips, at up to four rates. 5 as on the paper's page."""
     seconds: float | None = None
-    """Only the first so many seconds of each clip; None: whole clips."""
+    """Seconds of each clip to use, from its start; None: whole clips."""
     batch: int = 8
-    """Clips that go through a model at once. Parts of an array take such blocks in turn."""
+    """Clips per batch. The parts of an array job take batches in turn."""
     codecs: dict[str, str] = field(default_factory=dict)
-    """Title → `export/` of another run's `finetune`, to be scored beside this run's: continuous z and each rate."""
+    """Title → `export/` of another run's `finetune`, scored next to this run: continuous z and each of its rates."""
     baselines: list[str] = field(default_factory=list)
-    """Codecs by others, by name and kbps: `[opus@6, dac@1.7, encodec@1.5, semanticodec@1.4, stable_audio,
-    music2latent]`. One that is not installed, or whose weights are not here, is a row that says so."""
+    """Codecs by others to compare with, by name and kbps: `[opus@6, dac@1.7, encodec@1.5, semanticodec@1.4,
+    stable_audio, music2latent]`. If one or its weights are not installed, its row of the table says so."""
     weights: dict[str, str] = field(default_factory=dict)
-    """Name of such a codec → a folder of its weights; else the hub's cache."""
+    """Name of a baseline codec → folder of its weights; if not named, they are in the Hugging Face cache."""
     embedding: str = "mel-stat"
-    """What distances between sets are taken over: `mel-stat`, or `clap:` and a folder or a name in the hub's cache."""
+    """Embedding for distances between sets: `mel-stat`, or `clap:` and a folder or a name in the Hugging Face cache."""
     visqol: bool = False
-    """Also ViSQOL, which takes seconds a clip on a CPU; needs `pip install 'spresso[visqol]'`."""
+    """Also compute ViSQOL, which takes seconds per clip on a CPU and needs `pip install 'spresso[visqol]'`."""
 
 
 @dataclass
 class Config:
-    """A recipe. `recipe_schema` adds a `TrainConfig` for each trained stage, under the stage's name."""
+    """A recipe. `recipe_schema()` adds a `TrainConfig` for each trained stage, under the stage's name."""
 
     name: str = "unnamed"
-    """Names the run directory and the page."""
+    """Name of the run: of its directory, its jobs and its page."""
     run_dir: str = "runs/${name}"
-    """Holds all there is to know of a run, a folder a stage."""
+    """Run directory: everything that a run writes, in one folder per stage."""
     seed: int = 0
-    """Of initial weights, data order, crops and noise."""
+    """Seed of the initial weights, the data order, the crops and the noise."""
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -330,12 +332,12 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def stage(self, name: str) -> TrainConfig:
-        """The settings of a trained stage."""
+        """Return the settings of a trained stage."""
         return getattr(self, name)
 
     @property
     def rates(self) -> list[int]:
-        """Numbers of codebooks to finetune and evaluate at, the most first."""
+        """Numbers of codebooks to finetune and evaluate, largest first."""
         return sorted(set(self.quantizer.rates or [self.quantizer.books]), reverse=True)
 
     @property
@@ -344,12 +346,12 @@ class Config:
         return [name for name, stage in STAGES.items() if stage.needed(self)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the values: a class that `recipe_schema` makes cannot be found by its name."""
+        """Pickle the values alone: pickle cannot find a class that `recipe_schema` makes by its name."""
         return _config_of, (vars(self),)
 
 
 def recipe_schema() -> type[Config]:
-    """The class of a recipe with the settings of all trained stages that there are now."""
+    """Return the class of a recipe, with the settings of every trained stage in `STAGES`."""
     return _schema_of(trained_stages())
 
 

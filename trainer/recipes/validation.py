@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe: everything at once, a line each, with the mend."""
+"""Checks the values of a recipe: all problems at once, each as a line that names the key and a value that works."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from trainer.stages import STAGES
 
 
 def problems(config: Config, *, released: bool = True) -> list[str]:
-    """All that is wrong; empty where nothing is. `released`: also where folders of pretrained weights are missing."""
+    """Return every problem as a line. `released`: whether to check that the folders of pretrained weights exist."""
     if found := [*_choices(config), *_above_zero(config)]:
-        return found  # the rest reckons with these
+        return found  # the checks below compute with these values
     return [
         *_ranges(config),
         *_strategy(config),
@@ -48,7 +48,7 @@ _CHOICES = {
 }
 
 _RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
-"""Sample rate and hop of the public releases, for where they are not here to tell."""
+"""Sample rate in Hz and hop in samples of the public releases, used if their folder is missing."""
 
 _POSITIVE = (
     "data.clip_seconds",
@@ -121,18 +121,18 @@ def _above_zero(config: Config) -> list[str]:
 def _ranges(config: Config) -> list[str]:
     found = []
     if not 0 < config.data.holdout < 1:
-        found.append(f"data.holdout={config.data.holdout} must lie between 0 and 1, such as 0.1")
+        found.append(f"data.holdout={config.data.holdout} must be between 0 and 1, such as 0.1")
     if config.evaluate.clips == 1:
-        found.append("evaluate.clips=1: at least 2 are needed, because each is also decoded from another's z")
+        found.append("evaluate.clips=1 must be at least 2, because each clip is also decoded from another clip's z")
     if not 0 <= config.data.max_damaged <= 1:
-        found.append(f"data.max_damaged={config.data.max_damaged} is a fraction, such as 0.01")
+        found.append(f"data.max_damaged={config.data.max_damaged} must be a fraction, such as 0.01")
     if config.data.readers < 0:
-        found.append(f"data.readers={config.data.readers} is a number of threads, or 0")
+        found.append(f"data.readers={config.data.readers} must be a number of threads, or 0")
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
-        found.append(f"data.window={config.data.window} must hold a block in each lane: take at least {least} samples")
+        found.append(f"data.window={config.data.window} must hold a block in each lane: set at least {least}")
     found += [
-        f"data.mix: the share {share} of {folder} is not above 0"
+        f"data.mix: the share {share} of {folder} must be at least 1"
         for folder, share in config.data.mix.items()
         if share < 1
     ]
@@ -144,19 +144,19 @@ def _ranges(config: Config) -> list[str]:
     for name in _trained(config):
         stage = config.stage(name)
         if stage.samples < 0 or stage.global_batch <= 0:
-            found.append(f"{name}: samples={stage.samples} and global_batch={stage.global_batch} must not be negative")
+            found.append(f"{name}: samples={stage.samples} must be >= 0, global_batch={stage.global_batch} >= 1")
         if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
-            found.append(f"{name}.betas={stage.betas} are two numbers in [0, 1), such as [0.9, 0.99]")
+            found.append(f"{name}.betas={stage.betas} must be two numbers in [0, 1), such as [0.9, 0.99]")
         if not 0 <= stage.condition_dropout < 1:
-            found.append(f"{name}.condition_dropout={stage.condition_dropout} must lie in [0, 1)")
+            found.append(f"{name}.condition_dropout={stage.condition_dropout} must be in [0, 1)")
         if not 0 <= stage.text_dropout <= 1:
-            found.append(f"{name}.text_dropout={stage.text_dropout} must lie in [0, 1]; 1: no text at all")
+            found.append(f"{name}.text_dropout={stage.text_dropout} must be in [0, 1]; 1 drops all text")
         found += _cut(config, name)
     return found
 
 
 def _trained(config: Config) -> list[str]:
-    """The trained stages that this recipe has: the settings of the others don't matter."""
+    """Return the trained stages that this recipe runs; the settings of other stages have no effect."""
     return [name for name in config.stages if STAGES[name].trained]
 
 
@@ -164,23 +164,21 @@ def _strategy(config: Config) -> list[str]:
     parallel, found = config.parallel, []
     if parallel.offload != "none" and not parallel.strategy.startswith("zero"):
         found.append(
-            f"parallel.offload={parallel.offload} is for zero1, zero2 and zero3, not {parallel.strategy}: take "
-            f"parallel.strategy=zero2, or leave it out"
+            f"parallel.offload={parallel.offload} works with zero1, zero2 and zero3, not {parallel.strategy}: set "
+            f"parallel.strategy=zero2, or remove parallel.offload"
         )
     if parallel.offload == "all" and parallel.strategy in ("zero1", "zero2"):
-        found.append(f"parallel.offload=all needs parallel.strategy=zero3: {parallel.strategy} cuts no weights")
+        found.append(f"parallel.offload=all needs parallel.strategy=zero3: {parallel.strategy} does not shard weights")
     if parallel.compile and parallel.strategy == "zero3":
         found.append(
-            "parallel.compile=true does not go with parallel.strategy=zero3, whose hooks inside of each block can't be "
-            "compiled: take fsdp2 with parallel.shard_base=true, or leave it out"
+            "parallel.compile=true does not work with parallel.strategy=zero3, whose hooks inside each block cannot be "
+            "compiled: set parallel.strategy=fsdp2 with parallel.shard_base=true, or remove parallel.compile"
         )
     for key, value, unset in (("replicas", parallel.replicas, 1), ("shard_base", parallel.shard_base, False)):
         if value != unset and parallel.strategy != "fsdp2":
-            found.append(f"parallel.{key}={value} is for parallel.strategy=fsdp2, not {parallel.strategy}")
+            found.append(f"parallel.{key}={value} needs parallel.strategy=fsdp2, not {parallel.strategy}")
     if parallel.strategy == "fsdp2" and parallel.processes > 1 and parallel.processes % parallel.replicas:
-        found.append(
-            f"parallel.replicas={parallel.replicas} does not divide {parallel.processes} ranks: take a divisor"
-        )
+        found.append(f"parallel.replicas={parallel.replicas} does not divide {parallel.processes} ranks: set a divisor")
     return found
 
 
@@ -190,8 +188,8 @@ def _cut(config: Config, name: str) -> list[str]:
     if batch % ranks or (micro and batch % (ranks * micro)):
         unit = ranks * (micro or 1)
         return [
-            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) of micro batches of "
-            f"{micro or 'any size'}: take a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
+            f"{name}.global_batch={batch} does not divide into {ranks} rank(s) with micro batches of "
+            f"{micro or 'any size'}: set a multiple of {unit}, such as {max(unit, batch // unit * unit)}"
         ]
     return []
 
@@ -206,30 +204,30 @@ def _crops(config: Config) -> list[str]:
         if frames > clip_frames and not config.data.buckets:
             found.append(
                 f"{name}.crop_frames={frames} is longer than a clip of data.clip_seconds={config.data.clip_seconds:g}, "
-                f"{clip_frames} frames: take {max(unit, clip_frames // unit * unit)}"
+                f"which has {clip_frames} frames: set {max(unit, clip_frames // unit * unit)}"
             )
         if frames % unit:
             near = max(unit, frames // unit * unit)
-            found.append(f"{name}.crop_frames={frames} is no multiple of {key}={unit}: take {near} or {near + unit}")
+            found.append(f"{name}.crop_frames={frames} is not a multiple of {key}={unit}: set {near} or {near + unit}")
     pooling = config.latent_encoder.pooling
     for frames in config.data.buckets:
         if frames < 1 or frames % pooling:
             near = max(pooling, frames // pooling * pooling)
-            found.append(f"data.buckets holds {frames}, no multiple of latent_encoder.pooling={pooling}: take {near}")
+            found.append(f"data.buckets holds {frames}, not a multiple of latent_encoder.pooling={pooling}: set {near}")
     if config.latent_encoder.pooling % config.dit.patch_size:
         found.append(
             f"dit.patch_size={config.dit.patch_size} does not divide "
-            f"latent_encoder.pooling={config.latent_encoder.pooling}: take a divisor of it"
+            f"latent_encoder.pooling={config.latent_encoder.pooling}: set a divisor of it"
         )
     return found
 
 
 def _latent_rate(config: Config) -> float:
-    """Frames of x0 a second."""
+    """Return the frames of x0 per second."""
     kind = config.autoencoder.kind
     try:
         sample_rate, hop = latent_timing(kind, config.autoencoder.folder)
-    except ValueError:  # the folder is not here, or not whole: told of elsewhere
+    except ValueError:  # the folder is missing or incomplete, which `_released` and the loader report
         sample_rate, hop = _RELEASED[kind]
     return sample_rate / hop
 
@@ -238,26 +236,26 @@ def _codebooks(config: Config) -> list[str]:
     quantizer, found = config.quantizer, []
     if quantizer.size < 2 or quantizer.size & (quantizer.size - 1):
         near = 2 ** max(1, quantizer.size.bit_length() - 1)
-        found.append(f"quantizer.size={quantizer.size} is no power of two: take {near} or {2 * near}")
+        found.append(f"quantizer.size={quantizer.size} is not a power of two: set {near} or {2 * near}")
     if quantizer.vectors < quantizer.size:
         found.append(
-            f"quantizer.vectors={quantizer.vectors} can't fill books of {quantizer.size}: take at least "
+            f"quantizer.vectors={quantizer.vectors} cannot fill codebooks of {quantizer.size}: set at least "
             f"{40 * quantizer.size}"
         )
     if quantizer.kind == "qinco2" and quantizer.candidates < quantizer.beam:
-        found.append(
-            f"quantizer.candidates={quantizer.candidates} can't fill quantizer.beam={quantizer.beam}: take as many"
-        )
+        found.append(f"quantizer.candidates={quantizer.candidates} must be at least quantizer.beam={quantizer.beam}")
     if quantizer.kind == "fsq" and (width := config.latent_encoder.z_channels) % quantizer.books:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
-        found.append(f"quantizer.books={quantizer.books} of fsq don't share {width} z_channels: take one of {divisors}")
+        found.append(
+            f"quantizer.books={quantizer.books} of fsq does not divide {width} z_channels: set one of {divisors}"
+        )
     if config.stage("prior").samples and quantizer.size > LARGEST_SIZE:
         found.append(
-            f"quantizer.size={quantizer.size} is too large for a prior: take up to {LARGEST_SIZE}, or prior.samples=0"
+            f"quantizer.size={quantizer.size} is too large for a prior: set at most {LARGEST_SIZE}, or prior.samples=0"
         )
     for rate in quantizer.rates:
         if not 1 <= rate <= quantizer.books:
-            found.append(f"quantizer.rates holds {rate}: each lies between 1 and quantizer.books={quantizer.books}")
+            found.append(f"quantizer.rates holds {rate}, which is not between 1 and quantizer.books={quantizer.books}")
     return found
 
 
@@ -273,31 +271,31 @@ def _folders(config: Config) -> list[str]:
     found = []
     if config.autoencoder.kind != "spectral" and config.autoencoder.folder is None:
         found.append(
-            f"autoencoder.kind={config.autoencoder.kind} needs autoencoder.folder: the released folder with its config "
-            f"and weights"
+            f"autoencoder.kind={config.autoencoder.kind} needs autoencoder.folder: the folder of the release, with its "
+            f"config and weights"
         )
     if config.text.kind != "none" and config.text.folder is None:
-        found.append(f"text.kind={config.text.kind} needs text.folder, where it is")
+        found.append(f"text.kind={config.text.kind} needs text.folder: where its files are")
     if config.data.audio is None and config.data.synth_hours <= 0:
-        found.append("there is no sound to train on: give data.audio=FOLDER or data.synth_hours=0.5")
+        found.append("there is no sound to train on: set data.audio=FOLDER or data.synth_hours=0.5")
     audio = None if config.data.audio is None else Path(config.data.audio)
     if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
-        found.append(f"data.audio={audio} is no folder, and no manifest ({', '.join(MANIFESTS)})")
+        found.append(f"data.audio={audio} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
     if config.data.audio is not None and is_url(config.data.latents):
         found.append(
-            f"data.latents={config.data.latents} can't be written to: leave data.audio out, or prepare to a folder "
-            f"and copy that there"
+            f"data.latents={config.data.latents} is a URL, to which `prepare` cannot write: remove data.audio, or set "
+            f"data.latents=FOLDER and upload that folder"
         )
     found += [
-        f"data.mix: {folder} is no set and holds no train/"
+        f"data.mix: {folder} is not a set and has no train/"
         for folder in config.data.mix
         if not is_url(folder) and not any((Path(folder) / name).exists() for name in ("train", "set.json"))
     ]
     latents = Path(config.data.latents)
     if latents.is_dir() and any(latents.glob("*.tar")):
         found.append(
-            f"data.latents={latents} holds shards itself: move them to its train/, and some that nothing "
-            f"is to learn from to its test/, then run `spresso index`; or name it in data.mix"
+            f"data.latents={latents} holds shards itself: move them to its train/, and held-out ones to "
+            f"its test/, then run `spresso index {latents}`; or name the folder in data.mix"
         )
     return found
 
@@ -311,10 +309,10 @@ def _evaluation(config: Config) -> list[str]:
     kind, colon, where = chosen.embedding.partition(":")
     if chosen.embedding != "mel-stat" and not (kind == "clap" and colon and where):
         found.append(f"evaluate.embedding={chosen.embedding} is neither mel-stat nor clap:FOLDER_OR_NAME")
-    if chosen.visqol and (missing := lacks("visqol", "pip install 'spresso[visqol]', or leave it out")):
+    if chosen.visqol and (missing := lacks("visqol", "pip install 'spresso[visqol]', or remove evaluate.visqol")):
         found.append(f"evaluate.visqol=true: {missing}")
     return found + [
-        f"evaluate.codecs: {title}={folder} is no export: give a folder such as runs/NAME/finetune/export"
+        f"evaluate.codecs: {title}={folder} is not an export: give a folder such as runs/NAME/finetune/export"
         for title, folder in chosen.codecs.items()
         if not (Path(folder) / "codec.json").is_file()
     ]

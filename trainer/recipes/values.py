@@ -1,4 +1,4 @@
-"""A recipe's values: as YAML, as dotted keys, as a hash."""
+"""Converts the values of a recipe to YAML, to dotted keys and to a hash."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.recipes.schema import Config, recipe_schema
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config; a run can be started from it alone."""
+    """Return the resolved config as YAML, from which alone a run can be started."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values."""
+    """Return the plain values of a dataclass and of those nested in it, by their dotted keys."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
@@ -27,7 +27,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def added_later() -> dict[str, Any]:
-    """Dotted keys of the settings that older runs did not have → their defaults."""
+    """Return the defaults of the settings that older runs did not have, by their dotted keys."""
 
     def found(config: Any, prefix: str) -> dict[str, Any]:
         keys: dict[str, Any] = {}
@@ -43,5 +43,5 @@ def added_later() -> dict[str, Any]:
 
 
 def hash_values(values: dict[str, Any]) -> str:
-    """Short hash of plain values, the same in every process."""
+    """Return a short hash of plain values that is the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -247,7 +247,7 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
 
 
 def test_an_export_that_is_none_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="is no export: give a folder such as runs/NAME/finetune/export"):
+    with pytest.raises(ValueError, match="is not an export: give a folder such as runs/NAME/finetune/export"):
         tiny(f"evaluate.codecs={{x: {tmp_path}}}")
     with pytest.raises(ValueError, match=r"the nearest is dac@1\.7"):
         tiny("evaluate.baselines=[dac@2]")

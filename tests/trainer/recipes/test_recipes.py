@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.recipes import reading
-from trainer.recipes import schema as schema
+from trainer.recipes import reading, values
 from trainer.stages import STAGES
 
 
@@ -61,7 +60,7 @@ def test_all_problems_are_found_at_once():
     with pytest.raises(ValueError, match="crop_frames") as error:
         reading.load_recipe("demo", overrides)
     text = str(error.value)
-    for mend in ("take 99 or 108", "128 or 256", "rates holds 99", "/nowhere", "multiple of 3", "logit_men"):
+    for mend in ("set 99 or 108", "128 or 256", "rates holds 99", "/nowhere", "multiple of 3", "logit_men"):
         assert mend in text
 
 
@@ -76,10 +75,10 @@ def test_all_problems_are_found_at_once():
         (["evaluate.clips=1"], "at least 2"),
         (["evaluate.page_clips=0"], "page_clips=0 must be above"),
         (["quantizer.vectors=100"], "at least 10240"),
-        (["data.clip_seconds=1"], "autoencode.crop_frames=126 is longer .* 100 frames: take 99"),
+        (["data.clip_seconds=1"], "autoencode.crop_frames=126 is longer .* 100 frames: set 99"),
         (["data.window=10"], "at least 4096"),
         (["data.mix={/nowhere: 0}"], "share 0 of /nowhere"),
-        (["data.mix={/nowhere: 1}"], "/nowhere is no set and holds no train/"),
+        (["data.mix={/nowhere: 1}"], "/nowhere is not a set and has no train/"),
     ],
 )
 def test_what_would_fail_late_is_refused_at_once(overrides, mend):
@@ -90,7 +89,7 @@ def test_what_would_fail_late_is_refused_at_once(overrides, mend):
 def test_resolved_config_starts_the_same_run(tmp_path):
     config = reading.load_recipe("demo", ["seed=3", "run_dir=/tmp/elsewhere"])
     path = tmp_path / "config.yaml"
-    path.write_text(schema.to_yaml(config))
+    path.write_text(values.to_yaml(config))
     assert reading.load_recipe(str(path), []) == config
     assert OmegaConf.load(path).data.latents == "/tmp/elsewhere/latents"
 
@@ -103,9 +102,9 @@ def test_stages_follow_from_what_is_given(tmp_path):
 
 
 def test_fingerprint_changes_with_any_value():
-    first, second = (schema.flatten(reading.load_recipe("demo", [f"seed={seed}"])) for seed in (0, 1))
-    assert schema.hash_values(first) != schema.hash_values(second)
-    assert schema.hash_values(first) == schema.hash_values(dict(reversed(first.items())))
+    first, second = (values.flatten(reading.load_recipe("demo", [f"seed={seed}"])) for seed in (0, 1))
+    assert values.hash_values(first) != values.hash_values(second)
+    assert values.hash_values(first) == values.hash_values(dict(reversed(first.items())))
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_a_model_replaces_the_formulation_and_a_recipe_the_models_settings(relea
 
 
 def test_crops_fit_the_latent_rate_of_the_model(released):
-    with pytest.raises(ValueError, match=r"autoencode\.crop_frames=200 is longer .* 107 frames: take 106"):
+    with pytest.raises(ValueError, match=r"autoencode\.crop_frames=200 is longer .* 107 frames: set 106"):
         reading.load_recipe("stable_audio_open", ["autoencode.crop_frames=200"])
 
 
