@@ -131,9 +131,9 @@ def _rows(
         if with_rate:
             cells.append(_rate_cell(system))
         if system.get("unavailable"):
-            rest = width - len(cells)
+            columns_left = width - len(cells)
             reason = f"Not available: {system['unavailable']}"
-            cells += [element("td", reason, colspan=rest, class_="reason")] if rest else []
+            cells += [element("td", reason, colspan=columns_left, class_="reason")] if columns_left else []
         else:
             cells += [_unfold_cell(system, columns)] if len(columns) > _ALWAYS_SHOWN else []
             cells += [column.cell(system) for column in columns]

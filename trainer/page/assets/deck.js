@@ -97,7 +97,7 @@ class Deck {
   onend = () => {};
   #context;
   #voice = null;
-  #rest = 0;
+  #pausedAt = 0;
   #loop = false;
 
   constructor(context) { this.#context = context; }
@@ -113,7 +113,7 @@ class Deck {
   }
 
   set seconds(value) {
-    if (!this.#voice) this.#rest = value;
+    if (!this.#voice) this.#pausedAt = value;
   }
 
   set loop(on) {
@@ -126,7 +126,7 @@ class Deck {
   }
 
   #secondsAt(time) {
-    if (!this.#voice) return this.#rest;
+    if (!this.#voice) return this.#pausedAt;
     const { at, from, least, source } = this.#voice;
     const seconds = Math.max(least, from + time - at);
     return source.loop ? seconds % source.buffer.duration : Math.min(seconds, source.buffer.duration);
@@ -153,14 +153,14 @@ class Deck {
       fall.disconnect();
       if (this.#voice !== voice) return;
       this.#voice = null;
-      this.#rest = 0;
+      this.#pausedAt = 0;
       this.onend();
     };
   }
 
   pause() {
     const at = this.#context.currentTime + Deck.AHEAD;
-    this.#rest = this.#secondsAt(at) % this.#voice.source.buffer.duration;
+    this.#pausedAt = this.#secondsAt(at) % this.#voice.source.buffer.duration;
     this.#release(at, fadeCurves(0).fall);
     this.#voice = null;
   }

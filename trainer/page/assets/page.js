@@ -199,7 +199,7 @@
   const inView = ({ top, bottom }) => bottom > 0 && top < innerHeight;
   const firstInView = () => all(".player").find((player) => inView(player.getBoundingClientRect()));
 
-  function beside(player, step) {
+  function neighbour(player, step) {
     const players = all(".player", groupOf(player));
     return players[players.indexOf(player) + step];
   }
@@ -225,8 +225,8 @@
 
   const KEYS = {
     " ": toggle,
-    ArrowRight: (player) => goTo(beside(player, 1)),
-    ArrowLeft: (player) => goTo(beside(player, -1)),
+    ArrowRight: (player) => goTo(neighbour(player, 1)),
+    ArrowLeft: (player) => goTo(neighbour(player, -1)),
     ArrowDown: (player) => goTo(below(player, 1)),
     ArrowUp: (player) => goTo(below(player, -1)),
     l: () => setLoop(!deck?.loop),
