@@ -76,7 +76,11 @@ class ScoredClips:
         return [row + take * _OTHER_SEED for row in rows]
 
     def _common(self, samples: int) -> int:
-        """Return the length that all clips have, at most `samples`; refuse clips of unequal length below `samples`."""
+        """Return the common length in samples: `samples`, or less if all clips are equally short.
+
+        Raises:
+            ValueError: some clips are shorter than `samples` and others are longer than these.
+        """
         frames = self._shards.index["frames"][self._ids]
         shortest, longest = (
             self._shards.audio(self._ids[int(at)]).shape[1] for at in (frames.argmin(), frames.argmax())

@@ -1,8 +1,8 @@
-"""What the forward and backward pass of one micro batch holds, measured by running it on tensors without numbers.
+"""Measures the activation memory of one micro batch by running forward and backward pass on fake tensors.
 
-The stage's own module runs, under autocast and with checkpointed blocks as in training. A fake tensor has a shape, a
-dtype and a storage of a size, and no memory: autograd saves it as it would save a real one. What lives at a time is
-summed over storages, so that views count once and what is freed is gone.
+The stage's own module runs with autocast and activation checkpointing as in training. A fake tensor has a shape, a
+dtype and a storage size but no memory, and autograd saves it like a real tensor. Live bytes are summed over storages,
+so that views count once and freed storages no longer count.
 """
 
 from __future__ import annotations
@@ -29,53 +29,57 @@ from trainer.ranks.strategy import DTYPES, Computed, blocks_of, recompute
 from trainer.recipes.schema import Config
 
 Kind = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor."""
+"""The shape and the dtype of a tensor."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one micro batch, in bytes; weights and their gradients are not among them."""
+    """Activation bytes of one micro batch, without weights and their gradients."""
 
     saved: int
-    """What is held between the forward and the backward pass."""
+    """Bytes held between forward and backward pass."""
     forward: int
-    """The most at any time of the forward pass."""
+    """The peak of the forward pass."""
     backward: int
-    """The most at any time of the backward pass."""
+    """The peak of the backward pass."""
     kinds: Counter[Kind]
-    """How many tensors of each kind make up what is saved."""
+    """The number of saved tensors of each kind."""
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """The peak of both passes."""
         return max(self.forward, self.backward)
 
     def largest(self, most: int = 4) -> list[tuple[int, Kind, int]]:
-        """The biggest groups of what is saved: how many, of what kind, bytes in all."""
+        """Return the largest groups of saved tensors: their number, their kind, and their total bytes."""
         groups = [(count, kind, count * _bytes(kind)) for kind, count in self.kinds.items()]
         return sorted(groups, key=lambda group: group[2], reverse=True)[:most]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """How a micro batch is computed."""
+    """The settings with which a micro batch is computed."""
 
     clips: int
     frames: int
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     lower_trained: bool
-    """Whether trained weights lie in that precision, as with ZeRO and FSDP2; DDP casts float32 ones in each pass."""
+    """Whether trained weights are stored in that precision, as in ZeRO and FSDP2; DDP casts float32 weights."""
     recomputed: bool
-    """Whether blocks are computed again in the backward pass."""
+    """Whether blocks are checkpointed, and so recomputed in the backward pass."""
     cuda: bool
-    """Whether autocast is CUDA's, which keeps more in float32 than a CPU's."""
+    """Whether to follow CUDA's autocast, which keeps more operations in float32 than the CPU's."""
     text: bool = False
-    """Whether D is given text."""
+    """Whether D is conditioned on text."""
 
 
 def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
-    """Measured on D of these sizes; of a deep one two or three blocks of a kind are, as each more adds the same."""
+    """Measure a micro batch with D of these sizes.
+
+    A deep D is measured with two and three blocks of each kind and extrapolated, because each further block adds the
+    same amount.
+    """
     multi, single = block_counts(dit)
     few = (min(multi, 2), min(single, 2))
     more = [(index, count - few[index]) for index, count in enumerate((multi, single)) if count > few[index]]
@@ -89,7 +93,7 @@ def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Ac
 
 
 def _extended(result: Activations, base: Activations, deeper: Activations, blocks: int) -> Activations:
-    """With so many more of the blocks that `deeper` has one more of than `base`."""
+    """Extrapolate `result` by `blocks` blocks, each of which adds the difference of `deeper` and `base`."""
     kinds = Counter(result.kinds)
     for kind in {*base.kinds, *deeper.kinds}:
         kinds[kind] += blocks * (deeper.kinds[kind] - base.kinds[kind])
@@ -125,7 +129,7 @@ def _of_depth(
 def measure(
     computed: Computed, shape: Sequence[int], conditions: Mapping[str, Tensor] | None = None, *, backward: bool = True
 ) -> Activations:
-    """Of one pass on x0 of a shape (B, C, T), forward and maybe backward; on fake tensors in a FakeTensorMode."""
+    """Measure a pass on x0 of shape (B, C, T), optionally forward only; in a FakeTensorMode all tensors are fake."""
     with _Living(computed.parameters()) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
         inputs = Inputs(x0=x0_BCT, positions=torch.arange(shape[0]), conditions=conditions or {})
@@ -138,7 +142,7 @@ def measure(
 
 
 class _Living(TorchDispatchMode):
-    """Sums the storages that are alive, but for those of parameters and their gradients."""
+    """Tracks the bytes of live storages, except those of parameters and their gradients."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -170,7 +174,7 @@ class _Living(TorchDispatchMode):
         return result
 
     def kinds(self) -> Counter[Kind]:
-        """How many tensors of each kind are alive."""
+        """Return the number of live tensors of each kind."""
         return Counter(kind for _, kind in self._living.values())
 
     def _see(self, tensor: Tensor) -> None:
@@ -194,7 +198,7 @@ class _Living(TorchDispatchMode):
 
 
 class _CudaAutocast(TorchFunctionMode):
-    """Norms take float32 where CUDA's autocast is on; a CPU's leaves them in what they are given."""
+    """Runs norms in float32 under autocast, as CUDA does; the CPU's autocast keeps the dtype of the input."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
@@ -208,7 +212,7 @@ class _CudaAutocast(TorchFunctionMode):
 
 
 def _as_on_cuda(module: nn.Module) -> None:
-    """A block is called by itself when it is computed again, outside of any mode around the forward pass."""
+    """Wrap a module's forward in `_CudaAutocast`; a mode around the whole pass would not cover recomputed blocks."""
     plain = module.forward
 
     def forward(*inputs: Any) -> Any:
@@ -219,7 +223,7 @@ def _as_on_cuda(module: nn.Module) -> None:
 
 
 def _give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool) -> None:
-    """Parameters and buffers of the meta device become fake ones of a CPU: autocast knows no meta device."""
+    """Replace meta parameters and buffers by fake CPU ones, because autocast does not support the meta device."""
     for part in module.modules():
         for name, value in list(part.named_parameters(recurse=False)):
             lower = lower_trained or not value.requires_grad

@@ -1,7 +1,7 @@
-"""What each rank will hold, before a run: a row for every strategy, and the fastest that fits; and what mends a lack.
+"""Predicts the memory of each rank before a run, finds the fastest strategy that fits, and suggests changes.
 
-Weights, gradients, moments and buffers are reckoned from shapes (`ledger`), activations are measured on tensors without
-numbers (`activations`). Nothing is allocated, and no GPU is needed.
+Weights, gradients, moments and buffers are computed from shapes (`ledger`); activations are measured on fake tensors
+(`activations`). Nothing is allocated, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trainer.stages import STAGES
 
 GIB = 2**30
 SPARE = GIB
-"""Of a GPU's memory: its context, libraries' workspaces and NCCL's own buffers."""
+"""GPU memory that the CUDA context, library workspaces and NCCL buffers take."""
 USABLE = 0.95
-"""Of the rest; what fragmentation leaves."""
+"""Fraction of the remaining memory that is usable in spite of fragmentation."""
 
 _PLAIN: tuple[Sharing, ...] = (
     Sharing("ddp"),
@@ -48,29 +48,29 @@ def _recomputed(sharings: Iterable[Sharing]) -> tuple[Sharing, ...]:
 
 
 SPEED = (*_PLAIN, *_recomputed(_PLAIN), *_OFFLOADED, *_recomputed(_OFFLOADED))
-"""The fastest first, by what a step costs on top of the work itself. `ddp` reduces gradients once, behind the backward
-pass. `zero1` and `zero2` send the new weights round as well. `fsdp2` brings trained weights together in each pass of
-each micro batch, `shard_base` the frozen ones too, and `zero3` both in smaller pieces. Recomputing costs a third more
-work, which is more than any traffic on a fast network; offloading waits for PCIe and for a CPU's Adam."""
+"""All sharings, the fastest first, ordered by the overhead of a step. `ddp` reduces gradients once, overlapped with the
+backward pass. `zero1` and `zero2` also gather the updated weights. `fsdp2` gathers trained weights in each pass of each
+micro batch, `shard_base` frozen weights too, and `zero3` both in smaller pieces. Checkpointing costs a third more
+compute, which is more than any communication on a fast network. Offloading waits for PCIe and for Adam on the CPU."""
 
 
 @dataclass(frozen=True)
 class StrategyRow:
-    """One way to share the work, and what a rank would hold."""
+    """A sharing and the memory of a rank under it."""
 
     sharing: Sharing
     parts: Parts
 
     def fits(self, total: float) -> bool:
-        """Whether it fits a device of so many bytes, with something to spare."""
+        """Whether a rank fits a device of `total` bytes, with a margin."""
         return self.parts.total <= USABLE * (total - SPARE)
 
 
 class Estimate:
-    """One stage of a recipe on so many ranks.
+    """The memory of one stage of a recipe on `world_size` ranks.
 
     Raises:
-        ValueError: the sizes of D or of the AudioAE are in a folder that is missing or damaged.
+        ValueError: the folder that holds the sizes of D or of the AudioAE is missing or damaged.
     """
 
     def __init__(self, config: Config, stage: str, world_size: int) -> None:
@@ -89,12 +89,15 @@ class Estimate:
         self._measured = cache(self._measure)
 
     def row(self, sharing: Sharing) -> StrategyRow:
-        """What a rank would hold."""
+        """Return the memory of a rank under a sharing."""
         parts = held(self.outline, sharing, self.ranks)
         return StrategyRow(sharing, parts.with_activations(self.activations(sharing).peak))
 
     def rows(self) -> list[StrategyRow]:
-        """Every way, the recipe's own among them, the fastest first; blocks are computed again where it says so."""
+        """Return all sharings including the recipe's, the fastest first.
+
+        All of them checkpoint activations if the recipe does.
+        """
         own = self.own
         ways = [*_PLAIN, *_OFFLOADED]
         if own.checkpoint_activations:
@@ -104,11 +107,11 @@ class Estimate:
         return [self.row(sharing) for sharing in ways]
 
     def fastest(self, total: float) -> StrategyRow | None:
-        """The first of `SPEED` that fits a device of so many bytes; None where nothing does."""
+        """Return the first of `SPEED` that fits a device of `total` bytes, or None."""
         return fastest((self.row(sharing) for sharing in SPEED), total)
 
     def activations(self, sharing: Sharing) -> Activations:
-        """Of one micro batch."""
+        """Measure the activations of one micro batch; equal settings are measured once."""
         lower_trained = sharing.strategy != "ddp" and self.ranks.precision != "fp32"
         return self._measured(lower_trained, sharing.checkpoint_activations)
 
@@ -126,12 +129,12 @@ class Estimate:
 
 
 def fastest(rows: Iterable[StrategyRow], total: float) -> StrategyRow | None:
-    """The first row that fits; the rest are not asked for."""
+    """Return the first row that fits, or None; later rows are not computed."""
     return next((row for row in rows if row.fits(total)), None)
 
 
 def gpu_memory(config: ParallelConfig) -> int:
-    """Bytes of this machine's smallest GPU, or of the one that the recipe has in mind."""
+    """Return the bytes of this machine's smallest GPU; without a GPU, those of `parallel.gpu_gib`."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return int(config.gpu_gib * GIB)
     return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
@@ -139,7 +142,7 @@ def gpu_memory(config: ParallelConfig) -> int:
 
 @dataclass(frozen=True)
 class Change:
-    """Something to set, what it costs, and what a rank would hold then."""
+    """A change of settings, its cost, and the memory of a rank after it."""
 
     settings: list[str]
     cost: str
@@ -147,7 +150,7 @@ class Change:
 
 
 def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
-    """What could be set to hold less, the cheapest first; of settings that differ in degree, one after another."""
+    """Yield changes that may save memory, the cheapest first; gradual settings yield one change for each degree."""
     parallel, now = config.parallel, Estimate(config, stage, world_size)
     yield from _smaller_micro_batches(now)
     if world_size > 1:
@@ -164,12 +167,12 @@ def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
     if frames := _shorter_crop(config, stage):
         settings: dict[str, Any] = {stage: dataclasses.replace(config.stage(stage), crop_frames=frames)}
         shorter = Estimate(dataclasses.replace(config, **settings), stage, world_size)
-        cost = "shorter context: what is learned changes"
+        cost = "shorter context; the result changes"
         yield Change([f"{stage}.crop_frames={frames}"], cost, shorter.row(now.own))
 
 
 def _smaller_micro_batches(now: Estimate) -> Iterator[Change]:
-    """Half of it and less. What a clip adds is the same for each, so two sizes are measured."""
+    """Yield smaller micro batches. Each clip adds the same amount, so only two sizes are measured."""
     if now.micro == 1:
         return
     single = Estimate(_with_parallel(now.config, micro_batch=1), now.stage, now.ranks.count)
@@ -187,27 +190,24 @@ def _with_parallel(config: Config, **settings: Any) -> Config:
 
 
 def out_of_memory(config: Config, stage: str, world_size: int, peak_bytes: float, total_bytes: float) -> str:
-    """What to tell when a device's memory is used up: prediction beside measurement, and the three cheapest changes.
+    """Return the error of a device without memory: prediction, measurement, and the three cheapest changes.
 
     Args:
         config: the whole recipe.
-        stage: the one that ran.
-        world_size: its ranks.
-        peak_bytes: the most that this rank had allocated.
+        stage: the stage that ran.
+        world_size: number of ranks of the stage.
+        peak_bytes: the most memory that this rank had allocated.
         total_bytes: the device's memory.
     """
-    header = (
-        f"out of memory in {stage} on {world_size} rank(s): at most {size(peak_bytes)} were in use, of "
-        f"{size(total_bytes)}"
-    )
+    header = f"out of memory in {stage} on {world_size} rank(s): the peak was {size(peak_bytes)} of {size(total_bytes)}"
     try:
         estimate = Estimate(config, stage, world_size)
         row = estimate.row(estimate.own)
-        # what is predicted too low is so for the changes as well
+        # if the prediction is too low, it is too low by as much for the changes
         unforeseen = max(0.0, peak_bytes - row.parts.total)
         found = cheapest(changes(config, stage, world_size), row, total_bytes - unforeseen)
     except (ValueError, OSError) as error:
-        return f"{header}. Lower parallel.micro_batch; what more would do can't be told, because {error}"
+        return f"{header}. Lower parallel.micro_batch; other changes can't be estimated, because {error}"
     cells = [*ON_DEVICE, "predicted", "measured"]
     sizes = [*(getattr(row.parts, name) for name in ON_DEVICE), row.parts.total, peak_bytes]
     table = aligned([cells, [size(each) for each in sizes]], right=range(len(cells)))
@@ -215,17 +215,20 @@ def out_of_memory(config: Config, stage: str, world_size: int, peak_bytes: float
     lines = [
         header,
         *table.splitlines(),
-        "the cheapest changes that would be enough:" if enough else "no one change is enough; these save most:",
+        "the cheapest changes, each of which is enough:" if enough else "no single change is enough; these save most:",
         *(
             f"  {' '.join(change.settings)}: {size(change.row.parts.total + unforeseen)}; {change.cost}"
             for change in found
         ),
     ]
-    return "\n".join(lines if found else [*lines[:3], "nothing is left to set: use more ranks, or a smaller model"])
+    return "\n".join(lines if found else [*lines[:3], "no setting saves memory: use more ranks or a smaller model"])
 
 
 def cheapest(candidates: Iterable[Change], now: StrategyRow, total: float, most: int = 3) -> list[Change]:
-    """The first few that fit, one of a kind, and no more are asked for; where none does, those that save most."""
+    """Return the first `most` changes that fit, one for each cost; if none fits, return those that save most.
+
+    Candidates after the last returned one are not computed.
+    """
     fitting: dict[str, Change] = {}
     saving = []
     for change in candidates:
@@ -242,7 +245,7 @@ def cheapest(candidates: Iterable[Change], now: StrategyRow, total: float, most:
 
 
 def _slower(own: Sharing, ways: Iterable[Sharing]) -> Iterator[Sharing]:
-    """Those that come after the recipe's own, with its choice of recomputing."""
+    """Yield the sharings that are slower than the recipe's, with the recipe's choice of checkpointing."""
     for sharing in ways:
         changed = dataclasses.replace(sharing, checkpoint_activations=own.checkpoint_activations)
         if own not in SPEED or SPEED.index(changed) > SPEED.index(own):
@@ -250,7 +253,7 @@ def _slower(own: Sharing, ways: Iterable[Sharing]) -> Iterator[Sharing]:
 
 
 def _differing(own: Sharing, other: Sharing) -> list[str]:
-    """What to set to get from one to the other."""
+    """Return the settings that turn one sharing into the other, as `key=value`."""
     fields = [item.name for item in dataclasses.fields(Sharing)]
     pairs = [(name, getattr(other, name)) for name in fields if getattr(other, name) != getattr(own, name)]
     return [f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in pairs]

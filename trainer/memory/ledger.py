@@ -1,7 +1,7 @@
-"""What a rank holds of a stage's weights, gradients and moments under each strategy, in bytes, reckoned from shapes.
+"""Computes the bytes of weights, gradients and moments on a rank under each strategy, from the shapes of a stage.
 
-The rank is the first, whose parts are never the smaller ones. Where DDP, FSDP2 and DeepSpeed 0.19 keep what was read in
-them; `tests/trainer/memory/test_memory.py` holds it against live ones.
+The result is for the first rank, whose shards are never smaller than those of others. The formulas follow the source
+code of DDP, FSDP2 and DeepSpeed 0.19; `tests/trainer/memory/test_memory.py` compares them with running strategies.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from trainer.ranks.zero import reduce_bucket
 from trainer.recipes.schema import ParallelConfig
 
 PERSISTENT = 100_000
-"""ZeRO-3 keeps a parameter whole that has no more numbers than this; DeepSpeed's default."""
+"""ZeRO-3 also keeps parameters of at most this many elements whole on every rank (DeepSpeed's default)."""
 REUSED = 500_000_000
-"""Numbers whose way through forward and backward pass is within DeepSpeed's default reuse distance of 10⁹: ZeRO-3
-brings them together once a micro batch and keeps them between the passes."""
+"""Elements that ZeRO-3 gathers only once per micro batch and keeps between forward and backward pass: each is used in
+both passes, so that this many lie within DeepSpeed's default reuse distance of 10⁹."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """One way to share the work: the settings under `parallel` that decide what a rank holds."""
+    """The settings under `parallel` that decide which weights and states a rank holds."""
 
     strategy: str = "ddp"
     shard_base: bool = False
@@ -35,12 +35,12 @@ class Sharing:
 
     @classmethod
     def of(cls, config: ParallelConfig) -> Sharing:
-        """The recipe's."""
+        """Return the settings of a recipe."""
         return cls(*(getattr(config, item.name) for item in dataclasses.fields(cls)))
 
     @property
     def settings(self) -> list[str]:
-        """As `key=value`, those alone that differ from the defaults, the strategy always."""
+        """The settings that differ from the defaults as `key=value`; the strategy is always included."""
         flags = [name for name in ("shard_base", "checkpoint_activations") if getattr(self, name)]
         offload = [] if self.offload == "none" else [f"offload={self.offload}"]
         return [
@@ -49,38 +49,38 @@ class Sharing:
 
     @property
     def short(self) -> str:
-        """The same in few words, whether blocks are computed again aside."""
+        """A short label, which does not say whether activations are checkpointed."""
         words = [self.strategy, *(["base cut"] if self.shard_base else [])]
         return " ".join([*words, *([] if self.offload == "none" else [f"offload={self.offload}"])])
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on the device, by what they are, and in host memory."""
+    """Bytes of each kind on the device, and bytes in host memory."""
 
     base: int = 0
-    """Frozen weights, and models that only listen."""
+    """Frozen weights, and the models outside the stage's module."""
     trained: int = 0
-    """Trained weights: float32 masters, and copies in the lower precision where the strategy keeps them."""
+    """Trained weights: float32 masters, and copies in lower precision if the strategy keeps them."""
     gradients: int = 0
     moments: int = 0
     ema: int = 0
     activations: int = 0
     buffers: int = 0
-    """For what is on its way between ranks: buckets of gradients, weights brought together for a while."""
+    """Communication buffers: buckets of gradients, and weights that are gathered temporarily."""
     step: int = 0
-    """Needed only during the optimizer's step, when there are no activations and no buffers."""
+    """Temporary memory of the optimizer step, when activations and buffers are already freed."""
     host: int = 0
-    """In host memory: what is offloaded."""
+    """Offloaded states in host memory."""
 
     def with_activations(self, activations: int) -> Parts:
-        """And what the step needs counted as a buffer, where the pass before it has needed less."""
+        """Add activations; what the optimizer step needs beyond them is counted as buffers."""
         buffers = max(self.buffers, self.step - activations)
         return dataclasses.replace(self, activations=activations, buffers=buffers)
 
     @property
     def total(self) -> int:
-        """On the device, were all parts at their largest together: a little more than is ever seen."""
+        """Bytes on the device if all parts peaked at once, which slightly overestimates the real peak."""
         return sum(getattr(self, name) for name in ON_DEVICE)
 
 
@@ -89,25 +89,25 @@ ON_DEVICE = ("base", "trained", "gradients", "moments", "ema", "activations", "b
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where and with what."""
+    """The properties of a run that decide what a rank holds, in addition to `Sharing`."""
 
     count: int
     replicas: int
     precision: str
     accumulated: bool
-    """Whether a step is more than one micro batch."""
+    """Whether a step accumulates gradients over more than one micro batch."""
     cuda: bool
 
     @property
     def width(self) -> int:
-        """Bytes to a number that is computed with."""
+        """Bytes of an element in the precision of the computation."""
         return DTYPES[self.precision].itemsize
 
 
 def held(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
-    """All but the activations."""
-    reckon = {"ddp": _ddp, "zero1": _zero_1_2, "zero2": _zero_1_2, "zero3": _zero_3, "fsdp2": _fsdp2}[sharing.strategy]
-    parts = reckon(outline, sharing, ranks)
+    """Compute everything that a rank holds, except activations."""
+    formula = {"ddp": _ddp, "zero1": _zero_1_2, "zero2": _zero_1_2, "zero3": _zero_3, "fsdp2": _fsdp2}[sharing.strategy]
+    parts = formula(outline, sharing, ranks)
     return dataclasses.replace(parts, base=parts.base + outline.beside)
 
 
@@ -124,7 +124,7 @@ def _ddp(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
 
 
 def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
-    """Weights are flattened, matrices and vectors apart, and padded to equal partitions of an even size."""
+    """ZeRO-1 and 2 flatten matrices and vectors into one group each, padded to equal partitions of even size."""
     width, bucket = ranks.width, reduce_bucket(_numbers(outline.trained.values()))
     groups = [
         _numbers(shape for shape in outline.trained.values() if (len(shape) > 1) == matrices)
@@ -133,7 +133,7 @@ def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
     partitions = [2 * _parts(group, 2 * ranks.count) for group in groups]
     part, owned = sum(partitions), sum(map(min, partitions, groups))
     whole = part * ranks.count
-    # gradients stay whole where they are reduced only once: at the last micro batch, on a CPU after it
+    # gradients stay whole if they are reduced only once, after accumulation or, on a CPU, after the backward pass
     gathering = whole if sharing.strategy == "zero1" and (ranks.accumulated or not ranks.cuda) else 0
     parts = Parts(
         base=width * _numbers(outline.frozen.values()),
@@ -141,13 +141,13 @@ def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         gradients=width * (part + gathering),
         moments=8 * part,
         ema=4 * owned,
-        # a second bucket while the first one is on its way, and a float32 copy of it where it is lower
+        # CUDA fills a second bucket while the first is reduced; lower precision needs a float32 copy of a bucket
         buffers=bucket * (width * (2 if ranks.cuda else 1) + (4 if width < 4 else 0)),
         step=4 * part,
     )
     if sharing.offload == "none":
         return parts
-    # masters, moments, gradients for them, a pinned copy on the way back, averages; and sums over micro batches
+    # masters, moments, their gradients, a pinned copy for the transfer back; the EMA; accumulated gradients
     host = (4 + 8 + 4 + width) * part + 4 * owned + (width * whole if ranks.accumulated else 0)
     return dataclasses.replace(
         parts, trained=width * whole, gradients=width * gathering, moments=0, ema=0, step=0, host=host
@@ -155,7 +155,7 @@ def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
 
 
 def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
-    """Each parameter is cut by itself; small ones stay whole as well. On one rank the part is the whole."""
+    """ZeRO-3 shards each parameter separately, and small ones also stay whole. On one rank a shard is the whole."""
     width, alone = ranks.width, ranks.count == 1
     frozen, trained = ([shape.numel() for shape in each.values()] for each in (outline.frozen, outline.trained))
     cut_frozen, cut_trained = (sum(_parts(size, ranks.count) for size in sizes) for sizes in (frozen, trained))
@@ -175,7 +175,7 @@ def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
     )
     if sharing.offload == "none":
         return parts
-    # masters, moments, averages, gradients for the masters and as they come
+    # masters, moments, the EMA, gradients of the masters, and gradients in the lower precision
     host = (4 + 8 + 4 + 4 + width) * cut_trained
     on_device = dataclasses.replace(
         parts, trained=parts.trained - 4 * cut_trained, gradients=0, moments=0, ema=0, step=0
@@ -187,7 +187,7 @@ def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
 
 
 def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
-    """Each parameter is cut along its first dimension; blocks are brought together one by one, the next one ahead."""
+    """FSDP2 shards parameters along the first dimension; it gathers block by block and prefetches the next block."""
     width, shards = ranks.width, ranks.count // ranks.replicas
     trained = _numbers(outline.trained.values())
     cut = sum(_rows(shape, shards) for shape in outline.trained.values())
@@ -200,10 +200,10 @@ def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
     return Parts(
         base=width * base,
         trained=4 * cut,
-        gradients=4 * (cut + (trained if ranks.accumulated else 0)),  # whole until the last micro batch
+        gradients=4 * (cut + (trained if ranks.accumulated else 0)),  # unsharded until the last micro batch
         moments=8 * cut,
         ema=4 * cut,
-        # what lies in no block stays; two blocks, and a third as it comes in; gradients as they leave, in float32
+        # weights outside blocks stay gathered, and so do two blocks while a third arrives; gradients leave in float32
         buffers=width * (outside + 3 * largest) + (4 + width) * reduced,
     )
 
@@ -214,7 +214,7 @@ def _block_sizes(outline: Outline, *, trained_only: bool = False) -> list[int]:
 
 
 def _outside(outline: Outline) -> int:
-    """Trained numbers that lie in no block."""
+    """Return the number of trained elements outside all blocks."""
     return _numbers(outline.trained.values()) - sum(_block_sizes(outline, trained_only=True))
 
 
@@ -223,7 +223,7 @@ def _numbers(shapes: Iterable[torch.Size]) -> int:
 
 
 def _parts(count: int, parts: int) -> int:
-    """The size of equal parts, the last one padded."""
+    """Return the size of equal parts of `count` elements, the last one padded."""
     return -(-count // parts)
 
 

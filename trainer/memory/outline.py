@@ -1,4 +1,4 @@
-"""A stage's model without its numbers: every shape of what would be trained and of what would lie frozen beside it.
+"""The shapes of a stage's model: of its trained and frozen parameters, and of the other models on the device.
 
 The stage's own Task is built on the meta device, from models that have shapes and no weights.
 """
@@ -28,25 +28,25 @@ Shapes = dict[str, torch.Size]
 
 @dataclass(frozen=True)
 class Outline:
-    """What a stage computes with."""
+    """The shapes of everything that a stage computes with."""
 
     dit: DecoderConfig
     trained: Shapes
-    """Of each trained parameter, under its name in the stage's module."""
+    """Shapes of the trained parameters, by their names in the stage's module."""
     frozen: Shapes
-    """Of each frozen one in it."""
+    """Shapes of the frozen parameters in the stage's module."""
     blocks: list[set[str]]
-    """The parameters of each Transformer block."""
+    """The names of the parameters in each Transformer block."""
     beside: int
-    """Bytes of what lies on the device next to the module, in float32 on every rank: the AudioAE, and parts of the
-    codec that only decode for the log."""
+    """Bytes of the models outside the stage's module, in float32 on every rank: the AudioAE, and the parts of the codec
+    that only decode samples for the log."""
 
 
 def outline(config: Config, stage: str) -> Outline:
-    """Shapes of a stage's model.
+    """Return the shapes of a stage's model.
 
     Raises:
-        ValueError: a folder of pretrained weights is missing, damaged or of another kind.
+        ValueError: a folder of pretrained weights is missing or damaged, or holds another kind of model.
     """
     dit = dit_config(config, stage)
     task = outlined_task(config, stage, dit)
@@ -62,7 +62,7 @@ def outline(config: Config, stage: str) -> Outline:
 
 
 def dit_config(config: Config, stage: str) -> DecoderConfig:
-    """D's sizes, from where its weights are or will be."""
+    """Return D's sizes: from the base model, or from the recipe if the stage trains D or there is no base model."""
     base = base_model(config)
     trains_dit = not STAGES[stage].builds_on
     if trains_dit or (config.pretrained.folder is None and not base.exists()):
@@ -71,9 +71,10 @@ def dit_config(config: Config, stage: str) -> DecoderConfig:
 
 
 def outlined_task(config: Config, stage: str, dit: DecoderConfig) -> Task:
-    """`make_task(config, stage)` on the meta device, with D of these sizes, and without the search for codes.
+    """Build `make_task(config, stage)` on the meta device, with D of these sizes and without the search for codes.
 
-    The search has no gradient and depends on values, and z_q has the shape of z.
+    The search depends on values, which a meta tensor does not have. Skipping the search changes no memory, because it
+    has no gradient and z_q has the shape of z.
     """
     with torch.device("meta"):
         task = make_task(config, stage, models=_OutlinedModels(config, dit))
@@ -82,7 +83,7 @@ def outlined_task(config: Config, stage: str, dit: DecoderConfig) -> Task:
 
 
 class _OutlinedModels:
-    """`trainer.tasks.Models` with shapes and no weights."""
+    """An implementation of `trainer.tasks.Models` whose models have shapes and no weights."""
 
     def __init__(self, config: Config, dit: DecoderConfig) -> None:
         self.config, self.dit = config, dit
@@ -97,7 +98,7 @@ class _OutlinedModels:
         return make_decoder(self.dit)
 
     def codec(self, stage: str) -> SPresso:
-        """What the stage's own Task would export."""
+        """Return the codec that the stage's own Task would export."""
         codec: SPresso = make_task(self.config, stage, models=self).codec  # type: ignore[attr-defined]
         return codec
 

@@ -1,6 +1,6 @@
-"""The listening page: one static folder in which to hear, see and compare what a codec does.
+"""Writes the listening page: one static folder in which to hear, see and compare the decodes of codecs.
 
-It opens from disk by a double click: nothing in it needs a server or a network.
+The page opens from disk by a double click and needs neither a server nor a network.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ def write_page(
 ) -> Path:
     """Write index.html, audio/ and images/ into `folder` and return the path of index.html.
 
-    `report` is what an evaluation writes, its audio paths relative to `audio_root`; the sound is taken as it is.
-    `curves` names each stage's metrics.jsonl. Raises ValueError where the report is incomplete or audio missing or
-    unreadable.
+    Args:
+        report: the report of an evaluation.
+        folder: the page's folder.
+        audio_root: folder to which the report's audio paths are relative; the audio files are used unchanged.
+        curves: path of metrics.jsonl by stage.
+        config_text: the config as the page shows it.
+
+    Raises:
+        ValueError: the report is incomplete, or audio is missing or unreadable.
     """
     _require_complete(report)
     takes = gather_takes(report, folder, audio_root)
@@ -45,12 +51,12 @@ def write_page(
         ("training", "Training", _training_section(curves)),
         ("config", "Config", _config_section(config_text)),
     ]
-    there = [(anchor, title, part) for anchor, title, part in parts if part]
-    head = header(report, [(anchor, title) for anchor, title, _ in there])
+    shown = [(anchor, title, part) for anchor, title, part in parts if part]
+    head = header(report, [(anchor, title) for anchor, title, _ in shown])
     index = folder / "index.html"
     text = document(
         f"{report['recipe']} · S-PRESSO",
-        [head, *(part for _, _, part in there), _footer(), listening.bar()],
+        [head, *(part for _, _, part in shown), _footer(), listening.bar()],
         style=_read(_STYLES) + figure_table.style(report) + listening.style(report, takes),
         script=_read(_SCRIPTS),
         data_sample_rate=report["sample_rate"],
@@ -62,10 +68,12 @@ def write_page(
 def _require_complete(report: EvaluationReport) -> None:
     missing = [key for key in _REQUIRED if key not in report]
     if missing:
-        raise ValueError(f"the report lacks {', '.join(missing)}: give one that `spresso evaluate` wrote")
+        raise ValueError(f"the report lacks {', '.join(missing)}: write it again with `spresso evaluate`")
     for system in report["systems"]:
         if system.get("role") not in ROLES:
-            raise ValueError(f"system {system['key']!r} has no known role: give it one of {', '.join(ROLES)}")
+            raise ValueError(
+                f"system {system['key']!r} has an unknown role, not one of {', '.join(ROLES)}: run `spresso evaluate`"
+            )
 
 
 def _read(names: tuple[str, ...]) -> str:
@@ -83,7 +91,7 @@ def _training_section(curves: Mapping[str, Path]) -> Html | None:
     charts = [chart for stage, path in curves.items() if (chart := loss_chart(stage, read_curve(path)))]
     if not charts:
         return None
-    lead = "Loss against samples seen, one chart a stage; the faint lines are the loss at each level of noise."
+    lead = "Each chart shows the loss of a stage over the samples seen. The faint lines are losses at each noise level."
     return section("Training", lead, element("div", *charts, class_="charts measure"), id="training")
 
 
@@ -95,4 +103,4 @@ def _config_section(config_text: str) -> Html:
 
 def _footer() -> Html:
     paper = element("a", "arXiv 2602.15082", href=_PAPER)
-    return element("footer", "A codec after S-PRESSO, ", paper, ".", class_="measure")
+    return element("footer", "The codec follows the S-PRESSO paper, ", paper, ".", class_="measure")

@@ -1,4 +1,4 @@
-"""The losses of a run's stages as charts."""
+"""Charts of the loss of each stage."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 from trainer.page.html import Html, element
 
 _CHART_WIDTH, _CHART_HEIGHT = 360, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # of the plot within the chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # the plot's edges within the chart
 _MOST_POINTS = 300
-_LOG_FROM_RATIO = 8.0  # losses further apart than this stand on a logarithmic axis
+_LOG_FROM_RATIO = 8.0  # the loss axis is logarithmic if highest / lowest is at least this
 
 
 @dataclass(frozen=True)
 class Point:
-    """The loss when so many samples had been seen; None where it was not logged."""
+    """The loss after a number of samples; values that were not logged are None."""
 
     samples: int
     loss: float | None
     smooth: float | None
     by_noise: tuple[float | None, ...]
-    """At each level of noise, from little to much."""
+    """The loss at each noise level, from low to high."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Data to places in the picture, by way of a logarithm or not, and the ticks to write at it."""
+    """Maps values to positions in the picture, linearly or logarithmically, and chooses the ticks."""
 
     low: float
     high: float
@@ -40,12 +40,12 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies in the picture."""
+        """Return the position of a value in the picture."""
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (self.end - self.start) * (at - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round values within the axis, about five."""
+        """Return about five round values within the axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if self.high / self.low < 200 else (1,)
@@ -55,10 +55,10 @@ class Axis:
 
 
 def read_curve(path: Path) -> list[Point]:
-    """The training lines of a metrics.jsonl, thinned to what a chart can show.
+    """Read the training lines of a metrics.jsonl, averaged down to at most as many points as a chart shows.
 
-    Other kinds of lines and torn ones are passed over. After a restart from an earlier checkpoint its lines take the
-    place of those that they repeat. Without a file there are no points.
+    Lines of other kinds and incomplete lines are skipped. After a resume from an earlier checkpoint, repeated lines
+    replace the older ones. A missing file gives no points.
     """
     if not path.exists():
         return []
@@ -72,7 +72,7 @@ def read_curve(path: Path) -> list[Point]:
 
 
 def loss_chart(stage: str, points: Sequence[Point]) -> Html | None:
-    """A figure of the loss against samples seen; None where there are fewer than two points to draw."""
+    """Return a chart of the loss over the samples seen, or None if there are fewer than two points."""
     raw = [(p.samples, p.loss) for p in points if p.loss is not None]
     main = [(p.samples, p.smooth) for p in points if p.smooth is not None] or _smoothed(raw)
     if len(main) < 2:
@@ -107,7 +107,7 @@ def _axes(lines: Sequence[Sequence[tuple[int, float]]]) -> tuple[Axis, Axis]:
 
 
 def _smoothed(line: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """An exponential mean over about a twentieth of the line, without a bias towards where it starts."""
+    """Return an exponential moving average over about a twentieth of the line, corrected for its start."""
     keep = 1 - 1 / max(1, len(line) / 20)
     total, weight, smooth = 0.0, 0.0, []
     for samples, loss in line:
@@ -136,12 +136,12 @@ def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
 def _legend(with_noise: bool) -> Html:
     entries = [element("span", "smoothed", class_="main"), element("span", "raw", class_="raw")]
     if with_noise:
-        entries.append(element("span", "little to much noise", class_="noise"))
+        entries.append(element("span", "low to high noise level", class_="noise"))
     return element("p", *entries, class_="legend")
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5, 10, 20 … from here."""
+    """Round a step up to the next of 1, 2, 5, 10, 20, …"""
     decade = 10.0 ** math.floor(math.log10(step))
     return next(factor * decade for factor in (1, 2, 5, 10) if factor * decade >= step * 0.999)
 
@@ -172,7 +172,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """Means of as many neighbours as leave at most `_MOST_POINTS`."""
+    """Average neighbouring points so that at most `_MOST_POINTS` remain."""
     size = math.ceil(len(points) / _MOST_POINTS)
     return [_mean_point(points[i : i + size]) for i in range(0, len(points), size)] if size > 1 else list(points)
 

@@ -1,7 +1,7 @@
-"""The table of figures: a row a system, a column a figure, with how sure each is and what a wrong z would give.
+"""The table of figures: one row for each system, one column for each figure, with intervals and controls.
 
-A window shows as many figures side by side as it has room for, the first ones of the report. The others are folded
-away; once unfolded they stand in further lines of the system's row. HTML and CSS do all of it, without the script.
+A window shows as many figures side by side as fit, in the order of the report. The other figures are folded away; once
+unfolded, they stand in further lines of the system's row. The layout needs only HTML and CSS, no script.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ from trainer.page.system_cells import EvaluationReport, SystemEntry, system_name
 FigureInfo = Mapping[str, Any]
 
 _RATE_NOTE = (
-    "Of the codes alone; beneath it what they take entropy-coded, where the codec has a prior, and what the files "
-    "take, measured by their sizes, headers and all."
+    "The large number is the rate of the codes alone. The numbers below it are the rate of the entropy-coded codes, if "
+    "the codec has a prior, and the rate of the files including their headers."
 )
 _ALWAYS_SHOWN = 2
-"""The narrowest window has room for this many figures, which stand beneath the system's name."""
+"""Number of figures that fit the narrowest window; they stand below the system's name."""
 _THREE_FIGURES_EM = 24
-"""From this width on, three figures stand beneath the name."""
+"""From this width on, three figures fit below the name."""
 _BESIDE_EM, _FIGURE_EM = 22.4, 7.2
-"""Four figures or more stand beside name and rate: what these take with the margins, and what each figure takes."""
+"""Four or more figures stand to the right of name and rate: widths of name, rate and margins, and of a figure."""
 
 
 def lead(report: EvaluationReport) -> str:
-    """What the numbers in the table are."""
+    """Return the sentences above the table, which explain its numbers."""
     results = [result for results in report["results"].values() for result in results.values()]
     with_interval = any(_interval(result) for result in results)
     spread = "95 % confidence interval" if with_interval else "standard deviation over the clips"
-    parts = [f"Mean and {spread}."]
+    parts = [f"Each cell shows the mean and the {spread}."]
     if any(is_number(result.get("control")) for result in results):
         parts.append(
-            "In round brackets the same figure where another clip's z was decoded: what lies between, z has carried."
+            "In round brackets is the same figure if another clip's z is decoded; the difference shows what z carries."
         )
-    parts.append("Within each range of rates the best is marked; ceilings and floors do not compete.")
+    parts.append("The best system within each range of rates is marked; ceilings and floors do not compete.")
     if any(result.get("significant") is False for result in results):
-        parts.append("≈ cannot be told apart from the best.")
+        parts.append("The sign ≈ marks values that do not differ significantly from the best.")
     return " ".join(parts)
 
 
 def figure_table(report: EvaluationReport) -> Html:
-    """Ceilings, then systems and other codecs by their range of rates, then floors; unavailable ones say why."""
+    """Return the table: ceilings, then systems and other codecs by range of rates, then floors.
+
+    The row of a system that is not available shows the reason.
+    """
     columns = [_Column(report, figure, number) for number, figure in enumerate(report["figures"], start=1)]
     with_rate = any(system.get("payload_kbps") for system in report["systems"])
     head = [element("th", "System", scope="col")]
@@ -65,9 +68,9 @@ def figure_table(report: EvaluationReport) -> Html:
 
 
 def style(report: EvaluationReport) -> str:
-    """How many figures stand side by side at each width of the window, and that the others are folded there.
+    """Return CSS that sets how many figures stand side by side at each window width, and folds the others.
 
-    Widths are in em, so that a reader's larger letters leave fewer figures side by side. Nothing is folded on paper.
+    Widths are in em, so that fewer figures stand side by side if the reader's font is larger. In print, all are shown.
     """
     if not _folds(report):
         return ""
@@ -78,17 +81,17 @@ def style(report: EvaluationReport) -> str:
 
 
 def _folds(report: EvaluationReport) -> bool:
-    """Whether there are figures for which a window may have no room."""
+    """Whether there are more figures than the narrowest window shows."""
     return len(report["figures"]) > _ALWAYS_SHOWN
 
 
 def _needed_em(number: int) -> float:
-    """The width of a window that has room for this many figures side by side, in em."""
+    """Return the width of a window in em at which this many figures fit side by side."""
     return _THREE_FIGURES_EM if number == _ALWAYS_SHOWN + 1 else _BESIDE_EM + number * _FIGURE_EM
 
 
 def _style_of(number: int) -> str:
-    """The figure of this number: in the first line where it has room, else folded, and labelled once unfolded."""
+    """Return CSS of one figure: it stands in the first line if it fits; otherwise it is folded, and then labelled."""
     needed = _needed_em(number)
     narrower = f"(max-width: {needed - 0.01:g}em)"
     folded = f".unfold-all:not([open]) + .figures tr:not(:has([open])) > .figure-{number}"
@@ -104,15 +107,15 @@ def _all_figures(columns: Sequence[_Column]) -> str:
 
 
 def _groups(report: EvaluationReport) -> Iterable[tuple[str, str, list[SystemEntry]]]:
-    """Title, role and systems of each group of rows that has any."""
+    """Yield title, role and systems of each group of rows that is not empty."""
     groups: list[tuple[str, str, Sequence[SystemEntry]]] = [
         ("Original", "original", with_role(report, "original")),
-        ("Ceiling: the best that a codec built on it can do", "ceiling", with_role(report, "ceiling")),
+        ("Ceiling: no codec built on it can be better", "ceiling", with_role(report, "ceiling")),
     ]
     for table in RATE_RANGES.values():
         groups.append((table.title, "system", with_role(report, "system", table)))
         groups.append((f"{table.title}: other codecs", "baseline", with_role(report, "baseline", table)))
-    groups.append(("Floors: what ignores the clip", "floor", with_role(report, "floor")))
+    groups.append(("Floors: decodes that ignore the clip", "floor", with_role(report, "floor")))
     for title, role, systems in groups:
         shown = [s for s in systems if report["results"].get(s["key"]) or s.get("unavailable")]
         if shown:
@@ -128,9 +131,9 @@ def _rows(
         if with_rate:
             cells.append(_rate_cell(system))
         if system.get("unavailable"):
-            rest = width - len(cells)
+            columns_left = width - len(cells)
             reason = f"Not available: {system['unavailable']}"
-            cells += [element("td", reason, colspan=rest, class_="reason")] if rest else []
+            cells += [element("td", reason, colspan=columns_left, class_="reason")] if columns_left else []
         else:
             cells += [_unfold_cell(system, columns)] if len(columns) > _ALWAYS_SHOWN else []
             cells += [column.cell(system) for column in columns]
@@ -142,24 +145,24 @@ def _rate_cell(system: SystemEntry) -> Html:
     label = "Bit rate, kbps"
     if not system.get("payload_kbps"):
         return _labelled_cell(label, [NOTHING], class_="rate nothing")
-    told = (("coded_kbps", "entropy\N{NON-BREAKING HYPHEN}coded"), ("file_kbps", "in files"))
-    more = [element("small", f"{system[key]:.3g} {what}") for key, what in told if system.get(key)]
+    further = (("coded_kbps", "entropy\N{NON-BREAKING HYPHEN}coded"), ("file_kbps", "in files"))
+    more = [element("small", f"{system[key]:.3g} {what}") for key, what in further if system.get(key)]
     return _labelled_cell(label, [f"{system['payload_kbps']:.3g}", *more], class_="rate")
 
 
 def _labelled_cell(label: str, content: Iterable[object], *, class_: str) -> Html:
-    """A cell whose label is shown where it does not stand beneath the head of its column."""
+    """Return a cell whose label is shown if the cell does not stand below its column's head."""
     return element("td", element("span", *content), class_=class_, data_label=label)
 
 
 def _unfold_cell(system: SystemEntry, columns: Sequence[_Column]) -> Html:
-    """What unfolds the figures of one system: a press on its name."""
+    """Return the cell that lies below a system's name and unfolds the system's figures on a press."""
     summary = element("summary", aria_label=f"{_all_figures(columns)} of {system['title']}")
     return element("td", element("details", summary), class_="unfold")
 
 
 class _Column:
-    """A figure of all systems."""
+    """One figure of all systems."""
 
     def __init__(self, report: EvaluationReport, figure: FigureInfo, number: int) -> None:
         self.figure = figure
@@ -177,7 +180,7 @@ class _Column:
         return element("th", *title, scope="col", class_=self.class_)
 
     def cell(self, system: SystemEntry) -> Html:
-        """The value and beneath it how sure it is, and the control's value in brackets."""
+        """Return the cell: the value, below it the interval or deviation, and the control's value in brackets."""
         key = system["key"]
         label = ", ".join(filter(None, [self.figure["title"], self.figure["unit"]])) + f"\N{NO-BREAK SPACE}{self.way}"
         if key not in self.means:
@@ -190,7 +193,7 @@ class _Column:
         if key in self.best:
             return [element("strong", text, title="Best in its range of rates")]
         if self.results[key].get("significant") is False:
-            return [element("abbr", "≈", title="Cannot be told apart from the best"), text]
+            return [element("abbr", "≈", title="Does not differ significantly from the best"), text]
         return [text]
 
     def _spread(self, result: Mapping[str, Any]) -> Html | None:
@@ -209,18 +212,18 @@ class _Column:
 
 
 def means_of(report: EvaluationReport, figure: FigureInfo) -> dict[str, float]:
-    """The means of a figure by system, without those that are missing or not finite."""
+    """Return the means of a figure by system, without missing and infinite values."""
     means = {key: (results.get(figure["key"]) or {}).get("mean") for key, results in report["results"].items()}
     return {key: mean for key, mean in means.items() if is_number(mean)}
 
 
 def best_of(figure: FigureInfo) -> Callable[..., Any]:
-    """`min` or `max`: which of several values is the best."""
+    """Return `min` or `max`, whichever selects the best value of a figure."""
     return min if figure["better"] == "lower" else max
 
 
 def _best_keys(report: EvaluationReport, figure: FigureInfo, means: Mapping[str, float]) -> set[str]:
-    """The best of each range of rates, other codecs among its rivals; none where there is no rival."""
+    """Return the best systems of each range of rates, other codecs included; none in a range of a single system."""
     best = set()
     for table in RATE_RANGES.values():
         systems = [s for role in ("system", "baseline") for s in with_role(report, role, table)]
@@ -237,6 +240,6 @@ def _interval(result: Mapping[str, Any]) -> list[float] | None:
 
 
 def _digits(means: Iterable[float]) -> int:
-    """Digits after the point, alike in a column: about three that count in its largest value."""
+    """Return the digits after the point in a column: about three significant digits of its largest value."""
     largest = max((abs(mean) for mean in means), default=0.0)
     return 3 if largest < 1 else 2 if largest < 10 else 1 if largest < 1000 else 0

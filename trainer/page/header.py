@@ -1,4 +1,4 @@
-"""The head of the page: what it is about, and the key numbers as tiles."""
+"""The head of the page: title, facts, key numbers as tiles, and links to the sections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.page.system_cells import EvaluationReport, with_role
 
 
 def header(report: EvaluationReport, contents: Sequence[tuple[str, str]]) -> Html:
-    """What this is, the key numbers, and the parts of the page (anchor and title each)."""
+    """Return the head of the page; `contents` holds anchor and title of each section."""
     rate = f"{report['sample_rate'] / 1000:g} kHz"
     facts = [report.get("created"), rate, count(len(report["clips"]), "clip")]
     if report.get("model_hash"):
@@ -25,7 +25,7 @@ def header(report: EvaluationReport, contents: Sequence[tuple[str, str]]) -> Htm
         element("p", report.get("subtitle"), class_="subtitle") if report.get("subtitle") else None,
         element("ul", *items, class_="facts"),
         element("div", *_tiles(report), class_="tiles"),
-        element("nav", *links, class_="contents", aria_label="Parts of the page"),
+        element("nav", *links, class_="contents", aria_label="Sections of the page"),
         class_="measure",
     )
 
@@ -53,7 +53,7 @@ def _rate_tile(report: EvaluationReport) -> Html | None:
 
 
 def _headline_tile(report: EvaluationReport) -> Html | None:
-    """The first figure of the best quantized system (else of the best system), between its ceiling and its floors."""
+    """Return the first figure of the best quantized system (or, if there is none, of the best), with its bounds."""
     if not report["figures"]:
         return None
     figure = report["figures"][0]

@@ -1,7 +1,7 @@
-"""HTML as text: pure functions from data to what a browser shows.
+"""Pure functions that build HTML as text.
 
-All of the page is built by `element`, which escapes whatever is not `Html` already: no caption, title or note can get
-out of its place, and no caller has to remember it.
+Every part of the page is built by `element`, which escapes everything that is not already `Html`. A caption, title or
+note therefore can't inject markup, and callers need no escaping of their own.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import TypeGuard
 
 _VOID = {"img", "input", "meta"}
 NOTHING = "—"
-"""Stands where something is missing."""
+"""Placeholder for a missing value."""
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
 
 def element(tag: str, *children: object, **attributes: object) -> Html:
-    """`<tag …>children</tag>`, everything escaped that is not `Html`.
+    """Return `<tag …>children</tag>`, with everything escaped that is not `Html`.
 
-    Attribute names lose a trailing underscore and have hyphens for the others (`class_`, `aria_label`). None leaves an
-    attribute out.
+    A trailing underscore of an attribute's name is dropped, other underscores become hyphens (`class_`, `aria_label`).
+    Attributes that are None are left out.
     """
     given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
     opening = "".join(f' {name}="{html.escape(str(value))}"' for name, value in given.items())
@@ -37,13 +37,13 @@ def element(tag: str, *children: object, **attributes: object) -> Html:
 
 
 def join(children: Iterable[object]) -> Html:
-    """Children one after another; None leaves nothing."""
+    """Concatenate children, escaping text; None is skipped."""
     texts = (child if isinstance(child, Html) else html.escape(str(child)) for child in children if child is not None)
     return Html("".join(texts))
 
 
 def document(title: str, body: Iterable[object], *, style: str, script: str, **attributes: object) -> str:
-    """A whole page that needs no other file but what its elements name; the attributes are its body's."""
+    """Return a complete page with inlined style and script; the attributes are those of its body."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -57,13 +57,13 @@ def document(title: str, body: Iterable[object], *, style: str, script: str, **a
 
 
 def section(title: str, lead: str, *children: object, **attributes: object) -> Html:
-    """A part of the page under its heading."""
+    """Return a section of the page with a heading and an introductory sentence."""
     heading = element("div", element("h2", title), element("p", lead, class_="lead"), class_="measure")
     return element("section", heading, *children, **attributes)
 
 
 def explained(title: str, note: str | None) -> Html:
-    """A title with its note behind a question mark, which stays on the line of the last word or its last part."""
+    """Return a title with a question mark that shows its note; both are kept on one line with the last word."""
     if not note:
         return element("span", title)
     hint = element("button", "?", type="button", class_="hint", data_note=note, aria_label=f"{title}: {note}")
@@ -72,15 +72,15 @@ def explained(title: str, note: str | None) -> Html:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number."""
+    """Whether the value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def signed(value: float, digits: int) -> str:
-    """A number with so many digits after the point and a true minus sign."""
+    """Format a number with `digits` digits after the point and a true minus sign."""
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def count(number: int, noun: str) -> str:
-    """`1 clip`, `2 clips`."""
+    """Format a count with its noun: `1 clip`, `2 clips`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,4 +1,4 @@
-"""Where one listens: a grid for each range of rates, decodes of the same codes side by side, and the player's bar."""
+"""The listening sections: a grid for each range of rates, several decodes of the same codes, and the player's bar."""
 
 from __future__ import annotations
 
@@ -21,47 +21,51 @@ from trainer.page.system_cells import (
 ClipEntry = Mapping[str, Any]
 
 _MOST_RATES = 4
-_PHONE_WIDTH = 700  # up to here a clip is a card, as page.css has it too
+_PHONE_WIDTH = 700  # up to this width in pixels a clip is a card; players.css has the same limit
 _HOW = (
-    "A row is a clip, a column what became of it. Press a spectrogram to hear it from there; the button of another "
-    "system goes on with it from where the sound is. The numbers are decodes of the very same codes."
+    "Each row is a clip, each column a system. Press a spectrogram to play the recording from that point. The button "
+    "of another system switches to it without interrupting the sound. Numbered buttons are decodes of the same codes."
 )
 _VARIABILITY = (
-    "The same codes, decoded with other seeds: what all have in common is what the codes say, the rest is invented."
+    "The same codes are decoded with different seeds. What all decodes have in common comes from the codes; the "
+    "decoder invents the differences."
 )
 _KEYS = (
-    ("Space", "play, pause"),
+    ("Space", "play or pause"),
     ("← →", "system"),
     ("↑ ↓", "clip"),
     ("1 … 9", "decode"),
-    ("⇧ ← →", "back, forth"),
+    ("⇧ ← →", "seek"),
     ("L", "loop"),
-    ("Esc", "end"),
+    ("Esc", "close"),
 )
 
 
 def sections(report: EvaluationReport, takes: Takes) -> list[tuple[str, str, Html]]:
-    """Anchor, title and content: a grid of clips for each range of rates of which there is sound, then the decodes."""
-    heard = played(report)
+    """Return anchor, title and content of each section.
+
+    There is a grid of clips for each range of rates that has audio, then the section of several decodes.
+    """
+    with_audio = played(report)
     found = []
     for table in RATE_RANGES.values():
-        columns = [system for system in in_table(report, table) if system["key"] in heard]
+        columns = [system for system in in_table(report, table) if system["key"] in with_audio]
         if any(system["role"] in ("system", "baseline") for system in columns):
             found.append((table.key.replace("_", "-"), table.title, table.lead, columns))
-    if not found and heard:
-        columns = [system for role in ROLES[1:] for system in with_role(report, role) if system["key"] in heard]
-        found.append(("clips", "Clips", "No codec has been heard yet.", columns))
+    if not found and with_audio:
+        columns = [system for role in ROLES[1:] for system in with_role(report, role) if system["key"] in with_audio]
+        found.append(("clips", "Clips", "No codec has recordings yet.", columns))
     parts = []
     for number, (anchor, title, lead, columns) in enumerate(found):
-        how = [] if number else [_keys()]
+        keys = [] if number else [_keys()]
         text = lead if number else f"{lead} {_HOW}"
         grid = _grid(report, columns, takes)
-        parts.append((anchor, title, section(title, text, *how, grid, id=anchor, class_=f"columns-{len(columns)}")))
+        parts.append((anchor, title, section(title, text, *keys, grid, id=anchor, class_=f"columns-{len(columns)}")))
     return [*parts, *_variability(report, takes)]
 
 
 def _variability(report: EvaluationReport, takes: Takes) -> list[tuple[str, str, Html]]:
-    """Decodes of the same codes, a row a rate, at up to four rates; nothing where nothing was decoded twice."""
+    """Return the section of several decodes, one row for each of up to four rates; empty without such decodes."""
     rates = _varied(report, takes)
     if not rates:
         return []
@@ -75,16 +79,16 @@ def _variability(report: EvaluationReport, takes: Takes) -> list[tuple[str, str,
 
 
 def style(report: EvaluationReport, takes: Takes) -> str:
-    """The width of a section by its number of columns, and from which width of the window on its grid is a table.
+    """Return CSS that sets the width of sections by their number of columns, and when a grid becomes a table.
 
-    There every system has its column and the head of the grid stays in sight. In narrower windows systems wrap.
+    In a window that is wide enough, each system has its own column and the head stays visible. Otherwise systems wrap.
     """
     most = max(len(report["systems"]), 1 + max((len(found) for found in takes.values()), default=0))
     return "".join(_style_of(columns) for columns in range(most + 1))
 
 
 def bar() -> Html:
-    """What plays, at the foot of the window: filled and shown by the script."""
+    """Return the player's bar at the bottom of the window, which the script fills and shows."""
     play = element("button", type="button", class_="play", aria_label="Play")
     title = element("div", element("p", dir="auto"), element("p"), class_="what")
     loop = element("button", "Loop", type="button", class_="loop", aria_pressed="false")
@@ -94,7 +98,7 @@ def bar() -> Html:
 
 
 def _keys() -> Html:
-    """The keys that the page listens to."""
+    """Return the list of keyboard shortcuts."""
     pairs = [element("span", element("kbd", key), f" {what}") for key, what in _KEYS]
     return element("p", *pairs, class_="keys measure")
 
@@ -103,7 +107,7 @@ def _keys() -> Html:
 
 
 def _grid(report: EvaluationReport, columns: Sequence[SystemEntry], takes: Takes) -> Html:
-    """A row a clip, a column a system. The original, which all is compared to, stays in sight beside the caption."""
+    """Return a grid: a row for each clip, a column for each system. The original stays visible next to the caption."""
     heads = [element("th", _original_title(report), scope="col")]
     heads += [element("th", system_name(system), scope="col", class_=f"role-{system['role']}") for system in columns]
     bodies = []
@@ -123,7 +127,7 @@ def _body(clip: ClipEntry, rows: Iterable[Html]) -> Html:
 
 
 def _first_cell(report: EvaluationReport, clip: ClipEntry, takes: Takes) -> list[Html]:
-    """What the clip is, and the original."""
+    """Return caption and length of the clip, and the original's player."""
     parts = [element("p", _caption(clip), class_="caption", dir="auto")]
     if clip.get("seconds"):
         parts.append(element("p", f"{clip['seconds']:.1f} s", class_="seconds"))
@@ -132,12 +136,12 @@ def _first_cell(report: EvaluationReport, clip: ClipEntry, takes: Takes) -> list
 
 def _recording(system: SystemEntry, clip: ClipEntry, takes: Takes) -> Html:
     found = takes.get((clip["key"], system["key"]), ())
-    heard = _player(system, clip, found) if found else element("span", NOTHING, class_="nothing")
-    return join([element("p", system["title"], class_="name"), heard])
+    player = _player(system, clip, found) if found else element("span", NOTHING, class_="nothing")
+    return join([element("p", system["title"], class_="name"), player])
 
 
 def _player(system: SystemEntry, clip: ClipEntry, takes: Sequence[Take], *, number: int = 0) -> Html:
-    """A spectrogram to play and to seek in, with a button a take; or take `number` of several alone."""
+    """Return a player: a spectrogram to seek in, and a button for each take; `number` labels a single take."""
     first, title = takes[0], system["title"] + (f", decode {number}" if number else "")
     what = f"{title}, {_caption(clip)}"
     seek = element(
@@ -172,7 +176,7 @@ def _take_buttons(takes: Sequence[Take]) -> Html | None:
 
 
 def _varied(report: EvaluationReport, takes: Takes) -> list[SystemEntry]:
-    """The codecs that were decoded more than once; of more than four, those that span the rates evenly."""
+    """Return the codecs that were decoded several times, at most four of them, evenly spread over the rates."""
     several = {system for (_, system), found in takes.items() if len(found) > 1}
     systems = [system for system in with_role(report, "system") if system["key"] in several]
     if len(systems) <= _MOST_RATES:

@@ -1,7 +1,7 @@
-"""The recordings of a report as files of the page: the sound of each in a script of its own, and its spectrogram.
+"""The recordings of a report as files of the page: a script that holds the audio, and a spectrogram, for each.
 
-A browser lets no page that was opened from disk read the files beside it, but for pictures, styles and scripts. So the
-sound travels in a script, its bytes as they are, in base64, and is loaded when it is asked for.
+A browser does not let a page that was opened from disk read other files, except images, styles and scripts. Each audio
+file is therefore stored unchanged in a script, as base64, and loaded on demand.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from trainer.page.system_cells import EvaluationReport
 from trainer.spectrogram import log_mel_image, save_png
 
 IMAGE_SIZE = {"width": 440, "height": 112}
-"""Twice what the page shows, for sharp displays."""
+"""Size in pixels, twice what the page shows, for high-density displays."""
 
 
 @dataclass(frozen=True)
 class Take:
-    """One recording of a clip: the name of its files within audio/ and images/, and how long it lasts."""
+    """One recording of a clip: the name of its files in audio/ and images/, and its length."""
 
     name: str
     seconds: float
 
     @property
     def image(self) -> str:
-        """The spectrogram, relative to the page."""
+        """Path of the spectrogram, relative to the page."""
         return f"images/{self.name}.png"
 
 
 Takes = Mapping[tuple[str, str], Sequence[Take]]
-"""Recordings by the keys of clip and system."""
+"""Recordings by (key of the clip, key of the system)."""
 
 
 def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Takes:
-    """Put every recording into the folder, sound and picture; raises ValueError for one that can't be read."""
+    """Write audio and spectrogram of every recording into the folder.
+
+    Raises:
+        ValueError: a recording can't be read.
+    """
     for name in ("audio", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     takes: dict[tuple[str, str], list[Take]] = {}
@@ -51,7 +55,7 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
 
 
 def _recordings(report: EvaluationReport) -> Iterator[tuple[str, str, str, str]]:
-    """Clip, system, source and a name for each recording. Names are unique, and plain whatever the keys hold."""
+    """Yield clip, system, source and name of each recording. Names are unique and safe as file names for any keys."""
     for row, clip in enumerate(report["clips"], start=1):
         for column, system in enumerate(report["systems"], start=1):
             for number, source in enumerate(clip["audio"].get(system["key"]) or [], start=1):

@@ -1,4 +1,4 @@
-"""The systems of a report: their parts in the comparison, and the table of rates that each stands in."""
+"""The systems of a report, selected by role and by range of bit rates, and the cell that names a system."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trainer.page.html import Html, element, explained, join
 SystemEntry = Mapping[str, Any]
 
 ROLES = ("original", "ceiling", "system", "baseline", "floor")
-"""In the order of columns and rows."""
+"""Roles in the order of columns and rows."""
 
 
 def table_key(system: SystemEntry) -> str:
-    """The key of the system's table, by its rate where the report does not say; "" for bounds, which belong to all."""
+    """Return the key of a system's table, derived from its rate if the report has none; "" if it is in every table."""
     if system["role"] not in ("system", "baseline"):
         return ""
     named = system.get("table")
@@ -23,25 +23,25 @@ def table_key(system: SystemEntry) -> str:
 
 
 def with_role(report: EvaluationReport, role: str, table: RateRange | None = None) -> list[SystemEntry]:
-    """Systems of a role, of one table or of all, in the report's order."""
+    """Return the systems of a role, in one table or in all of them, in the report's order."""
     systems = [system for system in report["systems"] if system["role"] == role]
     return [system for system in systems if table is None or table_key(system) in ("", table.key)]
 
 
 def in_table(report: EvaluationReport, table: RateRange) -> list[SystemEntry]:
-    """All that stands in a table beside the original, in the order of roles; nothing where no codec does."""
+    """Return the systems of a table except the original, in the order of roles; none if the table has no codec."""
     if not with_role(report, "system", table) and not with_role(report, "baseline", table):
         return []
     return [system for role in ROLES[1:] for system in with_role(report, role, table)]
 
 
 def played(report: EvaluationReport) -> set[str]:
-    """Keys of the systems of which there is sound; others stand in the table of figures alone."""
+    """Return the keys of the systems that have audio; the others are only in the table of figures."""
     return {key for clip in report["clips"] for key, files in clip["audio"].items() if files}
 
 
 def system_name(system: SystemEntry) -> Html:
-    """The title with its note, and beneath it details and the licence of another's work."""
+    """Return the title with its note, and below them the system's details and licence."""
     lines = [system.get("detail"), system.get("licence")]
     small = [element("small", line) for line in lines if line]
     return join([explained(system["title"], system.get("note")), *small])

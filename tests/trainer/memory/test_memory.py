@@ -230,7 +230,7 @@ def test_out_of_memory_tells_what_to_set(folder):
     assert "parallel.micro_batch=16" in told
     changes = re.findall(r"^  (\S+)=\S+.*: [\d.]+ [KM]iB; ", told, re.MULTILINE)
     assert len(changes) == 3
-    assert "no one change is enough" in out_of_memory(config, "autoencode", 2, now, GIB)
+    assert "no single change is enough" in out_of_memory(config, "autoencode", 2, now, GIB)
 
 
 def test_a_missing_folder_is_told(tmp_path):

@@ -241,7 +241,7 @@ def test_intervals_controls_and_what_cannot_be_told_from_the_best(report, tmp_pa
     assert found.figures_of("Continuous z") == ["—", "≈8.0[7.5, 8.5](20.6)", "−9.0± 3.0"]
     assert found.figures_of("Codes")[1] == "9.5± 2.0"
     (lead,) = found.section("figures").texts("p", "lead")
-    assert all(words in lead for words in ("95 % confidence", "In round brackets", "≈ cannot be told apart"))
+    assert all(words in lead for words in ("95 % confidence", "In round brackets", "≈ marks values that do not differ"))
 
 
 def test_other_codecs_stand_apart_with_their_licence_or_why_they_are_not_there(report, tmp_path):
@@ -254,8 +254,8 @@ def test_other_codecs_stand_apart_with_their_licence_or_why_they_are_not_there(r
     assert found.figures_of("Gone") == ["—", "Not available: no weights"]
     groups = [row["text"] for row in found.find("tr", "role")]
     assert groups == [
-        "Ceiling: the best that a codec built on it can do", "Continuous", "Continuous: other codecs", "Low rates",
-        "Low rates: other codecs", "Floors: what ignores the clip",
+        "Ceiling: no codec built on it can be better", "Continuous", "Continuous: other codecs", "Low rates",
+        "Low rates: other codecs", "Floors: decodes that ignore the clip",
     ]  # fmt: skip
     rows = [e["text"] for e in found.find("th") if e.get("scope") == "row"]
     assert "DAC?MIT" in rows
@@ -380,7 +380,7 @@ def test_an_incomplete_report_is_refused_by_name(report, tmp_path):
 
 def test_a_role_that_is_none_is_refused(report, tmp_path):
     report["systems"][2]["role"] = "star"
-    with pytest.raises(ValueError, match="'z' has no known role"):
+    with pytest.raises(ValueError, match="'z' has an unknown role"):
         write(report, tmp_path)
 
 

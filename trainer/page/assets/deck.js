@@ -1,7 +1,7 @@
 "use strict";
 
-// Sound of the page. A Shelf loads recordings, a Deck plays them without a gap between one and the next.
-// Each recording is a script that hands its bytes over: a page opened from disk may not read files in any other way.
+// The page's audio. A Shelf loads recordings; a Deck plays them and switches between them without a gap.
+// Each recording is a script that passes its bytes to a callback: a page opened from disk may not read files otherwise.
 
 const awaited = new Map();
 window.spressoSound = (name, base64) => awaited.get(name)?.(base64);
@@ -13,7 +13,7 @@ function loadScript(name) {
     script.onload = script.onerror = () => {
       script.remove();
       awaited.delete(name);
-      reject(new Error(`no sound in ${script.src}`)); // of no effect where it has come
+      reject(new Error(`no sound in ${script.src}`)); // has no effect if the sound has arrived
     };
     script.src = `audio/${name}.js`;
     document.head.append(script);
@@ -21,10 +21,10 @@ function loadScript(name) {
 }
 
 class Shelf {
-  static MOST_SECONDS = 600; // of decoded sound, the last used: 115 MB at 48 kHz mono
+  static MOST_SECONDS = 600; // of decoded audio that is kept, least recently used first out: 115 MB at 48 kHz mono
 
   #context;
-  #sounds = new Map(); // name → {promise, seconds}, the last used at the end
+  #sounds = new Map(); // name → {promise, seconds}, the most recently used last
 
   constructor(context) { this.#context = context; }
 
@@ -60,7 +60,7 @@ class Shelf {
   }
 }
 
-/** From one sound to another at constant power: cosine and sine, less by what the two have in common. */
+/** Gain curves of a constant-power crossfade: cosine and sine, normalized by the correlation of the two recordings. */
 function fadeCurves(correlation) {
   const rise = new Float32Array(65);
   const fall = new Float32Array(65);
@@ -73,7 +73,7 @@ function fadeCurves(correlation) {
   return { rise, fall };
 }
 
-/** The correlation of two recordings, each from its place on for as long as a fade takes; 0 to 1. */
+/** The correlation of two recordings, from 0 to 1, over the length of a fade that starts at the given positions. */
 function likeness(one, from, other, otherFrom) {
   const piece = (buffer, seconds) => {
     const start = Math.round(seconds * buffer.sampleRate);
@@ -91,13 +91,13 @@ function likeness(one, from, other, otherFrom) {
 }
 
 class Deck {
-  static FADE = 0.015; // seconds from one recording to the next, at constant power
-  static AHEAD = 0.02; // so early is a change told to the audio thread that it comes to the sample
+  static FADE = 0.015; // length of a crossfade in seconds
+  static AHEAD = 0.02; // seconds by which a change is scheduled ahead, so that it is exact to the sample
 
   onend = () => {};
   #context;
   #voice = null;
-  #rest = 0;
+  #pausedAt = 0;
   #loop = false;
 
   constructor(context) { this.#context = context; }
@@ -106,36 +106,36 @@ class Deck {
   get loop() { return this.#loop; }
   get seconds() { return this.#secondsAt(this.#context.currentTime); }
 
-  /** What the ear is at: the place that sounds now, less what the device holds back. */
+  /** The position that is audible now: the playing position minus the latency of the output device. */
   get heard() {
     const late = this.#context.outputLatency || 0;
     return this.#secondsAt(this.#context.currentTime - late);
   }
 
   set seconds(value) {
-    if (!this.#voice) this.#rest = value;
+    if (!this.#voice) this.#pausedAt = value;
   }
 
   set loop(on) {
     const voice = this.#voice;
     if (voice && this.#context.currentTime > voice.at) {
-      Object.assign(voice, { from: this.seconds, at: this.#context.currentTime, least: 0 }); // rounds count no more
+      Object.assign(voice, { from: this.seconds, at: this.#context.currentTime, least: 0 }); // forget earlier loops
     }
     if (voice) voice.source.loop = on;
     this.#loop = on;
   }
 
   #secondsAt(time) {
-    if (!this.#voice) return this.#rest;
+    if (!this.#voice) return this.#pausedAt;
     const { at, from, least, source } = this.#voice;
     const seconds = Math.max(least, from + time - at);
     return source.loop ? seconds % source.buffer.duration : Math.min(seconds, source.buffer.duration);
   }
 
-  /** Play a recording; without a place, on from where the last one is. That fades out as this one comes. */
+  /** Play a recording from a position, or else from the current position; crossfade from the previous recording. */
   play(buffer, seconds) {
     const context = this.#context;
-    const toSample = (time) => Math.round(time * context.sampleRate) / context.sampleRate; // so that none is interpolated
+    const toSample = (time) => Math.round(time * context.sampleRate) / context.sampleRate; // avoids interpolation
     const at = toSample(context.currentTime + Deck.AHEAD);
     const goesOn = this.#voice && seconds === undefined;
     const from = Math.min(toSample(seconds ?? this.#secondsAt(at)), buffer.duration);
@@ -153,14 +153,14 @@ class Deck {
       fall.disconnect();
       if (this.#voice !== voice) return;
       this.#voice = null;
-      this.#rest = 0;
+      this.#pausedAt = 0;
       this.onend();
     };
   }
 
   pause() {
     const at = this.#context.currentTime + Deck.AHEAD;
-    this.#rest = this.#secondsAt(at) % this.#voice.source.buffer.duration;
+    this.#pausedAt = this.#secondsAt(at) % this.#voice.source.buffer.duration;
     this.#release(at, fadeCurves(0).fall);
     this.#voice = null;
   }

@@ -1,8 +1,8 @@
-// The players: what is chosen, what the keys and the bar do. One deck serves them all.
+// The players, the keyboard shortcuts and the bar. All players share one deck.
 (() => {
   let deck, shelf, context;
-  let chosen = null; // the player that the bar, the keys and the playhead belong to
-  let wanted = false; // whether it is to sound: true while its recording is still on the way
+  let chosen = null; // the player to which the bar, the keys and the playhead apply
+  let wanted = false; // whether the chosen player should play: true while its recording is still loading
   let request = 0;
 
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
@@ -21,9 +21,9 @@
     if (context.state !== "running") context.resume();
   }
 
-  // ---- what happens
+  // ---- actions
 
-  /** Make a player the chosen one. In another clip the time starts anew. */
+  /** Choose a player. If it is of another clip, the position starts at zero. */
   function choose(player) {
     wake();
     if (player === chosen) return;
@@ -47,7 +47,7 @@
     if (!next || groupOf(next) !== groupOf(player)) groupOf(player).classList.remove("here");
   }
 
-  /** Play a player from a place, or on from where the clip is; until its sound is there the last one goes on. */
+  /** Play from a position, or else from the clip's current one; the previous recording plays until this is loaded. */
   async function hear(player, seconds) {
     choose(player);
     if (seconds !== undefined) deck.seconds = seconds;
@@ -59,7 +59,7 @@
       const buffer = await shelf.get(player.dataset.sound);
       if (mine !== request) return;
       deck.play(buffer, seconds);
-      wanted = true; // the last one may have ended meanwhile
+      wanted = true; // the previous recording may have ended meanwhile
       player.classList.remove("broken");
       fetchRest(player);
     } catch {
@@ -85,7 +85,7 @@
     else hear(player);
   }
 
-  /** Another player, as it was with the last: sounding or not. */
+  /** Move to another player, and keep playing if the previous player was playing. */
   function goTo(player) {
     if (!player) return;
     if (wanted) hear(player);
@@ -121,7 +121,7 @@
     bar.hidden = true;
   }
 
-  /** What one may want next in this clip: the other systems, then the other takes. One after another, while it is chosen. */
+  /** Preload the clip's other systems, then this player's other takes, one by one until something else is played. */
   async function fetchRest(player) {
     const others = all(".player", groupOf(player)).map((other) => other.dataset.sound);
     const takes = all(".takes button", player).map((button) => button.dataset.sound);
@@ -132,7 +132,7 @@
     }
   }
 
-  // ---- what is seen
+  // ---- display
 
   function label(player, verb) {
     const button = player.querySelector(".play");
@@ -175,7 +175,7 @@
     bar.hidden = false;
   }
 
-  /** The bar's buttons: the original, and what stands in line with the chosen player. */
+  /** Fill the bar with buttons of the original and of all players in the row of the chosen one. */
   function fillSystems(players) {
     const systems = bar.querySelector(".systems");
     if (players.some((player, n) => player !== systems.children[n]?.player) || players.length < systems.children.length)
@@ -199,12 +199,12 @@
   const inView = ({ top, bottom }) => bottom > 0 && top < innerHeight;
   const firstInView = () => all(".player").find((player) => inView(player.getBoundingClientRect()));
 
-  function beside(player, step) {
+  function neighbour(player, step) {
     const players = all(".player", groupOf(player));
     return players[players.indexOf(player) + step];
   }
 
-  /** The player of the next clip (of decodes: rate) in the same column, else the first there. */
+  /** The player of the next clip (among decodes: of the next rate) in the same column, else the first of that row. */
   function below(player, step) {
     const lines = all(".clips tbody tr").filter((line) => line.querySelector(".player"));
     const players = all(".player", lines[lines.indexOf(player.closest("tr")) + step] ?? document.createElement("i"));
@@ -225,8 +225,8 @@
 
   const KEYS = {
     " ": toggle,
-    ArrowRight: (player) => goTo(beside(player, 1)),
-    ArrowLeft: (player) => goTo(beside(player, -1)),
+    ArrowRight: (player) => goTo(neighbour(player, 1)),
+    ArrowLeft: (player) => goTo(neighbour(player, -1)),
     ArrowDown: (player) => goTo(below(player, 1)),
     ArrowUp: (player) => goTo(below(player, -1)),
     l: () => setLoop(!deck?.loop),
@@ -235,7 +235,7 @@
   for (let n = 1; n <= 9; n++) KEYS[n] = (player) => take(player, n);
   const SHIFTED = { ArrowRight: (player) => seekBy(player, 1), ArrowLeft: (player) => seekBy(player, -1) };
 
-  let held = false; // the space bar, whose release would press a button once more in some browsers
+  let held = false; // whether the space bar is down: in some browsers its release would press a button again
 
   document.addEventListener("keydown", (event) => {
     const { key, shiftKey, target } = event;
@@ -269,7 +269,7 @@
     if (player) hear(player, Number(event.target.value));
   });
 
-  // ---- notes behind the question marks: by pointer, by keyboard, by touch
+  // ---- notes behind the question marks, for pointer, keyboard and touch
 
   const tip = document.body.appendChild(document.createElement("div"));
   tip.className = "tip";
