@@ -1,7 +1,8 @@
-"""Checkpoints beside their peers: python benchmarks/checkpoint.py [--json FILE] [--work DIR]; prints Markdown tables.
+"""Compare checkpoints with those of peers: python benchmarks/checkpoint.py [--json FILE] [--work DIR].
 
-Two ranks train the same LoRA model under each system in turn and save it several times, with steps in between; then it
-is loaded by as many ranks and by one. Medians count. What is written is on the disk before the next is timed.
+Two ranks train the same LoRA model under each system in turn and save it several times, with steps in between. Then two
+ranks load the last checkpoint, and one rank does. Medians count. Each save starts only after everything written before
+is on the disk. The program prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ MEASURED = ("stall_s", "extra_s", "whole_s", "load_s")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--work", type=Path, help="a folder on the disk to be measured; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument("--work", type=Path, help="a folder on the disk to measure; default: the temporary folder")
     parser.add_argument(
         "--only", nargs="+", choices=list(SYSTEMS), default=[name for name in SYSTEMS if "zero3" not in name]
     )
@@ -63,22 +64,23 @@ def main() -> None:
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Everything about one system; its files are gone afterwards."""
+    """Measure one system and return its figures; the checkpoints are removed."""
     folder.mkdir()
     log, begun = folder.with_suffix(".log"), time.perf_counter()
     saved = ranks.run("checkpoint_peers.py", 2, name, "save", folder, log=log)
-    saved["half"] = loaded_on_one(name, "half", folder, saved)
+    saved["half"] = load_on_one_rank(name, "half", folder, saved)
     if name in UNIVERSAL:
-        saved["universal"] = converted(name, folder, saved)
+        saved["universal"] = convert(name, folder, saved)
     shutil.rmtree(folder)
     os.sync()
     stall, bytes_each = statistics.median(saved["stall_s"]), saved["bytes"] / saved["trained"]
-    say(f"{TITLES[name]}: stands still {stall:.3f} s, {bytes_each:.2f} bytes ({time.perf_counter() - begun:.0f} s)")
+    seconds = time.perf_counter() - begun
+    say(f"{TITLES[name]}: a save stalls for {stall:.3f} s, {bytes_each:.2f} bytes a parameter ({seconds:.0f} s)")
     return saved
 
 
-def loaded_on_one(name: str, action: str, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """What comes of loading it with half the ranks."""
+def load_on_one_rank(name: str, action: str, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Load the checkpoint on one rank, half as many as saved it; return the figures or the `error`."""
     (folder / "saved.json").write_text(json.dumps(saved))
     try:
         return ranks.run("checkpoint_peers.py", 1, name, action, folder, log=folder.with_suffix(".log"))
@@ -86,8 +88,8 @@ def loaded_on_one(name: str, action: str, folder: Path, saved: dict[str, Any]) -
         return {"error": str(error).strip().splitlines()[-1]}
 
 
-def converted(name: str, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's own way to another number of ranks: converted offline, then loaded."""
+def convert(name: str, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Convert a DeepSpeed checkpoint to a universal one, which another world size can load, and load it on one rank."""
     path = Path(saved["path"])
     universal = folder / "universal" / path.name
     program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
@@ -99,16 +101,16 @@ def converted(name: str, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"ds_to_universal: {done.stderr.strip().splitlines()[-1]}"}
     seconds = time.perf_counter() - begun
     bytes_written = sum(file.stat().st_size for file in universal.rglob("*") if file.is_file())
-    loaded = loaded_on_one(name, "universal", folder, saved | {"path": str(universal)})
+    loaded = load_on_one_rank(name, "universal", folder, saved | {"path": str(universal)})
     return {"convert_s": seconds, "bytes": bytes_written} | loaded
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Everything as Markdown, medians."""
+    """Return the medians of all figures as Markdown tables."""
     systems: dict[str, dict[str, Any]] = figures["systems"]
     any_one = next(iter(systems.values()))
     lines = [
-        f"{ranks.told(figures)} Two ranks, gloo; {any_one['frozen'] / 1e6:.1f} M frozen parameters, "
+        f"{ranks.describe(figures)} Two ranks, gloo; {any_one['frozen'] / 1e6:.1f} M frozen parameters, "
         f"{any_one['trained'] / 1e6:.2f} M trained ones; medians of {len(any_one['stall_s'])} saves.",
         "",
         "| system | stands still s | (the first) | steps beside longer by s | on the disk after s | load s | MB | "

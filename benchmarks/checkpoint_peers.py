@@ -1,6 +1,6 @@
 """One system of `checkpoint.py` as a rank: python checkpoint_peers.py SYSTEM save|half|universal FOLDER.
 
-All train the very same module on the same batches with AdamW over what is trained; each saves and loads its own way.
+All systems train the same module on the same batches with AdamW; each saves and loads in its own way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import give
+from ranks import send_result
 from subject import STAGE, LossOnly, batches, recipe, task_of
 from torch import Tensor
 
@@ -31,18 +31,18 @@ from trainer.tasks import Task
 
 SIZE = ("dit.width=1024", "dit.depth=8", "dit.hidden_width=4096", "latent_encoder.width=384")
 RECIPE = (*SIZE, "lora.rank=32", "lora.alpha=32", "autoencode.global_batch=2", "autoencode.lr=1e-3")
-GLOBAL_BATCH, LR, WARM, USUAL, SAVES, BESIDE, LOADS = 2, 1e-3, 3, 4, 5, 2, 3
+GLOBAL_BATCH, LR, WARM, USUAL, SAVES, DURING, LOADS = 2, 1e-3, 3, 4, 5, 2, 3
 
 
 class System(ABC):
-    """A module under training that can be saved and loaded."""
+    """A system that trains a module and can save and load its state."""
 
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     trained = frozen = 0
 
     def task(self, config: Config) -> Task:
-        """What is trained, counted."""
+        """Make the task and count its trained and its frozen parameters."""
         task = task_of(config)
         self.trained = sum(value.numel() for value in task.learned.values())
         self.frozen = sum(value.numel() for value in task.module.parameters()) - self.trained
@@ -53,22 +53,22 @@ class System(ABC):
 
     @abstractmethod
     def step(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
-        """One step; the losses (b,) before it."""
+        """Train one step on this rank's samples; return their losses (b,) before the update."""
 
     @abstractmethod
     def save(self, path: Path) -> None:
-        """Save to a new folder; training stands still until it returns."""
+        """Save to a new folder. Training stalls until this returns, though the files may be written later."""
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Everything back."""
+        """Restore the state from a checkpoint."""
 
-    def stood(self, saving: float) -> float:
-        """Seconds that training stood still for the last save, whose call took so many."""
-        return saving
+    def stall_seconds(self, call_seconds: float) -> float:
+        """Seconds that training stalled for the last save, given those that the call of `save` took."""
+        return call_seconds
 
     def settle(self, path: Path) -> None:
-        """Until a save is on the disk."""
+        """Wait until the last save is on the disk; by default by fsync of its files."""
         if self.rank == 0:
             for file in (file for file in path.rglob("*") if file.is_file()):
                 descriptor = os.open(file, os.O_RDONLY)
@@ -77,12 +77,12 @@ class System(ABC):
         wait()
 
     def fingerprint(self) -> str | None:
-        """Of all that is saved, where that can be told at any world size."""
+        """Return a hash of the saved state that does not depend on the world size; None if the system has none."""
         return None
 
 
 class Ours(System):
-    """This project, under one of its strategies."""
+    """This project under one of its strategies."""
 
     def __init__(self, config: Config, strategy: str) -> None:
         from trainer.checkpoints.ema import EMA
@@ -105,7 +105,7 @@ class Ours(System):
     def step(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
         losses_B = self.strategy.forward(Inputs(x0=x0_BCT, positions=positions_B)).total({})
         self.strategy.backward(losses_B.mean(), last=True)
-        self.saver.copied()  # as the loop does
+        self.saver.copied()  # the loop waits here too, before the weights change
         self.strategy.step(LR, lambda norm: True)
         self.steps += 1
         self.ema.update(self.steps * GLOBAL_BATCH, GLOBAL_BATCH)
@@ -114,17 +114,16 @@ class Ours(System):
     def save(self, path: Path) -> None:
         meta = {"steps": self.steps, "base": self.base}
         self.saver.save(int(path.name.removeprefix("step_")), self.state.owned(), meta)
+        self.stalled_in_call = self.saver.stalled
 
-        self.called = self.saver.stalled
-
-    def stood(self, saving: float) -> float:
-        return saving + self.saver.stalled - self.called  # with what a step waited for the copy
+    def stall_seconds(self, call_seconds: float) -> float:
+        return call_seconds + self.saver.stalled - self.stalled_in_call  # a later step may have waited for the copy
 
     def settle(self, path: Path) -> None:
         self.saver.wait()
 
     def load(self, path: Path) -> None:
-        """As the loop does: the newest whole checkpoint, its checksums verified."""
+        """Load the newest whole checkpoint and verify its checksums, as the loop does."""
         from trainer.checkpoints import checkpoint
 
         newest = checkpoint.latest(path.parent)
@@ -141,7 +140,7 @@ class Ours(System):
 
 
 class Accelerated(System):
-    """Accelerate around DDP, or around DeepSpeed with the options of its `save_checkpoint`."""
+    """Accelerate with DDP, or with DeepSpeed ZeRO and options for DeepSpeed's `save_checkpoint`."""
 
     def __init__(self, config: Config, zero: int = 0, **saving: bool) -> None:
         from accelerate import Accelerator
@@ -177,7 +176,7 @@ class Accelerated(System):
 
 
 class DeepSpeed(System):
-    """DeepSpeed's own engine and checkpoints."""
+    """DeepSpeed's engine with its own checkpoints."""
 
     def __init__(self, config: Config, universal: bool = False, **saving: bool) -> None:
         torch.set_num_threads(1)
@@ -222,7 +221,7 @@ UNIVERSAL: dict[str, Callable[[Config], System]] = {
 
 
 def deepspeed() -> Any:
-    """The library, without the operator that it would compile."""
+    """Import and initialise DeepSpeed on gloo, without the shared-memory operator that it would compile."""
     import logging
 
     import deepspeed as library
@@ -257,8 +256,8 @@ def wait() -> None:
         dist.barrier()
 
 
-def most(seconds: float) -> float:
-    """Of all ranks."""
+def slowest(seconds: float) -> float:
+    """Return the largest value over all ranks."""
     value = torch.tensor(seconds, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -266,7 +265,7 @@ def most(seconds: float) -> float:
 
 
 def mean(losses_B: Tensor) -> float:
-    """Over all ranks."""
+    """Return the mean loss of the global batch, over all ranks."""
     total = losses_B.double().sum()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -274,26 +273,26 @@ def mean(losses_B: Tensor) -> float:
 
 
 class Training:
-    """A system going through its batches, each step timed."""
+    """Trains a system on one batch after another and times each step."""
 
     def __init__(self, system: System, start: int = 0) -> None:
         self.system, self.seconds, self.samples = system, [0.0], start
         self.batches = batches(GLOBAL_BATCH, System.rank, System.world_size, start)
 
     def steps(self, count: int) -> list[float]:
-        """Losses; `seconds` are those of these steps."""
+        """Train `count` steps and return their losses; `seconds` has the time of each, on the slowest rank."""
         losses, self.seconds = [], []
         for _ in range(count):
             start = time.perf_counter()
             losses.append(mean(self.system.step(*next(self.batches))))
-            self.seconds.append(most(time.perf_counter() - start))
+            self.seconds.append(slowest(time.perf_counter() - start))
             self.samples += GLOBAL_BATCH
         return losses
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Callable[[], float]]:
-    """When a folder appears, in seconds from now, seen by a thread that hardly does anything else."""
+    """Watch for a folder in a thread; the yielded function waits for it and returns its seconds from the start."""
     start, found = time.perf_counter(), [float("nan")]
 
     def look() -> None:
@@ -307,12 +306,12 @@ def appearing(path: Path) -> Iterator[Callable[[], float]]:
 
 
 def save(system: System, folder: Path) -> dict[str, Any]:
-    """Steps, saves with steps beside them, a load, and whether it goes on as before."""
+    """Measure saves with steps during the write, then loads, and compare the losses after a load with those before."""
     training, stalls, extra = Training(system), [], []
     training.steps(WARM)
     training.steps(USUAL)
     usual = statistics.median(training.seconds)
-    wholes = []
+    seconds_on_disk = []
     for _ in range(SAVES):
         path = folder / f"step_{training.samples:012d}"
         fingerprint = system.fingerprint()
@@ -320,21 +319,21 @@ def save(system: System, folder: Path) -> dict[str, Any]:
         with appearing(path) as seconds_until:
             start = time.perf_counter()
             system.save(path)
-            stood = time.perf_counter() - start
-            losses, at = training.steps(BESIDE), training.samples - BESIDE * GLOBAL_BATCH
-            stalls.append(most(system.stood(stood)))
-            extra.append(sum(training.seconds) - BESIDE * usual)
+            call_seconds = time.perf_counter() - start
+            losses, at = training.steps(DURING), training.samples - DURING * GLOBAL_BATCH
+            stalls.append(slowest(system.stall_seconds(call_seconds)))
+            extra.append(sum(training.seconds) - DURING * usual)
             if isinstance(system, Ours):
                 system.settle(path)
-                wholes.append(seconds_until())
+                seconds_on_disk.append(seconds_until())
     if not isinstance(system, Ours):
-        wholes = [whole(system, folder / "whole") for _ in range(3)]
+        seconds_on_disk = [seconds_until_on_disk(system, folder / "whole") for _ in range(3)]
     loads = [load(system, path) for _ in range(LOADS)]
     same = _same(fingerprint, system.fingerprint())
-    again = Training(system, at).steps(BESIDE)
+    again = Training(system, at).steps(DURING)
     return {
         **{"path": str(path), "samples": at, "losses": losses, "fingerprint": fingerprint},
-        **{"stall_s": stalls, "extra_s": extra, "whole_s": wholes, "load_s": loads, "step_s": usual},
+        **{"stall_s": stalls, "extra_s": extra, "whole_s": seconds_on_disk, "load_s": loads, "step_s": usual},
         **{"trained": system.trained, "frozen": system.frozen},
         **{"bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file())},
         **{"same": same, "departs": departure(losses, again)},
@@ -342,19 +341,19 @@ def save(system: System, folder: Path) -> dict[str, Any]:
 
 
 def clean_disk() -> None:
-    """Nothing of what was written before is under way."""
+    """Wait until everything that was written before is on the disk."""
     if System.rank == 0:
         os.sync()
     wait()
 
 
-def whole(system: System, path: Path) -> float:
-    """Seconds until a peer's save is on the disk, as it does not see to that itself."""
+def seconds_until_on_disk(system: System, path: Path) -> float:
+    """Measure the seconds until a peer's save is on the disk; peers do not call fsync, so `settle` does."""
     clean_disk()
     start = time.perf_counter()
     system.save(path)
     system.settle(path)
-    seconds = most(time.perf_counter() - start)
+    seconds = slowest(time.perf_counter() - start)
     if System.rank == 0:
         shutil.rmtree(path)
     wait()
@@ -365,18 +364,18 @@ def load(system: System, path: Path) -> float:
     wait()
     start = time.perf_counter()
     system.load(path)
-    return most(time.perf_counter() - start)
+    return slowest(time.perf_counter() - start)
 
 
 def half(system: System, folder: Path) -> dict[str, Any]:
-    """A checkpoint of more ranks: what comes of loading it, and how it goes on; `saved.json` tells of it."""
+    """Load a checkpoint that more ranks saved and train on; `saved.json` has the result of `save`."""
     saved = json.loads((folder / "saved.json").read_text())
     try:
         seconds = load(system, Path(saved["path"]))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     same = _same(saved["fingerprint"], system.fingerprint())
-    losses = Training(system, saved["samples"]).steps(BESIDE)
+    losses = Training(system, saved["samples"]).steps(DURING)
     return {"load_s": seconds, "same": same, "departs": departure(saved["losses"], losses)}
 
 
@@ -385,7 +384,7 @@ def _same(before: str | None, after: str | None) -> bool | None:
 
 
 def departure(before: list[float], after: list[float]) -> float:
-    """Largest relative difference of losses; the second one of them depends on the moments too."""
+    """Return the largest relative difference of losses; from the second loss on they depend on the moments too."""
     return max(abs(one - other) / abs(one) for one, other in zip(before, after, strict=True))
 
 
@@ -395,12 +394,12 @@ def main() -> None:
     systems = UNIVERSAL if action == "universal" else SYSTEMS
     result = (save if action == "save" else half)(systems[name](config), folder)
     if System.rank == 0:
-        give(result)
+        send_result(result)
     wait()
     sys.stdout.flush()
     with suppress(OSError):
         sys.stderr.flush()
-    os._exit(0)  # threads of a process group don't survive the interpreter's own end
+    os._exit(0)  # the process group's threads crash if the interpreter shuts down normally
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Streams beside their peers: python benchmarks/data.py [--json FILE] [--work DIR]; prints Markdown tables.
+"""Compare data loaders: python benchmarks/data.py [--json FILE] [--work DIR]; prints Markdown tables.
 
-Makes the same 20,000 samples in every loader's format, each peer in a virtual environment of its own under DIR, and
-measures all of them in turn, `--repeat` times, of which the median counts. The page cache is warm: what is compared is
-the loaders. A second table is of the order and the index alone, at 10⁹ samples.
+The program writes the same 20,000 samples in each loader's format, installs each peer in a virtual environment of its
+own below DIR, and measures the loaders in turn, `--repeat` times; the median counts. All files are in the page cache,
+so that the loaders are compared and not the disk. A second table has the shuffled order and the index at 10⁹ samples.
 """
 
 from __future__ import annotations
@@ -46,15 +46,20 @@ TITLES = {
 SAMPLE = 2 * 64 * 215  # bytes
 GROUPS = 371
 IDEAL = GROUPS * (1 - (1 - 1 / GROUPS) ** 256)
-FORMAT = {"webdataset": "ours", "wids": "ours"}  # who reads the same files as whom
+FORMAT = {"webdataset": "ours", "wids": "ours"}  # loaders that read the files of another loader
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "spresso-benchmark-data")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "spresso-benchmark-data",
+        help="a folder for the samples and environments, which later runs reuse (default: %(default)s)",
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="default: all")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
@@ -88,7 +93,7 @@ def main() -> None:
 
 
 def install(name: str, work: Path) -> None:
-    """A peer's virtual environment, with the torch that is here."""
+    """Make a peer's virtual environment, with this environment's version of torch."""
     if name in HERE or python_of(name, work).exists():
         return
     say(f"installing {TITLES[name]}")
@@ -102,7 +107,7 @@ def install(name: str, work: Path) -> None:
 
 
 def make(name: str, work: Path) -> None:
-    """A loader's files, once."""
+    """Write the samples in a loader's format, unless an earlier run did."""
     folder = folder_of(name, work)
     done = folder / ".made"
     if done.exists():
@@ -114,17 +119,17 @@ def make(name: str, work: Path) -> None:
 
 
 def folder_of(name: str, work: Path) -> Path:
-    """Where a loader's files are."""
+    """Return the folder of a loader's files."""
     return work / "sets" / FORMAT.get(name, name)
 
 
 def python_of(name: str, work: Path) -> Path:
-    """The interpreter that has the loader."""
+    """Return the Python interpreter of the environment that has the loader."""
     return Path(sys.executable) if name in HERE else work / name / "bin" / "python"
 
 
 def call(name: str, action: str, work: Path, workers: int) -> dict[str, float]:
-    """`data_peers.py` in its own process."""
+    """Run `data_peers.py` in its own process and return its result."""
     command = [
         python_of(name, work),
         ROOT / "benchmarks/data_peers.py",
@@ -137,12 +142,12 @@ def call(name: str, action: str, work: Path, workers: int) -> dict[str, float]:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        raise SystemExit(f"{TITLES[name]} failed:\n{result.stderr[-2000:]}")
+        raise SystemExit(f"data_peers.py {name} {action} failed:\n{result.stderr[-2000:]}")
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def warm(folder: Path) -> None:
-    """Have all of a loader's files in the page cache."""
+    """Read all files of a loader once, so that they are in the page cache."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb", buffering=0) as file:
@@ -151,16 +156,16 @@ def warm(folder: Path) -> None:
 
 
 def bare_reads(folder: Path) -> dict[str, dict[str, float]]:
-    """The floor: the shards from the page cache into buffers, by one thread, nothing checked."""
+    """Time plain reads of the shards by one thread, without checksums: the lower bound for any loader."""
     warm(folder)
     paths = sorted(folder.glob("*.tar"))
     return {
-        "in order": _timed(lambda: _read_in_order(paths)),
-        "at random": _timed(lambda: _read_at_random(paths)),
+        "in order": _time_read(lambda: _read_in_order(paths)),
+        "at random": _time_read(lambda: _read_at_random(paths)),
     }
 
 
-def _timed(read: Callable[[], int]) -> dict[str, float]:
+def _time_read(read: Callable[[], int]) -> dict[str, float]:
     cpu, start = time.process_time(), time.perf_counter()
     samples = read() / SAMPLE
     return {
@@ -170,7 +175,7 @@ def _timed(read: Callable[[], int]) -> dict[str, float]:
 
 
 def _read_in_order(paths: list[Path]) -> int:
-    """A MiB at a time; returns bytes."""
+    """Read the shards from start to end, a MiB at a time; return the number of bytes."""
     buffer, size = bytearray(1 << 20), 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -180,7 +185,10 @@ def _read_in_order(paths: list[Path]) -> int:
 
 
 def _read_at_random(paths: list[Path]) -> int:
-    """What a shuffled loader can't do without: a read a sample, into its row of a batch; returns bytes."""
+    """Read samples in random order, each by one call into its row of a batch; return the number of bytes.
+
+    No loader that shuffles can do with less.
+    """
     rows = memoryview(bytearray(64 * SAMPLE))
     batch = [rows[row * SAMPLE : (row + 1) * SAMPLE] for row in range(64)]
     places = [(path, start) for path in paths for start in range(0, path.stat().st_size - SAMPLE, SAMPLE)]
@@ -191,7 +199,7 @@ def _read_at_random(paths: list[Path]) -> int:
 
 
 def order_of_a_billion(kind: str, work: Path) -> dict[str, Any]:
-    """A set of 10⁹ samples in shards of a GiB, all of holes: opening it, then batches of 1024 ids with their rows."""
+    """Measure a set of 10⁹ samples: the time to open it, to draw 1024 shuffled ids, and to read their index rows."""
     folder = work / "sets" / "billion"
     if not (folder / "set.json").exists():
         _make_billion(folder)
@@ -219,7 +227,7 @@ def order_of_a_billion(kind: str, work: Path) -> dict[str, Any]:
 
 
 def _make_billion(folder: Path) -> None:
-    """Files of holes, which take no room."""
+    """Write an index of 10⁹ samples and shards of a GiB as sparse files, which take no disk space."""
     from dataclasses import asdict
 
     from numpy.lib import format as npy
@@ -243,7 +251,10 @@ def _make_billion(folder: Path) -> None:
 
 
 def mixing() -> dict[str, float]:
-    """Distinct shards in a batch of 256, of 460 shards of 200 samples, in a window of 2 GiB (of 27.5 KB samples)."""
+    """Count the distinct shards in 256 consecutive samples, per kind of order, and the expected number at random.
+
+    The set has 460 shards of 200 samples of 27.5 KB, and the shuffle window has 2 GiB.
+    """
     from trainer.data.order import Order
 
     shards, in_shard = 460, 200
@@ -259,7 +270,7 @@ def mixing() -> dict[str, float]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Everything as Markdown, medians."""
+    """Return the medians of all figures as Markdown tables."""
     loaders = figures["loaders"]
     lines = [
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}. 20,000 samples of 64 × 215 "
@@ -312,7 +323,7 @@ def _median(row: dict[str, list[float]]) -> dict[str, float]:
 
 
 def say(text: str) -> None:
-    """Progress, beside the tables."""
+    """Print progress to stderr, so that stdout has only the tables."""
     print(text, file=sys.stderr, flush=True)
 
 

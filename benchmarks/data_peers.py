@@ -1,7 +1,7 @@
 """One loader of `data.py`, in a process of its own: python data_peers.py LOADER make|run|restore|mix FOLDER WORKERS.
 
-Every loader gives shuffled batches of 64 latents (64, 215) in float16 of the same 20,000 samples, each from its format.
-What it needs is imported before any clock starts.
+Each loader reads the same 20,000 samples from its own format and yields shuffled batches of 64 latents (64, 215) in
+float16. The loader's modules are imported before any clock starts.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Any
 import numpy as np
 
 SAMPLES, SHAPE, BATCH = 20_000, (64, 215), 64
-SHARD_BYTES = 1_600_000  # a set of hundreds of shards, as a large one has
-IN_SHARD = 54  # samples of these, as tars
+SHARD_BYTES = 1_600_000  # gives hundreds of shards, as many as a large set has
+IN_SHARD = 54  # samples in a shard of that size, as a tar
 RESTORE_AT = int(0.9 * SAMPLES) // BATCH * BATCH
 Loader = Callable[[Path, int, int], Iterator[Any]]
 
 
 def samples() -> Iterator[np.ndarray]:
-    """Always the same, and no file system can make them smaller."""
+    """Yield the samples, which are the same in each run and too random for a file system to compress."""
     return map(sample, range(SAMPLES))
 
 
 def sample(number: int) -> np.ndarray:
-    """One of them; its first two values say which."""
+    """Return a sample of noise whose first two values hold its number."""
     x0 = np.random.default_rng(number).standard_normal(SHAPE).astype(np.float16)
     x0[0, :2] = divmod(number, 1000)
     return x0
 
 
 def numbers(batch: Any) -> np.ndarray:
-    """Which samples a loader's batch holds."""
+    """Return the numbers of the samples in a loader's batch."""
     if hasattr(batch, "x0"):
         batch = batch.x0
     elif isinstance(batch, dict):
@@ -73,7 +73,7 @@ class Ours:
 
 
 class Npy:
-    """A .npy file a sample, torch's DataLoader, and Accelerate's `skip_first_batches` to come back."""
+    """One .npy file per sample, read by torch's DataLoader; Accelerate's `skip_first_batches` restores the position."""
 
     modules = ("accelerate", "torch.utils.data")
 
@@ -99,7 +99,7 @@ class Npy:
 
 
 class WebDataset:
-    """The same tars as ours through WebDataset, a buffer of 1,000; to come back, it reads up to there."""
+    """WebDataset on this project's tars, with a shuffle buffer of 1,000; to restore, it reads up to the position."""
 
     modules = ("webdataset",)
 
@@ -116,7 +116,7 @@ class WebDataset:
 
 
 class Wids:
-    """The same tars through wids (webdataset 0.2.111)."""
+    """The wids package (of webdataset 0.2.111) on this project's tars."""
 
     modules = ("wids", "torch.utils.data")
 
@@ -139,7 +139,7 @@ def _npy(sample: dict[str, Any]) -> np.ndarray:
 
 
 class LitData:
-    """LitData's own chunks."""
+    """LitData on its own chunks; its state restores the position."""
 
     modules = ("litdata",)
 
@@ -174,7 +174,7 @@ def _indexed(number: int) -> dict[str, np.ndarray]:
 
 
 class Mosaic:
-    """MosaicML streaming's MDS, shuffled by py1e."""
+    """MosaicML streaming on its own MDS files, shuffled by its py1e algorithm."""
 
     modules = ("streaming",)
 
@@ -208,7 +208,7 @@ class Mosaic:
 
 
 def _without_torchvision() -> None:
-    """Its CPU wheel may not fit torch's; it is imported for pictures alone."""
+    """Put a stub in place of torchvision if its wheel does not match torch's; streaming needs it only for images."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
@@ -238,7 +238,7 @@ LOADERS: dict[str, Any] = {
 
 
 def run(batches: Iterator[Any]) -> dict[str, float]:
-    """Speed over the first 90 % of an epoch, and what it costs."""
+    """Measure the speed over the first 90 % of an epoch, the CPU time (µs per sample) and the peak memory (MiB)."""
     before = time.perf_counter()
     next(batches)
     first = time.perf_counter()
@@ -257,23 +257,23 @@ def run(batches: Iterator[Any]) -> dict[str, float]:
 
 
 def mix(batches: Iterator[Any]) -> dict[str, float]:
-    """Distinct shards, as they were written, in 256 samples that follow each other."""
+    """Count the distinct shards in 256 consecutive samples; shards are those of the order of writing."""
     seen = np.concatenate([numbers(batch) for batch in islice(batches, SAMPLES // BATCH)])
     groups = seen[: len(seen) // 256 * 256].reshape(-1, 256) // IN_SHARD
     return {"distinct_shards": float(np.mean([len(np.unique(group)) for group in groups]))}
 
 
 def restore(batches: Iterator[Any]) -> dict[str, float]:
-    """Until the first batch after 90 % of an epoch."""
+    """Measure the seconds until the first batch after 90 % of an epoch."""
     before = time.perf_counter()
-    if isinstance(next(batches), str):  # it had to be brought there first
+    if isinstance(next(batches), str):  # LitData reads up to the position first, untimed, to get a state to restore
         before = time.perf_counter()
         next(batches)
     return {"restored_s": time.perf_counter() - before}
 
 
 def _cpu() -> float:
-    """Seconds of this process and of those of its workers that have ended."""
+    """Return the CPU seconds of this process and of its workers."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both) + _living_children()
 

@@ -1,10 +1,11 @@
-"""All recorded sound effects that Debian has, into a folder: python benchmarks/debian_sounds.py FOLDER.
+"""Collect the recorded sound effects of Debian's packages in a folder: python benchmarks/debian_sounds.py FOLDER.
 
-Downloads packages by `apt-get download` (2 GB), unpacks them without installing anything, and keeps the sound files
-that are effects: at least 44.1 kHz, 0.2 to 12 s, not among music, each content once. Most last a second; those of a
-package are levelled and joined in the order of their paths to files of 5 s or more, 48 kHz, mono: what is alike lies
-side by side, and so mostly in one file, which is held out or learned from as a whole. Their licences are those of
-their packages, all free in Debian's sense; `packages.txt` in the folder lists them.
+The program downloads packages with `apt-get download` (2 GB), unpacks them without installing anything, and keeps the
+sound files that are effects: at least 44.1 kHz, 0.2 to 12 s long, in no folder of music. It skips duplicates. As most
+effects last a second, it normalises the loudness of a package's effects and joins them, in the order of their paths, to
+files of at least 5 s (48 kHz, mono). Similar effects have similar paths, so most of them land in the same file, and a
+file is either trained on or held out as a whole. The effects have the licences of their packages, all free by Debian's
+guidelines; `packages.txt` in the folder lists the packages.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ RATE, JOINED = 48_000, 5.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--unpacked", type=Path, help="packages unpacked before, a folder each")
+    parser.add_argument("folder", type=Path, help="where the sounds go")
+    parser.add_argument(
+        "--unpacked", type=Path, help="a folder with the packages already unpacked, each in a folder of its name"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     kept: Counter[str] = Counter()
@@ -50,15 +53,15 @@ def main() -> None:
     with Progress("sounds", total=len(PACKAGES), unit="packages") as progress:
         for done, package in enumerate(PACKAGES, 1):
             with tempfile.TemporaryDirectory() as scratch:
-                root = options.unpacked / package if options.unpacked else fetched(package, Path(scratch))
+                root = options.unpacked / package if options.unpacked else fetch(package, Path(scratch))
                 kept[package] = keep(root, options.folder, package, seen)
             progress.to(done, effects=sum(kept.values()))
     listing = "".join(f"{package}\t{count} effects\n" for package, count in kept.items())
     (options.folder / "packages.txt").write_text(listing)
 
 
-def fetched(package: str, scratch: Path) -> Path:
-    """A package's files, its archives unpacked, in a folder of their own."""
+def fetch(package: str, scratch: Path) -> Path:
+    """Download and unpack a package, with the archives in it, and return the folder of its files."""
     subprocess.run(["apt-get", "download", "-qq", package], cwd=scratch, check=True)
     (file,) = scratch.glob("*.deb")
     root = scratch / "files"
@@ -70,7 +73,7 @@ def fetched(package: str, scratch: Path) -> Path:
 
 
 def keep(root: Path, folder: Path, package: str, seen: set[str]) -> int:
-    """Join the effects below `root` into files of the folder; returns how many there were."""
+    """Join the effects below `root` into files of `folder`, skip those in `seen`, and return how many were kept."""
     count, parts, files = 0, [], 0
     for path in find_audio(root):
         if "music" in str(path.relative_to(root)).lower() or not is_effect(path):
@@ -92,7 +95,7 @@ def keep(root: Path, folder: Path, package: str, seen: set[str]) -> int:
 
 
 def is_effect(path: Path) -> bool:
-    """By rate and length."""
+    """Whether a file's sample rate and duration are those of an effect."""
     try:
         info = soundfile.info(path)
     except (soundfile.LibsndfileError, ZeroDivisionError):

@@ -1,7 +1,7 @@
-"""Step 1 on one GPU: seconds a step, memory beside what `spresso plan` said, and how long a save holds training up.
+"""Measure step 1 on one GPU: seconds per step, peak memory next to the plan's, and how long a save stalls training.
 
-python benchmarks/gpu.py                     on the first CUDA device
-python benchmarks/gpu.py --device cpu --small     the same in small, to see that it runs
+python benchmarks/gpu.py                         measures on the first CUDA device
+python benchmarks/gpu.py --device cpu --small    runs a tiny model, to check that the benchmark works
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def recipe(folder: Path, device: str, small: bool, row: str) -> Config:
-    """Step 1 as a row has it; its runs stand apart."""
+    """Return the recipe of step 1 with the settings of a row and a run directory of its own."""
     size = SMALL if small else LARGE
     batch = int(size[-1].rpartition("=")[2])
     steps = (f"autoencode.samples={STEPS * batch}", f"log.every={LINE * batch}", "log.samples_every=0")
@@ -65,15 +65,18 @@ def recipe(folder: Path, device: str, small: bool, row: str) -> Config:
 
 
 def measure(folder: Path, device: str, small: bool, row: str) -> None:
-    """In a process of its own: the real loop, a few lines of its log, and what a save took."""
+    """Train with the real loop for `STEPS` steps and send the figures that its log and its saver give.
+
+    Each row has a process of its own, so that its peak memory is its own.
+    """
     from trainer.loop import train
 
     os.environ["DS_ACCELERATOR"] = device
     config = recipe(folder, device, small, row)
-    stalls, plain = [0.0], Saver.copied
+    stalls, copied = [0.0], Saver.copied
 
     def timed(saver: Saver) -> None:
-        plain(saver)
+        copied(saver)
         if saver.stalled != stalls[-1]:
             stalls.append(saver.stalled)
 
@@ -82,7 +85,7 @@ def measure(folder: Path, device: str, small: bool, row: str) -> None:
     lines = read_metrics(Path(config.run_dir) / subject.STAGE / "metrics.jsonl")
     lines = [line for line in lines if line["kind"] == "train"]
     estimate = Estimate(config, subject.STAGE, 1)
-    ranks.give(
+    ranks.send_result(
         {
             "seconds": statistics.median(line["step_seconds"][1] for line in lines[1:]),
             "clips": config.stage(subject.STAGE).global_batch,
@@ -95,7 +98,7 @@ def measure(folder: Path, device: str, small: bool, row: str) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line a row; what could not run says why."""
+    """Return the figures as a Markdown table; a row that could not run has its error instead."""
     lines = [
         "| | s/step | clips/s | peak GiB | planned GiB | measured / planned | a save stalls for s | loss |",
         "|---|---|---|---|---|---|---|---|",
@@ -115,9 +118,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a D of a few thousand weights")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS, metavar="ROW")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--small", action="store_true", help="train a D of a few thousand weights")
+    parser.add_argument(
+        "--rows", nargs="*", default=list(ROWS), choices=ROWS, metavar="ROW", help="rows to measure; default: all"
+    )
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -125,12 +130,12 @@ def main() -> None:
         measure(options.folder, options.device, options.small, options.row)
         return
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here: --device cpu --small shows that it runs")
+        raise SystemExit("this machine has no CUDA device; --device cpu --small checks that the benchmark runs")
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = recipe(folder, options.device, options.small, "ddp fp32")
-        ranks.say(f"a base of {subject.make_base(folder, config) / 1e6:.0f} M weights")
+        ranks.say(f"the frozen base has {subject.make_base(folder, config) / 1e6:.0f} M weights")
         subject.make_latents(folder, config, samples=256)
         small = ["--small"] if options.small else []
         for row in options.rows:
@@ -142,7 +147,7 @@ def main() -> None:
                 results[row] = {"error": str(failure).strip().splitlines()[-1][:120]}
                 ranks.say(f"{row}: {failure}")
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"\n{where}. {ranks.told(ranks.conditions('torch', 'deepspeed', 'accelerate'))}\n")
+    print(f"\n{where}. {ranks.describe(ranks.conditions('torch', 'deepspeed', 'accelerate'))}\n")
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

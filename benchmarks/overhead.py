@@ -1,8 +1,9 @@
-"""Step times beside plain loops: python benchmarks/overhead.py [--strategies ddp …] [--json FILE]; prints a table.
+"""Compare step times with hand-written loops: python benchmarks/overhead.py [--strategies ddp …] [--json FILE].
 
-The real loop (data, log, health, moving average, all of it) and a loop by hand under the same strategy are started side
-by side, two ranks each, and take turns, a block of steps each, so that what the machine does besides hits both; who
-goes first alternates. What is compared are the two blocks of a turn, each with a line of the log.
+The real loop (with its data, log, health checks and moving average) and a hand-written loop under the same strategy
+start side by side, on two ranks each. They take turns, a block of steps each, so that other load on the machine affects
+both; which loop goes first alternates. The ratio of the two blocks of a turn counts; the real loop writes one line of
+its log in each block. The program prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Blocks = dict[str, list[dict[str, list[float]]]]
 
 
 class Side:
-    """A loop in as many processes as there are ranks, which runs as many steps as it is told."""
+    """One of the two loops, in a process per rank; `steps` lets it run some steps, and it waits in between."""
 
     def __init__(self, name: str, strategy: str, work: Path, *, world_size: int = 2) -> None:
         address = str(work / f"{strategy}-{name}.socket")
@@ -46,14 +47,14 @@ class Side:
                     gate.recv()
             except (OSError, EOFError):
                 self.stop()
-                raise SystemExit(f"{strategy}, {name} failed, see:\n{log.read_text()[-3000:]}") from None
+                raise SystemExit(f"the ranks of {name} under {strategy} failed:\n{log.read_text()[-3000:]}") from None
 
     def _accepted(self, listener: Listener, log: Path) -> Connection:
         listener._listener._socket.settimeout(120)  # type: ignore[attr-defined]
         return listener.accept()
 
     def steps(self, count: int) -> dict[str, list[float]]:
-        """What each takes: seconds, the slower rank's; and of CPU, a rank's mean."""
+        """Run `count` steps; return each step's seconds on the slower rank, and its CPU seconds, the ranks' mean."""
         for gate in self.gates:
             gate.send(count)
         of_ranks = [list(zip(*gate.recv(), strict=True)) for gate in self.gates]
@@ -69,9 +70,14 @@ class Side:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--strategies", nargs="+", choices=list(PLAIN), default=list(PLAIN))
-    parser.add_argument("--pairs", type=int, default=30, help=f"pairs of blocks of {BLOCK} steps")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument("--strategies", nargs="+", choices=list(PLAIN), default=list(PLAIN), help="default: all")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=30,
+        help=f"how many pairs of blocks of {BLOCK} steps to time (default: %(default)s)",
+    )
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="spresso-benchmark-"))
     try:
@@ -89,7 +95,7 @@ def main() -> None:
 
 
 def measure(strategy: str, work: Path, pairs: int) -> Blocks:
-    """Seconds of all steps of both sides, block by block; who goes first alternates."""
+    """Time both sides under a strategy; return the times of each side's steps, block by block."""
     begun, sides = time.perf_counter(), dict[str, Side]()
     blocks: Blocks = {name: [] for name in SIDES}
     try:
@@ -109,15 +115,15 @@ def measure(strategy: str, work: Path, pairs: int) -> Blocks:
 
 
 def ratios(blocks: Blocks, of: str = "seconds") -> list[float]:
-    """Ours to plain, of each pair of blocks."""
+    """Return the time of ours relative to the plain loop's, for each pair of blocks."""
     return [sum(ours[of]) / sum(plain[of]) for ours, plain in zip(blocks["ours"], blocks["plain"], strict=True)]
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Everything as Markdown."""
+    """Return the figures as a Markdown table."""
     pairs = len(next(iter(figures["strategies"].values()))["ours"])
     lines = [
-        f"{ranks.told(figures)} Two ranks of a thread each, gloo, fp32; {figures['frozen'] / 1e6:.1f} M frozen "
+        f"{ranks.describe(figures)} Two ranks of a thread each, gloo, fp32; {figures['frozen'] / 1e6:.1f} M frozen "
         f"parameters, global batch {GLOBAL_BATCH}; {pairs} pairs of blocks of {BLOCK} steps.",
         "",
         "| strategy | beside | ours s/step | plain s/step | ratio | pairs from – to | of CPU | bar | met |",

@@ -1,7 +1,7 @@
 """One side of `overhead.py` as a rank: python overhead_loops.py ours|plain STRATEGY FOLDER ADDRESS.
 
-`ours` is the real loop; `plain` is what one would write by hand for the same module, batches and settings. Both
-come by a gate once a step, between the backward pass and the optimizer's, where one or the other is made to wait.
+`ours` is the real loop; `plain` is a hand-written loop for the same module, batches and settings. Both pass a gate once
+per step, between the backward pass and the optimizer's step, where the gate makes one of them wait for its turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.stop import Stop
 
 SIZE = ("dit.width=384", "dit.depth=4", "dit.hidden_width=1536", "latent_encoder.width=256", "lora.rank=16")
 GLOBAL_BATCH = 16
-BLOCK = 20  # steps to a line of the log, as in the demo
+BLOCK = 20  # steps per line of the log, as in the demo
 RECIPE = (
     *SIZE,
     f"autoencode.global_batch={GLOBAL_BATCH}",
@@ -39,19 +39,19 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 class Gate(Stop):
-    """Lets so many steps pass as it is told, then hands over what each took (seconds, of CPU too) and waits."""
+    """Lets as many steps pass as `overhead.py` asks for, then sends the (seconds, CPU seconds) of each and waits."""
 
     def __init__(self, address: str) -> None:
-        self.told = Client(address)
+        self.connection = Client(address)
         self.left, self.last, self.taken = 0, (0.0, 0.0), list[tuple[float, float]]()
 
     def __call__(self) -> bool:
-        """Never says stop: at the end the process leaves from here."""
+        """Wait if the turn is over. Always returns False, as the process exits here once 0 steps are requested."""
         now = _now()
         self.taken.append((now[0] - self.last[0], now[1] - self.last[1]))
         if not self.left:
-            self.told.send(self.taken)
-            self.left, self.taken = self.told.recv(), []
+            self.connection.send(self.taken)
+            self.left, self.taken = self.connection.recv(), []
             if not self.left:
                 os._exit(0)
             now = _now()
@@ -60,7 +60,7 @@ class Gate(Stop):
 
 
 def _now() -> tuple[float, float]:
-    """On the clock, and of CPU by all threads of this process."""
+    """Return the clock's seconds and the CPU seconds of all threads of this process."""
     return time.perf_counter(), time.process_time()
 
 
@@ -84,7 +84,7 @@ def plain(config: Config, gate: Gate) -> None:
 
 
 def preloaded(config: Config) -> list[tuple[Tensor, Tensor]]:
-    """The first batches of the same stream, in memory, float32."""
+    """Load the first batches of the real loop's stream into memory as float32."""
     from trainer.data.stream import LatentStream
     from trainer.stage_inputs import training_sets
 
@@ -102,7 +102,7 @@ def plain_ddp(module: nn.Module, config: Config, gate: Gate) -> Step:
 
 
 def plain_fsdp2(module: nn.Module, config: Config, gate: Gate) -> Step:
-    """Every block and the rest; the frozen base stays whole on every rank, as ours has it."""
+    """Shard each block and the root; the frozen base is replicated on every rank, as in the real loop."""
     from torch.distributed.fsdp import fully_shard
 
     frozen = {value for value in module.parameters() if not value.requires_grad}
@@ -179,7 +179,7 @@ PLAIN: dict[str, Callable[[nn.Module, Config, Gate], Step]] = {
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Weight decay on matrices alone, as ours."""
+    """Make AdamW with weight decay on matrices only, as the real loop does."""
     settings = config.stage(STAGE)
     trained = [value for value in model.parameters() if value.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -190,7 +190,7 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def averaging(values: list[Tensor]) -> Callable[[], None]:
-    """A moving average of these."""
+    """Return a function that updates a moving average of the values."""
     averages = [value.clone() for value in values]
     return lambda: torch._foreach_lerp_(averages, values, 0.01)
 

@@ -1,10 +1,11 @@
-"""Quantizers beside each other, on z of held-out sounds: python benchmarks/quantizer.py CODEC LATENTS [--json FILE].
+"""Compare quantizers on z of held-out sounds: python benchmarks/quantizer.py CODEC LATENTS [--json FILE].
 
-CODEC is the export of an `autoencode` stage, LATENTS its latents (`train/` and `test/`, split by file). Vectors are z
-at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors, on the
-same threads; errors are mean squares on vectors of held-out files, relative to their variance. Those that learn by
-gradient take the same number of steps and of vectors a step; when to stop is decided on files held out from training,
-never on the test. ResidualVQ takes `pip install vector-quantize-pytorch`; without it `--only` names the others.
+CODEC is the export of an `autoencode` stage; LATENTS holds its latents (`train/` and `test/`, split by file). The
+vectors are z at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors
+with the same number of threads. Errors are mean squared errors on vectors of held-out files, relative to the vectors'
+variance. Methods that learn by gradient descent take the same number of steps and the same batch size, and stop early
+on validation clips, never on the test files. ResidualVQ needs `pip install vector-quantize-pytorch`; without that
+package, name the other methods with `--only`.
 """
 
 from __future__ import annotations
@@ -41,24 +42,26 @@ SIZE, BITS = 256, (64, 96, 120)
 BOOKS = [bits // 8 for bits in BITS]
 GAINS_DB = (-9.0, -6.0, -3.0, 3.0, 6.0, 9.0, -12.0, 12.0, 0.0)
 POINTS, MANY_POINTS = 256, 4096
-"""Vectors a codeword that faiss's k-means takes of its own accord, and what one row takes, a million in all."""
+"""Vectors per codeword that faiss's k-means takes by default, and that one row takes (a million in all)."""
 TRAINING, SEARCH = (4, 8), (32, 64)
-"""Beam and candidates of ours, while it learns and when it is measured."""
+"""Beam and candidates of our QINCo2, in training and when it is measured."""
 Decoded = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("codec", type=Path)
-    parser.add_argument("latents", type=Path)
-    parser.add_argument("--vectors", type=int, default=60_000, help="to train on; 0: all there are, at all gains")
-    parser.add_argument("--held-out", type=int, default=8_000)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="+", help="methods, of those in the table")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("codec", type=Path, help="the export folder of an `autoencode` stage")
+    parser.add_argument("latents", type=Path, help="the folder with its latents, `train/` and `test/`")
+    parser.add_argument(
+        "--vectors", type=int, default=60_000, help="vectors to train on; 0: all, at all gains (default: %(default)s)"
+    )
+    parser.add_argument("--held-out", type=int, default=8_000, help="vectors to test on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1024, help="vectors per step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate of QINCo2 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--only", nargs="+", help="methods to measure, by their names in the table")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to, updated after each row")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
@@ -87,7 +90,7 @@ def main() -> None:
 
 
 def vectors(codec_path: Path, latents: Path, count: int, held_out: int) -> dict[str, Tensor]:
-    """z to learn from, to stop early by, and to test on; no file is in two of them."""
+    """Return z (N, width) for training, for validation (early stopping) and for the test; no clip is in two of them."""
     codec = SPresso.from_pretrained(codec_path)
     train, test = ShardSet(latents / "train"), ShardSet(latents / "test")
     generator = torch.Generator().manual_seed(0)
@@ -108,16 +111,16 @@ def vectors(codec_path: Path, latents: Path, count: int, held_out: int) -> dict[
 
 @torch.inference_mode()
 def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float, ...]) -> Tensor:
-    """z (N, width) of clips at every frame offset and at these gains."""
+    """Encode clips to z (N, width), at every frame offset and at each gain."""
     pooling, window, found = codec.config.latent_encoder.pooling, codec.config.window, []
     for number, id_ in enumerate(ids):
         if number % 200 == 0:
             say(f"vectors: {number} of {len(ids)} clips")
         x0_1CT = torch.from_numpy(np.asarray(shards.latents([id_])[0], np.float32))[None]
         for gain_db in gains_db:
-            heard = x0_1CT if gain_db == 0 else at_gain(codec.autoencoder, x0_1CT, torch.tensor([gain_db]))
+            scaled = x0_1CT if gain_db == 0 else at_gain(codec.autoencoder, x0_1CT, torch.tensor([gain_db]))
             for offset in range(pooling):
-                shifted = heard[..., offset:]
+                shifted = scaled[..., offset:]
                 windows = [part for part in shifted.split(window, dim=-1) if part.shape[-1] == window]
                 if windows:
                     found.append(codec.g(torch.cat(windows)).transpose(1, 2).flatten(0, 1))
@@ -128,34 +131,34 @@ def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float
 
 
 def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One quantizer of 15 books, whose prefixes are the lower rates."""
+    """Fit one QINCo2 of 15 codebooks; its first 8 and 12 codebooks give the lower rates."""
     torch.manual_seed(0)
     quantizer = QINCo2(data["train"].shape[1], max(BOOKS), SIZE, beam=TRAINING[0], candidates=TRAINING[1])
-    seconds = timed(lambda: quantizer.fit(data["train"], seed=0))[0]
-    more, quantizer = timed(lambda: learned(quantizer, data, options))
+    fit_seconds = time_call(lambda: quantizer.fit(data["train"], seed=0))[0]
+    learn_seconds, quantizer = time_call(lambda: train_quantizer(quantizer, data, options))
     quantizer.beam, quantizer.candidates = SEARCH
     quantizer.revive(data["train"][: VECTORS_PER_CODEWORD * SIZE])
     used = sum(len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T)
     dead = SIZE * max(BOOKS) - used
     for books in BOOKS:
-        row = measured(data["test"], partial_encode(quantizer, books), quantizer.decode, seconds + more)
+        row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, fit_seconds + learn_seconds)
         prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
-        yield row | {"books": books, "prefix_error": relative(prefix, data["test"]), "dead": dead}
+        yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"]), "dead": dead}
 
 
 def partial_encode(quantizer: Any, books: int) -> Decoded:
     return lambda z: quantizer.encode(z, books=books)
 
 
-def learned(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Namespace) -> nn.Module:
-    """AdamW with warm-up and cosine decay; the average of the weights that is best on the validation vectors."""
+def train_quantizer(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Namespace) -> nn.Module:
+    """Train with AdamW, warm-up and cosine decay; return the weight average that is best on the validation vectors."""
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=options.lr, weight_decay=0.1)
     average, best, best_error = copy.deepcopy(quantizer), copy.deepcopy(quantizer.state_dict()), float("inf")
     generator = torch.Generator().manual_seed(1)
     validation = data["validation"][:2000]
     for step in range(options.steps + 1):
         if step % max(1, options.steps // 12) == 0:
-            error = relative(average.decode(average.encode(validation)), validation)
+            error = relative_error(average.decode(average.encode(validation)), validation)
             if error < best_error:
                 best, best_error = copy.deepcopy(average.state_dict()), error
             say(f"  step {step}: validation {1000 * error:.4g}")
@@ -167,41 +170,44 @@ def learned(quantizer: nn.Module, data: dict[str, Tensor], options: argparse.Nam
         nn.utils.clip_grad_norm_(quantizer.parameters(), 0.1)
         optimizer.step()
         with torch.no_grad():
-            for mine, theirs in zip(average.parameters(), quantizer.parameters(), strict=True):
-                mine.lerp_(theirs, 1 - min(0.98, step / (step + 10)))
+            for mean, value in zip(average.parameters(), quantizer.parameters(), strict=True):
+                mean.lerp_(value, 1 - min(0.98, step / (step + 10)))
     average.load_state_dict(best)
     return average.eval()
 
 
 def faiss_rq(train_beam: int, search_beam: int, points: int = POINTS) -> Callable[..., Iterator[dict[str, Any]]]:
-    """faiss's residual quantizer of 15 books, whose prefixes are the lower rates; on so many vectors a codeword."""
+    """Return a method: faiss's residual quantizer of 15 codebooks, fitted on `points` vectors per codeword.
+
+    Its first 8 and 12 codebooks give the lower rates.
+    """
 
     def method(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         width = data["train"].shape[1]
         if points > POINTS and len(data["train"]) <= POINTS * SIZE:
-            return  # there are no more vectors than other rows take
+            return  # this row would train on the same vectors as the other rows
         quantizer = faiss.ResidualQuantizer(width, max(BOOKS), 8)
         quantizer.max_beam_size, quantizer.cp.max_points_per_centroid = train_beam, points
         quantizer.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
-        seconds, _ = timed(lambda: quantizer.train(sample(data["train"], points)))
+        seconds, _ = time_call(lambda: quantizer.train(sample(data["train"], points)))
         codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(max(BOOKS), SIZE, width)
         for books in BOOKS:
             part = faiss.ResidualQuantizer(width, books, 8)
             faiss.copy_array_to_vector(codebooks[:books].ravel(), part.codebooks)
             part.is_trained, part.max_beam_size = True, search_beam
-            row = measured(data["test"], *of_faiss(part), seconds)
-            # the codes that it finds for all books, cut
+            row = measure(data["test"], *of_faiss(part), seconds)
+            # the error of codes that were searched with all codebooks and then cut to the first ones
             whole = ResidualQuantizer(width, max(BOOKS), SIZE, beam=search_beam)
             with torch.no_grad():
                 whole.codebooks.copy_(torch.from_numpy(codebooks))
                 prefix = whole.decode(whole.encode(data["test"])[:, :books])
-            yield row | {"books": books, "prefix_error": relative(prefix, data["test"])}
+            yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"])}
 
     return method
 
 
 def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """faiss's local search quantizer, one for each rate: its codes have no order. It is made for unit scale."""
+    """Fit faiss's local search quantizer for each rate, as its codes have no order; it is made for unit scale."""
     mean, scale = data["train"].mean(0).numpy(), data["train"].std().item()
 
     def standardised(z: np.ndarray) -> np.ndarray:
@@ -210,14 +216,14 @@ def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[
     for books in BOOKS:
         quantizer = faiss.LocalSearchQuantizer(data["train"].shape[1], books, 8)
         points = standardised(sample(data["train"]))
-        seconds, _ = timed(lambda quantizer=quantizer, points=points: quantizer.train(points))
+        seconds, _ = time_call(lambda quantizer=quantizer, points=points: quantizer.train(points))
         encode, decode = of_faiss(quantizer, standardised)
-        row = measured(data["test"], encode, lambda codes, d=decode: d(codes) * scale + mean, seconds)
+        row = measure(data["test"], encode, lambda codes, d=decode: d(codes) * scale + mean, seconds)
         yield row | {"books": books}
 
 
 def faiss_pq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """faiss's product quantizer, one for each rate; z is padded with zeros to a multiple of the books."""
+    """Fit faiss's product quantizer for each rate; z is zero-padded to a multiple of the number of codebooks."""
     width = data["train"].shape[1]
     for books in BOOKS:
         missing = -width % books
@@ -226,13 +232,13 @@ def faiss_pq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[d
         def padded(z: np.ndarray, missing: int = missing) -> np.ndarray:
             return np.pad(z, ((0, 0), (0, missing)))
 
-        seconds, _ = timed(lambda q=quantizer, pad=padded: q.train(pad(sample(data["train"]))))
+        seconds, _ = time_call(lambda q=quantizer, pad=padded: q.train(pad(sample(data["train"]))))
         encode, decode = of_faiss(quantizer, padded)
-        yield measured(data["test"], encode, lambda codes, d=decode: d(codes)[:, :width], seconds) | {"books": books}
+        yield measure(data["test"], encode, lambda codes, d=decode: d(codes)[:, :width], seconds) | {"books": books}
 
 
 def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """vector-quantize-pytorch's ResidualVQ: codebooks by moving averages, k-means at the start."""
+    """Train vector-quantize-pytorch's ResidualVQ: k-means initialises its codebooks, moving averages update them."""
     from vector_quantize_pytorch import ResidualVQ
 
     width = data["train"].shape[1]
@@ -250,7 +256,7 @@ def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator
             quantizer(((data["train"][rows] - mean) / scale)[None])
         quantizer.eval()
 
-    seconds, _ = timed(train)
+    seconds, _ = time_call(train)
 
     def encode(z: Tensor) -> Tensor:
         with torch.no_grad():
@@ -262,7 +268,7 @@ def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator
             codebooks = quantizer.codebooks[:books]
             return sum(book[codes[:, m]] for m, book in enumerate(codebooks)) * scale + mean
 
-        yield measured(data["test"], encode, decode, seconds) | {"books": books}
+        yield measure(data["test"], encode, decode, seconds) | {"books": books}
 
 
 METHODS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -281,7 +287,7 @@ METHODS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 def sample(train: Tensor, points: int = POINTS) -> np.ndarray:
-    """What faiss is given: as many vectors as its k-means takes."""
+    """Return the vectors to fit faiss on, as many as its k-means takes."""
     return train[: points * SIZE].numpy()
 
 
@@ -293,31 +299,31 @@ def of_faiss(quantizer: Any, prepared: Callable[[np.ndarray], np.ndarray] = lamb
 
 
 @torch.no_grad()
-def measured(z: Tensor, encode: Decoded, decode: Decoded, seconds: float) -> dict[str, Any]:
-    """Relative error, and microseconds a vector for both ways."""
-    decode(encode(z[:256]))  # once to warm up
-    encoding, codes = timed(lambda: encode(z))
-    decoding, z_q = timed(lambda: decode(codes))
+def measure(z: Tensor, encode: Decoded, decode: Decoded, seconds: float) -> dict[str, Any]:
+    """Measure the relative error on z (N, width), and the µs per vector to encode and to decode."""
+    decode(encode(z[:256]))  # warms up, untimed
+    encoding, codes = time_call(lambda: encode(z))
+    decoding, z_q = time_call(lambda: decode(codes))
     return {
-        "error": relative(z_q, z),
+        "error": relative_error(z_q, z),
         "fit_s": round(seconds, 1),
         "encode_us": round(1e6 * encoding / len(z), 1),
         "decode_us": round(1e6 * decoding / len(z), 2),
     }
 
 
-def relative(z_q: Tensor, z: Tensor) -> float:
+def relative_error(z_q: Tensor, z: Tensor) -> float:
     return float((z_q - z).square().mean() / (z - z.mean(0)).square().mean())
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The table, and whether the bars are met."""
+    """Return the table, and the ratio of our errors to those of RQ with beam 32."""
     lines = [
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}, faiss "
         f"{figures['versions']['faiss']}. Relative error in thousandths; {figures['vectors']['train']} vectors to "

@@ -1,4 +1,4 @@
-"""Ranks for a benchmark: processes that find each other as under a launcher."""
+"""Start a benchmark's ranks: processes whose environment is the one that a launcher would set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULT = "RESULT "
 
 
 def start(program: str, world_size: int, *arguments: object, log: Path) -> list[subprocess.Popen[str]]:
-    """`benchmarks/PROGRAM arguments…` as so many ranks, a thread each; what they say goes to `log`."""
+    """Start `benchmarks/PROGRAM arguments…` on `world_size` ranks of one thread each; their stderr goes to `log`."""
     command = [sys.executable, str(ROOT / "benchmarks" / program), *map(str, arguments)]
     port, ranks = free_port(), []
     for rank in range(world_size):
@@ -30,32 +30,32 @@ def start(program: str, world_size: int, *arguments: object, log: Path) -> list[
 
 
 def run(program: str, world_size: int, *arguments: object, log: Path, seconds: float = 300) -> dict[str, Any]:
-    """The same to its end: what the first rank handed to `give`."""
+    """Run a program as `start` does, to its end, and return the result that rank 0 passed to `send_result`."""
     ranks = start(program, world_size, *arguments, log=log)
     try:
         outputs = [rank.communicate(timeout=seconds)[0] for rank in ranks]
     finally:
         stop(ranks)
-    given = [line for line in outputs[0].splitlines() if line.startswith(RESULT)]
-    if not given:
+    results = [line for line in outputs[0].splitlines() if line.startswith(RESULT)]
+    if not results:
         raise SystemExit(f"{program} {' '.join(map(str, arguments))} failed, see {log}:\n{log.read_text()[-3000:]}")
-    return json.loads(given[-1].removeprefix(RESULT))
+    return json.loads(results[-1].removeprefix(RESULT))
 
 
 def stop(ranks: Sequence[subprocess.Popen[str]]) -> None:
-    """End those that have not ended."""
+    """Kill the ranks that still run."""
     for rank in ranks:
         rank.kill()
         rank.wait()
 
 
-def give(result: dict[str, Any]) -> None:
-    """For `run`, from a rank."""
+def send_result(result: dict[str, Any]) -> None:
+    """Print a rank's result in the form that `run` looks for."""
     print("\n" + RESULT + json.dumps(result), flush=True)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -71,7 +71,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def conditions(*packages: str) -> dict[str, Any]:
-    """When, where and with what a benchmark ran."""
+    """Return the date, the machine and the versions of some packages, to be printed with the figures."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -79,12 +79,12 @@ def conditions(*packages: str) -> dict[str, Any]:
     }
 
 
-def told(conditions: dict[str, Any]) -> str:
-    """The same in a line."""
+def describe(conditions: dict[str, Any]) -> str:
+    """Return the conditions as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     return f"{conditions['date']}, {conditions['machine']}, {versions}."
 
 
 def say(text: str) -> None:
-    """Progress, beside the tables."""
+    """Print progress to stderr, so that stdout has only the tables."""
     print(text, file=sys.stderr, flush=True)

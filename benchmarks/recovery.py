@@ -1,10 +1,10 @@
-"""Preempted and back: python benchmarks/recovery.py [--rounds N] [--json FILE]; prints a table.
+"""Measure how fast a preempted job ends and resumes: python benchmarks/recovery.py [--rounds N] [--json FILE].
 
-A real SLURM on this machine (that of the tests), two nodes of two ranks, the same model in both: this project's job,
-and a plain Accelerate loop (`save_state`, `load_state`) that submitit's own protocol checkpoints and requeues. Each is
-told to leave so many times (SIGUSR2 to its tasks, as SLURM does before a time limit). What is measured, once a round:
-from the signal until the job has left its nodes and waits again; and from the moment it runs again to the end of its
-first step.
+The benchmark starts the tests' SLURM cluster on this machine and trains the same model on two nodes of two ranks twice:
+as this project's job, and as a plain Accelerate loop (`save_state`, `load_state`) that submitit's own protocol
+checkpoints and requeues. In each round it sends SIGUSR2 to the job's tasks, as SLURM does before a time limit, and
+measures two times: from the signal until the job has left its nodes and is pending again, and from the moment that the
+job runs again until its first step ends. It prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OURS, PEER = "this project", "Accelerate and submitit"
 
 
 class Job(ABC):
-    """A training job on the cluster."""
+    """A training job on the cluster, which can be preempted and timed."""
 
     job: str
 
@@ -45,13 +45,18 @@ class Job(ABC):
 
     @abstractmethod
     def steps(self) -> list[tuple[int, float]]:
-        """Number and time of the steps that its log tells, oldest first."""
+        """Return the number and the Unix time of each step in the job's log, oldest first."""
 
     def round(self) -> dict[str, float]:
-        """Have it leave and come back."""
+        """Preempt the job once and wait until it trains again.
+
+        Returns:
+            `leave`: seconds from the signal until the job is pending; `return`: seconds from its restart to the end of
+            its first step; `lost`: steps that had to be trained again.
+        """
         begun = self._steps_after(0.0)
         self._until(lambda: len(self._steps_after(begun[0][1] if begun else 0.0)) >= STEPS)
-        asked = time.time()
+        signalled = time.time()
         self.cluster.command("scancel", "--signal=USR2", self.job)
         self._until(lambda: self.cluster.state(self.job) == "PENDING")
         left = time.time()
@@ -60,7 +65,7 @@ class Job(ABC):
         running = time.time()
         self._until(lambda: bool(self._steps_after(running)))
         number, at = self._steps_after(running)[0]
-        return {"leave": left - asked, "return": at - running, "lost": last + 1 - number}
+        return {"leave": left - signalled, "return": at - running, "lost": last + 1 - number}
 
     def _steps_after(self, moment: float) -> list[tuple[int, float]]:
         return [step for step in self.steps() if step[1] > moment]
@@ -69,18 +74,18 @@ class Job(ABC):
         end = time.monotonic() + 180
         while not condition():
             if time.monotonic() > end:
-                raise SystemExit(f"{type(self).__name__} does not get on: {self.cluster.job(self.job)}")
+                raise SystemExit(f"{type(self).__name__}: no progress in 180 s: {self.cluster.job(self.job)}")
             time.sleep(0.1)
 
 
 class Ours(Job):
-    """`spresso train RECIPE stage=… cluster=…`."""
+    """This project's job, as `spresso train RECIPE stage=… cluster=…` submits it."""
 
     def __init__(self, cluster: SlurmCluster, config: Config) -> None:
         super().__init__(cluster)
         from launch.slurm import preflight, submit
 
-        preflight.check = lambda *_: None  # it looks for mistakes, and there are none
+        preflight.check = lambda *_: None  # the recipe is known to be right, and the checks take long
         self.folder, self.batch = Path(config.run_dir) / STAGE, config.stage(STAGE).global_batch
         [submitted] = submit.run(config, only=STAGE)
         self.job = submitted.job
@@ -92,7 +97,7 @@ class Ours(Job):
 
 
 class Peer(Job):
-    """The loop of `recovery_peer.py`."""
+    """The loop of `recovery_peer.py`, as a submitit job."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         super().__init__(cluster)
@@ -116,8 +121,8 @@ class Peer(Job):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each job is told to leave (%(default)s)")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each job is preempted (default: %(default)s)")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="spresso-benchmark-"))
     try:
@@ -130,11 +135,11 @@ def main() -> None:
 
 
 def measure(work: Path, rounds: int) -> dict[str, Any]:
-    """Both, one after the other, on one cluster."""
+    """Preempt both jobs `rounds` times, one job after the other on one cluster, and return all figures."""
     import os
 
-    asked = ("cluster=no_accounting", f"cluster.nodes={NODES}", f"cluster.tasks_per_node={TASKS}")
-    config = recipe(work, *RECIPE, *asked, "cluster.grace_seconds=60")
+    cluster_settings = ("cluster=no_accounting", f"cluster.nodes={NODES}", f"cluster.tasks_per_node={TASKS}")
+    config = recipe(work, *RECIPE, *cluster_settings, "cluster.grace_seconds=60")
     frozen = make_base(work, config)
     make_latents(work, config)
     figures = ranks.conditions("torch", "accelerate", "submitit") | {"frozen": frozen, "systems": {}}
@@ -156,9 +161,9 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Everything as Markdown."""
+    """Return the figures as a Markdown table, the median and the worst round of each."""
     lines = [
-        f"{ranks.told(figures)} SLURM on this machine (KillWait 5 s, a requeued job may start after 6 s), {NODES} "
+        f"{ranks.describe(figures)} SLURM on this machine (KillWait 5 s, a requeued job may start after 6 s), {NODES} "
         f"nodes of {TASKS} ranks of a thread each; {figures['frozen'] / 1e6:.1f} M frozen parameters. Each median and "
         f"worst.",
         "",

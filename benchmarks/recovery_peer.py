@@ -1,4 +1,4 @@
-"""The other side of `recovery.py`: a training loop on Accelerate, checkpointed and requeued by submitit."""
+"""The peer that `recovery.py` compares with: an Accelerate training loop that submitit checkpoints and requeues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPE = (
 
 
 class Loop:
-    """What submitit pickles, calls, and asks to checkpoint."""
+    """The job that submitit pickles, calls, and asks for a checkpoint when SLURM signals it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.state = folder, folder / "peer" / "state"
@@ -58,12 +58,12 @@ class Loop:
                 self.save()
 
     def save(self) -> None:
-        """All of it, on the ranks that call this."""
+        """Save the state of Accelerate and the step number, on the ranks that call this."""
         self.accelerator.save_state(str(self.state))
         (self.state / "step.json").write_text(json.dumps(self.step))
 
     def checkpoint(self) -> Any:
-        """On rank 0, from submitit's signal handler."""
+        """Save and return the job to requeue; submitit's signal handler calls this on rank 0."""
         import submitit
 
         self.save()

@@ -1,13 +1,13 @@
-"""Where windows of a long sound meet: the log-mel error there, and of the same frames where no windows meet.
+"""Measure what is heard at the seams of a long sound, where two of its windows meet.
 
     python benchmarks/seams.py runs/demo/finetune/export --latents runs/demo/latents/test [--clips 16]
 
-Held-out clips are laid end to end, encoded to z and decoded as one long sound, twice: as they are, and with the first
-quarter of a window cut off, so that windows meet elsewhere. A frame's error where windows meet is then held against the
-error of the same frame in the middle of a window, with the noise that the decodes start from the same: what is left is
-the seam, and not what the sound does there. Beside it the same of windows that are sampled apart and cross-faded.
-Then g: how far z near a window's end is from the z of the same frames in the middle of another, with and without the
-overlap of windows that the codec encodes by.
+The program joins held-out clips end to end, encodes them to z, and decodes them as one long sound twice: whole, and
+with the first quarter of a window cut off, so that the windows meet at other frames. It compares the error of frames
+near a seam with the error of the same frames in the other decode, where they lie inside a window; both decodes start
+from the same noise, so the difference is due to the seam and not to the sound. It does so for the codec's joint
+sampling and for windows that are sampled independently and cross-faded. For g it compares z near a window's end with z
+of the same frames inside another window, with and without the overlap that the codec encodes with.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from models.samplers import generate
 from trainer.data.shard_set import open_set
 from trainer.formatting import aligned
 
-NEAR = 4  # frames to either side of a joint that count as it
-FLOOR_DB = 60.0  # below the loudest band: less is not heard, and decides nothing
+NEAR = 4  # frames on either side of a joint that count as being at the joint
+FLOOR_DB = 60.0  # below the loudest band; errors below this floor are inaudible and are not counted
 SEEDS = 2
 
 Decode = Callable[[SPresso, Tensor, Tensor], tuple[Tensor, list[int]]]
 
 
 def jointly(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, list[int]]:
-    """As the codec decodes; and where windows met, in the last step or the one before."""
+    """Decode as the codec does; return x0 and the frames where windows meet in the last two steps."""
     joint = windows.Joint(codec.dit, codec.f, window=codec.config.window, pooling=codec.config.latent_encoder.pooling)
     met = []
     for joint.step in (0, 1):
@@ -44,7 +44,7 @@ def jointly(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, l
 
 
 def cross_faded(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, list[int]]:
-    """Windows that overlap by a quarter, each sampled by itself; and the middles of the overlaps."""
+    """Decode windows that overlap by a quarter independently and cross-fade them; return x0 and the middles."""
     window, pooling = codec.config.window, codec.config.latent_encoder.pooling
     begins = windows.starts(noise_1CT.shape[-1], window, int(0.75 * window) // pooling * pooling)
     rising = torch.arange(1, window + 1.0)
@@ -61,7 +61,7 @@ def cross_faded(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tenso
 
 
 def log_mel(codec: SPresso, x0_1CT: Tensor) -> Tensor:
-    """(bands, frames) in dB, a frame a latent frame."""
+    """Decode x0 to audio and return its mel spectrogram (bands, frames) in dB, with one frame per latent frame."""
     audio = codec.autoencoder.decode(x0_1CT)[0].mean(0)
     hop, rate, bands = codec.autoencoder.hop, codec.autoencoder.sample_rate, 64
     spectrum = torch.stft(audio, 4 * hop, hop, window=torch.hann_window(4 * hop).to(audio), return_complex=True)
@@ -75,7 +75,7 @@ def log_mel(codec: SPresso, x0_1CT: Tensor) -> Tensor:
 
 
 def near(places: list[int], frames: int) -> Tensor:
-    """Which frames are near a joint."""
+    """Return a mask (frames,) of the frames that are near a joint."""
     chosen = torch.zeros(frames, dtype=torch.bool)
     for place in places:
         chosen[max(0, place - NEAR) : place + NEAR] = True
@@ -83,7 +83,11 @@ def near(places: list[int], frames: int) -> Tensor:
 
 
 def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[str]:
-    """One row: the errors at joints, of the same frames away from joints, and what the difference may be by chance."""
+    """Return a table row for one way of decoding.
+
+    Its cells are the error (dB) at joints, the error of the same frames away from joints, the mean difference with its
+    standard error, and the seconds per decode. `shift` is the number of frames that the second decode cuts off.
+    """
     pooling, frames = codec.config.latent_encoder.pooling, x0_1CT.shape[-1]
     z, truth = codec.x0_to_z(x0_1CT, frames // pooling), log_mel(codec, x0_1CT)[:, :frames]
     floor, differences, at_joints, away, took = truth.max() - FLOOR_DB, [], [], [], 0.0
@@ -102,7 +106,9 @@ def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[st
             away.append(errors[other][joints])
             differences.append(errors[own][joints] - errors[other][joints])
     every = torch.cat(differences)
-    chance = float(every.std() / (len(every) / (2 * NEAR)) ** 0.5)  # frames of one joint are hardly independent
+    chance = float(
+        every.std() / (len(every) / (2 * NEAR)) ** 0.5
+    )  # each joint counts once, as its frames are correlated
     return [
         decode.__name__.replace("_", "-"),
         f"{torch.cat(at_joints).mean():.3f}",
@@ -113,7 +119,7 @@ def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[st
 
 
 def ends_of_g(codec: SPresso, x0_1CT: Tensor, shift: int) -> list[list[str]]:
-    """Rows: the relative difference of z in two grids of windows, near a joint of either and elsewhere."""
+    """Return rows with the relative difference of z between two window grids, near a joint of either and elsewhere."""
     pooling, window, rows = codec.config.latent_encoder.pooling, codec.config.window, []
     for name, margin in (("windows that meet", 0), ("as the codec has them", (window // pooling - 1) // 4 * pooling)):
         stride = window - 2 * margin
@@ -134,9 +140,9 @@ def ends_of_g(codec: SPresso, x0_1CT: Tensor, shift: int) -> list[list[str]]:
 @torch.inference_mode()
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("codec", type=Path)
+    options.add_argument("codec", type=Path, help="a codec's export folder")
     options.add_argument("--latents", required=True, help="a held-out set of the codec's run, such as …/latents/test")
-    options.add_argument("--clips", type=int, default=16)
+    options.add_argument("--clips", type=int, default=16, help="clips to join (default: %(default)s)")
     given = options.parse_args()
     codec = SPresso.from_pretrained(given.codec)
     pooling, window = codec.config.latent_encoder.pooling, codec.config.window

@@ -1,4 +1,4 @@
-"""What `checkpoint.py` and `overhead.py` measure on: step 1 (g, f and LoRA on a frozen D), D of random weights."""
+"""The model, recipe and data that the training benchmarks share: step 1 (g, f and LoRA on a frozen D), D random."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ COMMON = (
 
 
 def recipe(folder: Path, *overrides: str) -> Config:
-    """The tiny recipe, larger, on what lies in a folder."""
+    """Return the tiny recipe with a larger model, on the base model and latents of a folder."""
     here = [f"pretrained.folder={folder / 'base'}", f"run_dir={folder / 'run'}", f"data.latents={folder / 'latents'}"]
     return load_recipe("tiny", [*here, *COMMON, *overrides], released=False)
 
 
 def make_base(folder: Path, config: Config) -> int:
-    """A frozen D whose output is not zero, as a trained one's is not; returns how many parameters it has."""
+    """Write a frozen D to `folder/base` and return its number of parameters.
+
+    Noise is added to its weights, because a fresh D outputs zeros and a trained one does not.
+    """
     (folder / "base").mkdir(parents=True)
     torch.manual_seed(1)
     dit = DiT(config.dit)
@@ -46,7 +49,7 @@ def make_base(folder: Path, config: Config) -> int:
 
 
 def make_latents(folder: Path, config: Config, samples: int = 1024) -> None:
-    """A training set and a held-out one, of noise."""
+    """Write a training set of `samples` latents and a held-out set of 64, all noise."""
     autoencoder = load_autoencoder(**dataclasses.asdict(config.autoencoder))
     info = SetInfo(
         ae_identity=autoencoder.identity(),
@@ -66,7 +69,10 @@ def make_latents(folder: Path, config: Config, samples: int = 1024) -> None:
 
 
 def task_of(config: Config) -> Task:
-    """Step 1's task; nothing of it is zero, or f would keep gradients from g and LoRA at first."""
+    """Make the task of step 1 with noise added to its learned weights.
+
+    A fresh f outputs zeros, so g and LoRA would get no gradient in the first steps.
+    """
     torch.manual_seed(0)
     task = make_task(config, STAGE)
     torch.manual_seed(2)
@@ -77,7 +83,7 @@ def task_of(config: Config) -> Task:
 
 
 class LossOnly(nn.Module):
-    """The task's module as any trainer takes it: a tensor of losses (b,) comes out."""
+    """The task's module in the form that any trainer accepts: tensors go in, and a tensor of losses (b,) comes out."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -88,7 +94,7 @@ class LossOnly(nn.Module):
 
 
 def batches(global_batch: int, rank: int, world_size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """One rank's part (x0, positions) of one global batch after another, the same however many ranks there are."""
+    """Yield one rank's share (x0, positions) of each global batch; the world size does not change the batches."""
     while True:
         x0_BCT = torch.randn(global_batch, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(start))
         positions_B = torch.arange(start, start + global_batch)

@@ -1,4 +1,4 @@
-"""What several tests share: a prepared set of synthesized sounds, made once."""
+"""Fixtures for several tests: latents of synthesized sounds, prepared once, and the tiny recipe on those latents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_rank_left() -> Iterator[None]:
-    """An engine of DeepSpeed that a test did not close leaves its rank behind, which commands would take for theirs."""
+    """Remove LOCAL_RANK after each module.
+
+    A DeepSpeed engine that a test did not close leaves it set, and later commands would take that rank as theirs.
+    """
     before = os.environ.get("LOCAL_RANK")
     yield
     if before is None:
@@ -29,7 +32,7 @@ def _no_rank_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latents of three minutes of synthesized sounds, cut as the tiny recipe wants them."""
+    """Prepare the latents of three minutes of synthesized sounds, cut as the tiny recipe requires."""
     folder = tmp_path_factory.mktemp("prepared")
     config = load_recipe("tiny", [f"run_dir={folder}", "data.workers=1"])
     pipeline.synth(config)
@@ -39,7 +42,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(prepared: Path, tmp_path: Path):
-    """The tiny recipe on those latents, with its run directory under tmp_path; takes overrides."""
+    """Return a function that loads the tiny recipe on `prepared`, with its run directory below tmp_path."""
 
     def make(*overrides: str, run_dir: Path = tmp_path / "run") -> Config:
         paths = [f"run_dir={run_dir}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]

@@ -1,4 +1,4 @@
-"""A real web server for the tests: nginx, with folders that fail in every way that networks do."""
+"""A real web server for the tests: nginx, with paths that are slow, fail, or refuse, as servers in the network do."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Nginx:
         self.start()
 
     def start(self) -> None:
-        """Serve, also after `cut_off`."""
+        """Start serving, also again after `cut_off`."""
         self._process = subprocess.Popen(self._command, start_new_session=True)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -70,7 +70,7 @@ class Nginx:
         raise RuntimeError(f"nginx did not start: {(self.work / 'error.log').read_text()}")
 
     def cut_off(self) -> None:
-        """End in the middle of whatever is being sent."""
+        """Kill the server in the middle of its answers."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 

@@ -18,7 +18,7 @@ _ARCHIVE = Path("/usr/share/games/ufoai/base/0snd.pk3")
 
 
 def recorded_sounds(cache: Path) -> list[Path]:
-    """Effects and some speech, 0.02 to 60 s long, 8 to 96 kHz, mono and stereo, wav, flac and ogg; always sorted.
+    """Return sorted paths of effects and some speech: 0.02 to 60 s, 8 to 96 kHz, mono and stereo, wav, flac and ogg.
 
     Args:
         cache: a folder for what lies in an archive; what an earlier call put there is used again.

@@ -1,4 +1,4 @@
-"""A release of Stable Audio Open, tiny and random: diffusers' and transformers' own classes in their own layout."""
+"""A tiny release of Stable Audio Open with random weights, written by diffusers' and transformers' own classes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SCHEDULER = {
     "sigma_min": 0.3,
     "sigma_schedule": "exponential",
 }
-"""What matters of the public release's."""
+"""The scheduler settings of the public release that the import reads."""
 
 
 def transformer() -> StableAudioDiTModel:
-    """With what a trained one has that a fresh one may lack: no layer that gives zeros."""
+    """Make a DiT in which no layer outputs zeros, as in a trained DiT and unlike in a fresh one."""
     torch.manual_seed(1)
     model = StableAudioDiTModel(
         sample_size=64,
@@ -44,7 +44,7 @@ def transformer() -> StableAudioDiTModel:
 
 
 def autoencoder(**settings: object) -> AutoencoderOobleck:
-    """Two strides of 8 and 4 at 8 kHz: 250 Hz."""
+    """Make an autoencoder with strides of 4 and 8 at 8 kHz, which gives latents at 250 Hz."""
     torch.manual_seed(2)
     sizes = {
         "encoder_hidden_size": 2 * CHANNELS,
@@ -59,27 +59,27 @@ def autoencoder(**settings: object) -> AutoencoderOobleck:
 
 
 def projection() -> StableAudioProjectionModel:
-    """Of text of another width."""
+    """Make a projection from a text encoder whose width differs from the conditioning's."""
     torch.manual_seed(3)
     return StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=WIDTH, min_value=0, max_value=512)
 
 
 def text_encoder() -> T5EncoderModel:
-    """T5's, of one layer."""
+    """Make a T5 encoder of one layer."""
     torch.manual_seed(4)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     return T5EncoderModel(T5Config(**sizes)).eval()
 
 
 def tokenizer() -> T5Tokenizer:
-    """Letters."""
+    """Make a tokenizer whose tokens are single letters."""
     letters = [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=TOKENS)
 
 
 def write_release(folder: Path, *, shards: bool = False) -> Path:
-    """All parts, as `StableAudioPipeline.save_pretrained` lays them out."""
+    """Write all parts to a folder in the layout of `StableAudioPipeline.save_pretrained`."""
     sharded = {"max_shard_size": "8KB"} if shards else {}
     transformer().save_pretrained(folder / "transformer", **sharded)
     autoencoder().save_pretrained(folder / "vae", **sharded)
@@ -92,7 +92,7 @@ def write_release(folder: Path, *, shards: bool = False) -> Path:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Each weight moved a little."""
+    """Add a little noise to each weight."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -1,4 +1,4 @@
-"""The demo, whole: what a codec that works must show on clips that no stage saw."""
+"""The full demo: the results that a working codec must reach on clips that no stage trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """Its run directory."""
+    """Run the demo and return its run directory."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "launch.cli", "run", "demo", f"run_dir={folder}"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -25,7 +25,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def of_clips(demo: Path, system: str, figure: str) -> np.ndarray:
-    """A figure of each clip."""
+    """Return a system's figure for each held-out clip."""
     report = json.loads((demo / "evaluate/evaluation.json").read_text())
     return np.array(report["results"][system][figure]["clips"])
 
@@ -35,20 +35,20 @@ def log_mel(demo: Path, system: str) -> float:
 
 
 def clearly_better(demo: Path, one: str, other: str, figure: str = "denoising") -> bool:
-    """Lower by more than three standard errors of the difference, clip by clip."""
+    """Whether `one` is lower than `other` by more than three standard errors of the difference per clip."""
     gain = of_clips(demo, other, figure) - of_clips(demo, one, figure)
     return bool(gain.mean() > 3 * gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def test_z_is_followed(demo):
-    """By a clear margin: the source's own z against another clip's, and against none."""
+    """The source's own z is clearly better than another clip's z, and than no z."""
     assert log_mel(demo, "z") < 0.7 * log_mel(demo, "z_other")
     assert log_mel(demo, "z") < 0.7 * log_mel(demo, "unconditional")
 
 
 @pytest.mark.parametrize("rate", ["zq2", "zq1"])
 def test_quantized_z_lies_between(demo, rate):
-    """Worse than z and better than the floors, to the ear and to D."""
+    """Quantized z is worse than z and better than the floors, in log-mel distance and in D's denoising error."""
     before = f"{rate}_before"
     assert log_mel(demo, "z") < log_mel(demo, before)
     assert clearly_better(demo, "z", before)
@@ -59,7 +59,7 @@ def test_quantized_z_lies_between(demo, rate):
 
 @pytest.mark.parametrize("rate", ["zq2", "zq1"])
 def test_finetuning_improves_quantized_z(demo, rate):
-    """To the ear and, clearly, in what it minimises, on clips that no stage saw."""
+    """Finetuning lowers the log-mel distance and, clearly, the denoising error that it minimises."""
     assert clearly_better(demo, rate, f"{rate}_before")
     assert log_mel(demo, rate) < log_mel(demo, f"{rate}_before")
 

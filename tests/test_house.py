@@ -1,4 +1,4 @@
-"""The house rules that a program can see: which way imports go, how long a file is, one meaning a name."""
+"""The house rules that a program can check: the direction of imports, the length of files, and unique class names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "trainer", "launch")
-"""Each may import from itself and from those before it."""
+"""Each of these may import from itself and from the ones before it."""
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MOST_LINES = 400
 
@@ -26,7 +26,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
-    """The project's modules that a file imports, anywhere in it."""
+    """Return the project's modules that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def type_checking_imports(path: Path) -> set[str]:
-    """Those that only a type checker follows."""
+    """Return the modules that a file imports only for type checkers, below `if TYPE_CHECKING`."""
     guarded = [
         node
         for node in ast.walk(ast.parse(path.read_text()))

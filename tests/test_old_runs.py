@@ -1,6 +1,6 @@
-"""Run directories, checkpoints, exports, streams and latents that older code wrote are read as that code read them.
+"""Run directories, checkpoints, exports, streams and latents of older code are still read as that code read them.
 
-`golden/old_run` is a run that the code of an older commit made; see `golden/README.md`.
+The code of an older commit made the run in `golden/old_run`; see `golden/README.md`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ FACTS = {
         *("0.206 kbps without entropy coding", "0.189 kbps entropy-coded by the prior 4b3e"),
     ),
 }
-"""What `spresso info` tells of the streams."""
+"""The facts that `spresso info` prints about the streams."""
 HALVED = ("pretrain", "autoencode")
-"""The stages whose checkpoint of half-way was kept."""
+"""The stages whose half-way checkpoint was kept."""
 
 
 @pytest.fixture(autouse=True)
 def _copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old run lies where its own config says, below the working directory."""
+    """Copy the old run to the path in its own config, below the working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(OLD, RUN)
 
 
 @pytest.fixture(scope="module")
 def rounds_alike() -> bool:
-    """Whether this machine rounds as the one that made the old run: then all numbers are the same to the bit."""
+    """Whether this machine rounds like the one that made the old run, so that all numbers must match bit for bit."""
     return numerics() == RECORDED["numerics"]
 
 
@@ -61,7 +61,7 @@ def checkpoint(run: Path, stage: str, name: str) -> Path:
 
 
 def read_tensors(step: Path) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint that one rank wrote."""
+    """Read the tensors of a checkpoint that one rank wrote."""
     return load_file(step / "rank_00000.safetensors")
 
 
@@ -79,13 +79,13 @@ def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], kind: str) -> float:
-    """Of all parameters, or moments, or averages."""
+    """Return the Euclidean distance of two checkpoints over all tensors of a kind (`param`, `exp_avg`, `ema` …)."""
     squares = [(one[name] - other[name]).double().square().sum() for name in other if name.startswith(f"{kind}/")]
     return float(torch.stack(squares).sum().sqrt())
 
 
 def require_same_end(run: Path, stage: str, *, to_the_bit: bool) -> None:
-    """The second half of a stage's training led to what the old code came to, which trained on without a stop."""
+    """Assert that the second half of a stage's training ended where the old code's uninterrupted training ended."""
     ours, theirs = (read_tensors(checkpoint(where, stage, END)) for where in (run, OLD))
     meta, old_meta = (read_meta(checkpoint(where, stage, END)) for where in (run, OLD))
     for key in ("stage", "config", "base", "latents", "samples", "steps", "passed_over", "good", "unsaved"):
@@ -101,7 +101,7 @@ def require_same_end(run: Path, stage: str, *, to_the_bit: bool) -> None:
 
 
 def fork(stage: str, *overrides: str) -> tuple[object, ...]:
-    """The command that trains a stage with the old config in a run of its own, for which the stages before are done."""
+    """Return the command that trains a stage with the old config in a new run whose earlier stages are done."""
     for earlier in STAGES[: STAGES.index(stage)]:
         shutil.copytree(RUN / earlier, FORK / earlier)
     paths = (f"run_dir={FORK}", f"data.latents={RUN / 'latents'}")
@@ -168,7 +168,7 @@ def test_another_run_takes_over_the_end_of_each_stage(stage, rounds_alike):
     spresso(*fork(stage, f"checkpoint.resume={checkpoint(RUN, stage, END)}"))
     require_equal(*(read_tensors(checkpoint(run, stage, END)) for run in (FORK, OLD)))
     assert read_meta(checkpoint(FORK, stage, END))["config"] == read_meta(checkpoint(OLD, stage, END))["config"]
-    if stage != "quantize" or rounds_alike:  # codewords without use go to vectors that are computed here
+    if stage != "quantize" or rounds_alike:  # this machine computes the vectors that replace unused codewords
         assert read_status(FORK, stage)["export"] == read_status(OLD, stage)["export"]
 
 
@@ -190,14 +190,14 @@ def test_a_new_run_starts_from_an_export(stage):
 
 
 def started_from(stage: str, source: Path) -> dict[str, torch.Tensor]:
-    """The weights of a new run after a step that learns nothing."""
+    """Start a new run from a checkpoint or export and return its weights after one step at a learning rate of 0."""
     spresso(*fork(stage, f"checkpoint.start_from={source}", f"{stage}.samples=4", f"{stage}.lr=0"))
     tensors = read_tensors(checkpoint(FORK, stage, f"step_{4:012d}"))
     return {name: value for name, value in tensors.items() if name.startswith(("param/", "statistics/"))}
 
 
 def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All of an export, under the names that checkpoints have for them."""
+    """Read all weights of an export, under the names that checkpoints use."""
     parts = {"dit": "dit", "latent_encoder": "g", "upsampler": "f", "quantizer": "quantizer", "prior": "prior"}
     weights = {
         f"{parts[path.stem]}.{name}": value

@@ -1,4 +1,4 @@
-"""The README's commands are run, on the tiny recipe; the docs' commands are at least understood."""
+"""The README's commands run on the tiny recipe; the docs' commands are at least parsed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ QUICK = ["parallel.threads=1", "parallel.device=cpu", "data.workers=1"]
 
 
 def commands(text: str) -> list[str]:
-    """Lines of bash blocks, their comments cut off."""
+    """Return the lines of a page's bash blocks without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
 
 def small(command: str) -> list[str]:
-    """The same command on the tiny recipe."""
+    """Return the words of the same command on the tiny recipe."""
     words = shlex.split(command.replace("demo", "tiny").replace("=20000", "=128"))
     return [*words, *QUICK] if words[1] in ("run", "train", "plan", "evaluate", "page") else words
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder in which `make demo` has been, on the tiny recipe, and which holds a sound."""
+    """Return a folder with a sound and a finished run of the tiny recipe, as `make demo` would leave it."""
     folder = tmp_path_factory.mktemp("readme")
     soundfile.write(folder / "in.wav", np.random.default_rng(0).normal(size=120_000) * 0.1, 48_000)
     run(["spresso", "run", "tiny", *QUICK], folder)
@@ -91,7 +91,7 @@ def test_make_demo_passes_the_users_sounds_on(tmp_path, name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_docs_are_understood(page, monkeypatch):
-    # the docs' folders are examples: they are said to be there, and empty
+    # the folders in the docs are examples: they appear to exist and to be empty
     monkeypatch.setattr(Path, "is_dir", lambda _: True)
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: glob(path, pattern) if path.exists() else iter(()))

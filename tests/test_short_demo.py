@@ -1,4 +1,4 @@
-"""The demo, cut short: that training it leads somewhere. What it must show when whole is in `test_demo`."""
+"""A shortened demo: training improves the codec. `test_demo` has the results that the full demo must reach."""
 
 from __future__ import annotations
 

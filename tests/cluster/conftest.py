@@ -1,4 +1,4 @@
-"""A SLURM of four nodes that the tests here share; what its daemons wrote is shown with a test that fails."""
+"""The SLURM cluster of four nodes that the tests here share; a failing test shows the logs of its daemons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CLUSTER = pytest.StashKey[SlurmCluster]()
 
 @pytest.fixture(scope="session")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 12 MiB; mounted before the nodes are up, or they would not see it."""
+    """Mount a file system of 12 MiB, before the nodes start, as they would not see it otherwise."""
     folder = tmp_path_factory.mktemp("small_disk")
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
     yield folder
@@ -34,7 +34,7 @@ def cluster(pytestconfig: pytest.Config, small_disk: Path) -> Iterator[SlurmClus
     require(*SLURM)
     with SlurmCluster(grace_seconds=12) as cluster, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))]:
-            patch.delenv(name)  # of a job of another SLURM that the tests may be in
+            patch.delenv(name)  # the tests may run in a job of another SLURM, whose variables would mislead them
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
         pytestconfig.stash[_CLUSTER] = cluster

@@ -1,4 +1,4 @@
-"""A stage as a job of the tests' SLURM, and what became of it."""
+"""A stage that trains as a job of the tests' SLURM, and assertions about how it ended."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LONG = 4800
 
 
 class Run:
-    """One run directory, trained by jobs."""
+    """One run directory and the job that trains in it."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, latents: Path, *overrides: str, fault: Any = None) -> None:
         self.cluster, self.folder, self.stage = cluster, folder, folder / "pretrain"
@@ -46,7 +46,7 @@ class Run:
         self.config: Config = load_recipe("tiny", given)
 
     def submit(self) -> str:
-        """Hand it over, without a look ahead, which takes as long as the test; returns the job's number."""
+        """Submit the stage without preflight checks, which take as long as a test, and return the job's id."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preflight, "check", lambda *_: None)
             [submitted] = submit.run(self.config, only="pretrain")
@@ -55,11 +55,11 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """Seen, as far as its log says."""
+        """The number of samples trained on by the last line of the log."""
         return max(self.curve(), default=0)
 
     def curve(self) -> dict[int, float]:
-        """Losses by samples seen; fails where a line is there twice."""
+        """Return the logged losses by samples; fail if two lines have the same number of samples."""
         path, found = self.stage / "metrics.jsonl", dict[int, float]()
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
             entry = json.loads(line) if line.endswith("\n") else {"kind": "torn"}
@@ -69,34 +69,34 @@ class Run:
         return found
 
     def reach(self, samples: int, timeout: float = 90) -> None:
-        """Until so many samples were seen."""
+        """Wait until the log has reached `samples`."""
         self._until(lambda: self.samples >= samples, timeout, f"{samples} samples")
 
     def end(self, state: str = "COMPLETED", timeout: float = 150) -> None:
-        """Until the job is in that state."""
+        """Wait until the job is in a state; fail with the run's logs if it does not get there."""
         try:
             self.cluster.wait_for(self.job, state, timeout)
         except Exception as error:
             raise AssertionError(f"{error}\n{self.told()}") from error
 
     def starts(self, count: int, timeout: float = 60) -> list[dict[str, Any]]:
-        """What became of the job's starts, once so many have ended."""
+        """Wait until `count` of the job's starts have ended, and return their entries in the attempt history."""
         self._until(lambda: len(self.ended()) >= count, timeout, f"{count} ended starts")
         return self.ended()
 
     def ended(self) -> list[dict[str, Any]]:
-        """Of the starts that have ended."""
+        """Return the attempt history's entries of the starts that have ended."""
         return [entry for entry in attempt.history(self.stage) if "then" in entry]
 
     def preempt(self, partition: str = "high", seconds: int = 2) -> str:
-        """Take all nodes for something more important; returns its number."""
+        """Submit a job that takes all nodes for some seconds, and return its id."""
         nodes = f"--nodes={len(self.cluster.names)}"
         return self.cluster.submit(
             f"--partition={partition}", nodes, "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"
         )
 
     def ranks(self) -> list[int]:
-        """Processes of this machine that train here."""
+        """Return the PIDs of this machine's processes that train in this run directory."""
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -109,7 +109,7 @@ class Run:
         return found
 
     def told(self) -> str:
-        """All that its logs say, for a test that fails."""
+        """Return the ends of the run's logs, to be shown when a test fails."""
         logs = sorted(self.stage.glob("logs/*")) + sorted(self.stage.glob("attempts/*.jsonl"))
         return "\n".join(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)
 
@@ -121,24 +121,24 @@ class Run:
 
 
 def assert_undisturbed(run: Run, undisturbed: dict[int, float], samples: int = LONG) -> None:
-    """Every step once, none left out, and each loss as if nothing had happened."""
+    """Assert that the log has each step once, and each with the loss of the undisturbed run."""
     curve = run.curve()
     assert list(curve) == list(range(BATCH, samples + 1, BATCH))
     assert max(abs(curve[at] - undisturbed[at]) for at in curve) < 1e-5
 
 
 def assert_nothing_lost(run: Run, start: dict[str, Any], seen: int) -> None:
-    """A start ended with a checkpoint that is no older than what its log had said."""
+    """Assert that a start was requeued with a checkpoint at `seen` samples or later."""
     assert start["then"] == "requeued"
     assert start["place"] >= seen
 
 
 def spresso(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command, as a user gives it."""
+    """Run a `spresso` command in a process of its own, as a user does."""
     command = [sys.executable, "-m", "launch.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | {}, **options)
 
 
 def _quoted(fault: dict[str, Any]) -> str:
-    """As a value that YAML takes for a text."""
+    """Return the fault as JSON in quotes, so that YAML reads it as a string."""
     return "'" + json.dumps(fault).replace("'", "''") + "'"

@@ -1,12 +1,12 @@
-"""A real SLURM of several nodes on this one machine: up in a second, with no trace of it when it is down.
+"""A real SLURM cluster of several nodes on this machine, which starts in a second and leaves nothing behind.
 
     with SlurmCluster(nodes=4) as cluster:
         job = cluster.submit("--nodes=2", "--wrap=srun hostname")
         cluster.wait_for(job, "COMPLETED", timeout=20)
 
-Where it may (as root, with the capabilities), each node is a host of its own: network, host name, processes, /dev/shm.
-Elsewhere all slurmds share this machine, with a port each. Needs no systemd, no cgroups, nothing in /etc, and as many
-can be up at a time as one likes.
+As root with the needed capabilities, each node is a host of its own, with its own network, host name, processes and
+/dev/shm. Otherwise all slurmds share this machine, with a port each. The cluster needs no systemd, no cgroups and
+nothing in /etc, and any number of clusters can run at the same time.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SlurmCluster:
     `nograce`. There is no accounting; the controller remembers jobs for an hour. A requeued job starts again after 6 s;
     a process that ignores SIGTERM is killed after 5; a silent node is DOWN after about 25.
 
-    Time limits: the controller looks every 30 s, counted from its start, and no setting changes that. `expire` lets a
-    job's limit pass without waiting for the minute that is the least.
+    The controller checks time limits every 30 s, counted from its start, and no setting changes that. SLURM's shortest
+    limit is a minute; `expire` makes a job's limit pass sooner.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class SlurmCluster:
         mode: str | None = None,
         extra_conf: str = "",
     ):
-        """Starts nothing yet; `with` does, which has to be in the main thread.
+        """Set up the cluster; `with` starts it and must run in the main thread.
 
         Args:
-            nodes: how many.
-            cpus: of each; need not exist.
-            memory_mb: of each; need not exist.
-            grace_seconds: between the signal to a preempted job in `main` and its end.
-            user_signal: that signal is the job's own, given with --signal, and not SIGTERM.
-            mode: "netns", "ports", or the better one of those that are possible here.
+            nodes: number of nodes.
+            cpus: CPUs of each node; this machine may have fewer.
+            memory_mb: memory of each node; this machine may have less.
+            grace_seconds: seconds between the signal to a preempted job in `main` and its end.
+            user_signal: send preempted jobs the signal of their --signal option instead of SIGTERM.
+            mode: "netns" or "ports"; by default "netns" if this machine allows it.
             extra_conf: more lines for slurm.conf.
         """
         self.mode = mode or ("ports" if namespaces_refused() else "netns")
@@ -87,7 +87,7 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What commands such as sbatch need to find this cluster."""
+        """Environment variables with which sbatch and the other commands find this cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> Self:
@@ -102,34 +102,34 @@ class SlurmCluster:
         self._down.close()
 
     def wait_ready(self, timeout: float = 30) -> None:
-        """Until all nodes are idle. Raises ClusterError, with the logs."""
+        """Wait until all nodes are idle. Raises ClusterError with the logs."""
         try:
             until(self._all_idle, timeout, f"{len(self.names)} idle nodes")
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self.logs()}") from None
 
     def command(self, *command: str, timeout: float = _PATIENCE) -> str:
-        """What a command of SLURM prints, stripped. Raises ClusterError if it fails or takes too long."""
+        """Run a command of SLURM and return its stripped output. Raises ClusterError if it fails or takes too long."""
         return run(*command, timeout=timeout, environment=self.environment).strip()
 
     def submit(self, *arguments: str) -> str:
-        """The number of the job that sbatch makes of them."""
+        """Call sbatch with the arguments and return the job's id."""
         return self.command("sbatch", "--parsable", *arguments)
 
     def job(self, job_id: str) -> dict[str, str]:
-        """All that the controller knows of a job; of an array, of its first element. Raises ClusterError."""
+        """Return the controller's record of a job, or of an array's first element. Raises ClusterError."""
         return _parse(self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()[0])
 
     def node(self, name: str) -> dict[str, str]:
-        """All that the controller knows of a node: State, Reason …"""
+        """Return the controller's record of a node: State, Reason …"""
         return _parse(self.command("scontrol", "--oneliner", "show", "node", name))
 
     def state(self, job_id: str) -> str:
-        """Of a job: PENDING, RUNNING, COMPLETING, COMPLETED …"""
+        """Return a job's state: PENDING, RUNNING, COMPLETING, COMPLETED …"""
         return self.job(job_id)["JobState"]
 
     def wait_for(self, job_id: str, states: str | Collection[str], timeout: float = 60) -> dict[str, str]:
-        """The job, once it is in one of the states. Raises ClusterError, with the logs."""
+        """Wait until a job is in one of the states and return its record. Raises ClusterError with the logs."""
         wanted = {states} if isinstance(states, str) else set(states)
         last: dict[str, str] = {}
 
@@ -144,14 +144,14 @@ class SlurmCluster:
         return last
 
     def expire(self, job_id: str, seconds: int = 1) -> None:
-        """Let a running job's time limit come in so many seconds, also if it has none; seen at a look, within 30 s.
+        """Set a running job's time limit to `seconds` from now, even if it has none; SLURM checks it within 30 s.
 
-        With at least 31 there is a look before the one that ends the job, and the signal of --signal comes at that.
+        With at least 31 s, one check comes before the check that ends the job, and sends the signal of --signal.
         """
         self.command("scontrol", "update", f"JobId={job_id}", f"EndTime=now+{seconds}")
 
     def down_node(self, name: str) -> None:
-        """Set it DOWN: its jobs are requeued at once, and nothing starts there."""
+        """Set a node DOWN: its jobs are requeued at once, and no job starts on it."""
         self.command("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
 
     def resume_node(self, name: str) -> None:
@@ -159,23 +159,24 @@ class SlurmCluster:
         self.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
     def cut_power(self, name: str) -> None:
-        """SIGKILL to everything on the node."""
+        """Send SIGKILL to everything on a node."""
         self._nodes[name].cut_power()
 
     def processes(self, name: str) -> list[int]:
-        """All that runs on the node, by the numbers that this machine gives them."""
+        """Return the PIDs, as this machine numbers them, of all processes on a node."""
         return self._nodes[name].processes()
 
     def kill_slurmd(self, name: str) -> None:
-        """SIGKILL to its daemon alone; the jobs there go on."""
+        """Send SIGKILL to a node's slurmd only; the jobs on the node keep running."""
         kill_slurmd(self._nodes[name])
 
     def boot(self, name: str) -> None:
-        """Start a node again, or only its slurmd where that alone was killed, until the controller knows.
+        """Start a node again, or its slurmd if only that was killed, and wait until the controller has noticed.
 
-        It requeues what ran there before a power cut, and leaves the node DOWN, as unexpectedly rebooted; that is then
-        resumed here. In mode "ports" it cannot tell, as the uptime is this machine's: wait until it has noticed the
-        power cut, or it takes the jobs there for running for another 100 s.
+        After a power cut the controller requeues the node's jobs and leaves the node DOWN as unexpectedly rebooted;
+        this then resumes the node. In mode "ports" the controller cannot detect the reboot, as the uptime is this
+        machine's. So wait there until it has noticed the power cut; otherwise it believes for another 100 s that the
+        jobs are running.
         """
         if slurmds(self._nodes[name]):
             return
@@ -186,15 +187,15 @@ class SlurmCluster:
             self.resume_node(name)
 
     def partition(self, name: str) -> None:
-        """Pull the node's network cable. Raises ClusterError where nodes have none."""
+        """Cut a node off the network. Raises ClusterError in mode "ports", where nodes have no network of their own."""
         self._cables().link(name, "down")
 
     def heal(self, name: str) -> None:
-        """Put the cable back."""
+        """Connect a node to the network again."""
         self._cables().link(name, "up")
 
     def logs(self) -> str:
-        """The last lines of what the daemons wrote."""
+        """Return the last lines of the daemons' logs."""
         return "\n".join(self._tails())
 
     def _up(self) -> None:
@@ -242,7 +243,7 @@ class SlurmCluster:
     def _start_munged(self) -> None:
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munge.seed"}
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
-        # --force: as root, and in a folder that is closed to others; --origin: else it looks for this host's address
+        # munged runs as root in a private folder only with --force; without --origin it looks up this host's address
         self._daemon("munged", "--foreground", "--force", "--origin=127.0.0.1", *options, log="munged.err")
         until(self._munge_answers, 10, "munged")
 
@@ -291,7 +292,9 @@ class SlurmCluster:
     def _tails(self) -> Iterator[str]:
         for path in sorted((self.folder / "log").iterdir()):
             lines = path.read_text(errors="replace").splitlines()
-            if lines and not (path.suffix == ".err" and path.with_suffix(".log").exists()):  # which has the same
+            if lines and not (
+                path.suffix == ".err" and path.with_suffix(".log").exists()
+            ):  # the .log has the same lines
                 yield f"--- {path.name}"
                 yield from lines[-_TAIL:]
 
@@ -301,5 +304,5 @@ def _parse(line: str) -> dict[str, str]:
 
 
 def _clean_environment() -> dict[str, str]:
-    """This process's, without what it would have inherited from a job of another SLURM."""
+    """Return this process's environment without the variables of a surrounding SLURM job."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}

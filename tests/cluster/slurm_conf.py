@@ -1,4 +1,4 @@
-"""What the cluster of `slurm_cluster` is made of, as text: slurm.conf, the names of its hosts, what a node does."""
+"""The texts that configure the cluster of `slurm_cluster`: slurm.conf, /etc/hosts, and the script that a node runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLURMD_PORT = 16818
 
 @dataclass(frozen=True)
 class Place:
-    """Where a daemon listens."""
+    """The host name, address and port of a daemon."""
 
     name: str
     address: str
@@ -24,7 +24,7 @@ class Place:
 
 
 def hostname() -> str:
-    """Of this machine, as slurmctld compares it."""
+    """Return this machine's host name in the form that slurmctld compares it with."""
     return socket.gethostname().split(".")[0]
 
 
@@ -40,16 +40,18 @@ def slurm_conf(
     own_hosts: bool,
     extra: str,
 ) -> str:
-    """The whole of slurm.conf. A key that this SLURM does not know breaks every command, hence none newer than 22.05.
+    """Return the text of slurm.conf.
+
+    A key that the installed SLURM does not know breaks every command, so no key here is newer than 22.05.
 
     Args:
-        folder: for state, sockets and logs.
+        folder: folder for state, sockets and logs.
         controller: where slurmctld listens.
-        nodes: where the slurmds do.
-        cpus: of each node; may be more than there are.
-        memory_mb: of each node; may be more than there is.
-        grace_seconds: that a preempted job in `main` has.
-        user_signal: preempted jobs get the signal that they asked for with --signal, instead of SIGTERM.
+        nodes: where the slurmds listen.
+        cpus: CPUs of each node; this machine may have fewer.
+        memory_mb: memory of each node; this machine may have less.
+        grace_seconds: grace period of a preempted job in `main`.
+        user_signal: preempted jobs get the signal of their --signal option instead of SIGTERM.
         own_hosts: each node is a host; otherwise all share this machine's name.
         extra: further lines.
     """
@@ -67,12 +69,12 @@ def slurm_conf(
     return "\n".join(line for line in lines if line) + "\n"
 
 
-# linuxproc, none, none: nothing that would need cgroups, so memory is not limited and CPUs are not bound.
-# cred_expire is also how long a requeued job waits before it may start; less than 5 counts as 120.
-# ReturnToService=1: a node that was set DOWN stays so; with 2 it would be back at once, beside the job's old processes.
-# The scheduler looks every second, and whenever something changes. The end of a preempted job's grace is seen later:
-# when preemption is tried again for the same job, every KillWait + MessageTimeout = 15 s, or at the next look at time
-# limits. So a grace of 8 s lasts 15, and one of 20 lasts 26.
+# The plugins linuxproc, none and none need no cgroups; therefore memory is not limited and CPUs are not bound.
+# A requeued job also waits for cred_expire before it may start; values below 5 count as 120.
+# ReturnToService=1 keeps a node DOWN that was set DOWN. With 2 it would return at once, with the job's old processes.
+# The scheduler runs every second and after each change. The end of a preempted job's grace period is noticed later:
+# when SLURM retries the preemption, every KillWait + MessageTimeout = 15 s, or at the next check of time limits.
+# Therefore a grace period of 8 s lasts 15 s, and one of 20 s lasts 26 s.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={c.name}({c.address})
@@ -121,12 +123,12 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 Preempt
 PartitionName=nograce Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF"""
 
-# slurmd looks for a cgroup file system even if it is to use none, and ends where there is none; v1 named, it does not.
+# slurmd looks for a cgroup file system even if no plugin needs one, and exits if there is none, unless v1 is named.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
 
-# The first process of a node. It waits until its network cable is in; then each line that it reads starts a slurmd, and
-# at the end of its input, also that of a parent that was killed, it ends, and everything on the node with it. Being
-# bash, it reaps what slurmd leaves behind.
+# The first process of a node. It waits for a line that says its network is up; each further line starts a slurmd.
+# At the end of its input, which also comes when the parent is killed, it exits, and every process on the node with it.
+# As it is bash, it reaps the processes that slurmd leaves behind.
 NODE = """\
 folder=$1 name=$2 address=$3
 hostname "$name"
@@ -145,12 +147,12 @@ done
 
 
 def hosts(places: Sequence[Place]) -> str:
-    """A node's /etc/hosts. This machine's own has its name at 127.0.0.1, which is somebody else on a node."""
+    """Return a node's /etc/hosts. In this machine's file its name is 127.0.0.1, which is the node itself on a node."""
     return "127.0.0.1 localhost\n" + "".join(f"{place.address} {place.name}\n" for place in places)
 
 
 def nsswitch() -> str:
-    """A node's nsswitch.conf: no name server answers there, and one look-up would wait for it for 20 s."""
+    """Return a node's nsswitch.conf without DNS: no name server answers there, and a look-up would take 20 s."""
     path = Path("/etc/nsswitch.conf")
     text = path.read_text() if path.exists() else ""
     return re.sub(r"(?m)^hosts:.*\n?", "", text) + "hosts: files\n"

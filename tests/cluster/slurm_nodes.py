@@ -1,4 +1,4 @@
-"""The nodes of `slurm_cluster`: hosts made of Linux namespaces, or only slurmds with a port each."""
+"""The nodes of `slurm_cluster`: hosts made of Linux namespaces, or slurmds on this machine with a port each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _BOOT = 3.0  # seconds that a host is off at least; the controller would not not
 _COUNTER = itertools.count()
 _NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
-# Reads nothing until this process is gone, and then ends the jobs of a cluster whose nodes are not hosts: nothing else
-# would. They are told by their environment.
+# Waits until this process closes the pipe or dies, and then kills the jobs of a cluster whose nodes are not hosts,
+# which nothing else would end. It recognises the jobs by their environment.
 _WATCH = """\
 read -r line
 while
@@ -40,14 +40,14 @@ rm -rf "$1"
 
 
 class ClusterError(RuntimeError):
-    """The cluster did not do what it was asked for."""
+    """A command to the cluster failed, or the cluster did not reach a state in time."""
 
 
 def run(*command: str, text: str = "", timeout: float = 20, environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints, given `text` to read.
+    """Run a command with `text` as its input and return its output.
 
     Raises:
-        ClusterError: it failed, and what it said, or it took too long.
+        ClusterError: the command failed (with its message) or took too long.
     """
     said: dict[str, Any] = {"input": text, "capture_output": True, "text": True, "timeout": timeout}
     try:
@@ -61,7 +61,7 @@ def run(*command: str, text: str = "", timeout: float = 20, environment: Mapping
 
 
 def start(*command: str, log: Path, environment: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
-    """A daemon, in a session of its own so that the Ctrl-C that ends the tests does not get there first."""
+    """Start a daemon in a session of its own, so that the Ctrl-C that ends the tests does not end it first."""
     program = shutil.which(command[0], path=PATH) or command[0]
     with log.open("ab") as errors:
         given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": errors, "stderr": errors} | options
@@ -70,19 +70,22 @@ def start(*command: str, log: Path, environment: Mapping[str, str], **options: A
 
 
 def start_bound(*command: str, **options: Any) -> subprocess.Popen[bytes]:
-    """A daemon that ends when this process does, even killed; or the thread does, so the main one has to ask."""
+    """Start a daemon that dies with this process, even if this is killed.
+
+    The daemon dies with the thread that starts it, so the main thread must call this.
+    """
     return start("setpriv", "--pdeathsig", "KILL", *command, **options)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kill a daemon that was started here, and what is in its session."""
+    """Kill a daemon that `start` started, with all processes of its session."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
 
 
 def watch(folder: Path) -> Callable[[], None]:
-    """What is to be called once a cluster is down, to remove its folder; done too if this process is killed."""
+    """Return a function that removes a stopped cluster's folder; that also happens if this process is killed."""
     process = start("sh", "-c", _WATCH, "sh", str(folder), log=Path(os.devnull), environment={}, stdin=subprocess.PIPE)
     return lambda: _close(process)
 
@@ -92,7 +95,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
-    """What the condition gives once that is true; polls. Raises ClusterError."""
+    """Poll a condition until its value is true and return the value. Raises ClusterError after the timeout."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -102,7 +105,7 @@ def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
 
 
 def processes() -> Iterator[int]:
-    """All that run now. Not zombies: the first process of a container may never reap them."""
+    """Yield the PIDs of running processes. Zombies are left out, as a container's first process may never reap them."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and _read(entry / "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"]):
             yield int(entry.name)
@@ -120,7 +123,7 @@ def _own_clock() -> bool:
 
 @functools.cache
 def namespaces_refused() -> str:
-    """Why nodes cannot be hosts of their own here; empty where they can."""
+    """Return why nodes cannot be hosts of their own on this machine; an empty string if they can."""
     if os.geteuid() != 0:
         return "not root"
     try:
@@ -131,7 +134,7 @@ def namespaces_refused() -> str:
 
 
 def free_port() -> int:
-    """One below those that the kernel gives to outgoing connections, which would be taken by the time it is used."""
+    """Return a free port below the range of outgoing connections, which might take the port before its use."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as probe:
@@ -143,10 +146,10 @@ def free_port() -> int:
 
 
 class Network:
-    """A switch, and this machine's cable to it.
+    """A virtual switch and this machine's cable to it.
 
-    The switch is in a network namespace of its own: no firewall of this machine is asked, and when its process ends,
-    there is nothing left of it or of any cable.
+    The switch is in a network namespace of its own, so this machine's firewall does not apply to it, and when the
+    switch's process ends, the kernel removes the switch and all cables.
     """
 
     def __init__(self, log: Path):
@@ -171,23 +174,23 @@ class Network:
         self._ip("link set host master switch up")
 
     def plug(self, name: str, pid: int) -> None:
-        """A cable from the switch into the network namespace of a process, where it is eth0."""
+        """Connect the network namespace of a process to the switch; the interface there is eth0."""
         self._ip(f"link add {name} type veth peer name eth0 netns {pid}", f"link set {name} master switch up")
 
     def unplug(self, name: str) -> None:
-        """Take the cable away."""
+        """Remove a node's cable."""
         self._ip(f"link delete {name}")
 
     def link(self, name: str, state: str) -> None:
-        """Take a node's cable `down` or `up`."""
+        """Set a node's cable `down` or `up`."""
         self._ip(f"link set {name} {state}")
 
     def close(self) -> None:
-        """Remove all of it."""
+        """Remove the switch and all cables."""
         stop(self._switch)
         assert self._switch.stdout
         self._switch.stdout.close()
-        with contextlib.suppress(ClusterError):  # the kernel does it too, but sometime
+        with contextlib.suppress(ClusterError):  # the kernel removes the cable too, but later
             run("ip", "link", "delete", self._cable)
 
     def _ip(self, *lines: str) -> None:
@@ -195,7 +198,7 @@ class Network:
         run("nsenter", target, "ip", "-batch", "-", text="\n".join(lines) + "\n")
 
     def _free_subnet(self) -> str:
-        """Of 198.18.0.0/15, which is set aside for tests of networks."""
+        """Return an unused /24 of 198.18.0.0/15, the range that is reserved for network tests."""
         taken = run("ip", "-4", "-oneline", "address") + run("ip", "-4", "route")
         every = [f"198.{a}.{b}" for a in (18, 19) for b in range(256)]
         return random.SystemRandom().choice([subnet for subnet in every if f"{subnet}." not in taken])
@@ -210,7 +213,7 @@ class HostNode:
         self._power: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
-        """Switch it on, where it is not, and start its slurmd."""
+        """Switch the node on if it is off, and start its slurmd."""
         if self._power is None or self._power.poll() is not None:
             time.sleep(max(0.0, self._off_at + _BOOT - time.monotonic()))
             self._switch_on()
@@ -219,14 +222,14 @@ class HostNode:
         self._power.stdin.write(b"\n")
 
     def processes(self) -> list[int]:
-        """What runs on it."""
+        """Return the PIDs of the node's processes."""
         if self._power is None or self._power.poll() is not None:
             return []
         space = _namespace(self._power.pid, "pid_for_children")
         return [pid for pid in processes() if _namespace(pid, "pid") == space]
 
     def cut_power(self) -> None:
-        """Everything on it ends at once, and its connections do not: the others hear nothing from it any more."""
+        """Remove the cable and kill everything on the node, so that other hosts never see its connections close."""
         if self._power is None or self._power.poll() is not None:
             return
         self._network.unplug(self.name)
@@ -234,10 +237,10 @@ class HostNode:
         self._off_at = time.monotonic()
 
     def stop(self) -> None:
-        """End it."""
+        """Kill the node's processes."""
         if self._power is None:
             return
-        _kill_all(self.processes())  # the first process of them takes all others with it
+        _kill_all(self.processes())  # when the first of them dies, the kernel kills the others
         self._power.wait(10)
         for pipe in (self._power.stdin, self._power.stdout):
             assert pipe
@@ -249,9 +252,11 @@ class HostNode:
         init = ["bash", "-c", slurm_conf.NODE, "init", str(self._folder), self.name, self._place.address]
         log = self._folder / "log" / f"{self.name}.err"
         now = _read(Path("/proc/uptime")).partition(".")[0]
-        clock = ["--time", "--boottime", f"-{now}"] if _own_clock() else []  # that is how the controller sees a boot
+        clock = (
+            ["--time", "--boottime", f"-{now}"] if _own_clock() else []
+        )  # the controller detects a boot by the uptime
         power = start(*_NAMESPACES, *clock, *init, log=log, environment=self._environment, **pipes)
-        self._power = power  # whatever comes of it, it is stopped
+        self._power = power  # set before anything can fail, so that `stop` kills the process
         assert power.stdin
         assert power.stdout
         if not power.stdout.readline():
@@ -261,21 +266,24 @@ class HostNode:
 
 
 class PortNode:
-    """A slurmd among others on this machine."""
+    """A node that is a slurmd on this machine, next to the slurmds of the other nodes."""
 
     def __init__(self, place: Place, folder: Path, environment: Mapping[str, str]):
         self.name, self._folder = place.name, folder
-        self._environment = {**environment, "SLURMD_NODENAME": self.name}  # as tasks have it
+        self._environment = {
+            **environment,
+            "SLURMD_NODENAME": self.name,
+        }  # marks the slurmd like its tasks, for `processes`
         self._slurmd: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
-        """Start its slurmd, where it does not run."""
+        """Start the node's slurmd if it does not run."""
         if self._slurmd is None or self._slurmd.poll() is not None:
             log = self._folder / "log" / f"{self.name}.err"
             self._slurmd = start_bound("slurmd", "-D", "-N", self.name, log=log, environment=self._environment)
 
     def processes(self) -> list[int]:
-        """slurmd, its slurmstepds, their tasks: told by their environment, and whatever descends from those."""
+        """Return the PIDs of slurmd, slurmstepds and tasks, found by their environment, and of all descendants."""
         wanted = {f"SLURMD_NODENAME={self.name}", f"SLURM_CONF={self._environment['SLURM_CONF']}"}
         everything = {pid: _parent(pid) for pid in processes()}
         mine = {pid for pid in everything if wanted <= set(_read(Path(f"/proc/{pid}/environ")).split("\0"))}
@@ -284,11 +292,11 @@ class PortNode:
         return sorted(mine - {os.getpid()})
 
     def cut_power(self) -> None:
-        """Everything on it ends. Its connections are closed, as this machine goes on: a gentle power cut."""
+        """Kill everything on the node. Unlike in a real power cut this machine's kernel closes the connections."""
         self.stop()
 
     def stop(self) -> None:
-        """End it: looks again as long as there is something, as a slurmd that is dying may start one more process."""
+        """Kill the node's processes until none is left, as a dying slurmd may start one more process."""
         until(lambda: not _kill_all(self.processes()), 10, f"the end of {self.name}'s processes")
         if self._slurmd is not None:
             self._slurmd.wait(10)
@@ -298,12 +306,12 @@ Node = HostNode | PortNode
 
 
 def slurmds(node: Node) -> list[int]:
-    """The daemon of a node, and the short-lived processes that it starts before they are something else."""
+    """Return the PIDs of a node's slurmd and of its forks that have not yet executed another program."""
     return [pid for pid in node.processes() if _read(Path(f"/proc/{pid}/comm")).strip() == "slurmd"]
 
 
 def kill_slurmd(node: Node) -> None:
-    """Kill the daemon of a node, and none of the jobs there."""
+    """Kill a node's slurmd and none of the jobs on the node."""
     until(lambda: not _kill_all(slurmds(node)), 10, f"the end of {node.name}'s slurmd")
 
 
@@ -322,7 +330,7 @@ def _namespace(pid: int, kind: str) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:  # gone, or another user's
+    except OSError:  # the process is gone, or belongs to another user
         return ""
 
 

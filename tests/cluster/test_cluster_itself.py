@@ -1,4 +1,4 @@
-"""The cluster that the tests stand on does what they expect of a SLURM. No torch: a job is a line of shell."""
+"""The tests' cluster behaves as they expect of SLURM. The jobs are lines of shell, without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.alone
 
 @pytest.fixture
 def idle(cluster: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster, with whatever a test leaves taken away."""
+    """The cluster, whose jobs are cancelled after the test."""
     yield cluster
     cluster.command("scancel", "--me", "--signal=KILL")
     cluster.command("scancel", "--me")
@@ -22,7 +22,7 @@ def idle(cluster: SlurmCluster) -> Iterator[SlurmCluster]:
 
 
 def _submit(cluster: SlurmCluster, folder: Path, script: str, *options: str) -> str:
-    """A job of one whole node, with what it says in folder/out."""
+    """Submit a job of whole nodes that appends its output to folder/out."""
     common = ["--exclusive", f"--output={folder / 'out'}", "--open-mode=append"]
     return cluster.submit(*common, *options, f"--wrap={script}")
 
@@ -37,7 +37,7 @@ def test_tasks_on_every_node(cluster: SlurmCluster):
     names, hosts, spaces = zip(*(line.split() for line in said), strict=True)
     assert sorted(names) == cluster.names
     assert cluster.mode == "ports" or names == hosts
-    assert cluster.mode == "ports" or len(set(spaces)) == 4  # processes of their own
+    assert cluster.mode == "ports" or len(set(spaces)) == 4  # each node has its own PID namespace
 
 
 def test_a_job_ends_and_says_so(idle: SlurmCluster, tmp_path: Path):
@@ -76,7 +76,7 @@ def test_cut_power_and_boot(idle: SlurmCluster, tmp_path: Path):
     idle.cut_power(node)
     size = (tmp_path / "out").stat().st_size
     left = idle.processes(node)
-    if idle.mode == "ports":  # the uptime does not tell
+    if idle.mode == "ports":  # the nodes share this machine's uptime, which does not show the reboot
         idle.wait_for(job, "NODE_FAIL", timeout=60)
     idle.boot(node)
     assert left == []

@@ -1,4 +1,4 @@
-"""A recipe taken to a cluster and back by the commands that a user gives."""
+"""A recipe runs on the cluster by the commands that a user types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: SlurmCluster, folder: Path) -> dict[str, str]:
-    """The jobs of a whole recipe, by stage."""
+    """Submit a whole recipe and return its job ids by stage."""
     done = spresso("run", "tiny", f"run_dir={folder / 'run'}", *SETTINGS, cwd=folder)
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^  (\w+): job (\d+)", done.stderr, re.MULTILINE))
@@ -50,7 +50,7 @@ def test_the_logs_of_a_rank(jobs: dict[str, str], folder: Path):
 
 
 def test_what_has_ended_is_not_done_again(jobs: dict[str, str], cluster: SlurmCluster, folder: Path):
-    """By plain sbatch, this time, with one script for all stages."""
+    """This time plain sbatch submits one script for all stages."""
     made = spresso("sbatch", "tiny", f"run_dir={folder / 'run'}", *SETTINGS, cwd=folder)
     assert made.returncode == 0, made.stderr
     exported = {path: path.stat().st_mtime_ns for path in (folder / "run").glob("*/export/*")}

@@ -1,4 +1,4 @@
-"""Whatever happens to a job, its run is that of one to which nothing did."""
+"""Whatever happens to a job, its run ends like one that nothing interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of recorded sounds."""
+    """Prepare latents of recorded sounds and return their folder."""
     folder = tmp_path_factory.mktemp("recorded")
     sounds = folder / "audio"
     sounds.mkdir()
@@ -37,7 +37,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of a run on one rank, here, that nothing disturbed."""
+    """Train on one rank in this process, uninterrupted, and return the losses by samples."""
     folder = tmp_path_factory.mktemp("undisturbed")
     settings = [*SETTINGS, f"run_dir={folder}", f"data.latents={latents}", f"pretrain.samples={LONG}"]
     assert train(load_recipe("tiny", settings), "pretrain") == "done"
@@ -48,7 +48,7 @@ def undisturbed(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture
 def start(cluster: SlurmCluster, latents: Path, tmp_path: Path) -> Iterator[Start]:
-    """Submit a run; at the end no job, no process of it is left, and all nodes are idle."""
+    """Return a function that submits a run; afterwards cancel all jobs and check that none of its processes is left."""
     runs = []
 
     def submit(*overrides: str, fault: dict[str, object] | None = None, folder: str = "run") -> Run:
@@ -79,7 +79,7 @@ def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undi
     run.reach(300)
     run.preempt()
     run.end()
-    # SLURM killed the batch script: the next start says what became of this one
+    # SLURM killed the batch script, so the next start writes how the first one ended
     first, _ = run.ended()
     assert first["place"] >= 300
     assert "SLURM requeued it" in first["why"]
@@ -187,7 +187,7 @@ def test_a_rank_that_hangs(start: Start, undisturbed: dict[int, float]):
     run = start(f"pretrain.samples={SHORT}", "health.hang_seconds=5", fault=fault)
     run.end()
     assert run.ended()[0]["then"] == "requeued"
-    assert "asked" in (run.stage / "logs" / "rank_1.log").read_text()  # where it stood
+    assert "asked" in (run.stage / "logs" / "rank_1.log").read_text()  # the stack trace names the function that hangs
     assert_undisturbed(run, undisturbed, SHORT)
 
 
@@ -213,7 +213,7 @@ def test_a_batch_that_does_not_come_when_there_is_notice(start: Start, undisturb
     cluster.command("scancel", "--signal=USR2", run.job)
     [first] = run.starts(1)
     assert time.monotonic() - asked < 10
-    assert first["place"] == 708  # the step that the batch was for is void, and all before it is saved
+    assert first["place"] == 708  # everything before the step that waits for the batch is saved
     run.end()
     assert_undisturbed(run, undisturbed, SHORT)
 
@@ -226,7 +226,7 @@ def test_notice_in_the_middle_of_an_evaluation(start: Start, undisturbed: dict[i
     asked = time.monotonic()
     cluster.command("scancel", "--signal=USR2", run.job)
     [first] = run.starts(1)
-    assert time.monotonic() - asked < 8  # all of it takes 25 seconds
+    assert time.monotonic() - asked < 8  # the whole evaluation would take 25 seconds
     assert first["place"] == run.samples == 600
     cluster.command("scancel", run.job)
 

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that find each other as under a launcher, from a server that has imported torch once."""
+"""Rank processes for tests, with a launcher's environment, forked from a server that has already imported torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SERVER.set_forkserver_preload(["tests.trainer.preloaded"])
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(function: Callable[..., None], world_size: int, *arguments: Any) -> list[multiprocessing.process.BaseProcess]:
-    """`function(rank, *arguments)` in as many processes as there are ranks."""
+    """Start `function(rank, *arguments)` in `world_size` processes."""
     port = free_port()
     processes = [
         _SERVER.Process(target=_as_rank, args=(function, rank, world_size, port, arguments))
@@ -32,7 +32,7 @@ def start(function: Callable[..., None], world_size: int, *arguments: Any) -> li
 
 
 def run(function: Callable[..., None], world_size: int, *arguments: Any, seconds: float = 300) -> list[int | None]:
-    """The same to its end; the exit statuses. What has not ended by then is killed."""
+    """Run the ranks to their end and return the exit statuses; kill those that take longer than `seconds`."""
     processes = start(function, world_size, *arguments)
     for process in processes:
         process.join(seconds)
@@ -57,4 +57,4 @@ def _as_rank(function: Callable[..., None], rank: int, world_size: int, port: in
 
         traceback.print_exc()
     finally:
-        os._exit(status)  # threads of a process group don't survive the interpreter's own end
+        os._exit(status)  # the process group's threads crash if the interpreter shuts down normally

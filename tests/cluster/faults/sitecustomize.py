@@ -1,8 +1,8 @@
-"""Faults for the ranks of a job: Python imports this at its start where its folder is in PYTHONPATH.
+"""Injects a fault into a rank of a job: Python imports this module at startup if its folder is in PYTHONPATH.
 
-SPRESSO_FAULT says which, as JSON: `what`, on which `rank`, `at` which position of the stream; `mark`, a file that is
-made when it strikes, and with `once` it strikes no more when that is there. What is `slow` is each step of a job's
-first start, or with `always` of every start.
+SPRESSO_FAULT describes the fault as JSON: `what` happens, on which `rank`, `at` which position of the stream. The fault
+creates the file `mark` when it strikes; with `once` it does not strike again while that file exists. `slow` delays each
+step of a job's first start by `seconds`, and with `always` each step of every start.
 """
 
 import importlib.abc
@@ -18,7 +18,7 @@ FAULT = json.loads(os.environ.get("SPRESSO_FAULT", "{}"))
 
 
 def strike() -> bool:
-    """Whether this is the moment."""
+    """Return whether the fault strikes now, and create its mark if so."""
     mark = Path(FAULT["mark"])
     if FAULT.get("once") and mark.exists():
         return False
@@ -27,7 +27,7 @@ def strike() -> bool:
 
 
 def in_feed(module):
-    """When a rank asks for the batch there."""
+    """Let the fault strike when a rank requests the batch at the position."""
     begin, next_ = module.Feed.begin, module.Feed.next
 
     def begun(feed, position):
@@ -51,7 +51,7 @@ def in_feed(module):
 
 
 def in_stream(module):
-    """When the thread reads the batch there."""
+    """Let the fault strike when the reading thread reads the batch at the position."""
     read = module.LatentStream._read
 
     def stalled(stream, deal, out):
@@ -63,7 +63,7 @@ def in_stream(module):
 
 
 def in_evaluation(module):
-    """A second for each of its batches."""
+    """Delay each batch of the held-out evaluation by a second."""
     batches = module.HeldOutLoss._batches
 
     def slow(loss, device):
@@ -83,7 +83,7 @@ PATCHES = {
 
 
 class Patcher(importlib.abc.MetaPathFinder):
-    """Patches a module once it is loaded."""
+    """Patches a module right after Python has loaded it."""
 
     def __init__(self, name, patch):
         self.name, self.patch = name, patch

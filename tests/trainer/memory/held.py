@@ -1,4 +1,4 @@
-"""What a rank of `test_memory.py` does: under each strategy one step, and the bytes that it really holds."""
+"""The functions that the ranks of `test_memory.py` run: a step under each strategy, and the bytes that a rank holds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def overrides(way: str, precision: str) -> list[str]:
-    """What makes the tiny recipe train so."""
+    """Return the overrides that make the tiny recipe train in this way and precision."""
     return [f"parallel.{each}" for each in (*WAYS[way], f"precision={precision}")]
 
 
@@ -51,14 +51,14 @@ def recipe(folder: Path, *given: str) -> Config:
 
 
 def make_base(folder: Path) -> None:
-    """A pretrained D."""
+    """Write a pretrained D."""
     (folder / "base").mkdir()
     dit = DiT(recipe(folder).dit)
     save_weights(folder / "base" / "dit.safetensors", dit.state_dict(), dataclasses.asdict(dit.config))
 
 
 def live(folder: Path, world_sizes: Iterable[int]) -> dict[tuple[str, int], dict[str, int]]:
-    """(way and precision, ranks) → what the first of so many ranks really holds."""
+    """Train on each world size and return the bytes that rank 0 holds, by (way and precision, world size)."""
     runs = {ranks: _start(ranks, folder) for ranks in world_sizes}
     found = {}
     for ranks, run in runs.items():
@@ -87,7 +87,7 @@ def _measured(rank: int, world_size: int, port: int, folder: str) -> None:
     }
     if rank == 0:
         (Path(folder) / f"held_{world_size}.json").write_text(json.dumps(results))
-    os._exit(0)  # threads of a process group don't survive the interpreter's own end
+    os._exit(0)  # the process group's threads crash if the interpreter shuts down normally
 
 
 def _held(config: Config) -> dict[str, int]:
@@ -120,7 +120,7 @@ def _optimizer(strategy: Any) -> Any:
 
 
 def _lying(value: Any) -> list[Tensor]:
-    """What this rank has of a parameter: its own part, and all of it where it is together."""
+    """Return what this rank holds of a parameter: its data and, under ZeRO-3, its shard."""
     return [value.data, value.ds_tensor] if hasattr(value, "ds_tensor") else [value.data]
 
 
@@ -132,7 +132,7 @@ def _masters(strategy: Any) -> list[Tensor]:
 
 
 def _gradients(strategy: Any, clips: int) -> int:
-    """After the backward pass of another step, before it is taken."""
+    """Return the bytes of gradients after another backward pass, before the optimizer's step."""
     _pass(strategy, clips)
     if isinstance(strategy, TorchStrategy):
         return _bytes(value.grad for value in strategy.learned.values() if value.grad is not None)
@@ -145,7 +145,7 @@ def _gradients(strategy: Any, clips: int) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
+    """Return the bytes of the tensors' storages; a shared storage counts once."""
     here = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
     storages = [value.untyped_storage() for value in here if value.numel()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by the few commands of the WebDriver standard that tests need."""
+"""A headless Chromium, driven by the few commands of the WebDriver standard that the tests need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 )  # fmt: skip
-_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the standard's name for a reference to one
+_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the standard's key for a reference to an element
 KEYS = {
     "Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015", "Escape": "\ue00c", "Shift": "\ue008",
     "Tab": "\ue004", "Enter": "\ue007",
@@ -27,14 +27,14 @@ KEYS = {
 
 
 class Browser:
-    """One window."""
+    """A browser with one window."""
 
     def __init__(self, driver: str) -> None:
         self._driver = driver
         self._session = ""
 
     def start(self, profile: Path) -> None:
-        """Open the window, its profile in a folder of its own."""
+        """Open the window, with the browser's profile in the given folder."""
         options = {"args": [*_FLAGS, f"--user-data-dir={profile}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -46,16 +46,16 @@ class Browser:
         self.ask("POST", "/url", {"url": page.resolve().as_uri()})
 
     def resize(self, width: int, height: int = 800) -> None:
-        """Show the page in so many pixels, which may be fewer than a window can have; a narrow one is a phone's."""
+        """Set the page's size in pixels, which may be below a window's minimum; a narrow page acts like a phone's."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700}
         self.command("Emulation.setDeviceMetricsOverride", **size)
 
     def command(self, name: str, **parameters: object) -> Any:
-        """A command of Chromium's own protocol."""
+        """Send a command of Chromium's own protocol."""
         return self.ask("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def run(self, script: str, *arguments: object) -> Any:
-        """What the body of an async function returns within the page."""
+        """Run the body of an async function in the page and return its result."""
         wrapped = (
             "const done = arguments[arguments.length - 1];"
             f"(async (...given) => {{ {script} }})(...[...arguments].slice(0, -1))"
@@ -66,7 +66,7 @@ class Browser:
         return value
 
     def click(self, selector: str, *, at: float | None = None, to: float | None = None) -> None:
-        """A true click of the pointer, `at` a fraction of the element's width; `to`: dragged there."""
+        """Click an element with the pointer, `at` a fraction of its width, or drag from `at` to `to`."""
         size = self.run(
             "const e = document.querySelector(given[0]); e.scrollIntoView({block: 'center'});"
             "return e.getBoundingClientRect().width", selector,
@@ -77,23 +77,23 @@ class Browser:
         self._act({"type": "pointer", "actions": [*moves, {"type": "pointerUp", "button": 0}]})
 
     def press(self, *keys: str) -> None:
-        """Keys, one after another or, where the first is Shift, held."""
+        """Press keys one after another, or all together if the first is Shift."""
         names = [KEYS.get(key, key) for key in keys]
         ordered = [("keyDown", names[0]), *self._strokes(names[1:]), ("keyUp", names[0])]
         chosen = ordered if keys[0] == "Shift" else self._strokes(names)
         self._act({"type": "key", "actions": [{"type": kind, "value": value} for kind, value in chosen]})
 
     def errors(self) -> list[str]:
-        """What the page wrote to the console that is no mere information, since last asked."""
+        """Return the warnings and errors that the page wrote to the console since the last call."""
         entries = self.ask("POST", "/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def screenshot(self, path: Path) -> None:
-        """The window as a PNG."""
+        """Save the window as a PNG."""
         path.write_bytes(base64.b64decode(self.ask("GET", "/screenshot")))
 
     def ask(self, method: str, command: str, body: dict[str, Any] | None = None) -> Any:
-        """A command of the standard to this window."""
+        """Send a WebDriver command to this window and return its value."""
         return self._ask(method, self._session + command, body)
 
     @staticmethod

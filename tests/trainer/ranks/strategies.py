@@ -1,4 +1,6 @@
-"""What a rank of `test_strategies.py` does: every strategy in one process group, because starting ranks is slow.
+"""The functions that the ranks of `test_strategies.py` run.
+
+A rank tries every strategy in one process group, because starting ranks is slow.
 
 The model is the autoencode stage of the tiny recipe: g, f and LoRA on a frozen D.
 """
@@ -64,7 +66,7 @@ def recipe(folder: Path, *overrides: str) -> Config:
 
 
 def make_base(folder: Path) -> None:
-    """A D whose output is not zero, as a trained one's is not."""
+    """Write a D with noise added, because a fresh D outputs zeros and a trained one does not."""
     (folder / "base").mkdir()
     torch.manual_seed(1)
     dit = DiT(recipe(folder).dit)
@@ -78,7 +80,7 @@ def make_base(folder: Path) -> None:
 
 @dataclass
 class Trained:
-    """One strategy's engine and all that is saved of it."""
+    """A strategy in training, with its state."""
 
     config: Config
     parallel: Parallel
@@ -92,7 +94,7 @@ class Trained:
         torch.manual_seed(0)
         task = make_task(config, "autoencode")
         torch.manual_seed(2)
-        with torch.no_grad():  # f begins at zero, and g and LoRA would have no gradient for two steps
+        with torch.no_grad():  # a fresh f outputs zeros, and g and LoRA would have no gradient for two steps
             for parameter in task.learned.values():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         task.to(parallel.device)
@@ -104,7 +106,12 @@ class Trained:
         return cls(config, parallel, TrainState(task, strategy, ema, Health(config.health, scaled=False), parallel))
 
     def step(self, *, accepted: bool = True, poisoned: bool = False) -> float:
-        """One global batch; its loss over all ranks. Poisoned, one sample on one rank has a loss that is not finite."""
+        """Train one global batch and return its mean loss over all ranks.
+
+        Args:
+            accepted: whether the update is applied.
+            poisoned: make the loss of one sample on one rank NaN.
+        """
         parallel, strategy = self.parallel, self.state.strategy
         x0_BCT = torch.randn(BATCH, 128, 63, generator=torch.Generator().manual_seed(self.samples))
         if poisoned:
@@ -140,7 +147,7 @@ class Trained:
         self.samples = self.state.samples
 
     def copy(self) -> dict[str, torch.Tensor]:
-        """What this rank owns of the state, as it is now."""
+        """Return a copy of the state that this rank owns."""
         return {name: part.data.clone() for name, part in self.state.owned().items()}
 
     def whole(self) -> dict[str, torch.Tensor]:
@@ -148,7 +155,7 @@ class Trained:
 
 
 def first(rank: int, world_size: int, folder: str) -> None:
-    """Every variant from the beginning: its curve, and a checkpoint half-way."""
+    """Train each variant from the beginning, with a checkpoint half-way; write the losses and facts about the state."""
     results: dict[str, Any] = {}
     with group():
         variants = VARIANTS | (LOWER if world_size < 4 else {})
@@ -184,7 +191,7 @@ def first(rank: int, world_size: int, folder: str) -> None:
 
 
 def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
-    """Every strategy from every checkpoint: its state and its curve from there."""
+    """Resume each strategy from each checkpoint; write whether its state is equal, and the losses from there on."""
     results: dict[str, Any] = {}
     with group():
         for name in STRATEGIES:
@@ -202,7 +209,7 @@ def resumed(rank: int, world_size: int, folder: str, paths: list[str]) -> None:
 
 
 def let_go(rank: int, folder: str) -> None:
-    """Bytes of living tensors after each of three engines in a row, as a process has that trains several stages."""
+    """Train three times per strategy, as a process of several stages does; write the bytes of live tensors left."""
     left: dict[str, list[int]] = {}
     with group():
         for name in STRATEGIES:
@@ -219,7 +226,10 @@ def let_go(rank: int, folder: str) -> None:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same."""
+    """Let DeepSpeed use fp16 on any CPU, and destroy the process group at the end.
+
+    DeepSpeed refuses fp16 on a CPU without fp16 instructions, although torch computes it there.
+    """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         from deepspeed.accelerator import get_accelerator
@@ -233,13 +243,13 @@ def group() -> Iterator[None]:
 
 
 def _spoil(ranges: dict[str, FlatRange]) -> None:
-    """What a load forgets to fill stays wrong."""
+    """Fill the state with NaN, so that a value that a load forgets shows."""
     for part in ranges.values():
         part.data.fill_(float("nan"))
 
 
 def _stored(path: Path, trained: Trained) -> dict[str, torch.Tensor]:
-    """The checkpoint, whole, read without ranges of any strategy."""
+    """Read a checkpoint's whole tensors without the ranges of any strategy."""
     shapes = checkpoint.read_manifest(path)["tensors"]
     tensors = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     files = checkpoint.read_manifest(path)["files"]
