@@ -11,15 +11,12 @@ import atexit
 import errno
 import importlib
 import os
-import platform
 import sys
 import textwrap
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from launch.signals import INTERRUPTED
-from trainer.provenance import code_version
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
@@ -213,7 +210,12 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
         """Print it and leave."""
-        print(f"spresso {metadata.version('spresso')}, code {code_version()[:12]}, Python {platform.python_version()}")
+        from importlib import metadata  # here, with the next: together they take as long as all of `--help`
+
+        from trainer.provenance import code_version
+
+        python = sys.version.partition(" ")[0]
+        print(f"spresso {metadata.version('spresso')}, code {code_version()[:12]}, Python {python}")
         parser.exit()
 
 

@@ -7,7 +7,6 @@ import sys
 
 from launch.status import logs as log_files
 from launch.status import table
-from trainer.recipes.reading import load_recipe
 
 
 def status(options: argparse.Namespace) -> None:
@@ -33,5 +32,6 @@ def requeue(options: argparse.Namespace) -> None:
         print(told, file=sys.stderr)
         return
     from launch.slurm import submit  # needs torch, without which the other commands answer
+    from trainer.recipes.reading import load_recipe
 
     submit.run(load_recipe(str(run / "config.yaml"), []))
