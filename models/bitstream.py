@@ -248,14 +248,9 @@ def _encode_header(header: Header, prior: bytes) -> bytes:
     flags = bool(prior) | LAYOUTS.index(header.layout) << 1 | place << 4
     gains = bytes(round(gain / GAIN_STEP_DB) & 255 for gain in header.gains_db)
     model = bytes.fromhex(header.model[: 2 * _MODEL_BYTES])
-    start = (
-        MAGIC
-        + bytes([BITSTREAM_VERSION])
-        + model
-        + _encode_varint(header.samples)
-        + bytes([header.books, sizes, flags])
-    )
-    return start + (_encode_varint(header.rate) if place == _OTHER_RATE else b"") + gains + prior
+    start = MAGIC + bytes([BITSTREAM_VERSION]) + model + _encode_varint(header.samples)
+    rate = _encode_varint(header.rate) if place == _OTHER_RATE else b""
+    return start + bytes([header.books, sizes, flags]) + rate + gains + prior
 
 
 def _parse(data: bytes) -> tuple[Header, bytes]:
