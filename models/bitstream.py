@@ -139,7 +139,7 @@ def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
         coded = coder.encode(codes.astype(np.int64)).ljust(-(-len(payload) // MOST_COMPRESSION), b"\0")
         if len(coded) + _PRIOR_BYTES < len(payload):
             payload, prior = coded, coder.hash[:_PRIOR_BYTES]
-    body = _written(header, prior) + payload
+    body = _encode_header(header, prior) + payload
     return body + _checksum(body)
 
 
@@ -155,7 +155,7 @@ def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None)
         ValueError: the file is not an ``.spr`` file, is damaged or truncated, has bytes after its end, has another
             version of the format, or is entropy-coded with another prior.
     """
-    header, payload = _read(data)
+    header, payload = _parse(data)
     frames = frames_of(header.samples, header.rate)
     # Check the length before allocating memory, as a damaged or hostile header may claim any number of frames.
     packed = -(-header.packed_bits(frames) // 8)
@@ -185,14 +185,14 @@ def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None)
 
 def read_header(data: bytes) -> tuple[Header, int]:
     """Read the header of a whole file and its payload's length in bytes; raises the same errors as `read`."""
-    header, payload = _read(data)
+    header, payload = _parse(data)
     _require_checksum(data)
     return header, len(payload)
 
 
 def model_of(data: bytes) -> str:
     """Return the first 8 hex digits of the hash of the codec that wrote a file; raise ValueError for other files."""
-    return _begun(data)[1]
+    return _parse_start(data)[1]
 
 
 def pack(codes: Codes, size: int) -> bytes:
@@ -227,7 +227,7 @@ def unpack(data: bytes, frames: int, books: int, size: int) -> npt.NDArray[np.in
     return bits.reshape(frames, books, code_bits) @ place_values
 
 
-def _written(header: Header, prior: bytes) -> bytes:
+def _encode_header(header: Header, prior: bytes) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{8,}", header.model):
         raise ValueError(f"model '{header.model}' is not a hash of at least 8 hexadecimal digits")
     for name, value, low, high in (
@@ -248,39 +248,40 @@ def _written(header: Header, prior: bytes) -> bytes:
     flags = bool(prior) | LAYOUTS.index(header.layout) << 1 | place << 4
     gains = bytes(round(gain / GAIN_STEP_DB) & 255 for gain in header.gains_db)
     model = bytes.fromhex(header.model[: 2 * _MODEL_BYTES])
-    begun = MAGIC + bytes([BITSTREAM_VERSION]) + model + _varint(header.samples) + bytes([header.books, sizes, flags])
-    return begun + (_varint(header.rate) if place == _OTHER_RATE else b"") + gains + prior
+    start = MAGIC + bytes([BITSTREAM_VERSION]) + model + _encode_varint(header.samples)
+    rate = _encode_varint(header.rate) if place == _OTHER_RATE else b""
+    return start + bytes([header.books, sizes, flags]) + rate + gains + prior
 
 
-def _read(data: bytes) -> tuple[Header, bytes]:
+def _parse(data: bytes) -> tuple[Header, bytes]:
     """Parse the header; return it and the payload, which is the bytes between the header and the checksum."""
-    fields, model = _begun(data)
-    samples, books, sizes, flags = fields.varint(), fields.byte(), fields.byte(), fields.byte()
+    reader, model = _parse_start(data)
+    samples, books, sizes, flags = reader.varint(), reader.byte(), reader.byte(), reader.byte()
     channels, code_bits, layout, place = (sizes >> 5) + 1, sizes & 31, LAYOUTS[flags >> 1 & 3], flags >> 4
-    rate = fields.varint() if place == _OTHER_RATE else RATES[place]
+    rate = reader.varint() if place == _OTHER_RATE else RATES[place]
     if books == 0 or code_bits == 0:
         raise ValueError("the .spr file is damaged: its header claims no books or no code bits")
     if flags & 8 or (layout in ("mid_side", "mid") and channels != 2) or not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
         raise ValueError("the .spr file is damaged: its header contradicts itself")
     gains = tuple(
-        GAIN_STEP_DB * (gain - 256 if gain > 127 else gain) for gain in fields.take(rows_of(layout, channels))
+        GAIN_STEP_DB * (gain - 256 if gain > 127 else gain) for gain in reader.take(rows_of(layout, channels))
     )
-    prior = fields.take(_PRIOR_BYTES).hex() if flags & 1 else ""
+    prior = reader.take(_PRIOR_BYTES).hex() if flags & 1 else ""
     header = Header(model, samples, rate, channels, layout, books, 2**code_bits, gains, prior)
-    if len(data) < fields.position + _CHECKSUM_BYTES:
+    if len(data) < reader.position + _CHECKSUM_BYTES:
         raise ValueError(f"the .spr file is cut short: {len(data)} bytes do not even hold its header")
-    return header, data[fields.position : -_CHECKSUM_BYTES]
+    return header, data[reader.position : -_CHECKSUM_BYTES]
 
 
-def _begun(data: bytes) -> tuple[_Reader, str]:
-    fields = _Reader(data)
-    if fields.take(len(MAGIC)) != MAGIC:
+def _parse_start(data: bytes) -> tuple[_Reader, str]:
+    reader = _Reader(data)
+    if reader.take(len(MAGIC)) != MAGIC:
         raise ValueError("this is not an .spr file: it does not begin with SPR")
-    if (version := fields.byte()) != BITSTREAM_VERSION:
+    if (version := reader.byte()) != BITSTREAM_VERSION:
         raise ValueError(
             f"the .spr file has version {version} of the format, but this program reads version {BITSTREAM_VERSION}"
         )
-    return fields, fields.take(_MODEL_BYTES).hex()
+    return reader, reader.take(_MODEL_BYTES).hex()
 
 
 def _require_length(found: int, least: int, most: int) -> None:
@@ -295,7 +296,7 @@ def _require_checksum(data: bytes) -> None:
         raise ValueError("the .spr file is damaged: its checksum does not match")
 
 
-def _varint(number: int) -> bytes:
+def _encode_varint(number: int) -> bytes:
     groups = bytearray()
     while number > 127:
         groups.append(number & 127 | 128)

@@ -38,7 +38,7 @@ class Rows:
 
     def __init__(self, audio: Tensor, *, layout: str, ae_channels: int) -> None:
         self.audio, self.ae_channels = audio, ae_channels
-        self.layout = _layout(audio, layout, ae_channels)
+        self.layout = _choose_layout(audio, layout, ae_channels)
         self.gains_db: tuple[float, ...] = ()
         count, samples = rows_of(self.layout, len(audio)), audio.shape[-1]
         firsts = range(0, samples, SAMPLES_PER_BLOCK)
@@ -61,7 +61,7 @@ class Rows:
         return part if self.layout == "joint" else part[row : row + 1]
 
 
-def _layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
+def _choose_layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
     channels = len(audio)
     if wanted not in LAYOUT_CHOICES:
         raise ValueError(f"channels={wanted} is unknown: choose one of {', '.join(LAYOUT_CHOICES)}")

@@ -87,11 +87,11 @@ class SPresso(nn.Module):
 
     def samples(self, samples: int, rate: int) -> int:
         """Convert a number of samples at `rate` to the AudioAE's sample rate, rounded up."""
-        return _samples(self.autoencoder, samples, rate)
+        return _convert_samples(self.autoencoder, samples, rate)
 
     def z_frames(self, samples: int, rate: int | None = None) -> int:
         """Return how many vectors z encode `samples` samples at `rate` (None: the AudioAE's sample rate)."""
-        return _z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
+        return _count_z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
 
     # --- audio ↔ bits ---------------------------------------------------------------------------------------------
 
@@ -220,7 +220,8 @@ class SPresso(nn.Module):
         """
         pooling, window = self.config.latent_encoder.pooling, self.config.window
         margin = (window // pooling - 1) // 4 * pooling
-        return windows.encode(self.g, _fit(x0_BCT, z_frames * pooling), window=window, pooling=pooling, margin=margin)
+        x0_BCT = _resize(x0_BCT, z_frames * pooling)
+        return windows.encode(self.g, x0_BCT, window=window, pooling=pooling, margin=margin)
 
     def z_to_audio(
         self,
@@ -237,7 +238,7 @@ class SPresso(nn.Module):
     def x0_to_blocks(self, x0_BCT: Tensor) -> Iterator[Tensor]:
         """Decode x0 to T · hop samples of levelled audio, yielded in blocks (B, channels of the AudioAE, …)."""
         # n frames that are centred on hop boundaries span n - 1 hops, so the last frame is repeated for the last hop
-        return self.autoencoder.decode_blocks(_fit(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
+        return self.autoencoder.decode_blocks(_resize(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
         self,
@@ -325,8 +326,7 @@ class SPresso(nn.Module):
             base: D's pretrained weights, if they are no longer where the export says.
 
         Raises:
-            ValueError: the folder holds no export or a damaged one, or the base model or the autoencoder is not the
-                one that the codec was trained on.
+            ValueError: the export is missing or damaged, or the codec was trained on another base model or autoencoder.
         """
         folder = Path(folder)
         description = export.read_description(folder)
@@ -366,14 +366,14 @@ class SPresso(nn.Module):
 def read_frames_of(folder: Path) -> FramesOf:
     """Return the `z_frames` function of an export's codec without loading its weights."""
     config = export.read_description(folder)["config"]
-    return partial(_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
+    return partial(_count_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
 
 
-def _z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
-    return -(-_samples(autoencoder, samples, rate or autoencoder.sample_rate) // (autoencoder.hop * pooling))
+def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
+    return -(-_convert_samples(autoencoder, samples, rate or autoencoder.sample_rate) // (autoencoder.hop * pooling))
 
 
-def _samples(autoencoder: AudioAE, samples: int, rate: int) -> int:
+def _convert_samples(autoencoder: AudioAE, samples: int, rate: int) -> int:
     return -(-samples * autoencoder.sample_rate // rate)
 
 
@@ -384,7 +384,7 @@ def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
     return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
 
 
-def _fit(x_BCT: Tensor, frames: int) -> Tensor:
+def _resize(x_BCT: Tensor, frames: int) -> Tensor:
     """Crop to `frames` frames, or extend to that length by repeating the last frame."""
     missing = frames - x_BCT.shape[-1]
     if missing <= 0:

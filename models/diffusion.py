@@ -151,7 +151,7 @@ class FlowMatching(Diffusion):
 
     def schedule(self, steps: int) -> Tensor:
         """Return evenly spaced levels from 1 to 0."""
-        return torch.linspace(1, 0, _checked(steps) + 1, dtype=torch.float64)
+        return torch.linspace(1, 0, _require_steps(steps) + 1, dtype=torch.float64)
 
     def initial(self, noise: Tensor) -> Tensor:
         """Return ``noise`` itself, because x_t contains nothing of x0 at t = 1."""
@@ -252,7 +252,7 @@ class EDM(VarianceExploding):
 
     def schedule(self, steps: int) -> Tensor:
         """Return levels from sigma_max to sigma_min by equation 5, then 0."""
-        ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
+        ramp = torch.linspace(0, 1, _require_steps(steps), dtype=torch.float64)
         first, last = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         sigmas = (first + ramp * (last - first)) ** self.rho
         return torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -278,7 +278,7 @@ class VPrediction(VarianceExploding):
 
     def noise_level(self, u: Tensor) -> Tensor:
         """Return ``tan φ``, where φ is uniform from 0 to ``atan(sigma_max)``."""
-        return torch.tan(_inside(u) * math.atan(self.sigma_max))
+        return torch.tan(_clamp_to_open_interval(u) * math.atan(self.sigma_max))
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         """Return ``2 φ / π``: 0 without noise, 1 for pure noise."""
@@ -295,7 +295,7 @@ class VPrediction(VarianceExploding):
     def schedule(self, steps: int) -> Tensor:
         """Return levels that are evenly spaced in ln σ from sigma_max to sigma_min, then 0."""
         ends = math.log(self.sigma_max), math.log(self.sigma_min)
-        sigmas = torch.linspace(*ends, _checked(steps), dtype=torch.float64).exp()
+        sigmas = torch.linspace(*ends, _require_steps(steps), dtype=torch.float64).exp()
         return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
@@ -345,16 +345,16 @@ def _per_sample(t: Tensor) -> Tensor:
 
 def _probit(u: Tensor) -> Tensor:
     """Return the standard normal's inverse CDF at ``u``; finite even if ``u`` is 0 or 1."""
-    return torch.special.ndtri(_inside(u))
+    return torch.special.ndtri(_clamp_to_open_interval(u))
 
 
-def _inside(u: Tensor) -> Tensor:
+def _clamp_to_open_interval(u: Tensor) -> Tensor:
     """Clamp ``u`` to the open interval (0, 1), as rounding can make a uniform random number 0 or 1."""
     tiny = torch.finfo(u.dtype).eps / 2
     return u.clamp(tiny, 1 - tiny)
 
 
-def _checked(steps: int) -> int:
+def _require_steps(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, not {steps}")
     return steps

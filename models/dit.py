@@ -233,7 +233,7 @@ class DiT(nn.Module):
             ValueError: a shape does not fit, or the model has no text stream and `text` is given.
         """
         self._check(x, t, text, text_mask, condition)
-        patches_BNE = self._patched(x)
+        patches_BNE = self._to_patches(x)
         x_BSD = self._embed_latents(patches_BNE, condition)
         text_BSD = self._embed_text(text, text_mask, batch=len(x))
         time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(x_BSD)))[:, None]
@@ -243,7 +243,7 @@ class DiT(nn.Module):
         predicted_BNE = self.output(h_BND)
         if self.config.gated_skip:
             predicted_BNE = predicted_BNE + self.skip(h_BND) * patches_BNE
-        return self._unpatched(predicted_BNE).to(x.dtype)
+        return self._from_patches(predicted_BNE).to(x.dtype)
 
     def logvar(self, t: Tensor) -> Tensor:
         """Predict the log-variance `(B,)` of the loss at noise levels `t (B,)`; needs `predicts_logvar=True`."""
@@ -262,7 +262,7 @@ class DiT(nn.Module):
             x_BSD = block(x_BSD, time_B1D, single_rotary)
         return x_BSD[:, :tokens]
 
-    def _patched(self, x_BCT: Tensor) -> Tensor:
+    def _to_patches(self, x_BCT: Tensor) -> Tensor:
         patches_BNE = x_BCT.unflatten(2, (-1, self.config.patch_size)).permute(0, 2, 3, 1).flatten(2)
         return patches_BNE.to(self.input.weight.dtype)
 
@@ -275,7 +275,7 @@ class DiT(nn.Module):
         memory = self.memory.expand(len(tokens_BND), self.config.memory_tokens, -1)
         return torch.cat((memory.type_as(tokens_BND), tokens_BND), 1)
 
-    def _unpatched(self, patches_BNE: Tensor) -> Tensor:
+    def _from_patches(self, patches_BNE: Tensor) -> Tensor:
         patches_BNpC = patches_BNE.unflatten(2, (self.config.patch_size, self.config.channels))
         return patches_BNpC.permute(0, 3, 1, 2).flatten(2)
 
@@ -294,7 +294,7 @@ class DiT(nn.Module):
     ) -> None:
         config = self.config
         if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
-            raise ValueError(f"x is {_described(x)}: the DiT takes floats of shape (batch, {config.channels}, frames)")
+            raise ValueError(f"x is {_describe(x)}: the DiT takes floats of shape (batch, {config.channels}, frames)")
         if x.shape[2] == 0 or x.shape[2] % config.patch_size:
             raise ValueError(
                 f"{x.shape[2]} frames are not a multiple of patch_size {config.patch_size}: "
@@ -318,8 +318,8 @@ def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 def _expect(name: str, value: Tensor | None, shape: tuple[int | None, ...]) -> None:
     if value is not None and tuple(value.shape) != shape:
-        raise ValueError(f"{name} is {_described(value)}: it must be {shape}")
+        raise ValueError(f"{name} is {_describe(value)}: it must be {shape}")
 
 
-def _described(value: Tensor) -> str:
+def _describe(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -78,7 +78,7 @@ class LatentEncoder(nn.Module):
             )
         if self.config.magnitudes:
             x0_BCT = torch.cat([x0_BCT, x0_BCT.abs() - MEAN_MAGNITUDE], dim=1)
-        h_BTW = self.project_in(_patches(x0_BCT, self.config.patch_size))
+        h_BTW = self.project_in(_to_patches(x0_BCT, self.config.patch_size))
         for block in self.blocks:
             h_BTW = block(h_BTW)
         z_BTZ = self.project_out(self.norm(h_BTW))
@@ -122,6 +122,6 @@ class Upsampler(nn.Module):
         return F.avg_pool1d(frames, self.dit_patch_size)
 
 
-def _patches(x_BCT: Tensor, patch_size: int) -> Tensor:
+def _to_patches(x_BCT: Tensor, patch_size: int) -> Tensor:
     """Group neighbouring frames into patches: (B, C, T) → (B, T / patch, patch · C)."""
     return x_BCT.transpose(1, 2).unflatten(1, (-1, patch_size)).flatten(2)

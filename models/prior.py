@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 Integers = npt.NDArray[np.int64]
 
 LARGEST_SIZE = 2**16
-"""Most codewords of a book: every codeword needs a frequency above zero, and frequencies have 24 bits in all."""
+"""Largest number of codewords per book: each needs a frequency above zero, and frequencies have 24 bits in all."""
 PRECISION = 24
 """log2 of the sum of a code's frequencies; this is the range coder's own precision."""
 _FRACTION = 10
@@ -39,9 +39,9 @@ _TABLE_BITS = 8
 _UNIT = 30
 """Fractional bits of the powers of two in the table."""
 _LOGITS = 2**26
-"""Most logits of all books that training keeps in memory at once: 256 MiB."""
+"""Largest number of logits, of all books together, that training keeps in memory: 256 MiB."""
 _TABLE_NUMBERS = 2**18
-"""Most frequencies that encoding keeps in memory at once: 2 MiB."""
+"""Largest number of frequencies that encoding keeps in memory: 2 MiB."""
 
 
 class Prior(nn.Module):
@@ -100,8 +100,8 @@ class Prior(nn.Module):
         return torch.stack(bits, dim=-1)
 
     def _bits(self, book: int, earlier_BNW: Tensor, before_BNW: Tensor, codes_BN: Tensor) -> Tensor:
-        known = torch.cat([earlier_BNW, before_BNW], dim=-1)
-        hidden = F.linear(known, self.mix[book], self.mix_bias[book]).clamp(-1, 1)
+        context = torch.cat([earlier_BNW, before_BNW], dim=-1)
+        hidden = F.linear(context, self.mix[book], self.mix_bias[book]).clamp(-1, 1)
         logits = F.linear(hidden, self.out[book], self.bias[book]).flatten(0, 1).float()
         nats = F.cross_entropy(logits * math.log(2), codes_BN.flatten(), reduction="none")
         return nats.unflatten(0, codes_BN.shape) / math.log(2)
@@ -136,8 +136,8 @@ class Coder:
         self._check(codes.shape[-1], codes)
         encoder = constriction.stream.queue.RangeEncoder()
         family = constriction.stream.model.Categorical(perfect=False)
-        for known, wanted in self._portions(codes):
-            encoder.encode(wanted.astype(np.int32).ravel(), family, self._tables(known).astype(np.float64))
+        for context, targets in self._contexts(codes):
+            encoder.encode(targets.astype(np.int32).ravel(), family, self._tables(context).astype(np.float64))
         return _shortest(encoder)
 
     def decode(self, data: bytes, rows: int, frames: int, books: int) -> Integers:
@@ -168,8 +168,8 @@ class Coder:
     def bits(self, codes: Integers) -> float:
         """Return how many bits codes (rows, frames, books) take, before they are rounded up to bytes."""
         total = 0.0
-        for known, wanted in self._portions(codes):
-            frequencies = np.take_along_axis(self._tables(known), wanted.reshape(-1, 1), axis=1) + 1
+        for context, targets in self._contexts(codes):
+            frequencies = np.take_along_axis(self._tables(context), targets.reshape(-1, 1), axis=1) + 1
             total += float((PRECISION - np.log2(frequencies)).sum())
         return total
 
@@ -181,31 +181,31 @@ class Coder:
                 yield before, frame
                 before = self.before[np.arange(len(frame)), frame].sum(axis=0)
 
-    def _portions(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
-        """Yield, in blocks of frames, the codes (frames, books) and before them their context (frames, books, 2 W)."""
+    def _contexts(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
+        """Yield (context (frames, books, 2 W), codes (frames, books)) in blocks of frames."""
         books = codes.shape[-1]
         at_once = max(1, _TABLE_NUMBERS // (self.size * books))
         for row in codes:
             vectors = np.concatenate([self.start[None], self._sums(self.before, row[:-1])[:, -1]])[: len(row)]
             for first in range(0, len(row), at_once):
-                wanted = row[first : first + at_once]
-                same = np.pad(self._sums(self.same, wanted)[:, :-1], ((0, 0), (1, 0), (0, 0)))
+                targets = row[first : first + at_once]
+                same = np.pad(self._sums(self.same, targets)[:, :-1], ((0, 0), (1, 0), (0, 0)))
                 before = np.broadcast_to(vectors[first : first + at_once, None], same.shape)
-                yield np.concatenate([same, before], axis=-1), wanted
+                yield np.concatenate([same, before], axis=-1), targets
 
     @staticmethod
     def _sums(table: npt.NDArray[np.float64], codes_NM: Integers) -> npt.NDArray[np.float64]:
         """Return the embeddings (N, M, W) summed over the first 1, 2, …, M books."""
         return table[np.arange(codes_NM.shape[1]), codes_NM].cumsum(axis=1)
 
-    def _tables(self, known_NMW: npt.NDArray[np.float64]) -> Integers:
+    def _tables(self, context_NMW: npt.NDArray[np.float64]) -> Integers:
         """Return the frequencies (N · M, K), ordered by frame, then by book."""
-        books = known_NMW.shape[1]
-        return np.stack([self._table(book, known_NMW[:, book]) for book in range(books)], axis=1).reshape(-1, self.size)
+        tables = [self._table(book, context_NMW[:, book]) for book in range(context_NMW.shape[1])]
+        return np.stack(tables, axis=1).reshape(-1, self.size)
 
-    def _table(self, book: int, known_NW: npt.NDArray[np.float64]) -> Integers:
+    def _table(self, book: int, context_NW: npt.NDArray[np.float64]) -> Integers:
         """Return frequencies (N, K) that add up to 2^24 - K; the range coder itself adds one to each."""
-        mixed = known_NW @ self.mix[book].T + self.mix_bias[book]
+        mixed = context_NW @ self.mix[book].T + self.mix_bias[book]
         hidden = np.floor(mixed / 2**_FRACTION + 0.5).clip(-(2**_FRACTION), 2**_FRACTION)
         logits_NK = (hidden @ self.out[book].T + self.bias[book]).astype(np.int64)
         return _frequencies(logits_NK)

@@ -71,9 +71,9 @@ def load_stable_audio_text(folder: str | Path) -> TextEncoder:
     from transformers import T5EncoderModel
 
     release = find_part(folder, "text_encoder").parent
-    model = _pretrained(T5EncoderModel, release / "text_encoder")
-    tokenizer, identity = _tokenizer(release / "tokenizer")
-    projection = _projection(find_part(folder, "projection_model"))
+    model = _load_model(T5EncoderModel, release / "text_encoder")
+    tokenizer, identity = _load_tokenizer(release / "tokenizer")
+    projection = _load_projection(find_part(folder, "projection_model"))
     return TextEncoder(model, tokenizer, tokens=text_tokens(folder), projection=projection, identity=identity)
 
 
@@ -94,11 +94,11 @@ def load_text_encoder(folder: str | Path, *, tokens: int, layer: int) -> TextEnc
     path = locate(folder)
     if not path.is_dir():
         raise ValueError(missing(folder))
-    tokenizer, identity = _tokenizer(path)
-    return TextEncoder(_pretrained(AutoModel, path), tokenizer, tokens=tokens, layer=layer, identity=identity)
+    tokenizer, identity = _load_tokenizer(path)
+    return TextEncoder(_load_model(AutoModel, path), tokenizer, tokens=tokens, layer=layer, identity=identity)
 
 
-def _pretrained(kind: Any, path: Path) -> nn.Module:
+def _load_model(kind: Any, path: Path) -> nn.Module:
     from transformers.utils import logging
 
     open_part(path)  # raises a clear error if the weights are missing or a pickle
@@ -114,7 +114,7 @@ def _pretrained(kind: Any, path: Path) -> nn.Module:
     return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
-def _tokenizer(path: Path) -> tuple[Any, str]:
+def _load_tokenizer(path: Path) -> tuple[Any, str]:
     """Load a tokenizer; return it and a hash of its files."""
     from transformers import AutoTokenizer
 
@@ -129,7 +129,7 @@ def _tokenizer(path: Path) -> tuple[Any, str]:
     return tokenizer, digest.hexdigest()
 
 
-def _projection(path: Path) -> nn.Linear | None:
+def _load_projection(path: Path) -> nn.Linear | None:
     """Load the projection from the text encoder's width to D's; return None if both widths are equal."""
     sizes = read_config(path, "StableAudioProjectionModel", PROJECTION_SETTINGS)
     if sizes["text_encoder_dim"] == sizes["conditioning_dim"]:

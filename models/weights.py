@@ -36,7 +36,7 @@ class Stored:
         try:
             return self.file.get_tensor(self.name)
         except SafetensorError as error:
-            raise _damaged(self.path, error) from error
+            raise _damaged_error(self.path, error) from error
 
 
 Weights = Mapping[str, Tensor | Stored]
@@ -113,12 +113,12 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _damaged_error(path, error) from error
     shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
 
 
-def _damaged(path: Path, error: SafetensorError) -> ValueError:
+def _damaged_error(path: Path, error: SafetensorError) -> ValueError:
     return ValueError(f"{path} is not a complete safetensors file ({error}): download or export it again")
 
 

@@ -42,7 +42,7 @@ class OobleckAE(AudioAE):
         self.audio_channels = config.audio_channels
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            model = AutoencoderOobleck(**_settings(config))
+            model = AutoencoderOobleck(**_diffusers_settings(config))
         self.encoder, self.decoder = model.encoder, model.decoder
         self.requires_grad_(False)
 
@@ -88,7 +88,7 @@ def read_oobleck_config(folder: str | Path) -> OobleckConfig:
     return config
 
 
-def _settings(config: OobleckConfig) -> dict[str, Any]:
+def _diffusers_settings(config: OobleckConfig) -> dict[str, Any]:
     return {
         "encoder_hidden_size": 2 * config.latent_channels,
         "downsampling_ratios": config.strides,

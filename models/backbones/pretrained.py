@@ -55,12 +55,12 @@ def load_dit(path: str | Path) -> Decoder:
     Raises:
         ValueError: there is no D at `path`, or it is damaged or does not fit; the message names the file.
     """
-    path = _found(path)
+    path = _locate(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
         if _in_diffusers_layout(path):
             return load_stable_audio(path)
-        released = _of_kind(DiT, load_woosh_folder(path), path)
+        released = _require_kind(DiT, load_woosh_folder(path), path)
         released.diffusion = {"name": "flow_matching", "options": {}}
         return released
     config, stored = open_weights(exported)
@@ -71,10 +71,10 @@ def load_dit(path: str | Path) -> Decoder:
         dit.diffusion = diffusion
         return dit
     except TypeError as error:
-        raise ValueError(f"{exported} is no DiT's export ({error})") from error
+        raise ValueError(f"{exported} is not an export of a DiT ({error})") from error
 
 
-def _found(path: str | Path) -> Path:
+def _locate(path: str | Path) -> Path:
     """Return what `locate` finds; raise ValueError if it finds nothing and `path` looks like a hub name."""
     found = locate(path)
     if not found.exists() and is_hub_name(path) and found.suffix != ".safetensors":
@@ -83,6 +83,7 @@ def _found(path: str | Path) -> Path:
 
 
 def _in_diffusers_layout(folder: Path) -> bool:
+    """Whether a release's folder has the layout of diffusers."""
     return (folder / "transformer").is_dir() or (folder / "model_index.json").is_file()
 
 
@@ -107,39 +108,39 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
     """
     if kind == "spectral":
         return SpectralAE()
-    where = _release_of(kind, folder)
-    return load_oobleck(where) if kind == "oobleck" else _of_kind(VocosAE, load_woosh_folder(where), where)
+    where = _require_release(kind, folder)
+    return load_oobleck(where) if kind == "oobleck" else _require_kind(VocosAE, load_woosh_folder(where), where)
 
 
-def _release_of(kind: str, folder: str | Path | None) -> Path:
+def _require_release(kind: str, folder: str | Path | None) -> Path:
     if kind not in AUTOENCODERS:
         raise ValueError(f"unknown kind of autoencoder {kind!r}: take one of {', '.join(AUTOENCODERS)}")
     if folder is None:
         raise ValueError(f"the autoencoder of kind {kind!r} needs the folder of its release, with config and weights")
-    return _found(folder) if kind == "oobleck" else Path(folder)
+    return _locate(folder) if kind == "oobleck" else Path(folder)
 
 
 def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> tuple[int, int]:
     """Return the sample rate and hop of an AudioAE from its config alone; raises as `load_autoencoder` does."""
     if kind == "spectral":
         return SpectralAE.sample_rate, SpectralAE.hop
-    where = _release_of(kind, folder)
-    sizes = read_oobleck_config(where) if kind == "oobleck" else _sizes_of_kind(VocosConfig, where)
+    where = _require_release(kind, folder)
+    sizes = read_oobleck_config(where) if kind == "oobleck" else _read_woosh_sizes(VocosConfig, where)
     return sizes.sample_rate, sizes.hop
 
 
 def read_dit_config(path: str | Path) -> DecoderConfig:
     """Return the sizes of the D that `load_dit` would load, without reading its weights; raises as `load_dit` does."""
-    path = _found(path)
+    path = _locate(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
-        return read_stable_audio_config(path) if _in_diffusers_layout(path) else _sizes_of_kind(DiTConfig, path)
+        return read_stable_audio_config(path) if _in_diffusers_layout(path) else _read_woosh_sizes(DiTConfig, path)
     config = open_weights(exported)[0]
     config.pop("diffusion", None)
     try:
         return decoder_config(config)
     except TypeError as error:
-        raise ValueError(f"{exported} is no DiT's export ({error})") from error
+        raise ValueError(f"{exported} is not an export of a DiT ({error})") from error
 
 
 def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:
@@ -147,23 +148,23 @@ def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None
     if kind == "spectral" or folder is None:
         with torch.device("meta"):
             return SpectralAE()
-    where = _release_of(kind, folder)
+    where = _require_release(kind, folder)
     if kind == "oobleck":
         sizes = read_oobleck_config(where)
         with torch.device("meta"):
             return OobleckAE(sizes)
     with torch.device("meta"):
-        return VocosAE(_sizes_of_kind(VocosConfig, where))
+        return VocosAE(_read_woosh_sizes(VocosConfig, where))
 
 
-def _sizes_of_kind(kind: type[Sizes], folder: str | Path) -> Sizes:
+def _read_woosh_sizes(kind: type[Sizes], folder: str | Path) -> Sizes:
     sizes = read_woosh_sizes(folder)
     if not isinstance(sizes, kind):
         raise ValueError(f"{folder} holds the other model of the release: give the other folder of the release")
     return sizes
 
 
-def _of_kind(kind: type[Model], model: nn.Module, folder: str | Path) -> Model:
+def _require_kind(kind: type[Model], model: nn.Module, folder: str | Path) -> Model:
     if not isinstance(model, kind):
         raise ValueError(
             f"{folder} holds a {type(model).__name__}, not a {kind.__name__}: give the other folder of the release"

@@ -43,7 +43,7 @@ def is_hub_name(folder: str | Path) -> bool:
 def missing(folder: str | Path) -> str:
     """Return the error message for a folder that `locate` did not find."""
     if not is_hub_name(folder):
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     return (
         f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
         f"with  hf download {folder}  (for a gated model, first accept its licence on huggingface.co and run  "

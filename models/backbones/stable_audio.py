@@ -146,7 +146,7 @@ class StableAudioDiT(nn.Module):
         time_BD = self.time_embed(self.time_features(t).to(self.input.weight.dtype))
         first_B1D = self.seconds_embed(torch.cat((start, end), 2)) + time_BD[:, None]
         x_BTD = torch.cat((first_B1D, x_BTD), 1)
-        cross_BNE = self.text_embed(_cross(text, text_mask, start, end))
+        cross_BNE = self.text_embed(_cross_inputs(text, text_mask, start, end))
         rotary = self._rotary(x_BTD.shape[1], x.device)
         for block in self.blocks:
             x_BTD = block(x_BTD, None, cross_BNE, None, rotary)
@@ -186,7 +186,7 @@ class StableAudioDiT(nn.Module):
             raise ValueError("text_mask without text: give both, or neither")
 
 
-def _cross(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, end_B1E: Tensor) -> Tensor:
+def _cross_inputs(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, end_B1E: Tensor) -> Tensor:
     """Concatenate the input of cross-attention: text, start and end tokens; zeros for samples without text.
 
     The cross-attention has no biases, so it returns zeros for any number of zero tokens; if no sample has text, one
@@ -215,8 +215,8 @@ def load_stable_audio(folder: str | Path) -> StableAudioDiT:
         for name, value in open_part(projection).items()
         if not name.startswith("text_projection.")  # it belongs to the text encoder, not to D
     }
-    dit = filled(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _name)
-    dit.diffusion = _formulation(folder)
+    dit = filled(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _release_name)
+    dit.diffusion = _read_formulation(folder)
     return dit
 
 
@@ -264,7 +264,7 @@ def text_tokens(folder: str | Path) -> int:
     return int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
 
 
-def _formulation(folder: str | Path) -> dict[str, Any]:
+def _read_formulation(folder: str | Path) -> dict[str, Any]:
     """Read the diffusion formulation of the weights from the release's scheduler."""
     path = locate(folder) / "scheduler" / "scheduler_config.json"
     given = read_json(path)
@@ -280,7 +280,7 @@ def _formulation(folder: str | Path) -> dict[str, Any]:
     return {"name": "v_prediction", "options": options}
 
 
-def _name(ours: str) -> str:
+def _release_name(ours: str) -> str:
     """Return the release's name for the tensor that is called `ours` here."""
     for prefix, theirs in _NAMES.items():
         if ours == prefix or ours.startswith(f"{prefix}."):

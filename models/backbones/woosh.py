@@ -150,7 +150,7 @@ def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
     # This tensor is empty, because the model has no such tokens; some exports leave it out.
     empty = "preprocessing.memory_tokens_description"
     kept = {name: value for name, value in state.items() if name != empty or value.shape.numel()}
-    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _dit_name)
+    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _release_dit_name)
 
 
 def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
@@ -202,7 +202,7 @@ def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE
     if "z_std" in state and not (read(state["z_std"]) > 0).all():
         raise ValueError("Woosh-AE weights: z_std is not positive, so the model was exported without latent statistics")
     kept = {name: value for name, value in state.items() if name not in _WINDOWS}
-    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _vocos_name)
+    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _release_vocos_name)
 
 
 def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
@@ -267,7 +267,7 @@ def _check_config(
         raise ValueError(f"{where}: {listed(problems)}")
 
 
-def _dit_name(ours: str) -> str:
+def _release_dit_name(ours: str) -> str:
     match ours.split("."):
         case "blocks", index, ("latent" | "text") as stream, part, leaf:
             theirs = {"latent": "x", "text": "description"}[stream]
@@ -281,7 +281,7 @@ def _dit_name(ours: str) -> str:
     raise AssertionError(ours)
 
 
-def _vocos_name(ours: str) -> str:
+def _release_vocos_name(ours: str) -> str:
     match ours.split("."):
         case ("encoder" | "decoder") as half, "blocks", index, part, *leaf:
             return ".".join(("autoencoder", half, "backbone.convnext", index, _VOCOS_PARTS.get(part, part), *leaf))

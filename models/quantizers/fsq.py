@@ -49,7 +49,7 @@ class FSQ(Quantizer):
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
         """Return the codes ``(..., books)`` of ``z`` (..., width); no book's code depends on another book."""
-        books = self._checked_books(books)
+        books = self._resolve_books(books)
         with torch.autocast(z.device.type, enabled=False):
             levels, weights = self._levels_and_weights()
             level = self._quantile(self.standardise(z)).mul(levels).floor().long().minimum(levels - 1)
@@ -57,7 +57,7 @@ class FSQ(Quantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
-        books = self._checked_books(codes.shape[-1])
+        books = self._resolve_books(codes.shape[-1])
         levels, weights = self._levels_and_weights()
         level = codes.unsqueeze(-1) // weights % levels
         normal = math.sqrt(2) * torch.erfinv(2 * (level + 0.5) / levels - 1)

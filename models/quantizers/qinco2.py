@@ -118,7 +118,7 @@ class QINCo2(Quantizer):
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
         """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
-        books = self._checked_books(books)
+        books = self._resolve_books(books)
         flat = self.standardise(z).reshape(-1, self.width)
         numbers = max(self.beam * (self.size + self.width), self.candidates * (self.hidden + 2 * self.embedding))
         with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
@@ -152,7 +152,7 @@ class QINCo2(Quantizer):
 
     def _estimates(self, codes: Tensor) -> list[Tensor]:
         """Decode each prefix of ``codes`` (..., m) to a vector (..., W) in standardised units."""
-        books = self._checked_books(codes.shape[-1])
+        books = self._resolve_books(codes.shape[-1])
         estimates = [F.embedding(codes[..., 0], self.codebooks[0])]
         for book, step in self._networks(books):
             codewords = F.embedding(codes[..., book], self.codebooks[book])

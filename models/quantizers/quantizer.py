@@ -98,7 +98,7 @@ class Quantizer(nn.Module, ABC):
 
     def bits(self, books: int | None = None) -> int:
         """Return the bits per vector with the first ``books`` books; None counts all books."""
-        return self._checked_books(books) * (self.size.bit_length() - 1)
+        return self._resolve_books(books) * (self.size.bit_length() - 1)
 
     def config(self) -> dict[str, Any]:
         """Return the config from which :func:`make_quantizer` builds this quantizer without its weights."""
@@ -112,7 +112,7 @@ class Quantizer(nn.Module, ABC):
         """Convert standardised units back to those of ``z``; the inverse of :meth:`standardise`."""
         return standardised * self.scale + self.mean
 
-    def _checked_books(self, books: int | None) -> int:
+    def _resolve_books(self, books: int | None) -> int:
         books = self.books if books is None else books
         if not 1 <= books <= self.books:
             raise ValueError(

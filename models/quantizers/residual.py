@@ -68,7 +68,7 @@ class ResidualQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
         """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
-        codebooks = self.codebooks[: self._checked_books(books)].float()
+        codebooks = self.codebooks[: self._resolve_books(books)].float()
         flat = self.standardise(z).reshape(-1, self.width)
         at_once = max(1, _SEARCH_NUMBERS // (self.beam * (self.size + self.width)))
         with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
@@ -89,7 +89,7 @@ class ResidualQuantizer(Quantizer):
         self.codebooks[book, code] = self.codebooks[book, busy] + step_W
 
     def _codewords(self, codes: Tensor) -> Tensor:
-        books = self._checked_books(codes.shape[-1])
+        books = self._resolve_books(codes.shape[-1])
         return self.codebooks[torch.arange(books, device=codes.device), codes]
 
     def _check_vectors(self, vectors: Tensor, limit: int) -> None:
