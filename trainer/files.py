@@ -1,4 +1,4 @@
-"""Files: locks, digests, and small JSON documents."""
+"""File locks, file digests, and small JSON files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this name, also against other machines where their common file system knows locks."""
+    """Hold an exclusive lock on a file, created if needed; other machines respect it if the file system has locks."""
     with path.open("a") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -21,13 +21,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a small JSON file; an empty dict where there is none.
+    """Read a small JSON file; returns an empty dict if the file is missing.
 
     Raises:
         ValueError: the file is damaged.

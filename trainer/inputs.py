@@ -1,4 +1,4 @@
-"""What goes into a stage's module: one object, passed whole from the stream through the strategy to the module."""
+"""The inputs of a stage's module: one object, which the stream passes through the strategy to the module."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Inputs:
     """A micro batch of b samples."""
 
     x0: Tensor
-    """(b, C, T): crops of the samples' latents, 0 where a shorter sample is padded. float16 in host memory, float32
-    where a module computes with them."""
+    """(b, C, T): crops of the samples' latents, 0 where a shorter sample is padded; float16 in host memory, float32 on
+    the device."""
     positions: Tensor
-    """(b,), int64: the samples' places in the stream; all randomness about a sample is keyed by its place."""
+    """(b,), int64: the samples' positions in the stream, which key all random numbers of the samples."""
     mask: Tensor | None = None
-    """(b, T), bool: true where a frame is the sample's own. None: all are."""
+    """(b, T), bool: true for real frames, false for padding. None: no frame is padding."""
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
-    """What D is told beside z, by the names of D's arguments, such as `text` and `text_mask`; b rows each. Empty where
-    the stream reads none (`trainer.data.conditions`)."""
+    """D's inputs in addition to z, of b rows each, by the names of D's arguments, such as `text` and `text_mask`. Empty
+    if the stream reads no conditions (`trainer.data.conditions`)."""
 
     def to(self, device: torch.device) -> Inputs:
-        """The same on a device, x0 in float32."""
+        """Return the inputs on a device, with x0 in float32."""
         return Inputs(
             x0=self.x0.to(device).float(),
             positions=self.positions.to(device),

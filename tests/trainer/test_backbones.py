@@ -97,7 +97,7 @@ def test_text_lies_in_the_shards_as_d_reads_it(make, root, capsys):
         assert sample["x0.npy"].shape == (release.CHANNELS, 113)
     inspect_files.describe(str(root / "latents" / "train"), samples=1, play_to=None)
     assert (
-        f"tokens of {release.WIDTH} a caption, up to {release.TOKENS}, by {encoder.identity()}"
+        f"tokens of {release.WIDTH} features per caption, up to {release.TOKENS}, by {encoder.identity()}"
         in capsys.readouterr().out
     )
     inspect_files.verify(str(root / "latents"), workers=1)

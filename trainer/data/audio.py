@@ -1,4 +1,4 @@
-"""Sound files in and out."""
+"""Reads and writes sound files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 from models.atomic_write import replacing
 
 Audio = NDArray[np.float32]
-"""Sound as float32, (channels, samples) or (samples,), full scale 1."""
+"""Audio as float32, (channels, samples) or (samples,), with full scale 1."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
-_MOST_VORBIS = 192_000  # samples a second; libsndfile crashes where libvorbis refuses more
-_WRITE_BLOCK = 1 << 16  # libsndfile overruns its stack when it is given minutes of audio for Vorbis at once
-_LARGEST_PAGE = 65307  # bytes, of an Ogg stream
-_UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe give a length from here up
+_MAX_VORBIS_RATE = 192_000  # Hz; libvorbis refuses more, which crashes libsndfile
+_WRITE_BLOCK = 1 << 16  # samples; libsndfile overflows its stack if it encodes minutes of audio to Vorbis in one call
+_LARGEST_PAGE = 65307  # bytes; the maximum size of an Ogg page
+_UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe declare a length of this or more
 
 
 def find_audio(folder: Path) -> list[Path]:
-    """All sound files below a folder, by suffix, sorted by their path in it; hidden files and folders are passed over.
+    """Find all sound files below a folder by suffix, sorted by relative path; hidden files and folders are skipped.
 
     Raises:
-        ValueError: there is no such folder, it can't be listed, or there is no sound in it.
+        ValueError: the folder is missing, can't be listed or holds no sound files.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one that holds sound files")
@@ -39,7 +39,7 @@ def find_audio(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
     if not found:
-        raise ValueError(f"{folder} holds no sound: give a folder with files of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{folder} holds no sound: give a folder with sound files ({', '.join(SUFFIXES)})")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -48,7 +48,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def duration(path: Path) -> float:
-    """Seconds of sound in a file, as its header has it; 0 where that can't be read."""
+    """Return the seconds of sound in a file according to its header, or 0 if the header can't be read."""
     try:
         return soundfile.info(path).duration
     except (soundfile.LibsndfileError, ZeroDivisionError):
@@ -56,14 +56,14 @@ def duration(path: Path) -> float:
 
 
 def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
-    """Read a sound file of any rate, depth and number of channels.
+    """Read a sound file of any sample rate, bit depth and number of channels.
 
     Returns:
-        float32 (channels, samples) at `sample_rate`. Where the file has another number of channels, each is the mean of
-        the file's.
+        float32 (channels, samples) at `sample_rate`. If the file has another number of channels, each channel is the
+        mean of the file's channels.
 
     Raises:
-        ValueError: the file can't be read, is cut off, has no samples, or values that are not finite.
+        ValueError: the file can't be read, is truncated, or has no samples or values that are not finite.
     """
     audio, rate = _read(path)
     if audio.shape[1] != channels:
@@ -76,13 +76,13 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
 
 
 def read_sound(path: Path) -> tuple[Audio, int]:
-    """Read a sound file as it is.
+    """Read a sound file at its own sample rate and number of channels.
 
     Returns:
-        float32 (channels, samples), and its sample rate.
+        float32 (channels, samples), and the sample rate in Hz.
 
     Raises:
-        ValueError: as `read_audio` does.
+        ValueError: see `read_audio`.
     """
     audio, rate = _read(path)
     if not len(audio):
@@ -91,7 +91,7 @@ def read_sound(path: Path) -> tuple[Audio, int]:
 
 
 def _read(path: Path) -> tuple[Audio, int]:
-    """Samples (samples, channels), and their rate."""
+    """Return the samples (samples, channels), and the sample rate in Hz."""
     try:
         with soundfile.SoundFile(path) as file:
             rate, length = file.samplerate, file.frames
@@ -101,14 +101,14 @@ def _read(path: Path) -> tuple[Audio, int]:
         reason = "the file is empty" if path.is_file() and not path.stat().st_size else _reason(error)
         raise ValueError(f"{path} can't be read as sound: {reason}") from error
     if len(audio) < length or _chunk_is_cut(log) or (container == "OGG" and _last_page_is_missing(path)):
-        raise ValueError(f"{path} is cut off: its end is missing")
+        raise ValueError(f"{path} is truncated: its end is missing")
     if not np.isfinite(audio).all():
         raise ValueError(f"{path} has values that are not finite")
     return audio, rate
 
 
 def resample(audio: Audio, rate: int, wanted: int, *, samples: int) -> Audio:
-    """Audio (channels, any length) at another rate, cut or filled up with zeros to so many samples."""
+    """Resample audio (channels, any length) from `rate` to `wanted` Hz, and cut or zero-pad it to `samples`."""
     if rate != wanted:
         audio = soxr.resample(audio.T, rate, wanted).T
     missing = samples - audio.shape[1]
@@ -116,7 +116,7 @@ def resample(audio: Audio, rate: int, wanted: int, *, samples: int) -> Audio:
 
 
 def resampled(blocks: Iterable[Audio], rate: int, wanted: int, *, channels: int, samples: int) -> Iterator[Audio]:
-    """`resample` of blocks (channels, …) that come one by one, to `samples` in all."""
+    """Do what `resample` does for a stream of blocks (channels, any length); the blocks together have `samples`."""
     stream = None if rate == wanted else soxr.ResampleStream(rate, wanted, channels, dtype="float32")
     left = samples
     for block in blocks:
@@ -135,13 +135,13 @@ def _reason(error: Exception) -> str:
 
 
 def _chunk_is_cut(log: str) -> bool:
-    """Whether a WAV or AIFF promises more data than there is; libsndfile reads what there is and only logs it."""
-    promise = re.search(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    return promise is not None and int(promise[2]) < int(promise[1]) < _UNKNOWN_LENGTH
+    """Whether a WAV or AIFF header declares more data than the file has, which libsndfile only logs."""
+    declared = re.search(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    return declared is not None and int(declared[2]) < int(declared[1]) < _UNKNOWN_LENGTH
 
 
 def _last_page_is_missing(path: Path) -> bool:
-    """Whether an Ogg file's last page is incomplete or not flagged as the last (RFC 3533, section 6)."""
+    """Whether an Ogg file's last page is incomplete or lacks the end-of-stream flag (RFC 3533, section 6)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2 * _LARGEST_PAGE))
         tail = file.read()
@@ -152,26 +152,30 @@ def _last_page_is_missing(path: Path) -> bool:
 
 
 def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
-    """Write (channels, samples) as the suffix says: .wav or .flac of 24 bits, or .ogg (Vorbis). The file appears whole.
+    """Write audio (channels, samples), clipped to [-1, 1], as the suffix says: .wav or .flac (24 bits), or .ogg.
 
-    Values are clipped to [-1, 1].
+    The file is replaced atomically. Ogg files are encoded with Vorbis.
 
     Raises:
-        ValueError: another suffix, or values that are not finite.
+        ValueError: the suffix is unknown, or the audio has values that are not finite.
     """
     if not can_write(path):
-        raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
+        raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
 
 
 def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int) -> None:
-    """`write_audio` of blocks (channels, …) that come one by one; ValueError also for a rate that the format lacks."""
+    """Do what `write_audio` does for a stream of blocks (channels, any length).
+
+    Raises:
+        ValueError: see `write_audio`; also if the format does not support the sample rate.
+    """
     if not can_write(path):
-        raise ValueError(f"{path}: sound is written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
-    if path.suffix.lower() == ".ogg" and sample_rate > _MOST_VORBIS:
+        raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
+    if path.suffix.lower() == ".ogg" and sample_rate > _MAX_VORBIS_RATE:
         raise ValueError(
-            f"{path} can't be written at {sample_rate} Hz: .ogg has up to {_MOST_VORBIS}; give a lower rate"
+            f"{path} can't be written at {sample_rate} Hz: .ogg allows at most {_MAX_VORBIS_RATE} Hz; give a lower rate"
         )
     container, subtype = _FORMATS[path.suffix.lower()]
     try:
@@ -186,12 +190,12 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
 
 
 def can_write(path: Path) -> bool:
-    """Whether sound is written by this suffix."""
+    """Whether the suffix is a format that `write_audio` writes."""
     return path.suffix.lower() in _FORMATS
 
 
 def sound_length(path: Path) -> tuple[int, int] | None:
-    """Samples and rate of a sound file, as its header has them; None where that can't be read."""
+    """Return samples and sample rate (Hz) of a sound file according to its header, or None if it can't be read."""
     try:
         found = soundfile.info(path)
     except (soundfile.LibsndfileError, ZeroDivisionError):
@@ -201,13 +205,13 @@ def sound_length(path: Path) -> tuple[int, int] | None:
 
 def _write(file: soundfile.SoundFile, audio: Audio) -> None:
     if not np.isfinite(audio).all():
-        raise ValueError("audio with values that are not finite can't be written")
+        raise ValueError("the audio has values that are not finite, which can't be written")
     for start in range(0, audio.shape[1], _WRITE_BLOCK):
         file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
 
 
 def encode_audio(audio: Audio, sample_rate: int, *, suffix: str) -> bytes:
-    """The bytes of the file that `write_audio` would write."""
+    """Return the bytes of the file that `write_audio` would write."""
     container, subtype = _FORMATS[suffix]
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", sample_rate, len(audio), subtype, format=container) as file:

@@ -1,4 +1,4 @@
-"""One sound file after another, cut into clips of latents, by as many processes as there are."""
+"""Cuts sound files into clips and encodes the clips to latents, in one or more processes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from trainer.data.workers import explained_death, follow_parent
 
 SHORTEST_SECONDS = 0.01
 _CLIPS_AT_ONCE = 8
-_AHEAD = 2  # files under way for each worker
+_AHEAD = 2  # files queued per worker
 
 
 class AudioEncoder(Protocol):
-    """What is needed of an `AudioAE`."""
+    """The part of `AudioAE` that `prepare` needs."""
 
     sample_rate: int
     channels: int
@@ -36,18 +36,18 @@ class AudioEncoder(Protocol):
     hop: int
 
     def encode(self, audio: Tensor) -> Tensor:
-        """(B, channels, samples) → (B, C, T)."""
+        """Encode audio (B, channels, samples) to latents (B, C, T)."""
 
     def frames(self, samples: int) -> int:
-        """T for so many samples."""
+        """Return T, the number of frames for `samples` audio samples."""
 
     def identity(self) -> str:
-        """A hash of all that the latents depend on."""
+        """Return a hash of everything that the latents depend on."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A sample of a set, as `ShardWriter.write` takes it."""
+    """A sample of a set; the fields are the arguments of `ShardWriter.write`."""
 
     key: str
     x0: NDArray[np.float16]
@@ -58,17 +58,20 @@ class Clip:
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """What came of a file."""
+    """The clips of a sound file."""
 
     seconds: float
-    """Of sound in it; 0 if it can't be used."""
+    """Seconds of sound in the file; 0 if the file can't be used."""
     clips: list[Clip]
     problems: list[str]
-    """Why it, or clips of it, were left out."""
+    """The reasons why the file, clips of it or its text were left out."""
 
 
 def clip_starts(samples: int, clip_samples: int) -> list[int]:
-    """Where the clips of a file begin: end to end; the rest, if it is half a clip or more, is one that ends with it."""
+    """Return the first sample of each clip of a file.
+
+    Clips follow one another without gaps. If the remainder is at least half a clip, one more clip ends with the file.
+    """
     if samples <= clip_samples:
         return [0]
     starts = list(range(0, samples - clip_samples + 1, clip_samples))
@@ -78,13 +81,13 @@ def clip_starts(samples: int, clip_samples: int) -> list[int]:
 
 
 class ClipEncoder:
-    """Makes clips of `clip_samples` of a file; a file shorter than that is repeated."""
+    """Cuts a file into clips of `clip_samples` and encodes them; a file that is shorter than a clip is repeated."""
 
     def __init__(self, ae: AudioEncoder, clip_samples: int, embedder: Embedder | None = None):
         self.ae, self.clip_samples, self.embedder = ae, clip_samples, embedder
 
     def __call__(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
-        """All clips of a file, with their (levelled) audio or without."""
+        """Return all clips of a file; with `keep_audio`, each clip has its audio at the normalized level."""
         try:
             audio_CS = self._read(source)
         except ValueError as error:
@@ -103,7 +106,7 @@ class ClipEncoder:
         return EncodedFile(audio_CS.shape[1] / self.ae.sample_rate, clips, problems)
 
     def _text(self, source: SoundFile) -> tuple[NDArray[np.float16] | None, list[str]]:
-        """A file's text, and what is wrong with it: it has none then, and its sound is used all the same."""
+        """Return a file's text and its problems. A file whose text has a problem is used without text."""
         if self.embedder is None:
             return None, []
         try:
@@ -123,18 +126,19 @@ class ClipEncoder:
     def _clips(
         self, source: SoundFile, audio_CS: Tensor, starts: dict[int, int], left_out: Counter[str], keep_audio: bool
     ) -> Iterator[Clip]:
-        """The clips of these numbers and starts; those that can't be used are counted."""
+        """Yield the clips with these numbers and starts; unusable clips are counted in `left_out` by their problem."""
         rate = self.ae.sample_rate
         sounding = {number: cut for number, start in starts.items() if not is_silent(cut := self._cut(audio_CS, start))}
         left_out["is silent"] += len(starts) - len(sounding)
         if not sounding:
             return
+        # Encode all clips that are not silent in one batch.
         levelled, gains = zip(*map(level, sounding.values()), strict=True)
         with torch.inference_mode():
             latents = self.ae.encode(torch.stack(levelled)).to(torch.float16).cpu().numpy()
         for number, clip_CS, gain_db, x0_CT in zip(sounding, levelled, gains, latents, strict=True):
             if not np.isfinite(x0_CT).all():
-                left_out["has latents beyond the range of float16"] += 1
+                left_out["has latents that exceed the range of float16"] += 1
                 continue
             key = f"{source.key}-{number:04d}"
             metadata = {
@@ -162,35 +166,37 @@ def encode_in_order(
     *,
     workers: int,
 ) -> Generator[EncodedFile]:
-    """`encode` each task, here or in so many worker processes; the outcomes are the same and in the tasks' order.
+    """Yield `encode(*task)` for each task, in their order, computed in this process (1 worker) or in worker processes.
+
+    The results do not depend on the number of workers.
 
     Raises:
         ValueError: a worker died.
     """
     if workers == 1:
-        with _one_thread():
+        with _single_thread():
             for task in tasks:
                 yield encode(*task)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by each worker
+    context.set_forkserver_preload([__name__])  # import torch once, not in each worker
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, make_embedder, encode.clip_samples))
-    under_way: deque[Future[EncodedFile]] = deque()
+    pending: deque[Future[EncodedFile]] = deque()
     try:
         with explained_death():
             while True:
-                for task in islice(tasks, _AHEAD * workers - len(under_way)):
-                    under_way.append(pool.submit(_encode_in_worker, *task))
-                if not under_way:
+                for task in islice(tasks, _AHEAD * workers - len(pending)):
+                    pending.append(pool.submit(_encode_in_worker, *task))
+                if not pending:
                     return
-                yield under_way.popleft().result()
+                yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """As many threads as in a worker, or sums would be rounded otherwise."""
+def _single_thread() -> Iterator[None]:
+    """Use one thread, as a worker does; another number of threads would round sums differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

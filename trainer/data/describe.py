@@ -1,4 +1,4 @@
-"""A set at a glance."""
+"""`spresso data`: describes a set in a few lines, and decodes some of its samples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from trainer.data.audio import write_audio
 from trainer.data.shard_set import ShardSet
 
-_ROWS = 12  # of the histogram
-_WIDTH = 40
-_LOOKED_AT = 400  # samples whose metadata is read
-_AT_ONCE = 1 << 20  # rows of the index
+_ROWS, _WIDTH = 12, 40  # of the histogram, in lines and characters
+_DESCRIBED = 400  # samples whose metadata is read
+_AT_ONCE = 1 << 20  # rows of the index that are counted at once
 
 
 def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
-    """Size, lengths, sources and some captions, as lines of text.
+    """Return a set's size, lengths, sources and some captions, as lines of text.
 
-    Metadata is read of some samples only, so that a large set is described in seconds. They are spread evenly, but in
-    a set that lies elsewhere they are the first ones, so that few shards are fetched.
+    Only the metadata of some samples is read, so that even a large set is described in seconds. These samples are
+    spread evenly over a local set. In a remote set they are the first ones, so that few shards are fetched.
     """
     info, seconds_a_frame = shard_set.info, shard_set.info.hop / shard_set.info.sample_rate
     sizes = [size for _, size in shard_set.shards]
@@ -40,25 +39,25 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     }
     lines = [f"{name:<12}{text}" for name, text in facts.items()]
     lines += ["", "lengths", *_histogram(shard_set, seconds_a_frame)]
-    among = len(shard_set) if shard_set.cache is None else min(len(shard_set), _LOOKED_AT)
-    described = [shard_set.metadata(int(id_)) for id_ in _spread(among, _LOOKED_AT)]
-    lines += ["", *_sources(described, all_of_them=len(described) == len(shard_set))]
-    shown = [described[int(place)] for place in _spread(len(described), captions)]
-    lines += ["", "captions", *(f"  {metadata.get('caption') or '(none)'}" for metadata in shown)]
+    candidates = len(shard_set) if shard_set.cache is None else min(len(shard_set), _DESCRIBED)
+    metadata = [shard_set.metadata(int(id_)) for id_ in _spread(candidates, _DESCRIBED)]
+    lines += ["", *_sources(metadata, complete=len(metadata) == len(shard_set))]
+    shown = [metadata[int(index)] for index in _spread(len(metadata), captions)]
+    lines += ["", "captions", *(f"  {entry.get('caption') or '(none)'}" for entry in shown)]
     return "\n".join(lines)
 
 
 def play_to(shard_set: ShardSet, folder: Path, *, samples: int) -> Iterator[Path]:
-    """Decode some samples, spread evenly, to wav files; yields each when it is there."""
+    """Decode `samples` samples, spread evenly over the set, to wav files; yields each path once it is written."""
     from models.backbones.pretrained import load_autoencoder
 
     info = shard_set.info
     if "kind" not in info.ae_options:
-        raise ValueError(f"{shard_set.location} does not say how to get its autoencoder: index it with --autoencoder")
+        raise ValueError(f"{shard_set.location} does not name its autoencoder: run `spresso index` with --autoencoder")
     autoencoder = load_autoencoder(**info.ae_options)
     if autoencoder.identity() != info.ae_identity:
         raise ValueError(
-            f"the autoencoder {info.ae_options} is another one now than {shard_set.location} was made with"
+            f"the autoencoder {info.ae_options} has changed since it made {shard_set.location}: restore its weights"
         )
     for id_ in _spread(len(shard_set), samples).tolist():
         x0_CT = torch.from_numpy(shard_set.latents([id_])[0]).float()
@@ -72,6 +71,7 @@ def play_to(shard_set: ShardSet, folder: Path, *, samples: int) -> Iterator[Path
 
 
 def _spread(size: int, count: int) -> NDArray[np.int64]:
+    """Return up to `count` evenly spaced indices of 0 … size - 1."""
     return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(np.int64))
 
 
@@ -91,21 +91,21 @@ def _histogram(shard_set: ShardSet, seconds_a_frame: float) -> list[str]:
     ]
 
 
-def _sources(described: list[dict[str, Any]], *, all_of_them: bool) -> list[str]:
-    names = {str(metadata["source"]) for metadata in described if metadata.get("source")}
+def _sources(metadata: list[dict[str, Any]], *, complete: bool) -> list[str]:
+    names = {str(entry["source"]) for entry in metadata if entry.get("source")}
     if not names:
-        return ["sources     not told of in the metadata"]
+        return ["sources     the metadata does not name any"]
     folders = Counter(name.rpartition("/")[0] or "." for name in names)
-    several = f"{len(names):,} files in {len(folders)} folder(s)"
-    head = several if all_of_them else f"{several} among {len(described)} samples looked at"
+    summary = f"{len(names):,} files in {len(folders)} folder(s)"
+    head = summary if complete else f"{summary} among {len(metadata)} samples"
     return [f"sources     {head}", *(f"  {count:>6,}  {folder}" for folder, count in folders.most_common(5))]
 
 
 def _text(shard_set: ShardSet) -> str:
     facts, tokens = shard_set.info.text or {}, shard_set.index["text_tokens"]
     without = np.count_nonzero(tokens == 0)
-    size = f"{tokens.mean():.1f} tokens of {facts['width']} a caption, up to {facts['tokens']}"
-    return f"{size}, by {facts['encoder'][:16]}" + (f"; {without:,} samples without" if without else "")
+    size = f"{tokens.mean():.1f} tokens of {facts['width']} features per caption, up to {facts['tokens']}"
+    return f"{size}, by {facts['encoder'][:16]}" + (f"; {without:,} samples without text" if without else "")
 
 
 def _bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Shards are fetched before they are needed, in the order in which the order of samples will need them."""
+"""Prefetches remote shards in the order in which the stream will read them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Self
 from trainer.data.shard_set import ShardSet
 
 Needs = dict[tuple[ShardSet, int], int]
-"""(set, shard) → its bytes, of one step."""
+"""(set, shard) → the shard's bytes, for all shards that one step reads."""
 
-_STEPS = 256  # looked ahead at most, where all that is needed fits
+_STEPS = 256  # the maximum number of steps to plan ahead, even if their shards fit in the share
 
 
 class FetchAhead:
-    """Fetches in threads what the coming steps need, as far as a share of the cache reaches.
+    """Fetches, in threads, the shards of the next steps, as many as fit in a share of the cache.
 
     Args:
-        needs: of each step from the first one on, without end.
-        share: bytes that what is needed next may take, beside what was needed last.
-        fetchers: shards at a time.
+        needs: the needs of each step from the first one on, without end.
+        share: the bytes of the cache that the shards of the current and the coming steps may fill.
+        fetchers: the number of shards fetched at the same time.
     """
 
     def __init__(self, needs: Iterator[Needs], *, share: int, fetchers: int):
@@ -30,11 +30,14 @@ class FetchAhead:
         self._planned: deque[Needs] = deque()
         self._last_need: dict[tuple[ShardSet, int], int] = {}
         self._bytes = 0
-        self._first = 0  # the step that `_planned` begins with
+        self._first = 0  # the number of the first step in `_planned`
         self._pool = ThreadPoolExecutor(fetchers, "fetch")
 
     def to(self, step: int) -> None:
-        """The steps before this one, the one after the last call's, are done; at least this one is fetched next."""
+        """Release the shards of all steps before `step`, and plan the fetching of at least `step`.
+
+        Each call must be for the same step as the last call, or a later one.
+        """
         while self._planned and self._first < step:
             for key, size in self._planned.popleft().items():
                 if self._last_need[key] == self._first:
@@ -48,7 +51,7 @@ class FetchAhead:
         for (shard_set, shard), size in needs.items():
             if (shard_set, shard) not in self._last_need:
                 self._bytes += size
-                self._pool.submit(shard_set.fetch, shard)  # what goes wrong is told to the one who reads it
+                self._pool.submit(shard_set.fetch, shard)  # the shard's reader meets and reports any error
             self._last_need[shard_set, shard] = self._first + len(self._planned)
         self._planned.append(needs)
 

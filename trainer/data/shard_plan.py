@@ -1,4 +1,4 @@
-"""How the work of `prepare` is cut: into units of files that fill about a shard, by what the files' headers say."""
+"""Divides the work of `prepare` into units of files that fill about one shard each, by the lengths in their headers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.sound_files import SoundFile, held_out
 
 SPLITS = ("train", "test")
-_SAMPLE_OVERHEAD = 4096  # bytes, more than a sample's JSON and tar headers take
-_THREADS = 8  # that read headers: on a network's file system it is waiting most of the time
+_SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
+_THREADS = 8  # threads that read headers; on a network file system they mostly wait
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Files whose clips fill about a shard."""
+    """Files whose clips fill about one shard."""
 
     split: str
     number: int
@@ -29,20 +29,20 @@ class Unit:
 
 
 def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
-    """Changes with any file, or with what is told of it."""
+    """Return a hash that changes with the size, time, caption or facts of any file."""
     digest = blake2b(digest_size=16)
     for source in sources:
         try:
             status = source.path.stat()
-            of_file = [status.st_size, status.st_mtime_ns]
-        except OSError:  # a manifest may name what is not there
-            of_file = []
-        digest.update(json.dumps([source.name, *of_file, source.caption, dict(source.facts)]).encode())
+            version = [status.st_size, status.st_mtime_ns]
+        except OSError:  # a manifest may name missing files
+            version = []
+        digest.update(json.dumps([source.name, *version, source.caption, dict(source.facts)]).encode())
     return digest.hexdigest()
 
 
 def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
-    """Seconds of sound in each file, 0 where its header can't be read; written to `memory`, or read from there."""
+    """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
     if memory.is_file():
         known = json.loads(memory.read_text(encoding="utf-8"))
     else:
@@ -56,7 +56,10 @@ def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
 def plan_units(
     seconds: dict[SoundFile, float], ae: AudioEncoder, clip_samples: int, *, holdout: float, seed: int, shard_bytes: int
 ) -> list[Unit]:
-    """Share out files of these lengths; those of 0 count nothing, and why is found out later."""
+    """Divide files of the given lengths into units of each split, numbered from 0.
+
+    Unreadable files have length 0. They are not held out; encoding them reports the reason.
+    """
     tested = held_out((source.base_name for source in seconds if seconds[source]), fraction=holdout, seed=seed)
     units = []
     for split in SPLITS:

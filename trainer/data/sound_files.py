@@ -27,29 +27,29 @@ class SoundFile:
     name: str
     """The path relative to the folder, with slashes."""
     key: str
-    """ASCII letters, digits and -, begins the keys of its clips; no two files of a folder have the same."""
+    """The prefix of its clips' keys, of ASCII letters, digits and -; unique among the files of a folder."""
     caption: str
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What else a manifest says of it."""
+    """The other entries of the file in a manifest."""
 
     @property
     def base_name(self) -> str:
-        """The file's name without folder and suffix: files that share it are never parted into train and test."""
+        """The file's name without folder and suffix; files with the same base name go to the same set."""
         return unicodedata.normalize("NFC", self.path.stem)
 
 
 def list_sources(audio: Path) -> list[SoundFile]:
-    """All sound files of a folder, sorted by path, or those of a manifest, sorted by name.
+    """List all sound files of a folder, sorted by path, or those of a manifest, sorted by name.
 
-    A manifest is a `.jsonl` (an object a line) or a `.csv` (with a header) that gives each sound's `file`, absolute or
-    relative to the manifest, perhaps its `caption`, and whatever else is to be kept with it.
+    A manifest is a `.jsonl` (one object per line) or a `.csv` (with a header). Each entry has a `file`, absolute or
+    relative to the manifest, optionally a `caption`, and any other values that are to be stored with the file.
 
-    A caption is what the manifest says, or what `captions.jsonl` in the folder says of the file (a line for each:
-    {"file": …, "caption": …}), or a `.txt` or `.json` ({"caption": …}) beside the file and named like it, or else it is
-    made of the file's name.
+    The caption of a file is the first of these that exists: the manifest's, or in a folder the one in `captions.jsonl`
+    (lines of {"file": …, "caption": …}); the one in a `.txt` or `.json` ({"caption": …}) of the same name next to the
+    file; the words of the file's name.
 
     Raises:
-        ValueError: there is no sound, or captions can't be read.
+        ValueError: there are no sound files, or the captions or the manifest can't be read.
     """
     if audio.suffix.lower() in MANIFESTS:
         entries = _read_manifest(audio)
@@ -68,24 +68,25 @@ def list_sources(audio: Path) -> list[SoundFile]:
 
 
 def held_out(base_names: Iterable[str], *, fraction: float, seed: int) -> set[str]:
-    """Which base names are for testing: each by its own hash, so that more files don't move the ones that were there.
+    """Return the base names of the test set.
 
-    Of two or more names, at least one is held out and at least one is not, unless the fraction is 0.
+    Each name is chosen by its own hash, so that adding files does not move the others between the sets. Of two or more
+    names, at least one is held out and at least one is not, unless the fraction is 0.
     """
 
-    def place(name: str) -> tuple[float, str]:
+    def hashed(name: str) -> tuple[float, str]:
         digest = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") / 2**64, name
 
-    places = sorted(place(name) for name in set(base_names))
-    count = sum(at < fraction for at, _ in places)
-    if fraction > 0 and len(places) > 1:
-        count = min(max(count, 1), len(places) - 1)
-    return {name for _, name in places[:count]}
+    ranking = sorted(hashed(name) for name in set(base_names))
+    count = sum(number < fraction for number, _ in ranking)
+    if fraction > 0 and len(ranking) > 1:
+        count = min(max(count, 1), len(ranking) - 1)
+    return {name for _, name in ranking[:count]}
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """file → all that its entry says, sorted by file."""
+    """Return file → its entry in the manifest, sorted by file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     text = _read_text(path)
@@ -102,12 +103,12 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     for number, entry in numbered:
         name = entry.get("file") if isinstance(entry, dict) else None
         if not (isinstance(entry, dict) and isinstance(name, str) and name):
-            raise ValueError(f"{path}, line {number} names no file: each has a `file`, and may have a `caption`")
+            raise ValueError(f"{path}, line {number} names no file: each needs a `file`, and may have a `caption`")
         if name in entries:
-            raise ValueError(f"{path}, line {number} names {name} again: each file once")
+            raise ValueError(f"{path}, line {number} names {name} again: name each file once")
         entries[name] = entry
     if not entries:
-        raise ValueError(f"{path} names no file")
+        raise ValueError(f"{path} names no file: add an entry with a `file` for each sound")
     return dict(sorted(entries.items()))
 
 
@@ -115,7 +116,7 @@ def _free_key(stem: str, taken: set[str]) -> str:
     ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     wanted = re.sub(r"[^A-Za-z0-9]+", "-", ascii_stem)[:60].strip("-") or "sound"
     key, number = wanted, 1
-    while key.lower() in taken:  # some file systems that a tar is unpacked on know no case
+    while key.lower() in taken:  # a tar may be unpacked on a case-insensitive file system
         number += 1
         key = f"{wanted}-{number}"
     taken.add(key.lower())
@@ -149,7 +150,7 @@ def _caption(entry: object) -> str:
 
 
 def _caption_from_name(stem: str) -> str:
-    """`door_open-02` → "door open"."""
+    """Turn a file name into words: `door_open-02` → "door open"."""
     words = re.sub(r"[\W_]+", " ", stem).strip()
     return re.sub(r"(?<=\D)[\d ]+$", "", words).lower() or "sound"
 
@@ -158,7 +159,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8") from error
+        raise ValueError(f"{path} is not text in UTF-8: convert the file") from error
 
 
 def _parse(text: str, where: str) -> object:

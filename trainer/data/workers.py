@@ -1,4 +1,4 @@
-"""Processes that share work on this machine: none outlives its parent, and one that dies is explained."""
+"""Worker processes: they exit together with their parent, and the death of a worker is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 def follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent was killed, for which a pool would wait."""
+    """In a worker: ignore Ctrl-C, which the parent handles, and exit once the parent is dead, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -26,10 +26,10 @@ def follow_parent() -> None:
 
 @contextmanager
 def explained_death() -> Iterator[None]:
-    """Around the use of a pool; raises ValueError where a worker was killed."""
+    """Raise ValueError if a worker of a process pool dies in the block."""
     try:
         yield
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker died, perhaps for want of memory: run the same again with fewer workers, it goes on from here"
+            "a worker died, perhaps because memory ran out: run the same command again with fewer workers, to resume"
         ) from error

@@ -221,7 +221,9 @@ def test_odd_sounds(tmp_path):
 
 def test_latents_beyond_float16_are_left_out(tmp_path):
     write_sounds(tmp_path / "audio", {"a.wav": 0.5, "b.wav": 0.5})
-    with pytest.raises(ValueError, match=r"none of the 2 .*: b\.wav has latents beyond the range of float16 in 1 of 1"):
+    with pytest.raises(
+        ValueError, match=r"none of the 2 .*: b\.wav has latents that exceed the range of float16 in 1 of 1"
+    ):
         run(tmp_path / "audio", tmp_path / "out", lambda: FakeAE(1e6))
 
 

@@ -1,7 +1,7 @@
-"""A small synthesizer of captioned sound effects: data to train on without a download.
+"""A small synthesizer of captioned sound effects, which gives training data without a download.
 
-Every sound is a pure function of (seed, index), so a set of them is planned without being made, made by any number of
-workers, and made on after a kill, always with the same bytes.
+Every sound is a pure function of (seed, index). A set can therefore be planned before it is made, made by any number of
+workers, and resumed after a kill, always with the same bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import explained_death, follow_parent
 
-# Where a sound is heard decides in which room or how far off it may be.
+# Indoor sounds may get the reverberation of a room; outdoor sounds may be moved into the distance.
 INDOORS = sounds.INDOORS | signals.INDOORS
 OUTDOORS = sounds.OUTDOORS | signals.OUTDOORS
 SOUND_RECIPES = INDOORS | OUTDOORS
 SOUND_KINDS = tuple(SOUND_RECIPES)
-# Raise it when any recipe sounds different: sets of two versions must not mix in one folder.
+# Raise the version whenever a recipe changes its sound: one folder must not hold sounds of two versions.
 SYNTH_VERSION = 1
 SHORTEST, LONGEST = 1.5, 5.0  # seconds
 PEAK = 0.9
@@ -39,7 +39,7 @@ PLAN = "synth.json"
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """One synthesized sound: `audio` is (samples,), float32, at most 0.9 in magnitude."""
+    """One synthesized sound; `audio` is (samples,), float32, at most 0.9 in magnitude."""
 
     key: str
     kind: str
@@ -49,7 +49,10 @@ class Sound:
 
 
 def synthesize(seed: int, index: int) -> Sound:
-    """Sound number `index` of the set that `seed` names; the kinds go round. The same on every platform to 16 bits."""
+    """Synthesize sound `index` of the set with `seed`; successive sounds cycle through the kinds.
+
+    All platforms give the same sound to 16 bits.
+    """
     random = _random(seed, index)
     samples = _draw_samples(random)
     kind = _kind(index)
@@ -63,7 +66,10 @@ def _random(seed: int, index: int) -> Random:
 
 
 def _draw_samples(random: Random) -> int:
-    """The length of a sound, in whole hundredths of a second: the first number drawn, so that it is known cheaply."""
+    """Draw the length of a sound, in samples of whole hundredths of a second.
+
+    The length is the first number drawn, so that finding it does not take a synthesis.
+    """
     return round(random.uniform(SHORTEST, LONGEST) * 100) * SAMPLE_RATE // 100
 
 
@@ -80,7 +86,7 @@ def _name(index: int) -> str:
 
 
 def _surround(random: Random, sound: np.ndarray, *, outdoors: bool) -> tuple[str, np.ndarray, float]:
-    """Where the sound is heard: words for the caption, the sound as heard there, and its peak."""
+    """Put the sound into a place; returns the place's words for the caption, the sound as heard there, and its peak."""
     peak = PEAK * 10 ** (-random.uniform(0, 12) / 20)
     if random.random() < 0.6:
         return "", sound, peak
@@ -92,7 +98,7 @@ def _surround(random: Random, sound: np.ndarray, *, outdoors: bool) -> tuple[str
 
 
 def _finish(random: Random, sound: np.ndarray, peak: float) -> np.ndarray:
-    """Without rumble below hearing, at the given peak, over the faint hiss of any recording, faded at both ends."""
+    """Remove inaudible rumble, scale to `peak`, add the faint hiss of a recording, and fade both ends."""
     sound = shape(sound, lambda f: 1 - low_pass(f, 25, 4))
     sound *= peak / np.abs(sound).max()
     sound += 10 ** (random.uniform(-78, -62) / 20) * (2 * random.random(len(sound)) - 1)
@@ -107,15 +113,18 @@ def write_sounds(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Fills a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
+    """Fill a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
 
-    A line of captions.jsonl is {"file", "caption", "kind", "seconds"}; it is written last: where it is, all is there.
-    Called again after a kill it makes only what is missing; the bytes are the same whatever the workers and the kills.
-    `progress` is told (sounds there, sounds in all). Returns the number of sounds in all.
+    A line of captions.jsonl is {"file", "caption", "kind", "seconds"}. The file is written last, so its presence means
+    that the folder is complete. A repeated call makes only the missing sounds. The bytes depend neither on the workers
+    nor on interruptions. `progress` is called with the sounds done and the number of sounds.
+
+    Returns:
+        The number of sounds in the folder.
 
     Raises:
         ValueError: an argument is out of range, the folder holds something else, or a worker died.
-        OSError: the sounds can't be written; none is there by half.
+        OSError: a sound can't be written. No partial file is left behind.
     """
     _check(hours=hours, seed=seed, workers=workers)
     _claim(folder, hours=hours, seed=seed)
@@ -123,10 +132,10 @@ def write_sounds(
     captions = [_written_caption(folder / _name(index), samples) for index, samples in enumerate(lengths)]
     missing = [index for index, caption in enumerate(captions) if caption is None]
     with closing(_write_all(folder, seed, missing, workers)) as made:  # stops the workers if `progress` raises
-        for there, (index, caption) in enumerate(zip(missing, made, strict=True), len(lengths) - len(missing) + 1):
+        for done, (index, caption) in enumerate(zip(missing, made, strict=True), len(lengths) - len(missing) + 1):
             captions[index] = caption
             if progress:
-                progress(there, len(lengths))
+                progress(done, len(lengths))
     lines = [
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
@@ -145,7 +154,7 @@ def _check(*, hours: float, seed: int, workers: int) -> None:
 
 
 def _claim(folder: Path, *, hours: float, seed: int) -> None:
-    """Writes into an empty folder what it is for; refuses one that is for something else."""
+    """Record the settings in a new or empty folder; raises ValueError if the folder holds anything else."""
     purpose = json.dumps({"hours": float(hours), "seed": seed, "version": SYNTH_VERSION})
     plan = folder / PLAN
     if plan.exists():
@@ -169,7 +178,7 @@ def _lengths(seed: int, hours: float) -> list[int]:
 
 
 def _written_caption(path: Path, samples: int) -> str | None:
-    """The caption of a sound that is there, which its file holds as its title; None where the sound must be made."""
+    """Return the caption of an existing sound, which is its file's title, or None if the sound has to be made."""
     if not path.exists():
         return None
     try:
@@ -180,7 +189,7 @@ def _written_caption(path: Path, samples: int) -> str | None:
 
 
 def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) -> Generator[str, None, None]:
-    """Makes and writes the sounds; gives their captions in order."""
+    """Make and write the sounds, and yield their captions in order."""
     write = partial(_write, folder, seed)
     if workers == 1 or len(indices) < 2:
         yield from map(write, indices)
@@ -193,7 +202,7 @@ def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) ->
 
 def _write(folder: Path, seed: int, index: int) -> str:
     sound = synthesize(seed, index)
-    # Encoded in memory, because libsndfile would not say that a disk is full in an OSError.
+    # Encode in memory, because libsndfile does not raise an OSError when the disk is full.
     encoded = io.BytesIO()
     with soundfile.SoundFile(encoded, "w", SAMPLE_RATE, 1, format="FLAC", subtype="PCM_16") as file:
         file.title = sound.caption

@@ -1,4 +1,4 @@
-"""Recipes of what sings on purpose or by its turning: engines, sirens, alarms, lasers, birds."""
+"""Recipes of tonal sounds: engines, sirens, alarms, lasers and birds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.data.synth.tools import (
     wander,
 )
 
-ENGINES = {  # strokes a second, how far the driver's foot plays with them, how many times more of them at the end
+ENGINES = {  # strokes per second, range of their random variation, factor by which they grow until the end
     "a car engine idles": ((24, 32), (0.98, 1.02), 1.0),
     "a truck's diesel engine idles": ((15, 21), (0.98, 1.02), 1.0),
     "a car engine revs up and down": ((45, 70), (0.6, 2.2), 1.0),
@@ -47,7 +47,7 @@ def _engine(random: Random, samples: int) -> tuple[str, np.ndarray]:
     return name, roar * (speed / speed.max()) ** 0.5
 
 
-SIRENS = {  # swings a second, lowest Hz, how many octaves up, how abruptly
+SIRENS = {  # swings per second, lowest pitch in Hz, height of a swing in octaves, abruptness
     "a police siren wails": ((0.25, 0.5), (450, 700), (0.9, 1.2), 1),
     "a police siren yelps": ((2.5, 4.5), (450, 700), (0.7, 1.1), 1),
     "a two-tone siren sounds": ((0.8, 1.4), (430, 650), (0.35, 0.5), 40),
@@ -66,7 +66,7 @@ def _siren(random: Random, samples: int) -> tuple[str, np.ndarray]:
     return name, tone * wander(random, samples, 2, 0.8, 1)
 
 
-ALARMS = {  # Hz, seconds of a beep, seconds between beeps, beeps in a group, seconds between groups, overtones
+ALARMS = {  # pitch in Hz, seconds per beep, seconds between beeps, beeps per group, seconds between groups, overtones
     "an alarm clock beeps": ((1900, 2600), 0.06, 0.06, 4, 0.45, (1, 0, 0.33, 0, 0.2)),
     "a smoke alarm beeps": ((2900, 3400), 0.4, 0.3, 3, 0.6, (1, 0.1, 0.2)),
     "a reversing truck beeps": ((1000, 1300), 0.45, 0.5, 1, 0.5, (1, 0.2, 0.3, 0.1)),
@@ -108,7 +108,7 @@ def _laser(random: Random, samples: int) -> tuple[str, np.ndarray]:
     return name, sound
 
 
-SONGS = {  # seconds of a note, seconds between notes, notes in a phrase, glide of a note in octaves
+SONGS = {  # seconds per note, seconds between notes, notes per phrase, glide of a note in octaves
     "a bird chirps": ((0.05, 0.09), (0.06, 0.14), (3, 7), (-0.9, -0.3)),
     "a bird trills": ((0.02, 0.035), (0.012, 0.025), (10, 22), (-0.4, 0.4)),
     "a bird whistles": ((0.15, 0.35), (0.03, 0.1), (2, 4), (-0.35, 0.35)),

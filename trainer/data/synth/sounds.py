@@ -1,7 +1,7 @@
-"""Recipes of what strikes, breaks, walks, burns, blows and flows: modes, bubbles, and noise that moves.
+"""Recipes of impacts, footsteps, fire, wind, water and the like, made of modes, bubbles and time-varying noise.
 
-A recipe takes a random generator and a number of samples, and gives a caption and that many samples, at any level.
-Captions fit because a recipe draws a word first, then a value out of the range that the word stands for.
+A recipe takes a random generator and a number of samples, and returns a caption and that many samples, at any level.
+The caption fits the sound because a recipe first draws a word and then a value from the word's range.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from trainer.data.synth.tools import (
 
 
 class Material(NamedTuple):
-    """What a struck body is made of."""
+    """The material of a struck body."""
 
-    things: dict[str, Range]  # with the range of the lowest mode in Hz
+    things: dict[str, Range]  # thing → range of the lowest mode in Hz
     blows: str
     modes: int
-    spread: Range  # mode k lies near k ** spread times the lowest: 1 a string, 2 a bar
-    decay: Range  # of the lowest mode, seconds to -60 dB
-    damping: float  # how much faster high modes die: decay ∝ ratio ** -damping
-    contact: Range  # the noise of the blow itself, beside the modes
+    spread: Range  # mode k is near k ** spread times the lowest mode: 1 for a string, 2 for a bar
+    decay: Range  # seconds until the lowest mode reaches -60 dB
+    damping: float  # how much faster high modes decay: decay ∝ ratio ** -damping
+    contact: Range  # the level of the noise of the blow itself, in addition to the modes
 
 
 MATERIALS = {
@@ -81,7 +81,7 @@ def _impact(random: Random, samples: int, *, material: Material) -> tuple[str, n
     length = min(samples, int(1.4 * decays.max() * SAMPLE_RATE))
 
     def blow() -> np.ndarray:
-        where = random.uniform(-1, 1, material.modes)  # which modes a blow excites depends on where it falls
+        where = random.uniform(-1, 1, material.modes)  # the place of a blow decides which modes it excites
         event = ring(pitch * ratios, decays, where * ratios**-dulling, length)
         touch = noise(random, length // 2) * fade_away(length // 2, 0.03)
         add(event, contact * shape(touch, partial(low_pass, cutoff=8 * pitch / dulling)), 0)
@@ -106,7 +106,7 @@ BELL_PARTIALS = np.array([0.5, 1, 1.2, 1.5, 2, 2.5, 2.67, 3, 4.1, 5.4, 6.8, 8.2]
 def _bell(random: Random, samples: int) -> tuple[str, np.ndarray]:
     caption, (pitches, intervals, decays) = pick(random, list(BELLS.items()))
     partials = BELL_PARTIALS * random.uniform(0.985, 1.015, len(BELL_PARTIALS)) * log_uniform(random, *pitches)
-    # No bell is quite round: each partial is a pair, whose slow beating makes the tone waver.
+    # Bells are not perfectly round: each partial is a pair whose slow beating makes the tone waver.
     frequencies = np.concatenate((partials, partials + random.uniform(0.3, 3, len(partials))))
     decay = np.tile(random.uniform(*decays) * BELL_PARTIALS**-0.7, 2)
     amplitudes = np.tile(BELL_PARTIALS**-0.8, 2) * random.uniform(0.3, 1, len(frequencies))
@@ -179,7 +179,7 @@ def _door(random: Random, samples: int) -> tuple[str, np.ndarray]:
         },
     )
     manner, rate = pick_value(random, {"slowly": (25, 50), "": (60, 100), "shrilly": (140, 260)})
-    # The hinge sticks and slips, so many times a second; each slip is a jerk that shakes the wood.
+    # The hinge sticks and slips `rate` times per second; each slip is a jerk that shakes the wood.
     jerks = wander(random, samples, random.uniform(1.5, 3), 0.4 * rate, 1.6 * rate)
     jerks *= wander(random, samples, 40, 0.85, 1.15)
     slips = np.diff(np.floor(np.cumsum(jerks) / SAMPLE_RATE), prepend=0)
@@ -243,7 +243,7 @@ def _whoosh(random: Random, samples: int) -> tuple[str, np.ndarray]:
     return name, moving_noise(random, samples, gain)
 
 
-ROOFS = {  # Hz, and seconds that what a drop falls on rings
+ROOFS = {  # pitch in Hz, and the seconds for which the surface rings after a drop
     "leaves": ((500, 900), 0.006),
     "a window": ((1000, 1800), 0.012),
     "a tin roof": ((1800, 3000), 0.05),
@@ -311,7 +311,7 @@ def _drips(random: Random, samples: int) -> tuple[str, np.ndarray]:
     for start in beat(random, samples, interval, jitter=0.2):
         drop = bubble(pitch * log_uniform(random, 0.8, 1.25), random.uniform(0.06, 0.14), random.uniform(0.1, 0.5))
         add(sound, random.uniform(0.5, 1) * drop, start + int(random.uniform(0.005, 0.02) * SAMPLE_RATE))
-        add(sound, 0.2 * grain(random, 2500, 8000, 0.006), start)  # the drop meets the surface before its bubble sings
+        add(sound, 0.2 * grain(random, 2500, 8000, 0.006), start)  # the drop hits the surface before its bubble sounds
     return f"water drips {pace} into {place}", reverberate(random, sound, echo, wet=0.35)
 
 
@@ -326,7 +326,7 @@ def _stream(random: Random, samples: int) -> tuple[str, np.ndarray]:
     )
     sound = np.zeros(samples)
     for _ in range(int(flow * samples / SAMPLE_RATE)):
-        frequency = log_uniform(random, 350, 3500)  # small bubbles sing high and die fast
+        frequency = log_uniform(random, 350, 3500)  # small bubbles have a high pitch and decay fast
         event = bubble(frequency, 25 / frequency * random.uniform(0.7, 1.6), random.uniform(0, 0.5))
         add(sound, random.random() ** 3 * (600 / frequency) ** 0.3 * event, int(random.random() * samples))
     rush = shape(noise(random, samples), lambda f: bump(f, 1200, 1.4))
