@@ -19,15 +19,11 @@ from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
-from launch.slurm.node_check import RUN
 from launch.slurm.slurm_task import SlurmTask
+from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES
-
-SUBMISSION, GRACE, PARTS = "SPRESSO_SUBMISSION", "SPRESSO_GRACE", "SPRESSO_PARTS"
-TASKS_PER_NODE = "SPRESSO_TASKS_PER_NODE"
-"""Environment variables that the batch script sets: folders, seconds, in how many parts a stage is cut, ranks."""
 
 _FAILED = 1
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}

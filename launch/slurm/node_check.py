@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-RUN = "SPRESSO_RUN"
-"""Environment variable of the run directory; `launch.slurm.job_task` has the others."""
+from launch.slurm.variables import RUN
+
 _NEEDED = ("torch", "accelerate", "deepspeed", "peft", "safetensors", "omegaconf", "trainer.recipes.reading")
 
 
