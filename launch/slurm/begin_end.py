@@ -20,10 +20,9 @@ from launch import owner
 from launch.signals import MISTAKE
 from launch.slurm import scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import SUBMISSION, TASKS_PER_NODE
-from launch.slurm.node_check import RUN
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, judge
 from launch.slurm.slurm_task import rendezvous
+from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.stages import STAGES, is_trained
 

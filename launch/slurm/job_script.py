@@ -16,8 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch.slurm.job_task import GRACE, PARTS, SUBMISSION, TASKS_PER_NODE
-from launch.slurm.node_check import RUN
+from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION, TASKS_PER_NODE
 from trainer.recipes.cluster import ClusterConfig
 from trainer.stages import STAGES
 

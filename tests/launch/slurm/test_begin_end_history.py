@@ -11,8 +11,7 @@ import pytest
 from launch import owner
 from launch.slurm import begin_end, scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.job_task import TASKS_PER_NODE
-from launch.slurm.node_check import RUN
+from launch.slurm.variables import RUN, TASKS_PER_NODE
 
 
 @pytest.fixture

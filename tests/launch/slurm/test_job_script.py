@@ -12,8 +12,8 @@ import pytest
 
 from launch import pipeline
 from launch.slurm import job_task, submit
-from launch.slurm.job_task import PARTS, SUBMISSION
 from launch.slurm.slurm_task import SlurmTask
+from launch.slurm.variables import PARTS, SUBMISSION
 from trainer.recipes.reading import RECIPES, load_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
