@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import preflight, submit, submitted_jobs
+from launch.slurm import node_check, submit, submitted_jobs
 from trainer import provenance
 from trainer.recipes.reading import load_recipe
 
@@ -100,10 +100,10 @@ def test_where_no_node_is_free_the_look_is_left_out(config, slurm, capsys):
 
 def test_what_a_node_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SPRESSO_RUN", str(tmp_path / "elsewhere"))
-    assert "does not see" in preflight.look(gpus=False)[0]
+    assert "does not see" in node_check.look(gpus=False)[0]
     monkeypatch.setenv("SPRESSO_RUN", str(tmp_path))
-    monkeypatch.setattr(preflight, "_NEEDED", ("json", "no_such_package"))
-    [problem] = preflight.look(gpus=False)
+    monkeypatch.setattr(node_check, "_NEEDED", ("json", "no_such_package"))
+    [problem] = node_check.look(gpus=False)
     assert "can't import no_such_package" in problem
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.slurm import preflight, submit, submitted_jobs
+from launch.slurm import node_check, preflight, submit, submitted_jobs
 from launch.slurm.submitted_jobs import Submitted
 from trainer.provenance import code_version, local_changes
 from trainer.recipes.reading import load_recipe
@@ -171,7 +171,7 @@ def test_the_look_at_a_compute_node_asks_for_what_the_jobs_ask_for(config, slurm
     ):
         assert f"--{option} " in call
     assert "mail" not in call
-    assert call.index("module load x") < call.index("export PYTHONPATH=") < call.index("-m launch.slurm.preflight 1")
+    assert call.index("module load x") < call.index("export PYTHONPATH=") < call.index("-m launch.slurm.node_check 1")
 
 
 def test_gpus_that_are_asked_for_by_gres_are_not_asked_for_twice(config, slurm):
@@ -189,6 +189,6 @@ def test_a_compute_node_that_never_answers_is_no_reason_to_wait(config, slurm, m
 @pytest.mark.parametrize(("gpus", "found", "told"), [(True, False, 1), (True, True, 0), (False, False, 0)])
 def test_gpus_that_torch_does_not_find_are_a_problem_where_they_are_asked_for(tmp_path, monkeypatch, gpus, found, told):
     monkeypatch.setenv("SPRESSO_RUN", str(tmp_path))
-    monkeypatch.setattr(preflight, "_NEEDED", ("json",))
+    monkeypatch.setattr(node_check, "_NEEDED", ("json",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
-    assert len(preflight.look(gpus)) == told
+    assert len(node_check.look(gpus)) == told
