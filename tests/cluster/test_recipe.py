@@ -62,7 +62,7 @@ def test_what_has_ended_is_not_done_again(jobs: dict[str, str], cluster: SlurmCl
 
 def test_editing_the_checkout_changes_no_queued_job(cluster: SlurmCluster, folder: Path):
     submissions = sorted((folder / "run" / "submissions").iterdir())
-    assert (submissions[0] / "code" / "launch" / "job.py").exists()
+    assert (submissions[0] / "code" / "launch" / "slurm" / "job_task.py").exists()
     assert "SAFEPATH" in next((submissions[0] / "jobs").glob("*_submission.sh")).read_text()
 
 
