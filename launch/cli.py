@@ -1,7 +1,7 @@
-"""The command `spresso`: all its commands and their options.
+"""The program `spresso`: its commands and their options.
 
-What a command does is in `launch.commands`, and is imported when the command is called, so that `--help` answers at
-once.
+The functions behind the commands are in `launch.commands`. They are imported only when a command is called, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from launch.signals import INTERRUPTED
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
-    "settings of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` shows them all"
+    "settings that replace those of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` "
+    "lists all settings"
 )
-_RECIPE = "a YAML file, or the name of one in configs/, such as demo"
+_WORKERS = "number of processes (default: the number of CPUs, %(default)s)"
+_RECIPE = "a YAML file, or the name of a recipe in configs/, such as demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; a user's mistake is one clear line and exit status 2."""
+    """Run a command and return its exit status: 2 for a user's mistake, which is reported in one line."""
     options = parser().parse_args(arguments)
     try:
         module, _, function = options.command.partition(":")
@@ -38,179 +40,245 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if "SPRESSO_DEBUG" in os.environ:
             raise
-        print(textwrap.indent(_line(error), "spresso: "), file=sys.stderr)
+        print(textwrap.indent(_describe_error(error), "spresso: "), file=sys.stderr)
         return 2
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Return the parser of all commands and their options."""
     top = argparse.ArgumentParser(
-        prog="spresso", description="Train S-PRESSO-type audio codecs and use them.", allow_abbrev=False
+        prog="spresso",
+        description="Train S-PRESSO-type audio codecs and use them.",
+        epilog="Begin with `spresso run tiny`, which tests the installation; `spresso COMMAND --help` explains more.",
+        allow_abbrev=False,
     )
-    top.add_argument("--version", action=_Version, help="print the version of this program and of its code")
+    top.add_argument("--version", action=_Version, help="print the version of the program and of its code, and exit")
     subs = top.add_subparsers(metavar="COMMAND", required=True)
 
-    synth = _command(
-        subs, "synth", "on_sounds:synth", "make captioned sound effects, for those who have no sounds at hand"
+    synth = _add_command(
+        subs, "synth", "on_sounds:synth", "synthesize captioned sound effects, to try training without a data set"
     )
-    synth.add_argument("folder", type=Path, help="where the sounds go")
-    synth.add_argument("--hours", type=float, default=0.5, help="hours of sound (%(default)s)")
-    synth.add_argument("--seed", type=int, default=0, help="another seed, other sounds (%(default)s)")
-    synth.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    synth.add_argument("folder", type=Path, help="folder to write the sounds to")
+    synth.add_argument("--hours", type=float, default=0.5, help="hours of sound to make (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="random seed of the sounds (default: %(default)s)")
+    synth.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
 
-    _of_recipes(subs)
-    _listening(subs)
-    _of_runs(subs)
-    _of_files(subs)
-    _of_streams(subs)
+    _add_recipe_commands(subs)
+    _add_listening_test(subs)
+    _add_run_commands(subs)
+    _add_file_commands(subs)
+    _add_codec_commands(subs)
     return top
 
 
-def _of_recipes(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Commands that take a recipe."""
+def _add_recipe_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that take a recipe."""
     for name, command, help_ in (
-        ("run", "on_recipes:run", "all stages of a recipe in order; run again it goes on where it stopped"),
-        ("prepare", "on_recipes:prepare", "sound files → latents in shards"),
-        ("train", "on_recipes:train", f"one trained stage: stage={'|'.join(trained_stages())}"),
-        ("evaluate", "on_recipes:evaluate", "figures of the trained codec on held-out clips"),
-        ("page", "on_recipes:page", "the page to listen to"),
-        ("plan", "on_recipes:plan", "the resolved config, the batches, the memory of each rank; starts nothing"),
-        ("sbatch", "on_recipes:sbatch", "one script for plain sbatch: all stages in one job, or stage=… alone"),
+        ("run", "on_recipes:run", "run all stages of a recipe in order; if repeated, resume where the run stopped"),
+        ("prepare", "on_recipes:prepare", "encode sound files into shards of latents"),
+        ("train", "on_recipes:train", f"train one stage, given as stage={'|'.join(trained_stages())}"),
+        ("evaluate", "on_recipes:evaluate", "score the trained codec on held-out clips"),
+        ("page", "on_recipes:page", "write the web page that plays and compares the evaluated clips"),
+        (
+            "plan",
+            "on_recipes:plan",
+            "print the resolved config, batch sizes, bit rates and memory per rank; start nothing",
+        ),
+        (
+            "sbatch",
+            "on_recipes:sbatch",
+            "print one script for sbatch that runs all stages in one job, or only stage=STAGE",
+        ),
     ):
-        sub = _command(subs, name, command, help_)
+        sub = _add_command(subs, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
         if name in STAGES and STAGES[name].array:
-            sub.add_argument("--part", metavar="K/N", help="only part K, 0 to N-1, of a job that is cut into N")
+            sub.add_argument(
+                "--part", metavar="K/N", help="process only part K of N, K from 0 to N-1 (default: 0/1, all)"
+            )
         if name in ("run", "train"):
-            sub.add_argument("--dry-run", action="store_true", help="cluster=slurm: print what sbatch would be given")
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="with cluster=slurm: print the scripts for sbatch, submit nothing",
+            )
             sub.add_argument(
                 "--resume",
                 metavar="auto|never|PATH",
-                help="from the run's newest whole checkpoint (auto, the default), from PATH, or refuse to go on",
+                help="auto: resume from the newest complete checkpoint of the run, if there is one (the default); "
+                "never: refuse a directory that already holds a run; PATH: resume from this checkpoint",
             )
 
 
-def _of_files(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Commands that look into checkpoints and latents."""
-    checkpoint = _command(subs, "checkpoint", "on_files:checkpoint", "what checkpoints a run has, and what is in them")
+def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that inspect checkpoints and latents."""
+    checkpoint = _add_command(
+        subs, "checkpoint", "on_files:checkpoint", "list the checkpoints of a run, or describe one"
+    )
     checkpoint.add_argument(
-        "folder", type=Path, metavar="DIR", help="a run's directory, or one step_… in it to explain"
+        "folder", type=Path, metavar="DIR", help="directory of a run; or of one checkpoint, step_…, to describe"
     )
-    checkpoint.add_argument("--verify", action="store_true", help="hold them against their checksums: reads all of it")
+    checkpoint.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare each checkpoint with its checksums, which reads all files in full",
+    )
 
-    index = _command(subs, "index", "on_files:index", "an index for tars of latents that are there, or a check of one")
-    index.add_argument("folder", help="holds *.tar, made by `spresso prepare`, WebDataset or tar; or train/ and test/")
-    index.add_argument("--verify", action="store_true", help="hold the tars against their index, and write nothing")
+    index = _add_command(
+        subs,
+        "index",
+        "on_files:index",
+        "build the index of existing tar files of latents, or verify the files with it",
+    )
     index.add_argument(
-        "--autoencoder", choices=("spectral", "woosh", "oobleck"), help="whose latents (default: as before)"
+        "folder", help="folder with *.tar files, made by `spresso prepare`, WebDataset or tar; or with train/ and test/"
     )
-    index.add_argument("--autoencoder-folder", type=Path, help="of a pretrained autoencoder")
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    index.add_argument("--verify", action="store_true", help="compare the tar files with their index and write nothing")
+    index.add_argument(
+        "--autoencoder",
+        choices=("spectral", "woosh", "oobleck"),
+        help="autoencoder that made the latents (default: the one that the existing index names)",
+    )
+    index.add_argument("--autoencoder-folder", type=Path, help="folder with its weights, for woosh and oobleck")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
 
-    data = _command(subs, "data", "on_files:data", "a set of latents at a glance")
-    data.add_argument("location", metavar="DIR", help="a set, or a folder with train/ and test/; or its URL")
-    data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files there")
-    data.add_argument("--samples", type=int, default=5, help="so many of them (%(default)s)")
+    data = _add_command(subs, "data", "on_files:data", "summarize a set of latents")
+    data.add_argument("location", metavar="DIR", help="folder or URL of a set, or of its parent with train/ and test/")
+    data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files in this folder")
+    data.add_argument("--samples", type=int, default=5, help="number of samples to decode (default: %(default)s)")
 
 
-def _of_streams(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Commands that use a trained codec."""
-    encode = _command(subs, "encode", "on_sounds:encode", "a sound file → a stream, or a folder of them")
-    encode.add_argument("input", type=Path, metavar="IN.wav", help="or a folder")
-    encode.add_argument("output", type=Path, metavar="OUT.spr", help="or a folder")
-    encode.add_argument("--books", type=int, help="use the first so many codebooks: fewer bits (default: all)")
+def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that use a trained codec."""
+    encode = _add_command(
+        subs, "encode", "on_sounds:encode", "encode a sound file, or all sound files in a folder, into .spr streams"
+    )
+    encode.add_argument("input", type=Path, metavar="IN.wav", help="sound file, or folder of sound files")
+    encode.add_argument("output", type=Path, metavar="OUT.spr", help="stream to write, or folder of streams")
+    encode.add_argument("--books", type=int, help="codebooks to use; fewer give a lower bit rate (default: all)")
     encode.add_argument(
         "--channels",
         default="auto",
         choices=("auto", "separate", "mid_side"),
-        help="how stereo is coded (auto: as mid and side)",
+        help="how to code stereo; auto codes it as mid and side (default: %(default)s)",
     )
-    encode.add_argument("--no-entropy-coding", action="store_true", help="also where the codec has a prior for it")
-    _codec_options(encode)
+    encode.add_argument(
+        "--no-entropy-coding",
+        action="store_true",
+        help="write plain codes even if the codec has a prior for entropy coding",
+    )
+    _add_codec_options(encode)
 
-    decode = _command(subs, "decode", "on_sounds:decode", "a stream → a sound file, or a folder of them")
-    decode.add_argument("input", type=Path, metavar="IN.spr", help="or a folder")
-    decode.add_argument("output", type=Path, metavar="OUT.wav", help="or a folder")
+    decode = _add_command(
+        subs, "decode", "on_sounds:decode", "decode an .spr stream, or all streams in a folder, into sound files"
+    )
+    decode.add_argument("input", type=Path, metavar="IN.spr", help="stream, or folder of streams")
+    decode.add_argument("output", type=Path, metavar="OUT.wav", help="sound file to write, or folder of sound files")
     decode.add_argument(
-        "--seed", type=int, default=0, help="another seed, another sound with the same codes (%(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed; another seed gives another sound (default: %(default)s)",
     )
-    decode.add_argument("--steps", type=int, help="steps of the sampler (default: the codec's)")
+    decode.add_argument("--steps", type=int, help="steps of the diffusion sampler (default: as stored in the codec)")
     decode.add_argument(
-        "--samples", type=int, default=1, help="so many decodes of the same codes: OUT.0.wav, OUT.1.wav … (%(default)s)"
+        "--samples",
+        type=int,
+        default=1,
+        help="number of times to decode the same codes, to OUT.0.wav, OUT.1.wav … (default: %(default)s)",
     )
-    decode.add_argument("--rate", type=int, help="samples a second (default: those of the sound that was encoded)")
-    _codec_options(decode)
+    decode.add_argument("--rate", type=int, help="sample rate in Hz to write (default: that of the encoded sound)")
+    _add_codec_options(decode)
 
-    info = _command(subs, "info", "on_sounds:info", "what a stream holds, and what it costs")
-    info.add_argument("input", type=Path, metavar="FILE.spr")
-    info.add_argument("--codec", type=Path, help="the export that made it (default: the one under runs/)")
+    info = _add_command(subs, "info", "on_sounds:info", "show the contents and the bit rate of a stream")
+    info.add_argument("input", type=Path, metavar="FILE.spr", help="stream to read")
+    info.add_argument("--codec", type=Path, help="export folder of the codec that made it (default: found under runs/)")
 
 
-def _listening(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    test = _command(
-        subs, "listen-test", "on_recipes:listen_test", "a blind MUSHRA test of the evaluated clips, for webMUSHRA"
+def _add_listening_test(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command that makes a listening test."""
+    test = _add_command(
+        subs,
+        "listen-test",
+        "on_recipes:listen_test",
+        "make a blind MUSHRA listening test of the evaluated clips",
     )
     test.add_argument("recipe", help=_RECIPE)
-    test.add_argument("out", type=Path, metavar="OUT", help="the folder to make; beside it OUT.key.json, to keep back")
+    test.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="folder to write, for webMUSHRA; keep OUT.key.json, which names the systems, from the listeners",
+    )
     test.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    test.add_argument("--systems", help="their keys in evaluation.json, with commas (default: all that the page plays)")
-    test.add_argument("--clips", type=int, help="(default: all that the page plays)")
-    test.add_argument("--seed", type=int, default=0, help="another seed, other names and orders (%(default)s)")
+    test.add_argument(
+        "--systems", help="systems to test: keys in evaluation.json, separated by commas (default: all on the page)"
+    )
+    test.add_argument("--clips", type=int, help="number of clips to test (default: all on the page)")
+    test.add_argument("--seed", type=int, default=0, help="random seed of file names and order (default: %(default)s)")
 
 
-def _of_runs(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Commands about runs that are under way, on a cluster or here."""
-    run = "a run's directory, or its name under runs/"
-    status = _command(subs, "status", "on_runs:status", "what runs, where, how far, and when it will be done")
-    status.add_argument("run", nargs="?", metavar="RUN", help=f"{run}; default: all under runs/, in short")
-    logs = _command(subs, "logs", "on_runs:logs", "what a run writes")
+def _add_run_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that watch and control runs, on a cluster or on this machine."""
+    run = "directory of a run, or its name under runs/"
+    status = _add_command(subs, "status", "on_runs:status", "show the state, progress and expected end of runs")
+    status.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help=f"{run}; also shows each start of its jobs (default: an overview of all runs under runs/)",
+    )
+    logs = _add_command(subs, "logs", "on_runs:logs", "show the log of a run")
     logs.add_argument("run", metavar="RUN", help=run)
-    logs.add_argument("--stage", help="(default: the one that runs, or ran last)")
-    logs.add_argument("--rank", type=int, help="(default: 0)")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as it is written, until Ctrl-C")
+    logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")
+    logs.add_argument("--rank", type=int, help="rank whose log to show (default: 0)")
+    logs.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until Ctrl-C")
     for name, command, help_ in (
-        ("cancel", "on_runs:cancel", "end all jobs of a run; those that train save first"),
+        ("cancel", "on_runs:cancel", "cancel all jobs of a run; training jobs save first"),
         (
             "requeue",
             "on_runs:requeue",
-            "have a run's job save, leave its nodes and wait for new ones; or submit it anew",
+            "make a running job save and return to the queue; if the run has no jobs, submit it again",
         ),
     ):
-        _command(subs, name, command, help_).add_argument("run", metavar="RUN", help=run)
+        _add_command(subs, name, command, help_).add_argument("run", metavar="RUN", help=run)
 
 
-def _command(
+def _add_command(
     subs: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     command: str,
     help_: str,
 ) -> argparse.ArgumentParser:
-    """Add a command; `command` is `module:function` in `launch.commands`."""
+    """Add a command, whose function is `command` (`module:function`) in `launch.commands`."""
     sub = subs.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False)
     sub.set_defaults(command=command)
     return sub
 
 
-def _codec_options(sub: argparse.ArgumentParser) -> None:
+def _add_codec_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options that `encode` and `decode` share."""
     sub.add_argument(
         "--codec",
         type=Path,
-        help="an export folder (default: the newest under runs/; decode takes the one that fits the stream)",
+        help="export folder of the codec (default: the newest under runs/; for decode, the one that made the stream)",
     )
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
-    sub.add_argument("--force", action="store_true", help="of a folder also do again what is there")
+    sub.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)"
+    )
+    sub.add_argument("--force", action="store_true", help="in a folder, also redo files that are already converted")
 
 
 class _Version(argparse.Action):
-    """Print the version when it is asked for: git is not asked at every start."""
+    """Prints the version. It is an action so that git runs only for `--version`, not at every start."""
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
-        """Print it and leave."""
-        from importlib import metadata  # here, with the next: together they take as long as all of `--help`
+        """Print the version and exit."""
+        from importlib import metadata  # imported here: these two imports take as long as all of `--help`
 
         from trainer.provenance import code_version
 
@@ -219,18 +287,19 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _line(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
+    """Return the message of an error for the user; a full disk names what to do."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" for {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}: free some, or take another run_dir=…, and run the same command again"
+        return f"no space left on the disk{where}: free some space or set another run_dir, and repeat the command"
     return str(error)
 
 
 def command() -> None:
-    """`main` as a process of its own.
+    """Run `main` and end the process.
 
-    Where torch was used it ends here and now, when all that is registered for the end has been done: threads of torch
-    and of what computes for it do not always survive the interpreter's own end, and abort what has succeeded.
+    If torch was imported, the process runs its exit handlers and then ends without the interpreter's own shutdown:
+    threads of torch do not always survive that shutdown and would abort a command that has succeeded.
     """
     status = main()
     if "torch" in sys.modules:

@@ -1,4 +1,4 @@
-"""What lies on a disk: `spresso index`, `data` and `checkpoint`."""
+"""Inspects latents and checkpoints on a disk: `spresso index`, `data` and `checkpoint`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from trainer.progress import Progress
 
 
 def index(location: str, *, kind: str | None, weights: Path | None, workers: int) -> None:
-    """Make a folder of tars a set, or the train/ and test/ of a folder two."""
+    """Build the index of a folder of tar files, or of its train/ and test/, so that it becomes a set.
+
+    Args:
+        location: the folder.
+        kind: autoencoder that made the latents; None: the one that the existing index names.
+        weights: folder of the autoencoder's weights.
+        workers: number of processes.
+
+    Raises:
+        ValueError: the autoencoder is unknown, or a tar file does not fit.
+    """
     for part in _parts(location):
         _index(Path(part), kind=kind, weights=weights, workers=workers)
 
@@ -27,7 +37,7 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
         options = {"kind": kind, "folder": None if weights is None else str(weights)}
         info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
     if info is None:
-        raise ValueError(f"whose latents {folder} holds is not known: say --autoencoder spectral, woosh or oobleck")
+        raise ValueError(f"{folder} names no autoencoder of its latents: add --autoencoder spectral, woosh or oobleck")
     with Progress("index", total=0, unit="shards") as progress:
         shard_set = index_folder(
             folder, info, workers=workers, progress=lambda done, total: progress.to(done, of=total)
@@ -36,10 +46,10 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
 
 
 def verify(location: str, *, workers: int) -> None:
-    """Hold the tars of a set, or of a folder's train/ and test/, against their index.
+    """Compare the tar files of a set, or of a folder's train/ and test/, with their index.
 
     Raises:
-        ValueError: names all that is wrong.
+        ValueError: the message has a line for every problem.
     """
     from trainer.data.index import verify_folder
 
@@ -49,15 +59,15 @@ def verify(location: str, *, workers: int) -> None:
             found = verify_folder(folder, workers=workers, progress=lambda done, total: progress.to(done, of=total))
         if not found:
             shard_set = ShardSet(folder)
-            say = f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all as indexed"
-            print(say, file=sys.stderr)
+            summary = f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all match the index"
+            print(summary, file=sys.stderr)
         problems += found
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def describe(location: str, *, samples: int, play_to: Path | None) -> None:
-    """Describe a set, or the train/ and test/ of a folder of latents; decode some samples of each."""
+    """Print a summary of a set, or of the train/ and test/ of a folder; decode `samples` of each to `play_to`."""
     from trainer.data import describe as description
 
     for number, part in enumerate(_parts(location)):
@@ -69,7 +79,7 @@ def describe(location: str, *, samples: int, play_to: Path | None) -> None:
 
 
 def checkpoint(folder: Path, *, verify: bool) -> int:
-    """List the checkpoints of a run, or explain one; with `verify` read all of each, and return 1 if one is damaged."""
+    """List the checkpoints of a run, or describe one; `verify`: compare with checksums, return 1 if one is damaged."""
     from trainer.checkpoints import inventory
 
     paths = inventory.find_checkpoints(folder)
@@ -82,7 +92,7 @@ def checkpoint(folder: Path, *, verify: bool) -> int:
 
 
 def _parts(location: str) -> list[str]:
-    """The sets of a folder of latents or of its URL; itself where it is one."""
+    """Return the train/ and test/ of a folder or URL of latents; the location itself if it is a set."""
     location = location.rstrip("/")
     parts = [f"{location}/{split}" for split in ("train", "test")]
     if is_url(location):

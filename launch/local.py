@@ -1,4 +1,4 @@
-"""A trained stage on this machine: in this process, or as several ranks, each its own process."""
+"""Trains a stage on this machine: in this process, or in one process per rank."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from launch.slurm.attempt import TOKEN
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 
-_GRACE = 5.0  # seconds for the other ranks to leave by themselves once one has left
+_GRACE = 5.0  # seconds for the other ranks to end by themselves after one has failed
 
 
 def train_here(config: Config, stage: str) -> str:
-    """Train a stage to its end; returns "done", or "stopped" where a signal asked to leave, be it in the last step.
+    """Train a stage; return "done", or "stopped" if a signal asked the run to stop, even during the last step.
 
-    Where a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks; otherwise
-    `parallel.processes` ranks are started here.
+    If a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks. Otherwise this
+    function starts `parallel.processes` ranks.
+
+    Raises:
+        ValueError: another process or job trains in the stage's directory.
     """
     folder = stage_folder(config, stage)
-    launched = "RANK" in os.environ  # by something that starts many of us: whether to is for it to know
+    launched = "RANK" in os.environ  # a launcher starts several ranks, so no single one of them may own the directory
     if not launched:
         owner.take(folder, owner.by_hand())
     try:
         if not launched and config.parallel.processes > 1:
             return _train_ranks(config, stage, config.parallel.processes)
         with StopFlag() as stop:
-            # here, under the flag: importing torch takes seconds, in which a signal may come
+            # imported under the flag: importing torch takes seconds, during which a signal may arrive
             from trainer.loop import train
 
             outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
@@ -46,7 +49,7 @@ def train_here(config: Config, stage: str) -> str:
 
 
 def _permitted(config: Config, stage: str) -> Callable[[], None]:
-    """Raises once another start of the run has taken over."""
+    """Return a function that raises Superseded if another start of the run has taken over the directory."""
     folder = stage_folder(config, stage)
     return (lambda: owner.require(folder)) if TOKEN in os.environ else (lambda: None)
 
@@ -57,11 +60,11 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
     )
     assert context is not None
 
-    asked = False
+    stop_requested = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal stop_requested
+        stop_requested = True
         for process in context.processes:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
@@ -71,18 +74,19 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
         while not context.join(grace_period=_GRACE):
             pass
     except multiprocessing.ProcessExitedException as error:
-        if error.exit_code == STOPPED or (asked and -error.exit_code in SIGNALS):  # before it could listen
+        # a signal kills a rank that has not set its handler yet
+        if error.exit_code == STOPPED or (stop_requested and -error.exit_code in SIGNALS):
             _join_all(context)
             return "stopped"
-        if error.exit_code not in (MISTAKE, INTERRUPTED):  # of which the rank itself has said why
+        if error.exit_code not in (MISTAKE, INTERRUPTED):  # the rank has printed the reason of these itself
             how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
             log = stage_folder(config, stage) / "logs" / f"rank_{error.error_index}.log"
-            print(f"spresso: rank {error.error_index} {how}, and the others with it; see {log}", file=sys.stderr)
+            print(f"spresso: rank {error.error_index} {how}, so the other ranks were ended; see {log}", file=sys.stderr)
         raise SystemExit(max(1, error.exit_code)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return "stopped" if asked else "done"
+    return "stopped" if stop_requested else "done"
 
 
 def _join_all(context: object) -> None:
@@ -112,13 +116,13 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
     except (ValueError, OSError) as error:
         print(f"spresso: rank {rank}: {error}", file=sys.stderr)
         _leave(MISTAKE)
-    # Every rank leaves alike: a status of its own tells the parent that all was saved.
+    # every rank ends with the same status, by which the parent knows that the checkpoint was saved
     dist.destroy_process_group()
     _leave(STOPPED if outcome == "stopped" else 0)
 
 
 def _leave(status: int) -> NoReturn:
-    """At once: the threads of a process group don't survive the interpreter's own end."""
+    """End the process at once: the threads of a process group do not survive the interpreter's shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

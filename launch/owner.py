@@ -1,7 +1,7 @@
-"""Who holds a stage's run directory: one at a time. What a dead one held is taken over, and it may no longer write.
+"""Ownership of a stage's directory. One process or job owns it; a new one takes over from an owner that is dead.
 
-The holder is named in `owner.json`. A rank that writes asks `require` before: ranks of a start that the cluster gave
-up, cut off from it but still running, find another name there and end.
+The owner is named in `owner.json`. A rank calls `require` before it writes. Ranks of an earlier start that the cluster
+has given up, but that still run on a node cut off from it, find another owner there and end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.slurm.attempt import TOKEN, Attempt
 from models.atomic_write import write_whole
 
 _FILE = "owner.json"
-_SILENCE = 900.0  # seconds without a word in status.json, after which a holder on a machine out of sight counts as dead
+_SILENCE = 900.0  # seconds without a new status.json after which an owner on another machine counts as dead
 
 
 class Superseded(RuntimeError):
@@ -27,44 +27,44 @@ class Superseded(RuntimeError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a run directory."""
+    """Owner of a stage's directory."""
 
     token: str
     host: str
     pid: int
     born: str
-    """When the process of that number was started, in the kernel's own unit."""
+    """Start time of the process in kernel ticks, which tells it from a later process with the same pid."""
     job: str = ""
-    """SLURM's number, empty for a run by hand."""
+    """SLURM's job id; empty for a run without SLURM."""
     restart: int = 0
 
     @property
     def told(self) -> str:
-        """For people."""
+        """Name of the owner, for people."""
         return f"job {self.job}" if self.job else f"process {self.pid} on {self.host}"
 
 
 def by_hand() -> Owner:
-    """This process."""
+    """Return this process as an owner."""
     host, pid = socket.gethostname(), os.getpid()
     return Owner(f"{host}_{pid}_{_born(pid)}", host, pid, _born(pid))
 
 
 def by_job(attempt: Attempt) -> Owner:
-    """A start of a job."""
+    """Return a start of a job as an owner."""
     return Owner(attempt.token, socket.gethostname(), os.getpid(), "", attempt.job, attempt.restart)
 
 
 def take(folder: Path, owner: Owner) -> None:
-    """Hold a stage's directory from now on, for this process and those that it starts.
+    """Make `owner` the owner of a stage's directory, for this process and its children.
 
     Raises:
-        ValueError: a living process or job holds it.
+        ValueError: a living process or job owns the directory.
     """
     held = holder(folder)
     if held is not None and not _same(held, owner) and lives(held, folder):
         raise ValueError(
-            f"{folder} is held by {held.told}, which is alive: wait for it, or end it"
+            f"{folder} is in use by {held.told}, which is alive: wait for it, or end it"
             + (f" with `scancel {held.job}`" if held.job else "")
         )
     write_whole(folder / _FILE, json.dumps(asdict(owner), indent=1))
@@ -72,54 +72,54 @@ def take(folder: Path, owner: Owner) -> None:
 
 
 def holder(folder: Path) -> Owner | None:
-    """Who holds it; None if nobody does."""
+    """Return the owner of a stage's directory; None if it has none. Raises ValueError if the file is damaged."""
     try:
         return Owner(**json.loads((folder / _FILE).read_text("utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        raise ValueError(f"{folder / _FILE} is damaged: remove it, if nothing trains there") from None
+        raise ValueError(f"{folder / _FILE} is damaged: remove it if nothing trains there") from None
 
 
 def release(folder: Path, token: str) -> None:
-    """Hold it no longer, if it is still held by that one."""
+    """Give up the ownership of a directory, if the owner with this token still has it."""
     held = holder(folder)
     if held is not None and held.token == token:
         (folder / _FILE).unlink(missing_ok=True)
 
 
 def require(folder: Path) -> None:
-    """Raise Superseded if this process's run is no longer the one that holds the directory."""
+    """Raise Superseded if the start that this process belongs to no longer owns the directory."""
     held = holder(folder)
     if held is None or held.token != os.environ.get(TOKEN):
-        raise Superseded(f"{folder} was taken over by {held.told if held else 'nobody known'}: nothing more is written")
+        raise Superseded(f"{folder} was taken over by {held.told if held else 'an unknown owner'}: this rank ends")
 
 
 def _same(held: Owner, newcomer: Owner) -> bool:
-    """Whether it is the newcomer itself, or an earlier start of its job."""
+    """Whether the owner is the newcomer itself, or an earlier start of the newcomer's job."""
     earlier = bool(held.job) and held.job == newcomer.job and held.restart < newcomer.restart
     return held.token == newcomer.token or earlier
 
 
 def lives(held: Owner, folder: Path) -> bool:
-    """Whether a holder is alive, as far as can be told from here."""
+    """Whether an owner is alive. If that cannot be checked, an owner that wrote recently counts as alive."""
     if held.job:
         try:
             return bool(scheduler.alive([held.job]))
-        except scheduler.QueueError:  # away from the cluster
-            return _spoke_lately(folder)
+        except scheduler.QueueError:  # there is no SLURM on this machine, or no answer
+            return _wrote_recently(folder)
     if held.host == socket.gethostname():
         return _born(held.pid) == held.born
-    return _spoke_lately(folder)
+    return _wrote_recently(folder)
 
 
-def _spoke_lately(folder: Path) -> bool:
+def _wrote_recently(folder: Path) -> bool:
     times = [path.stat().st_mtime for path in (folder / "status.json", folder / _FILE) if path.exists()]
     return time.time() - max(times, default=0.0) < _SILENCE
 
 
 def _born(pid: int) -> str:
-    """Empty where there is no such process, or it is a zombie."""
+    """Return the start time of a process in kernel ticks; empty if there is no such process or it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

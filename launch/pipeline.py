@@ -1,4 +1,4 @@
-"""The stages of a recipe, in order. Run again it goes on where it stopped, and does nothing twice."""
+"""Runs the stages of a recipe in order. A repeated run resumes where it stopped and skips what is done."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from trainer.stages import STAGES, trained_stages
 
 
 def run(config: Config) -> str:
-    """All stages; returns "done", or "stopped" where a signal asked a stage to leave."""
-    _require_of_all_stages(config)
+    """Run all stages; return "done", or "stopped" if a signal asked a stage to stop. Raises ValueError, OSError."""
+    _require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
     write_whole(Path(config.run_dir) / "config.yaml", to_yaml(config))
@@ -42,18 +42,18 @@ def run(config: Config) -> str:
     return "done"
 
 
-def _require_of_all_stages(config: Config) -> None:
-    """Raise ValueError for settings that are one stage's."""
+def _require_settings_of_all_stages(config: Config) -> None:
+    """Raise ValueError for settings that make sense for a single stage alone."""
     for key, value in (("start_from", config.checkpoint.start_from), ("resume", config.checkpoint.resume)):
         if value not in (None, "auto", "never"):
             raise ValueError(
-                f"checkpoint.{key}={value} is for one stage: `spresso train RECIPE stage=… checkpoint.{key}={value}`, "
-                f"and then `spresso run RECIPE` without it"
+                f"checkpoint.{key}={value} applies to one stage: use `spresso train RECIPE stage=… "
+                f"checkpoint.{key}={value}`, then `spresso run RECIPE` without it"
             )
 
 
 def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> str:
-    """Run one stage to its end, or nothing where it has ended already; of a stage that is cut, one of its parts."""
+    """Run one stage, or one of its `parts`; a stage that is done is skipped. Returns "done" or "stopped"."""
     if STAGES[stage].trained:
         return train(config, stage)
     cut = {"part": part, "parts": parts} if STAGES[stage].array else {}
@@ -62,12 +62,12 @@ def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> s
 
 
 def audio_folder(config: Config) -> Path:
-    """The user's sounds, or those that `synth` makes."""
+    """Return the folder or manifest of the user's sounds, or the folder of the sounds that `synth` makes."""
     return Path(config.data.audio) if config.data.audio is not None else stage_folder(config, "audio")
 
 
 def shared_latents(config: Config) -> bool:
-    """Whether `data.latents` is a set that another run made, and this one has no sounds of its own."""
+    """Whether `data.latents` holds sets that another run made, and this run has no sounds of its own."""
     needed = ("test",) if config.data.mix else ("train", "test")
     return (
         config.data.audio is None
@@ -80,15 +80,15 @@ def shared_latents(config: Config) -> bool:
 
 
 def synth(config: Config) -> None:
-    """Captioned sound effects for those who give neither sounds nor latents."""
+    """Synthesize captioned sound effects, unless the recipe names latents that exist."""
     if shared_latents(config):
-        say(f"  not needed: {config.data.latents} holds latents")
+        say(f"  skipped: {config.data.latents} holds latents")
         return
     synthesize(audio_folder(config), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers)
 
 
 def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
-    """Write synthesized sounds into a folder."""
+    """Write `hours` hours of synthesized sounds into a folder, with a progress bar."""
     with Progress("synth", total=hours * 60, unit="minutes") as progress:
 
         def show(done: float, total: float) -> None:
@@ -98,7 +98,7 @@ def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
 
 
 def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
-    """Sound files → latents in shards; all of them, or one part of the job."""
+    """Encode sound files into shards of latents: all files, or those of one part of an array job."""
     if shared_latents(config):
         say(f"  made before: {config.data.latents}")
         return
@@ -132,51 +132,54 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             progress=show,
         )
     if report is None:
-        say(f"  part {part} of {parts} is done; the sets are made when all parts are")
+        say(f"  part {part} of {parts} is done; the sets are complete once all parts are")
         return
-    say(f"  {report.files} files, {report.clips['train']} clips to learn from, {report.clips['test']} held out")
+    say(f"  {report.files} files, {report.clips['train']} clips for training, {report.clips['test']} held out")
     if report.problems:
-        say(f"  {len(report.problems)} left out, see {config.data.latents}/report.json")
+        say(f"  {len(report.problems)} files left out, see {config.data.latents}/report.json")
 
 
 def train(config: Config, stage: str, how: Callable[[Config, str], str] | None = None) -> str:
-    """A trained stage, here or as `how` does it; nothing where it has ended already with these settings."""
+    """Train a stage, unless it is done with these settings; `how` replaces the training on this machine.
+
+    Returns "done" or "stopped". Raises ValueError if the run directory holds a run with other settings.
+    """
     directory = RunDirectory(stage_folder(config, stage), stage)
     directory.require_same(config, stage_inputs(config, stage))
-    if directory.done(config) and _goes_on(config, directory):
+    if directory.done(config) and _resumes_own_run(config, directory):
         say(f"  done before: {directory.export}")
         return "done"
     return (how or train_here)(config, stage)
 
 
-def _goes_on(config: Config, directory: RunDirectory) -> bool:
-    """Whether nothing else is asked for than to go on from where the run is."""
+def _resumes_own_run(config: Config, directory: RunDirectory) -> bool:
+    """Whether the run is to resume from its own state: `auto`, or a path that the run has already resumed from."""
     return config.checkpoint.resume == "auto" or was_followed(directory, config.checkpoint.resume)
 
 
 def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
-    """The figures, as a table on the terminal, and files of them; of all clips, or of one part of the job."""
+    """Score all clips, or those of one part of an array job; print the table and write its files."""
     report = evaluation.evaluate_part(config, part=part, parts=parts)
     if report is None:
-        say(f"  part {part} of {parts} is done; the table is made when all parts are")
+        say(f"  part {part} of {parts} is done; the table is made once all parts are")
         return
     print(tables.table(report))
 
 
 def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
-    """A folder for webMUSHRA, from the clips that the page plays."""
+    """Write a folder for webMUSHRA with the clips that the page plays. Raises ValueError."""
     folder = stage_folder(config, "evaluate")
     made = write_listening_test(evaluation.evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)
     say(f"{made.trials} trials of {made.conditions} sounds: copy {out}/configs into webMUSHRA's folder and open")
-    say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} back, it says which sound is whose")
+    say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} from the listeners: it names the systems")
 
 
 def page(config: Config) -> Path:
-    """The listening page; returns the path to open."""
+    """Write the listening page; return the path to open."""
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
-    for name in ("audio", "images"):  # of an older evaluation
+    for name in ("audio", "images"):  # these may be of an older evaluation
         shutil.rmtree(stage_folder(config, "page") / name, ignore_errors=True)
     index = write_page(
         report,
@@ -190,7 +193,7 @@ def page(config: Config) -> Path:
 
 
 def say(text: str) -> None:
-    """To the terminal, beside bars and tables."""
+    """Print a line to stderr, which keeps stdout free for tables."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -200,4 +203,4 @@ UNTRAINED: dict[str, Callable[..., object]] = {
     "evaluate": evaluate,
     "page": page,
 }
-"""What runs a stage that trains nothing; one that can be cut into parts is also given `part` and `parts`."""
+"""Stage that trains nothing → the function that runs it; a stage with parts also gets `part` and `parts`."""

@@ -1,4 +1,4 @@
-"""What a run would do, before it costs anything."""
+"""`spresso plan`: what a run would do, shown before anything is started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.stages import STAGES
 
 
 def plan(config: Config) -> Iterator[str]:
-    """Lines: the resolved config, the arithmetic of batches and bits, and what each rank of each stage would hold."""
+    """Yield lines: the resolved config, batch sizes, bit rates, memory per rank, the run directory, job scripts."""
     yield from ("# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config), "")
     yield from memory(config)
     yield from ("# run directory", *_run_directory(config), "")
@@ -28,13 +28,13 @@ def plan(config: Config) -> Iterator[str]:
 
 
 def _run_directory(config: Config) -> Iterator[str]:
-    """What each stage would go on from, and the disk that its checkpoints take."""
+    """Yield what each trained stage would resume from, and the disk space of its checkpoints."""
     for stage in config.stages:
         if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
         there = checkpoints(directory.checkpoints)
-        state = "has ended" if directory.done(config) else f"goes on from {there[-1].name}" if there else "begins"
+        state = "is done" if directory.done(config) else f"resumes from {there[-1].name}" if there else "starts anew"
         yield f"{stage}: {state}; its checkpoints take {size(checkpoint_bytes(config, stage))}"
 
 
@@ -49,7 +49,7 @@ def _stages(config: Config) -> list[str]:
         lines.append(
             f"{stage}: {settings.samples} samples = {steps} steps × {settings.global_batch} "
             f"({ranks} rank(s) × {micro} clips × {settings.global_batch // (ranks * micro)} accumulated), "
-            f"{settings.crop_frames} frames a crop"
+            f"{settings.crop_frames} frames per crop"
         )
     return lines
 
@@ -58,7 +58,7 @@ def _codec(config: Config) -> list[str]:
     try:
         sample_rate, hop = latent_timing(config.autoencoder.kind, config.autoencoder.folder)
     except ValueError as error:
-        return [f"the rates are the autoencoder's, which is not known here: {error}"]
+        return [f"bit rates are unknown without the autoencoder: {error}"]
     latent, quantizer = config.latent_encoder, config.quantizer
     samples_per_z = hop * latent.pooling
     z_rate = sample_rate / samples_per_z
@@ -68,5 +68,5 @@ def _codec(config: Config) -> list[str]:
     ]
     for books in config.rates:
         bits = books * (quantizer.size.bit_length() - 1)
-        lines.append(f"{books} codebooks of {quantizer.size}: {bits} bits a z, {z_rate * bits / 1000:.4f} kbps")
+        lines.append(f"{books} codebook(s) of {quantizer.size}: {bits} bits per z, {z_rate * bits / 1000:.4f} kbps")
     return lines

@@ -1,4 +1,4 @@
-"""The memory of each rank as `spresso plan` shows it: a table for each stage, a line for each strategy."""
+"""The memory of each rank in `spresso plan`: a table for each trained stage, with a row for each strategy."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _HEADER = (
 
 
 def memory(config: Config) -> Iterator[str]:
-    """A section for each trained stage of the recipe."""
+    """Yield the lines of one section for each trained stage of the recipe."""
     for stage in config.stages:
         if not STAGES[stage].trained:
             continue
         yield f"# memory: {stage}"
         if config.stage(stage).samples == 0:
-            yield from (f"{stage}.samples=0: fitted without a gradient", "")
+            yield from (f"{stage}.samples=0: not trained by gradient", "")
             continue
         try:
             ranks, micro = ranks_of(config, stage)
             here = dataclasses.replace(config.parallel, processes=ranks, micro_batch=micro)
             estimate = Estimate(dataclasses.replace(config, parallel=here), stage, ranks)
         except (ValueError, OSError) as error:
-            yield from (f"left out, as the sizes of the models are not known here: {error}", "")
+            yield from (f"left out, because the sizes of the models are unknown: {error}", "")
             continue
         yield from (*_stage(estimate, gpu_memory(config.parallel)), "")
 
@@ -55,13 +55,13 @@ def _stage(estimate: Estimate, total: int) -> Iterator[str]:
     unit, name = (GIB, "GiB") if max(row.parts.total for row in rows) >= GIB else (2**20, "MiB")
     ranks, frames = estimate.ranks, estimate.config.stage(estimate.stage).crop_frames
     yield (
-        f"each of {ranks.count} rank(s), {estimate.micro} clips of {frames} frames in {ranks.precision}, in {name}; "
-        f"> is this recipe's"
+        f"{name} on each of {ranks.count} rank(s), for micro batches of {estimate.micro} clips of {frames} frames in "
+        f"{ranks.precision}; > marks this recipe's strategy"
     )
     cells = [_cells(row, unit, own=row is own, fits=row.fits(total)) for row in rows]
     yield aligned([_HEADER, *cells], right=range(2, 11))
     yield _verdict(estimate, own, total)
-    yield f"between forward and backward pass, of one micro batch: {_groups(estimate.activations(own.sharing))}"
+    yield f"activations of a micro batch between forward and backward: {_groups(estimate.activations(own.sharing))}"
 
 
 def _cells(row: StrategyRow, unit: int, *, own: bool, fits: bool) -> list[str]:
@@ -74,7 +74,7 @@ def _verdict(estimate: Estimate, own: StrategyRow, total: int) -> str:
     row = estimate.fastest(total)
     of = f"{total / GIB:.1f} GiB"
     if row is None:
-        return f"nothing fits {of}: lower parallel.micro_batch or {estimate.stage}.crop_frames, or use more ranks"
+        return f"no strategy fits {of}: lower parallel.micro_batch or {estimate.stage}.crop_frames, or use more ranks"
     if row.sharing == own.sharing:
         return f"the fastest that fits {of} is this recipe's"
     return f"the fastest that fits {of}: {' '.join(row.sharing.settings)} ({size(row.parts.total)})"

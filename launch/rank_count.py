@@ -1,4 +1,4 @@
-"""How many ranks a trained stage gets, and how its global batch is cut among them. Needs no torch."""
+"""Chooses the number of ranks of a trained stage and its micro batch. Importing this module needs no torch."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ from trainer.recipes.schema import Config
 
 
 def usable_ranks(config: Config, stage: str, tasks: int) -> tuple[int, int]:
-    """How many of the tasks are used, and the clips to a micro batch: nothing of what is learned depends on it.
+    """Return how many of the tasks serve as ranks, and the clips per micro batch. Neither changes what is learned.
 
-    The most ranks among which the stage's global batch divides, in groups as `parallel.replicas` asks; and micro
-    batches of at most `parallel.micro_batch`.
+    The number of ranks is the largest that divides the stage's global batch and is a multiple of `parallel.replicas`.
+    The micro batch is the largest divisor of a rank's share that is at most `parallel.micro_batch`.
+
+    Raises:
+        ValueError: no number of ranks up to `tasks` fits.
     """
     batch, replicas = config.stage(stage).global_batch, config.parallel.replicas
     fitting = [ranks for ranks in range(1, tasks + 1) if batch % ranks == 0 and ranks % replicas == 0]
     if not fitting:
         raise ValueError(
-            f"{stage}.global_batch={batch} divides among no number of ranks up to {tasks} that is a multiple of "
-            f"parallel.replicas={replicas}: change one of them, or take more nodes"
+            f"no number of ranks up to {tasks} divides {stage}.global_batch={batch} and is a multiple of "
+            f"parallel.replicas={replicas}: change one of the two, or use more nodes"
         )
     ranks = fitting[-1]
-    mine, most = batch // ranks, config.parallel.micro_batch or batch
-    return ranks, next(micro for micro in range(min(mine, most), 0, -1) if mine % micro == 0)
+    share, most = batch // ranks, config.parallel.micro_batch or batch
+    return ranks, next(micro for micro in range(min(share, most), 0, -1) if share % micro == 0)
 
 
 def ranks_of(config: Config, stage: str) -> tuple[int, int]:
-    """How many ranks a trained stage has (at least, where a cluster gives 2-8 nodes), and clips to a micro batch."""
+    """Return a trained stage's number of ranks (the smallest, for a range of nodes) and its clips per micro batch."""
     if config.cluster.kind == "local":
         ranks = config.parallel.processes
         return ranks, config.parallel.micro_batch or config.stage(stage).global_batch // ranks

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: they set a flag, and the loop saves and leaves at its next step boundary."""
+"""Signals that ask a run to stop. They set a flag; the training loop then saves and stops at the next step boundary."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Self
 from trainer.stop import Stop
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-MISTAKE = 2  # exit status: the user is told what to mend
-INTERRUPTED = 130  # exit status: a second Ctrl-C
-STOPPED = 75  # exit status (sysexits' EX_TEMPFAIL): saved, and the same command goes on from there
-_ONE_PRESS = 1.0  # seconds: a terminal's Ctrl-C reaches each rank twice, from the terminal and from its parent
+MISTAKE = 2  # exit status: a user's mistake, which the message explains
+INTERRUPTED = 130  # exit status: interrupted by a second Ctrl-C
+STOPPED = 75  # exit status (EX_TEMPFAIL of sysexits): saved, and the same command resumes
+_ONE_PRESS = 1.0  # seconds: one Ctrl-C reaches each rank twice, from the terminal and from its parent process
 
 
 class StopFlag(Stop):
-    """Callable inside its `with`: whether one of the signals has come. A second Ctrl-C interrupts at once."""
+    """Inside its `with` block, calling it tells whether a signal has arrived. A second Ctrl-C interrupts at once."""
 
     signals = SIGNALS
 
     def __init__(self) -> None:
         self._set_at: float | None = None
         self.why = "a signal"
-        """Why it was set."""
+        """Reason for which the flag was set, for people."""
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in self.signals}
@@ -37,11 +37,11 @@ class StopFlag(Stop):
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """Whether to leave."""
+        """Whether a signal has asked the run to stop."""
         return self._set_at is not None
 
     def ask_to_leave(self) -> None:
-        """Set it."""
+        """Set the flag, unless it is set already."""
         if self._set_at is None:
             self._set_at = time.monotonic()
 

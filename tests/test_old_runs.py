@@ -255,7 +255,7 @@ def test_a_stream_is_decoded_to_the_same_sound(name, rounds_alike):
 
 def test_the_latents_are_as_indexed(capsys):
     spresso("index", RUN / "latents", "--verify")
-    assert capsys.readouterr().err.count("all as indexed") == 2
+    assert capsys.readouterr().err.count("all match the index") == 2
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -1,1 +1,1 @@
-"""What each command of `spresso` does with its options; `launch.cli` imports a module when its command is called."""
+"""The functions behind the commands of `spresso`; `launch.cli` imports a module when its command is called."""

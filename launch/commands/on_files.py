@@ -1,4 +1,4 @@
-"""Commands that look into what lies on a disk: `index`, `data`, `checkpoint`."""
+"""Commands that inspect files: `index`, `data`, `checkpoint`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launch import inspect_files
 
 
 def index(options: argparse.Namespace) -> None:
-    """An index for tars, or a check of one."""
+    """Build the index of tar files, or verify the files with it."""
     if options.verify:
         inspect_files.verify(options.folder, workers=options.workers)
     else:
@@ -18,12 +18,12 @@ def index(options: argparse.Namespace) -> None:
 
 
 def data(options: argparse.Namespace) -> None:
-    """A set of latents at a glance."""
+    """Summarize a set of latents; raises ValueError if `--samples` is below 1."""
     if options.samples < 1:
-        raise ValueError("--samples is at least 1")
+        raise ValueError("--samples must be at least 1")
     inspect_files.describe(options.location, samples=options.samples, play_to=options.play_to)
 
 
 def checkpoint(options: argparse.Namespace) -> int:
-    """The checkpoints of a run."""
+    """List, describe or verify checkpoints; return the exit status."""
     return inspect_files.checkpoint(options.folder, verify=options.verify)

@@ -1,4 +1,4 @@
-"""Commands about runs that are under way, on a cluster or here: `status`, `logs`, `cancel`, `requeue`."""
+"""Commands that watch and control runs, on a cluster or on this machine: `status`, `logs`, `cancel`, `requeue`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from launch.status import table
 
 
 def status(options: argparse.Namespace) -> None:
-    """How far runs are."""
+    """Print the state and progress of runs."""
     print(table.report(table.resolve(options.run) if options.run else None))
 
 
 def logs(options: argparse.Namespace) -> None:
-    """What a run writes."""
+    """Print the log of a run."""
     log_files.logs(table.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
 
 
 def cancel(options: argparse.Namespace) -> None:
-    """End a run's jobs."""
+    """Cancel the jobs of a run."""
     print(table.cancel(table.resolve(options.run)), file=sys.stderr)
 
 
 def requeue(options: argparse.Namespace) -> None:
-    """Have a run leave its nodes and wait for others."""
+    """Requeue the running jobs of a run, or submit the run again if it has none."""
     run = table.resolve(options.run)
-    told = table.requeue(run)
-    if told is not None:
-        print(told, file=sys.stderr)
+    message = table.requeue(run)
+    if message is not None:
+        print(message, file=sys.stderr)
         return
-    from launch.slurm import submit  # needs torch, without which the other commands answer
+    # These imports need torch, which the other commands of this module do without.
+    from launch.slurm import submit
     from trainer.recipes.reading import load_recipe
 
     submit.run(load_recipe(str(run / "config.yaml"), []))

@@ -1,4 +1,4 @@
-"""Commands that make sounds or use a trained codec: `synth`, `encode`, `decode`, `info`."""
+"""Commands that synthesize sounds or use a trained codec: `synth`, `encode`, `decode`, `info`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from launch.pipeline import synthesize
 
 
 def synth(options: argparse.Namespace) -> None:
-    """Sounds for those who have none."""
+    """Synthesize captioned sound effects."""
     synthesize(options.folder, hours=options.hours, seed=options.seed, workers=options.workers)
 
 
 def encode(options: argparse.Namespace) -> int:
-    """Sound → streams."""
+    """Encode sounds into streams; return 1 if a file failed."""
     failed = codec_files.encode(
         options.input,
         options.output,
@@ -29,7 +29,7 @@ def encode(options: argparse.Namespace) -> int:
 
 
 def decode(options: argparse.Namespace) -> int:
-    """Streams → sound."""
+    """Decode streams into sounds; return 1 if a file failed."""
     failed = codec_files.decode(
         options.input,
         options.output,
@@ -45,5 +45,5 @@ def decode(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> None:
-    """What a stream holds."""
+    """Print the contents and the bit rate of a stream."""
     codec_files.info(options.input, codec=options.codec)

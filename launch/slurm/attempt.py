@@ -1,7 +1,8 @@
-"""The starts of a stage's job: who holds the run directory, what each rank left behind, and what came of it.
+"""Attempts: the starts of a stage's job, and the files that they leave behind.
 
-A job that is requeued keeps its number; its restarts tell its starts apart. What a start leaves behind lies under the
-stage's `attempts/`: a note of each rank, `JOB_RESTART/rank_N.json`, and in `history.jsonl` a line for each start.
+A requeued job keeps its number, so an attempt is named by job and restart count. Under the stage's `attempts/`, each
+rank writes a note on how it ended, `JOB_RESTART/rank_N.json`. In `history.jsonl` the batch script writes a line when an
+attempt begins and another when it ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from models.atomic_write import write_whole
 
 TOKEN = "SPRESSO_ATTEMPT"
-"""Environment variable: which start a process belongs to."""
+"""Environment variable: the attempt that a process belongs to."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Attempt:
 
     @classmethod
     def here(cls, stage_folder: Path) -> Attempt:
-        """The one that this process is part of, by SLURM's environment."""
+        """Return the attempt that this process is part of, from SLURM's environment variables."""
         job = os.environ["SLURM_JOB_ID"]
         if "SLURM_ARRAY_JOB_ID" in os.environ:
             job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -38,21 +39,21 @@ class Attempt:
 
     @property
     def token(self) -> str:
-        """Its name."""
+        """Name of the attempt: `JOB_RESTART`."""
         return f"{self.job}_{self.restart}"
 
     @property
     def folder(self) -> Path:
-        """Where its ranks leave their notes."""
+        """Folder of the ranks' notes."""
         return self.stage_folder / "attempts" / self.token
 
     def note(self, rank: int, outcome: str, **facts: Any) -> None:
-        """Leave a note of how a rank ended: done, stopped, left, idle, mistake or failed."""
+        """Write how a rank ended: done, stopped, left, idle, superseded, mistake or failed."""
         entry = {"outcome": outcome, "host": socket.gethostname(), "time": time.time(), **facts}
         write_whole(self.folder / f"rank_{rank}.json", json.dumps(entry, indent=1))
 
     def notes(self) -> dict[int, dict[str, Any]]:
-        """The ranks' notes so far."""
+        """Return the notes that exist so far, by rank."""
         found = {}
         for path in self.folder.glob("rank_*.json"):
             found[int(path.stem.removeprefix("rank_"))] = json.loads(path.read_text("utf-8"))
@@ -60,7 +61,7 @@ class Attempt:
 
 
 def history(stage_folder: Path) -> list[dict[str, Any]]:
-    """What came of the stage's starts, oldest first; a torn line is passed over."""
+    """Return the lines of the stage's history, oldest first; incomplete lines are skipped."""
     path = stage_folder / "attempts" / "history.jsonl"
     lines = []
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
@@ -72,7 +73,7 @@ def history(stage_folder: Path) -> list[dict[str, Any]]:
 
 
 def record(stage_folder: Path, entry: dict[str, Any]) -> None:
-    """Add a line to the history; on the disk when this returns."""
+    """Append a line to the history and flush it to the disk."""
     path = stage_folder / "attempts" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -1,9 +1,9 @@
-"""What a job's batch script does around its tasks: `python -m launch.slurm.begin_end begin|end STAGE [STATUS]`.
+"""What a batch script does before and after its tasks: `python -m launch.slurm.begin_end begin|end STAGE [STATUS]`.
 
-`begin` takes the run directory for this start and says where the ranks meet. `end` judges by the ranks' notes whether
-the job is over, and requeues it where it is not. That is done here and not by a rank, as a requeue kills the ranks, and
-a rank that asked for it would be killed before it knew. The script itself is killed by a cancellation and by a
-requeue that SLURM makes, so whatever it does is wanted.
+`begin` makes this attempt the owner of the stage's directory and prints the rendezvous address of the ranks. `end`
+decides from the ranks' notes whether the job is over, and requeues the job if it is not. The batch script requeues, not
+a rank, because a requeue kills the ranks before they could learn whether it worked. A cancellation or a requeue by
+SLURM itself also kills the batch script, so `end` never undoes either.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.stages import STAGES, is_trained
 
-_PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is seen here
-_PERSISTENCE = 600.0  # seconds over which a requeue is tried again
-_PAUSE = 10.0
+_PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is visible here
+_PERSISTENCE = 600.0  # seconds for which a requeue is retried
+_PAUSE = 10.0  # seconds between two tries
 
 
 def main() -> int:
-    """Run the command; returns the script's exit status."""
+    """Run the command; return the exit status of the batch script."""
     what, stage, *status = sys.argv[1:]
     folder = Path(os.environ[RUN]) / stage
     attempt = Attempt.here(folder)
@@ -45,10 +45,10 @@ def main() -> int:
 
 def _begin(attempt: Attempt) -> int:
     folder = attempt.stage_folder
-    _close_before(attempt)
+    _close_killed_attempt(attempt)
     if is_trained(folder.name):
         owner.take(folder, owner.by_job(attempt))
-    _make_known(attempt)
+    _add_to_submitted(attempt)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
     settings = {TOKEN: attempt.token, **rendezvous(attempt.token)}
@@ -60,12 +60,12 @@ def _end(attempt: Attempt, status: int) -> int:
     folder = attempt.stage_folder
     held = owner.holder(folder)
     if is_trained(folder.name) and held is not None and held.token != attempt.token:
-        print(f"spresso: {held.told} has taken over, this start of it is over", file=sys.stderr)
+        print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
-    where = place(folder)
+    progress = place(folder)
     past = ended(history(folder), attempt.job)
-    verdict = judge(status, _notes(attempt, status), past, where, tasks=_tasks())
-    entry = {"ended": time.time(), **_who(attempt), "place": where, "then": verdict.then}
+    verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
+    entry = {"ended": time.time(), **_who(attempt), "place": progress, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     print(
         f"spresso: {folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}", file=sys.stderr, flush=True
@@ -77,8 +77,8 @@ def _end(attempt: Attempt, status: int) -> int:
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
 
 
-def _make_known(attempt: Attempt) -> None:
-    """Add the job to those of the run, where it was handed to sbatch by hand."""
+def _add_to_submitted(attempt: Attempt) -> None:
+    """Add the job to the submitted jobs of the run, if the user gave its script to sbatch by hand."""
     root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job.partition("_")[0]
     known = submitted_jobs.submitted(root).get(stage)
     if known is None or known.job != job:
@@ -88,25 +88,25 @@ def _make_known(attempt: Attempt) -> None:
         )
 
 
-def _close_before(attempt: Attempt) -> None:
-    """Write down what became of an earlier start of this job whose script was killed."""
+def _close_killed_attempt(attempt: Attempt) -> None:
+    """Record the end of the previous attempt of this job, if its batch script was killed before it could."""
     lines = [entry for entry in history(attempt.stage_folder) if entry["job"] == attempt.job]
     if lines and "then" not in lines[-1] and lines[-1]["restart"] < attempt.restart:
-        why = "SLURM requeued it: a node failed, or it was preempted without grace"
+        why = "SLURM requeued the job: a node failed, or the job was preempted without a grace period"
         before = {"job": attempt.job, "restart": lines[-1]["restart"], "ended": time.time()}
         entry = {**before, "place": place(attempt.stage_folder), "then": REQUEUE, "why": why, "failure": ""}
         record(attempt.stage_folder, entry | {"by": "slurm"})
 
 
 def ended(lines: list[dict[str, Any]], job: str) -> list[dict[str, Any]]:
-    """The lines that close a start of this job by its own script."""
+    """Return the lines with which this job's own script closed its attempts."""
     return [entry for entry in lines if "then" in entry and entry["job"] == job and entry.get("by") != "slurm"]
 
 
 def place(folder: Path) -> int | None:
-    """Samples of a stage's newest checkpoint, pieces that `evaluate` has, 0 for a stage that begins anew each time.
+    """Return how far a stage is: samples of its newest checkpoint, or pieces that `evaluate` has finished.
 
-    None where it can't be told.
+    0 for a stage that begins anew each time; None if the progress of the stage cannot be measured.
     """
     if not is_trained(folder.name):
         counted = STAGES[folder.name].progress_files
@@ -114,15 +114,15 @@ def place(folder: Path) -> int | None:
     return max(map(samples_of, checkpoints(folder / "checkpoints")), default=0)
 
 
-def _tasks() -> int:
-    """How many ranks there were; 0 where that is not known. SLURM does not tell the script of an elastic job."""
+def _rank_count() -> int:
+    """Return the number of ranks; 0 if unknown, because SLURM does not give it to the script of an elastic job."""
     return int(os.environ.get("SLURM_JOB_NUM_NODES", "0")) * int(os.environ.get(TASKS_PER_NODE, "0"))
 
 
 def _notes(attempt: Attempt, status: int) -> dict[int, dict[str, Any]]:
-    """Of the ranks; waits a little for those that have to be there."""
-    tries = time.monotonic() + _PATIENCE
-    while not (notes := attempt.notes()) and status == 0 and time.monotonic() < tries:
+    """Return the ranks' notes; after a success, wait for the shared file system to show them."""
+    deadline = time.monotonic() + _PATIENCE
+    while not (notes := attempt.notes()) and status == 0 and time.monotonic() < deadline:
         time.sleep(0.5)
     return notes
 
@@ -132,15 +132,15 @@ def _requeue(attempt: Attempt) -> int:
     while time.monotonic() < until:
         try:
             scheduler.control("requeue", attempt.job)
-            time.sleep(_PAUSE)  # in which the script is ended
+            time.sleep(_PAUSE)  # SLURM kills this script meanwhile
             return 0
         except scheduler.QueueError as error:
             problem = str(error)
-            print(f"spresso: {problem}; tried again in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
+            print(f"spresso: {problem}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
             time.sleep(_PAUSE)
     entry = {"ended": time.time(), **_who(attempt), "place": place(attempt.stage_folder), "then": OVER}
     record(attempt.stage_folder, entry | {"why": f"could not be requeued: {problem}", "failure": "requeue"})
-    print("spresso: not requeued; `spresso requeue RUN` starts it again", file=sys.stderr)
+    print("spresso: the job was not requeued; `spresso requeue RUN` submits it again", file=sys.stderr)
     return 1
 
 

@@ -1,9 +1,10 @@
-"""A job's notice to leave: what a signal means, and until when there is time.
+"""A job's notice to leave: what a signal from SLURM means, and how much time remains.
 
-SLURM says SIGUSR2 before the time limit (and, where the cluster is set so, before a preemption) and SIGTERM for
-anything else. What it means and the true deadline are the controller's to tell. A thread that the interpreter's own C
-handler wakes (`signal.set_wakeup_fd`) asks it, as a rank that hangs in a collective runs no handler of Python's; and it
-leaves for such a rank before the cluster kills it, so that the batch script is alive to requeue the job.
+SLURM sends SIGUSR2 before the time limit (and before a preemption, if the cluster is configured so) and SIGTERM for
+anything else. Only the controller knows the reason and the deadline. A thread asks the controller. The thread is woken
+by the interpreter's C handler (`signal.set_wakeup_fd`), because a rank that hangs in a collective runs no Python signal
+handler. The thread also ends a rank that hangs before the cluster kills the job, so that the batch script is alive to
+requeue the job.
 """
 
 from __future__ import annotations
@@ -24,49 +25,66 @@ from launch.signals import StopFlag
 from launch.slurm import scheduler
 
 _KILL_WAIT = 30.0  # seconds: SLURM's default between SIGTERM and SIGKILL
-_LAST_STEP = 10.0  # seconds for a step under way, where a rank has died and no step can end any more
+_LAST_STEP = 10.0  # seconds for the current step after another rank has died: no later step can end
 _FOR_THE_SCRIPT = 10.0  # seconds that the batch script needs to requeue the job
-_SLACK = 90.0  # seconds: SLURM says a time limit up to a minute early
+_SLACK = 90.0  # seconds: SLURM announces a time limit up to a minute early
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """Of a signal."""
+    """Meaning of a signal."""
 
     why: str
+    """Reason, for people."""
     seconds: float
-    """From the signal on until this rank has to be gone."""
+    """Seconds from the signal until this rank must have ended."""
 
 
 def meaning(number: int, job: dict[str, str], *, now: float, grace: float, kill_wait: float) -> Meaning:
-    """What a signal means, by what the controller says of the job (empty: it gave no answer)."""
+    """Return what a signal means.
+
+    Args:
+        number: the signal.
+        job: the controller's description of the job; empty if it gave no answer.
+        now: time of the signal, in seconds since the epoch.
+        grace: seconds before the time limit at which SLURM sends SIGUSR2.
+        kill_wait: seconds between SIGTERM and SIGKILL.
+    """
     end = _time(job.get("EndTime", ""))
     left = grace if end is None else end - now
     usable = left - min(_FOR_THE_SCRIPT, 0.25 * max(0.0, left))
-    asked = number == signal.SIGUSR2
+    announced = number == signal.SIGUSR2
     if not job:
-        return Meaning("a signal from SLURM, whose controller does not answer", 0.8 * (grace if asked else kill_wait))
+        seconds = 0.8 * (grace if announced else kill_wait)
+        return Meaning("got a signal, and SLURM's controller does not answer", seconds)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         return Meaning("was cancelled", 0.8 * kill_wait)
     if _time(job.get("PreemptTime", "")) is not None:
         return Meaning("was preempted", usable if left > 1 else 0.8 * kill_wait)
-    if asked:
-        return Meaning("the time limit is near" if left < grace + _SLACK else "was asked to come back later", usable)
-    return Meaning("was told to end, or another rank died", min(0.8 * kill_wait, _LAST_STEP))
+    if announced:
+        return Meaning("the time limit is near" if left < grace + _SLACK else "was asked to requeue", usable)
+    return Meaning("was asked to end, or another rank died", min(0.8 * kill_wait, _LAST_STEP))
 
 
 class Notice(StopFlag):
-    """The StopFlag of a job's rank."""
+    """StopFlag of a job's rank, which knows its deadline."""
 
     def __init__(self, job: str, *, grace: float, leave: Callable[[str], NoReturn], at_once: bool = False) -> None:
-        """`leave` ends the process where the loop does not, in time; `at_once`: without waiting for a loop."""
+        """Prepare the flag; the `with` block watches for signals.
+
+        Args:
+            job: SLURM's job id.
+            grace: seconds before the time limit at which SLURM sends SIGUSR2.
+            leave: ends the process; called at the deadline if the training loop has not ended by then.
+            at_once: call `leave` at the first signal, for a stage that has nothing to save.
+        """
         super().__init__()
         self.job, self.grace, self.leave, self.at_once = job, grace, leave, at_once
-        self._gone_by = float("inf")
+        self._deadline = float("inf")
 
     def hurried(self, seconds: float) -> bool:
-        """Whether something that takes so long does not fit into what is left."""
-        return time.monotonic() + seconds > self._gone_by
+        """Whether an action of so many seconds would end after the deadline."""
+        return time.monotonic() + seconds > self._deadline
 
     def __enter__(self) -> Self:
         reader, self._writer = os.pipe()
@@ -84,36 +102,35 @@ class Notice(StopFlag):
         super().__exit__(kind, error, traceback)
 
     def _watch(self, reader: int) -> None:
-        """Until the `with` has ended, or the time has come to leave."""
+        """Wait for signals until the `with` block ends or the deadline has come."""
         while True:
-            left = self._gone_by - time.monotonic()
+            left = self._deadline - time.monotonic()
             if not select.select([reader], [], [], None if left == float("inf") else max(0.0, left))[0]:
                 self.leave(f"{self.why}, and no step ended in time")
-            came = os.read(reader, 1)
-            if not came:
+            byte = os.read(reader, 1)
+            if not byte:
                 os.close(reader)
                 return
-            if came[0] in self.signals:
-                self._heed(came[0])
+            if byte[0] in self.signals:
+                self._handle_notice(byte[0])
 
-    def _heed(self, number: int) -> None:
-        """Set the flag, and how long there is, which a later signal may shorten."""
+    def _handle_notice(self, number: int) -> None:
+        """Set the flag and the deadline, which a later signal may only bring forward."""
         came_at = time.monotonic()
         self.ask_to_leave()
         if self.at_once:
-            self.leave(f"{signal.Signals(number).name} came")
+            self.leave(f"received {signal.Signals(number).name}")
         meant = self._meaning(number)
-        if came_at + meant.seconds < self._gone_by:
-            self.why, self._gone_by = meant.why, came_at + meant.seconds
+        if came_at + meant.seconds < self._deadline:
+            self.why, self._deadline = meant.why, came_at + meant.seconds
             print(f"spresso: {meant.why}; {meant.seconds:.0f} s to save and leave", file=sys.stderr, flush=True)
 
     def _meaning(self, number: int) -> Meaning:
         try:
             job, kill_wait = scheduler.show(self.job), scheduler.kill_wait()
             if _time(job.get("PreemptTime", "")) is not None and _time(job.get("EndTime", "")) is None:
-                end = time.time() + scheduler.grace_time(
-                    job["Partition"]
-                )  # SLURM tells it only of jobs with a time limit
+                # SLURM gives the end of a preempted job only if the job has a time limit
+                end = time.time() + scheduler.grace_time(job["Partition"])
                 job["EndTime"] = datetime.fromtimestamp(end).isoformat()
         except (scheduler.QueueError, ValueError, IndexError, KeyError):
             job, kill_wait = {}, _KILL_WAIT
@@ -121,8 +138,8 @@ class Notice(StopFlag):
 
 
 def _time(text: str) -> float | None:
-    """SLURM's times are in this machine's own zone."""
+    """Return seconds since the epoch; None if SLURM gives no time. SLURM's times are in the local time zone."""
     try:
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:  # None, Unknown
+    except ValueError:  # "None" or "Unknown"
         return None

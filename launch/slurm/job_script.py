@@ -1,8 +1,8 @@
-"""Stages as SLURM jobs, through submitit: what sbatch is told, the lines of the script, the submission.
+"""The batch script of a SLURM job: its options, its lines, and its submission through submitit.
 
-submitit writes the script's head and hands it to sbatch. Its own runner is left out: that pickles a function at
-submission and acts on signals on one rank alone, from inside a signal handler. The tasks run `launch.slurm.job_task`
-instead, and nothing of a job but its run directory decides where it goes on.
+submitit writes the head of the script and passes the script to sbatch. submitit's own runner is not used: it pickles a
+function at submission, and it reacts to signals on one rank alone, from inside a signal handler. The tasks run
+`launch.slurm.job_task` instead, and the run directory alone decides where a job resumes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.stages import STAGES
 
 
 class Job(SlurmExecutor):
-    """One job: a stage, or several in a row."""
+    """One job, which runs one stage or several in order."""
 
     def __init__(
         self,
@@ -34,15 +34,15 @@ class Job(SlurmExecutor):
         submission: Path,
         after: Sequence[str] = (),
     ) -> None:
-        """Says nothing to SLURM yet.
+        """Describe the job; SLURM is not contacted yet.
 
         Args:
-            cluster: what the job asks for.
-            stages: to be done in this order.
-            name: of the run.
-            run: its directory, absolute.
-            submission: holds the code and the config that the job uses, and the script.
-            after: numbers of the jobs that have to end well before.
+            cluster: resources that the job requests.
+            stages: stages to run, in this order.
+            name: name of the run.
+            run: absolute path of the run directory.
+            submission: folder with the code and the config that the job uses, and the script.
+            after: ids of the jobs that must succeed before this one starts.
         """
         super().__init__(submission / "jobs")
         self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
@@ -71,20 +71,20 @@ class Job(SlurmExecutor):
 
     @property
     def log(self) -> Path:
-        """What the script says goes there, in sbatch's own placeholders."""
+        """Path of the script's output, with the placeholders of sbatch."""
         stage = self.stages[0] if len(self.stages) == 1 else ""
         return self.run / stage / "logs" / ("job_%A_%a.out" if self.array else "job_%j.out")
 
     @property
     def text(self) -> str:
-        """What sbatch is given."""
+        """The batch script."""
         return self._make_submission_file_text(self._command, "")
 
     def hand_over(self) -> str:
-        """Give it to sbatch; returns the job's number.
+        """Submit the script with sbatch; return the job id.
 
         Raises:
-            ValueError: sbatch refuses it, and why.
+            ValueError: sbatch refuses the script, or is not installed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.make_folders()
@@ -96,13 +96,13 @@ class Job(SlurmExecutor):
             raise ValueError("there is no sbatch here: run this on a login node of the cluster") from None
 
     def make_folders(self) -> None:
-        """Those of the logs: SLURM makes none, and a job without them fails without a word."""
+        """Create the folders of the logs: SLURM creates none, and a job without them fails without a message."""
         for folder in (self.log.parent, *(self.run / stage / "logs" for stage in self.stages)):
             folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def affinity(cls) -> int:
-        """A script can be written anywhere."""
+        """Return that submitit may use this class, even on a machine without SLURM."""
         return 1
 
     def _num_tasks(self) -> int:
@@ -112,7 +112,7 @@ class Job(SlurmExecutor):
         cluster = self.cluster
         variables = {
             **cluster.environment,
-            "PYTHONSAFEPATH": "1",  # or the folder that the job was submitted from would come before the code's copy
+            "PYTHONSAFEPATH": "1",  # otherwise Python imports from the folder of submission before the copy of the code
             RUN: str(self.run),
             SUBMISSION: str(self.submission),
             GRACE: str(cluster.grace_seconds),
@@ -127,7 +127,7 @@ class Job(SlurmExecutor):
         options = {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.options.items()}
         options |= {"requeue": True, "output": str(self.log), "chdir": str(Path.cwd())}
         if self.elastic:
-            # with --ntasks-per-node SLURM 22.05 has a requeued job wait for as many nodes as it had, whatever the range
+            # with --ntasks-per-node, SLURM 22.05 makes a requeued job wait for as many nodes as it had before
             options["mincpus"] = self.cluster.ranks_per_node * (self.cluster.cpus_per_task or 1)
         if self.array:
             options["array"] = f"0-{self.array - 1}"
@@ -150,7 +150,8 @@ class Job(SlurmExecutor):
     def _srun(self, stage: str) -> list[str]:
         log = str(self.run / stage / "logs" / self.log.name).replace(".out", "_%t.out")
         options: dict[str, Any] = {"unbuffered": True, "kill-on-bad-exit": 1, "wait": 0, "open-mode": "append"}
-        options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}  # srun does not take sbatch's
+        # srun does not inherit --cpus-per-task from sbatch
+        options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}
         if not STAGES[stage].trained:
             options |= {"nodes": 1, "ntasks": 1}
         elif self.elastic:
@@ -159,7 +160,7 @@ class Job(SlurmExecutor):
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
-    """As words of a command line; what is None or false is left out."""
+    """Return options as words of a command line; options that are None or false are left out."""
     named = {key.replace("_", "-").lstrip("-"): value for key, value in options.items()}
     given = {key: value for key, value in named.items() if value is not None and value is not False}
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]

@@ -1,8 +1,8 @@
-"""What each task of a SLURM job runs: `python -m launch.slurm.job_task STAGE`, the submission in SPRESSO_SUBMISSION.
+"""What each task of a SLURM job runs: `python -m launch.slurm.job_task STAGE`.
 
-Every task ends with a note of how (see `launch.slurm.attempt`); what becomes of the job is decided by the batch script
-when all of them have ended (`launch.slurm.begin_end`). A task leaves with status 0 unless it failed: srun takes the
-others down with one that does not, and they may still be saving.
+Each task writes a note on how it ended (`launch.slurm.attempt`). When all tasks have ended, the batch script decides
+what becomes of the job (`launch.slurm.begin_end`). A task exits with status 0 unless it failed, because srun kills the
+other tasks after any other status, and they may still be saving.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trainer.recipes.schema import Config
 from trainer.stages import STAGES
 
 _FAILED = 1
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
-"""Errors of the system that come again until a person does something."""
+_PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+"""System errors that recur until a person acts."""
 
 
 def main() -> None:
-    """One task, from its environment; does not return."""
+    """Run one task, which its environment describes; does not return."""
     stage = sys.argv[1]
     folder = Path(os.environ[RUN]) / stage
     attempt, task = Attempt.here(folder), SlurmTask.here()
@@ -40,12 +40,12 @@ def main() -> None:
     def note(outcome: str, **facts: str) -> None:
         try:
             attempt.note(task.rank, outcome, **facts)
-        except OSError as error:  # a full disk, most likely
-            print(f"spresso: rank {task.rank} is {outcome} {facts}, and can't note it: {error}", file=sys.stderr)
+        except OSError as error:  # most likely a full disk
+            print(f"spresso: rank {task.rank} is {outcome} {facts}, but its note failed: {error}", file=sys.stderr)
 
     def leave(why: str) -> NoReturn:
         note("left", why=why)
-        print(f"spresso: rank {task.rank} leaves: {why}", file=sys.stderr)
+        print(f"spresso: rank {task.rank} ends: {why}", file=sys.stderr)
         _exit(0)
 
     notice = Notice(
@@ -57,7 +57,7 @@ def main() -> None:
             note(outcome, why=notice.why)
             status = 0
         except Exception as error:
-            outcome, status = _failed(error, folder)
+            outcome, status = _classify(error, folder)
             note(outcome, type=type(error).__name__, message=str(error))
             if outcome != "mistake":
                 traceback.print_exc()
@@ -67,8 +67,9 @@ def main() -> None:
 
 
 def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
-    """Do this task's share of a stage; returns "done", "stopped" or "idle"."""
-    from launch import pipeline  # here, under the notice: importing torch takes seconds, in which a signal may come
+    """Do this task's share of a stage; return "done", "stopped" or "idle"."""
+    # imported under the notice: importing torch takes seconds, during which a signal may arrive
+    from launch import pipeline
 
     config = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
     if STAGES[stage].trained:
@@ -87,10 +88,10 @@ def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
         return "idle"
     if task.rank == 0 and ranks < task.count:
         batch = config.stage(stage).global_batch
-        print(f"spresso: {ranks} of {task.count} ranks are used: {stage}.global_batch={batch} divides among them")
+        print(f"spresso: {ranks} of {task.count} ranks are used, so that {stage}.global_batch={batch} divides evenly")
     config.parallel.processes, config.parallel.micro_batch = ranks, micro
     if "SLURM_RESTART_COUNT" in os.environ and config.checkpoint.resume == "never":
-        config.checkpoint.resume = "auto"  # what is there is this job's own
+        config.checkpoint.resume = "auto"  # the checkpoints are from an earlier start of this job
     config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage
@@ -102,8 +103,8 @@ def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
     return outcome
 
 
-def _failed(error: Exception, folder: Path) -> tuple[str, int]:
-    """What kind of failure it is, and the exit status."""
+def _classify(error: Exception, folder: Path) -> tuple[str, int]:
+    """Return the outcome to note for an error, and the exit status."""
     try:
         owner.require(folder)
     except owner.Superseded:
@@ -111,14 +112,14 @@ def _failed(error: Exception, folder: Path) -> tuple[str, int]:
             return "superseded", 0
     except (ValueError, OSError):
         pass
-    lasting = isinstance(error, OSError) and error.errno in _LASTING
-    if lasting or isinstance(error, ValueError | ImportError):
+    persistent = isinstance(error, OSError) and error.errno in _PERSISTENT
+    if persistent or isinstance(error, ValueError | ImportError):
         return "mistake", MISTAKE
     return "failed", _FAILED
 
 
 def _exit(status: int) -> NoReturn:
-    """At once: the threads of a process group don't survive the interpreter's own end."""
+    """End the process at once: the threads of a process group do not survive the interpreter's shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""What a compute node lacks: `python -m launch.slurm.node_check GPUS`, which `launch.slurm.preflight` starts there.
+"""Checks a compute node: `python -m launch.slurm.node_check GPUS`, which `launch.slurm.preflight` starts on it.
 
 This module imports nothing that the node may lack, so that it can name what is missing.
 """
@@ -16,10 +16,10 @@ _NEEDED = ("torch", "accelerate", "deepspeed", "peft", "safetensors", "omegaconf
 
 
 def look(gpus: bool) -> list[str]:
-    """On a compute node: what is missing."""
+    """Return what this compute node lacks, one line each; `gpus`: whether torch must find GPUs."""
     run = Path(os.environ[RUN])
     if not run.is_dir():
-        return [f"a compute node does not see {run}: take a run_dir=… on a disk that all nodes share"]
+        return [f"a compute node does not see {run}: set run_dir to a folder on a disk that all nodes share"]
     found = []
     for name in _NEEDED:
         try:
@@ -32,7 +32,7 @@ def look(gpus: bool) -> list[str]:
         import torch
 
         if not torch.cuda.is_available():
-            found.append("a compute node has GPUs that torch does not find: is this a CPU build of torch?")
+            found.append("torch does not find the GPUs of a compute node: is this a CPU build of torch?")
     return found
 
 

@@ -1,8 +1,8 @@
-"""What would fail later, found before a job waits in the queue for it.
+"""Checks before a submission: finds what would fail only after a job has waited in the queue.
 
-On the machine that submits: data, disk, the checkpoint to go on from, what sbatch thinks of the jobs. On a compute
-node, where one is free at once: whether the code imports there, sees the run directory, and finds the GPUs, which
-`launch.slurm.node_check` says.
+On the submitting machine: the data, the disk space, the checkpoints to resume from, and whether sbatch accepts the
+jobs. On a compute node, if one is free at once (`launch.slurm.node_check`): whether the code can be imported, and
+whether the run directory and the GPUs are found.
 """
 
 from __future__ import annotations
@@ -26,38 +26,41 @@ from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
 
-_AT_ONCE = 15  # seconds to wait for a node that is free
-_PATIENCE = 180.0  # seconds for the imports there
-_WHERE = ("gres", "reservation", "nodelist", "exclude")  # options of sbatch that say on which nodes
+_AT_ONCE = 15  # seconds to wait for a free node
+_PATIENCE = 180.0  # seconds for the check on the node, which imports torch
+_WHERE = ("gres", "reservation", "nodelist", "exclude")  # options of sbatch that select nodes
 
 
 def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequence[Job]) -> None:
-    """Raise ValueError with all that is wrong, a line each; says what could not be looked at.
+    """Check a submission, and print which checks were impossible.
 
     Args:
-        config: the whole recipe.
-        stages: those to be handed over.
-        submission: where their code lies.
-        jobs: of those stages, in order.
+        config: the recipe.
+        stages: stages to submit.
+        submission: folder with their code, which is removed if a check fails.
+        jobs: jobs of these stages, in order.
+
+    Raises:
+        ValueError: the message has a line for every problem.
     """
     found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages)]
     try:
         for job in jobs:
             found += _accepted(job)
-    except ValueError as error:  # no answer to any of them
+    except ValueError as error:  # sbatch gives no answer, so no other job is tried
         found.append(str(error))
     if not found:
-        problem, unseen = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node))
+        problem, unchecked = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node))
         found += [problem] if problem else []
-        if unseen:
-            say(f"  {unseen}")
+        if unchecked:
+            say(f"  {unchecked}")
     if found:
         shutil.rmtree(submission)
         raise ValueError("\n".join(found))
 
 
 def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
-    """What the first stage builds on."""
+    """Yield what is wrong with the inputs of the first stage."""
     if STAGES[stages[0]].trained:
         try:
             stage_inputs(config, stages[0])
@@ -66,32 +69,32 @@ def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 
 def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
-    """What the stages would go on from."""
+    """Yield what is wrong with the checkpoints that the stages would resume from."""
     for stage in stages:
         if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
         there = checkpoints(directory.checkpoints)
         if there and checkpoint.newest(directory.checkpoints) is None:
-            yield f"no checkpoint of {directory.path} is whole: `spresso checkpoint {directory.path} --verify` says why"
+            yield f"no checkpoint of {directory.path} is intact: see `spresso checkpoint {directory.path} --verify`"
         if there and config.checkpoint.resume == "never":
-            yield f"{directory.path} holds a run, and checkpoint.resume=never: take another run_dir=…, or leave it out"
+            yield f"{directory.path} holds a run, and checkpoint.resume=never: set another run_dir, or remove it"
 
 
 def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
-    """Whether the checkpoints fit."""
+    """Yield a line if the checkpoints do not fit on the disk."""
     needed = sum(checkpoint_bytes(config, stage) for stage in stages if STAGES[stage].trained)
     folder = Path(config.run_dir).resolve()
     free = shutil.disk_usage(folder).free
     if needed > free:
         yield (
-            f"{folder} has {size(free)} free, and the checkpoints take {size(needed)}: free some, or take another "
-            f"run_dir=…"
+            f"{folder} has {size(free)} free, but the checkpoints need {size(needed)}: free some space, or set "
+            f"another run_dir"
         )
 
 
 def _accepted(job: Job) -> Iterator[str]:
-    """What sbatch says of a job that it is not to start."""
+    """Yield why sbatch refuses a job, without starting the job. Raises ValueError if sbatch gives no answer."""
     lines = [line for line in job.text.splitlines() if not line.startswith("#SBATCH --dependency")]
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write("\n".join(lines))
@@ -107,7 +110,7 @@ def _accepted(job: Job) -> Iterator[str]:
 
 
 def _on_a_node(job: Job) -> tuple[str, str]:
-    """What is wrong on a compute node; and what could not be seen."""
+    """Check a compute node; return what is wrong, and why the check was impossible. Either is empty."""
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
@@ -123,11 +126,11 @@ def _on_a_node(job: Job) -> tuple[str, str]:
             [*command, *options, "bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=_PATIENCE
         )
     except subprocess.TimeoutExpired:
-        return "", f"not looked at on a compute node: no answer in {_PATIENCE:.0f} s"
+        return "", f"not checked on a compute node: no answer within {_PATIENCE:.0f} s"
     if "spresso: all is there" in done.stdout:
         return "", ""
     if "spresso: missing" in done.stdout:
         return done.stdout.partition("spresso: missing")[2].strip(), ""
     if "llocat" in done.stderr and "spresso" not in done.stdout:  # Unable to allocate resources
-        return "", f"not looked at on a compute node: none was free within {_AT_ONCE} s"
+        return "", f"not checked on a compute node: none was free within {_AT_ONCE} s"
     return f"the check on a compute node failed: {' '.join((done.stderr or done.stdout).split())[-400:]}", ""

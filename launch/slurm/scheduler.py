@@ -1,4 +1,4 @@
-"""What SLURM says of jobs. The queue is asked first, as accounting is late and not everywhere."""
+"""Queries and controls SLURM. The queue is asked first, because accounting lags and not every cluster has it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-_PATIENCE = 20.0  # seconds: a controller that is down makes a command try for nine
+_PATIENCE = 20.0  # seconds; a command retries for nine seconds if the controller is down
 ENDED_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
 }
-"""States of a job that does not come back by itself. Of the queue's: accounting says them of a requeued one too."""
+"""States in the queue of a job that does not return by itself. In accounting, a requeued job can have them too."""
 
 
 class QueueError(OSError):
@@ -20,28 +20,28 @@ class QueueError(OSError):
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as it is now."""
+    """Current state of a job, or of one element of an array."""
 
     job: str
-    """Its number; of an array, `12_3`."""
+    """Job id; `12_3` for an element of an array."""
     state: str
-    """As squeue has it: PENDING, RUNNING, COMPLETING …; GONE where nothing knows of it any more."""
+    """State in squeue: PENDING, RUNNING, COMPLETING …; GONE if SLURM no longer knows the job."""
     nodes: str = ""
-    """The nodes that it is on, as SLURM lists them."""
+    """Nodes of the job, in SLURM's notation."""
     reason: str = ""
-    """Why it waits."""
+    """Why the job waits; empty if it does not."""
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or will by itself."""
+        """Whether the job runs, or will run by itself."""
         return self.state not in ENDED_STATES and self.state != "GONE"
 
 
 def states(jobs: list[str]) -> dict[str, list[JobState]]:
-    """The jobs of each number given, several where it is an array's.
+    """Return the states of jobs by job id; an array has several.
 
     Raises:
-        QueueError: there is no SLURM here, or its controller does not answer.
+        QueueError: this machine has no SLURM, or its controller does not answer.
     """
     if not jobs:
         return {}
@@ -57,54 +57,54 @@ def states(jobs: list[str]) -> dict[str, list[JobState]]:
 
 
 def alive(jobs: list[str]) -> list[str]:
-    """Those of them that run, or will by themselves. Raises QueueError."""
+    """Return the jobs that run, or will run by themselves. Raises QueueError."""
     return [job for job, known in states(jobs).items() if any(state.alive for state in known)]
 
 
 def show(job: str) -> dict[str, str]:
-    """What the controller knows of a job, empty where it has forgotten it. Raises QueueError."""
+    """Return what the controller knows about a job; empty if it has forgotten the job. Raises QueueError."""
     text = _ask("scontrol", "--oneliner", "show", "job", job)
     return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0])) if text else {}
 
 
 def kill_wait() -> float:
-    """Seconds between SIGTERM and SIGKILL on this cluster."""
+    """Return the seconds between SIGTERM and SIGKILL on this cluster. Raises QueueError."""
     match = re.search(r"^KillWait\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
     return float(match[1]) if match else 30.0
 
 
 def grace_time(partition: str) -> float:
-    """Seconds that a partition gives to jobs that it preempts."""
+    """Return the grace period in seconds of jobs that a partition preempts. Raises QueueError."""
     match = re.search(r"GraceTime=(\d+)", _ask("scontrol", "--oneliner", "show", "partition", partition))
     return float(match[1]) if match else 0.0
 
 
 def hostnames(node_list: str) -> list[str]:
-    """`gpu[1-2],login` → gpu1, gpu2, login."""
+    """Expand a list of nodes: `gpu[1-2],login` → gpu1, gpu2, login. Raises QueueError."""
     return _ask("scontrol", "show", "hostnames", node_list).split()
 
 
 def address_of(node: str) -> str:
-    """Where the controller itself reaches a node."""
+    """Return the address at which the controller reaches a node. Raises QueueError."""
     match = re.search(r"NodeAddr=(\S+)", _ask("scontrol", "--oneliner", "show", "node", node))
     return match[1] if match else node
 
 
 def control(*arguments: str) -> None:
-    """scontrol, such as `requeue 12`. Raises QueueError."""
+    """Run scontrol, with arguments such as `requeue 12`. Raises QueueError."""
     _ask("scontrol", *arguments)
 
 
 def cancel(*arguments: str) -> None:
-    """scancel. Raises QueueError."""
+    """Run scancel. Raises QueueError."""
     _ask("scancel", *arguments)
 
 
 def _accounted(job: str) -> str:
-    """The last state that accounting has of a job that the queue has forgotten."""
+    """Return the state in accounting of a job that the queue has forgotten; GONE if there is none."""
     try:
         text = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}")
-    except QueueError:  # no accounting here
+    except QueueError:  # the cluster has no accounting
         return "GONE"
     words = text.split()
     return words[0] if words and words[0] in ENDED_STATES else "GONE"
@@ -114,7 +114,7 @@ def _ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     except FileNotFoundError:
-        raise QueueError(f"there is no {command[0]} here: run this on a node of the cluster") from None
+        raise QueueError(f"{command[0]} is not installed here: run this command on a node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise QueueError(f"{command[0]} gave no answer in {_PATIENCE:.0f} seconds: is the controller down?") from None
     problem = done.stderr.strip()

@@ -1,4 +1,4 @@
-"""A task of a job as a rank among the others: what SLURM's environment says, in the words that torch reads."""
+"""Translates SLURM's environment of a task into the environment of a torch rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from launch.slurm import scheduler
 
-_PORTS = range(10_000, 32_000)  # below those that the kernel gives to connections
+_PORTS = range(10_000, 32_000)  # below the range from which the kernel assigns ports to connections
 _TRIES = 100
 
 
@@ -22,20 +22,21 @@ class SlurmTask:
     count: int
     local_rank: int
     local_counts: tuple[int, ...]
-    """Tasks on each node."""
+    """Number of tasks on each node."""
 
     @classmethod
     def here(cls) -> SlurmTask:
-        """This process, by SLURM's environment."""
+        """Return the task that this process is, from SLURM's environment variables."""
         counts = local_counts(os.environ["SLURM_STEP_TASKS_PER_NODE"])
         return cls(int(os.environ["SLURM_PROCID"]), sum(counts), int(os.environ["SLURM_LOCALID"]), tuple(counts))
 
     def join(self, ranks: int) -> None:
-        """Set what torch reads, for the first so many tasks as ranks. MASTER_ADDR and MASTER_PORT are the script's."""
+        """Set the environment of torch, with the first `ranks` tasks as ranks. The batch script has set MASTER_ADDR and
+        MASTER_PORT."""
         first = self.rank - self.local_rank
         node_count = self.local_counts[int(os.environ["SLURM_NODEID"])]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        one_device = len(visible) == 1 and visible[0] != "" and node_count > 1  # SLURM gave each task a GPU of its own
+        one_device = len(visible) == 1 and visible[0] != "" and node_count > 1  # SLURM shows each task one GPU alone
         os.environ |= {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(ranks),
@@ -45,13 +46,13 @@ class SlurmTask:
 
     @property
     def threads(self) -> int:
-        """CPU threads that are this task's own."""
+        """Number of CPU threads for this task."""
         own = os.environ.get("SLURM_CPUS_PER_TASK")
         return int(own or max(1, len(os.sched_getaffinity(0)) // self.local_counts[int(os.environ["SLURM_NODEID"])]))
 
 
 def local_counts(text: str) -> list[int]:
-    """`2(x3),1` → 2, 2, 2, 1."""
+    """Expand SLURM's list of task counts: `2(x3),1` → 2, 2, 2, 1."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
@@ -59,13 +60,13 @@ def local_counts(text: str) -> list[int]:
 
 
 def rendezvous(token: str) -> dict[str, str]:
-    """Where the ranks meet: on this, the job's first node, at a port that depends on the start and is free now."""
+    """Return the rendezvous of the ranks: this node, the job's first, and a free port derived from `token`."""
     first = scheduler.hostnames(os.environ["SLURM_JOB_NODELIST"])[0]
     return {"MASTER_ADDR": _reachable(first), "MASTER_PORT": str(free_port(token))}
 
 
 def free_port(token: str) -> int:
-    """A port of this host that nobody listens at: the first that is free of those that a name gives."""
+    """Return a free port of this host: the first free one in a sequence derived from `token`. Raises OSError."""
     for number in range(_TRIES):
         port = _PORTS[zlib.crc32(f"{token}/{number}".encode()) % len(_PORTS)]
         with socket.socket() as probe:
@@ -81,5 +82,5 @@ def _reachable(node: str) -> str:
     try:
         socket.getaddrinfo(node, None)
         return node
-    except OSError:  # a node's name need not be a host's
+    except OSError:  # the name of a node need not be a host name
         return scheduler.address_of(node)

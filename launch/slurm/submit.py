@@ -1,8 +1,8 @@
-"""A run on a cluster: its code and config set aside, its jobs handed over one after another, and their numbers kept.
+"""Submits a run to SLURM: copies its code and config, submits one job per stage, and records the job ids.
 
-What a job uses lies under `submissions/N/` of the run directory: `code/`, a copy of this code, so that editing a
-checkout changes no queued job; `config.yaml`; and the scripts. `jobs.jsonl` in the run directory has a line for each
-job that was handed over.
+A job uses the files under `submissions/N/` of the run directory: `code/`, a copy of this code, so that editing a
+checkout does not change queued jobs; `config.yaml`; and the scripts. `jobs.jsonl` in the run directory has a line for
+each submitted job.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ _PACKAGES = ("models", "trainer", "launch", "configs")
 
 
 def run(config: Config, *, only: str | None = None) -> list[Submitted]:
-    """Hand over the stages that have not ended yet, each after the one before; or one of them.
+    """Submit the stages that are not done, each waiting for the previous one; `only`: a single stage.
 
     Raises:
-        ValueError: something would fail later, a job of the run is alive, or SLURM refuses; nothing is left in the
-            queue then.
+        ValueError: a check failed, a job of the run is alive, or SLURM refuses a job; no job is left in the queue.
     """
     stages = _stages(config, only)
     if not stages:
-        say("all stages have ended")
+        say("all stages are done")
         return []
     root = Path(config.run_dir).resolve()
     require_idle(root, stages)
-    submission = _set_aside(config, root)
+    submission = _copy_code_and_config(config, root)
     preflight.check(config, stages, submission, _jobs(config, stages, root, submission))
     handed_over: list[Submitted] = []
     try:
@@ -50,28 +49,28 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
             number = job.hand_over()
             handed_over.append(Submitted(stage, number, str(submission), str(job.log), time.time()))
             say(f"  {stage}: job {number}{f' after {after[0]}' if after else ''}, {describe_request(job.cluster)}")
-    except BaseException:  # a full disk or Ctrl-C, too
+    except BaseException:  # also a full disk or Ctrl-C
         if handed_over:
             scheduler.cancel(*(item.job for item in handed_over))
         raise
     keep(root, handed_over)
     (root / "config.yaml").write_text(to_yaml(config))
-    say(f"`spresso status {config.run_dir}` says how it goes, `spresso logs {config.run_dir} -f` what it does")
+    say(f"`spresso status {config.run_dir}` shows the progress, `spresso logs {config.run_dir} -f` the log")
     return handed_over
 
 
 def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]:
-    """What sbatch would be given, for each stage that has not ended; nothing is written."""
+    """Return the batch script of each stage that is not done, by stage; nothing is written."""
     root = Path(config.run_dir).resolve()
     jobs = _jobs(config, _stages(config, only), root, root / "submissions" / _next(root))
     return [(job.stages[0], job.text) for job in jobs]
 
 
 def whole_script(config: Config, *, only: str | None = None) -> str:
-    """One script for all stages in a row, or for one, that plain sbatch takes; its code and config are set aside."""
+    """Return one batch script for all stages, or for `only` one; copy the code and the config that it uses."""
     root = Path(config.run_dir).resolve()
     stages = [only] if only else config.stages
-    submission = _set_aside(config, root)
+    submission = _copy_code_and_config(config, root)
     job = _job(config, stages, root, submission, [])
     job.make_folders()
     (root / "config.yaml").write_text(to_yaml(config))
@@ -79,25 +78,25 @@ def whole_script(config: Config, *, only: str | None = None) -> str:
 
 
 def require_idle(root: Path, stages: Sequence[str]) -> None:
-    """Raise ValueError where one of the run's jobs is alive."""
+    """Raise ValueError if a job of one of these stages is alive."""
     jobs = {item.job: stage for stage, item in submitted(root).items() if stage in stages}
     if living := scheduler.alive(list(jobs)):
         named = ", ".join(f"{job} ({jobs[job]})" for job in living)
         raise ValueError(
-            f"{root} has jobs that wait or run: {named}. They go on by themselves; `spresso cancel {root}` ends them"
+            f"{root} has jobs that wait or run: {named}. They continue by themselves; `spresso cancel {root}` ends them"
         )
 
 
 def describe_request(cluster: ClusterConfig) -> str:
-    """What a job asks for, in a few words."""
+    """Return the resources that a job requests, for people."""
     gpus = f" × {cluster.gpus_per_node} GPU(s)" if cluster.gpus_per_node else f" × {cluster.ranks_per_node} CPU rank(s)"
     where = f" of {cluster.partition}" if cluster.partition else ""
-    array = f", {cluster.array} of them" if cluster.array > 1 else ""
+    array = f", {cluster.array} array jobs" if cluster.array > 1 else ""
     return f"{cluster.nodes} node(s){where}{gpus}{array}"
 
 
 def _stages(config: Config, only: str | None) -> list[str]:
-    """Those that are to be done, in order."""
+    """Return the stages that are not done, in order."""
     if only is not None:
         return [] if _ended(config, only) else [only]
     made = shared_latents(config)
@@ -115,7 +114,7 @@ def _ended(config: Config, stage: str) -> bool:
 
 
 def _jobs(config: Config, stages: Sequence[str], root: Path, submission: Path) -> list[Job]:
-    """As they would be handed over, with names in place of the numbers of those before."""
+    """Return the jobs as they would be submitted, with `<STAGE>` in place of the ids of earlier jobs."""
     before = [[], *([f"<{stage}>"] for stage in stages)]
     return [_job(config, [stage], root, submission, after) for stage, after in zip(stages, before, strict=False)]
 
@@ -130,8 +129,8 @@ def _next(root: Path) -> str:
     return f"{max(numbers, default=0) + 1:04d}"
 
 
-def _set_aside(config: Config, root: Path) -> Path:
-    """The code and the config that the jobs use."""
+def _copy_code_and_config(config: Config, root: Path) -> Path:
+    """Copy the code and the config that the jobs will use; return their folder."""
     folder = root / "submissions" / _next(root)
     source = RECIPES.parent
     for package in _PACKAGES:

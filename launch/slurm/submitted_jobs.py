@@ -1,4 +1,4 @@
-"""The jobs that a run was handed over as: a line for each in the run directory's `jobs.jsonl`."""
+"""The submitted jobs of a run: one line for each in `jobs.jsonl` of the run directory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _FILE = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that was handed over."""
+    """A job that was submitted."""
 
     stage: str
-    """Or several, with commas."""
+    """Stage that the job runs."""
     job: str
     submission: str
     log: str
@@ -23,14 +23,14 @@ class Submitted:
 
 
 def keep(root: Path, jobs: Sequence[Submitted]) -> None:
-    """Add them, as the last of their stages."""
+    """Append jobs, each of which becomes the last job of its stage."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / _FILE).open("a") as file:
         file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
 
 
 def submitted(root: Path) -> dict[str, Submitted]:
-    """The last job of each stage."""
+    """Return the last job of each stage. Raises ValueError, TypeError if a line is damaged."""
     path, found = root / _FILE, {}
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         item = Submitted(**json.loads(line))

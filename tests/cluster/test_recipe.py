@@ -76,7 +76,7 @@ def test_a_second_one_is_refused_while_the_first_lives(cluster: SlurmCluster, fo
         f"pretrain.ema_halflife={run.config.pretrain.ema_halflife}",
     )
     assert by_hand.returncode == 2
-    assert f"is held by job {run.job}, which is alive" in by_hand.stderr
+    assert f"is in use by job {run.job}, which is alive" in by_hand.stderr
     told = spresso("cancel", str(run.folder))
     assert told.returncode == 0, told.stderr
     run.end("CANCELLED")

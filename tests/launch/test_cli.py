@@ -126,7 +126,9 @@ def test_a_rank_that_is_killed_takes_the_others_along_and_is_named(trained, tmp_
     os.kill(int(children[-1]), signal.SIGKILL)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1, log
-    assert re.search(r"spresso: rank \d was killed by SIGKILL, and the others with it; see \S+/logs/rank_\d\.log", log)
+    assert re.search(
+        r"spresso: rank \d was killed by SIGKILL, so the other ranks were ended; see \S+/logs/rank_\d\.log", log
+    )
 
 
 def test_encode_and_decode_files(trained, monkeypatch, capsys):
@@ -276,7 +278,7 @@ def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, cap
     assert main(["plan", "demo", "parallel.processes=2", "parallel.micro_batch=2"]) == 0
     text = capsys.readouterr().out
     assert "2 rank(s) × 2 clips × 2 accumulated" in text
-    assert "2 codebooks of 256: 16 bits a z, 0.1778 kbps" in text
+    assert "2 codebook(s) of 256: 16 bits per z, 0.1778 kbps" in text
     assert "autoencode:" in text
     for stage in ("pretrain", "autoencode", "finetune"):
         table = text.split(f"# memory: {stage}\n")[1].split("# memory")[0]

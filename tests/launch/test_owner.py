@@ -29,7 +29,7 @@ def test_one_at_a_time(tmp_path):
     owner.take(tmp_path, owner.by_hand())
     owner.require(tmp_path)
     other = dataclasses.replace(owner.by_hand(), token="another")
-    with pytest.raises(ValueError, match=f"held by process {os.getpid()} on .*alive"):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*alive"):
         owner.take(tmp_path, other)
     owner.release(tmp_path, "another")
     assert owner.holder(tmp_path) is not None
@@ -64,7 +64,7 @@ def test_of_jobs_the_queue_tells(tmp_path, monkeypatch):
     living = ["7"]
     monkeypatch.setattr(scheduler, "alive", lambda jobs: [job for job in jobs if job in living])
     owner.take(tmp_path, by_job(tmp_path, "7"))
-    with pytest.raises(ValueError, match=r"held by job 7, which is alive.*scancel 7"):
+    with pytest.raises(ValueError, match=r"in use by job 7, which is alive.*scancel 7"):
         owner.take(tmp_path, by_job(tmp_path, "8"))
     owner.take(tmp_path, by_job(tmp_path, "7", restart=1))  # itself, come back
     with pytest.raises(ValueError, match="alive"):
@@ -110,7 +110,7 @@ def test_a_job_that_nobody_can_be_asked_about_is_judged_by_its_silence(tmp_path,
 
 
 def test_held_by_nobody_is_not_held_by_oneself(tmp_path):
-    with pytest.raises(Superseded, match="nobody known"):
+    with pytest.raises(Superseded, match="an unknown owner"):
         owner.require(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(whole, tiny, tmp_path):
 
 
 def test_run_of_all_stages_refuses_what_is_one_stages(tiny):
-    with pytest.raises(ValueError, match="is for one stage: `spresso train"):
+    with pytest.raises(ValueError, match="applies to one stage: use `spresso train"):
         pipeline.run(tiny("checkpoint.start_from=somewhere"))
 
 

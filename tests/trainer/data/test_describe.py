@@ -75,7 +75,7 @@ def test_bad_input(prepared, tmp_path, capsys):
     assert main(["data", str(tmp_path)]) == 2
     assert "set.json is missing" in capsys.readouterr().err
     assert main(["data", str(prepared / "latents/train"), "--samples", "0"]) == 2
-    assert "--samples is at least 1" in capsys.readouterr().err
+    assert "--samples must be at least 1" in capsys.readouterr().err
     write_set(tmp_path / "set", [100])
     assert main(["data", str(tmp_path / "set"), "--play-to", str(tmp_path / "play")]) == 2
     assert "fake" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_the_command_takes_both_parts_of_a_folder(tmp_path, capsys):
         by_webdataset(tmp_path / part)
     assert main(["index", str(tmp_path), "--autoencoder", "spectral"]) == 0
     assert main(["index", str(tmp_path), "--verify"]) == 0
-    assert capsys.readouterr().err.count("12 samples in 3 shards, all as indexed") == 2
+    assert capsys.readouterr().err.count("12 samples in 3 shards, all match the index") == 2
     for part in ("train", "test"):
         flip(tmp_path / part / "1.tar", int(ShardSet(tmp_path / part).index["x0_offset"][5]) + 3)
     assert main(["index", str(tmp_path), "--verify"]) == 2

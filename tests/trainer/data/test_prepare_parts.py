@@ -77,7 +77,7 @@ def test_parts_by_the_command(tmp_path, capsys):
     assert "8 files" in capsys.readouterr().err
     for wrong in ("2/2", "1", "a/b", "-1/2"):
         assert main([*command[:-1], f"--part={wrong}"]) == 2
-        assert "is not like 0/8" in capsys.readouterr().err
+        assert "is not K/N with K from 0 to N-1, such as 0/8" in capsys.readouterr().err
 
 
 # ---- manifests
