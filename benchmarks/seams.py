@@ -28,7 +28,7 @@ from trainer.data.shard_set import open_set
 from trainer.formatting import aligned
 
 NEAR = 4  # frames on either side of a joint that count as being at the joint
-FLOOR_DB = 60.0  # below the loudest band; errors below this floor are inaudible and are not counted
+FLOOR_DB = 60.0  # below the loudest band; quieter levels are inaudible and count as this level
 SEEDS = 2
 
 Decode = Callable[[SPresso, Tensor, Tensor], tuple[Tensor, list[int]]]
@@ -106,9 +106,8 @@ def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[st
             away.append(errors[other][joints])
             differences.append(errors[own][joints] - errors[other][joints])
     every = torch.cat(differences)
-    chance = float(
-        every.std() / (len(every) / (2 * NEAR)) ** 0.5
-    )  # each joint counts once, as its frames are correlated
+    # the frames of a joint are correlated, so each joint counts once
+    chance = float(every.std() / (len(every) / (2 * NEAR)) ** 0.5)
     return [
         decode.__name__.replace("_", "-"),
         f"{torch.cat(at_joints).mean():.3f}",
