@@ -183,7 +183,7 @@ def claps(random: Random, samples: int, starts: np.ndarray, decay: Range) -> np.
 
 
 def reverberate(random: Random, sound: np.ndarray, decay: float, *, wet: float) -> np.ndarray:
-    """Put the sound into a room: the echoes fall by 60 dB in `decay` seconds and take the fraction `wet` of the energy."""
+    """Put the sound into a room: echoes fall by 60 dB in `decay` seconds and take the fraction `wet` of the energy."""
     length = int(decay * SAMPLE_RATE)
     echoes = shape(noise(random, length) * fade_away(length, decay), partial(low_pass, cutoff=5000, order=1))
     echoes *= np.sqrt(wet / np.sum(echoes**2))
