@@ -189,7 +189,7 @@ def test_text_that_d_can_not_read_is_refused_and_what_it_is_not_to_is_left_alone
         Feed(config, config.autoencode, Parallel(config.parallel), errors=tmp_path / "errors.jsonl"),
     )
     task.module.dit.config.text_width = 7
-    with pytest.raises(ValueError, match=r"D reads 12 of 7: prepare .* autoencode\.text_dropout=1"):
+    with pytest.raises(ValueError, match=r"D reads 12 tokens of 7: prepare .* autoencode\.text_dropout=1"):
         feed.require(task)
 
 
@@ -206,7 +206,7 @@ def test_damaged_text_is_no_text_and_named(make, tmp_path, root):
         assert torch.equal(batch.conditions["text_mask"].any(1), batch.ids != 0)
     lines = (tmp_path / "errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0]
-    assert "checksum of its text" in lines[0]
+    assert "checksum of the text" in lines[0]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

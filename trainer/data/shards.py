@@ -221,7 +221,7 @@ def _npy(values: NDArray[np.float16]) -> bytes:
 
 
 def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[tuple[int, int], int, int]:
-    """Return shape, offset and length of the values of the .npy member at `offset`; the last three are in bytes."""
+    """Return the shape of the .npy member at `offset`, and the offset and length of its values in bytes."""
     header = io.BytesIO(pread(file, offset, min(length, 512)))
     try:
         if np.lib.format.read_magic(header) != (1, 0):
