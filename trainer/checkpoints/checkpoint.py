@@ -140,7 +140,7 @@ def latest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | Non
 
 
 def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
-    """Returns the newest undamaged checkpoint for whose `meta` `wanted` returns True; None if there is none.
+    """Returns the newest undamaged checkpoint whose `meta` satisfies `wanted`; None if no checkpoint does.
 
     Renames each damaged checkpoint that it finds to `damaged_…`, and logs a warning.
     """
