@@ -1,4 +1,4 @@
-"""How a training that fails is explained: in each rank's log, and to the user with what mends it."""
+"""Explains why training failed: in each rank's log, and to the user together with a fix."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explained_failures(config: Config, stage: str, parallel: Parallel, watchdog: Watchdog) -> Iterator[None]:
-    """Write every failure to this rank's log; raise ValueError with the mend where memory ran out."""
+    """Log every exception in this rank's log. If memory ran out, raise a ValueError that says how to save memory."""
     try:
         yield
     except Exception as error:
-        # The watchdog of one rank ends it while the next one still writes: give that one time.
+        # Extend the watchdog's timeout: it must not end this rank while the explanation is being written.
         with watchdog.patient():
             explanation = _explained(error, config, stage, parallel)
         if explanation is None:
@@ -32,7 +32,7 @@ def explained_failures(config: Config, stage: str, parallel: Parallel, watchdog:
 
 
 def _explained(error: Exception, config: Config, stage: str, parallel: Parallel) -> str | None:
-    """Log a failure; returns an explanation where the error itself gives none."""
+    """Log an exception. Return an explanation of it if memory ran out; None otherwise."""
     if isinstance(error, ValueError | OSError):
         logger.error("%s: %s", stage, error)
         return None
@@ -50,11 +50,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def hopeless_run(health: Health, stage: str, settings: TrainConfig, samples: int, *, no_checkpoint: bool) -> str:
-    """What to say of a run whose steps are skipped one after another, and that cannot go back any more."""
-    rewinds = f", after going back {health.rewinds} times" if health.rewinds else ""
-    rewinds += ", and there is no checkpoint to go back to" if no_checkpoint else ""
+    """Return the error message of a run that skips every step and cannot be rewound any more."""
+    rewinds = f", after {health.rewinds} rewinds" if health.rewinds else ""
+    rewinds += ", and there is no checkpoint to rewind to" if no_checkpoint else ""
     return (
-        f"{stage} comes to nothing at {samples} samples: {len(health.skipped)} steps in a row were skipped{rewinds}, "
-        f"the last because {health.skipped[-1]['why']}: lower {stage}.lr (now {settings.lr:g}) and start again in "
-        f"another run_dir; incident.json names the samples"
+        f"{stage} diverged at {samples} samples: {len(health.skipped)} consecutive steps were skipped{rewinds}; the "
+        f"last one because {health.skipped[-1]['why']}: lower {stage}.lr (now {settings.lr:g}) and start again in "
+        f"another run_dir=…; incident.json names the samples"
     )

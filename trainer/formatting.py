@@ -1,4 +1,4 @@
-"""Tables and sizes for people."""
+"""Formats tables and sizes for people to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Rows of cells as lines, each column as wide as its widest cell; those in `right` are flushed right."""
+    """Format rows of cells as lines of aligned columns. `right` has the indices of right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -19,7 +19,7 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> st
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Format a number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break

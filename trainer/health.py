@@ -1,9 +1,9 @@
-"""What a run does about steps that would spoil it, decided alike on every rank.
+"""Detects training steps that would harm the weights, and decides alike on every rank what to do about them.
 
-A step whose loss or gradient norm is not finite, or whose norm is far above what is usual, is skipped: its samples are
-counted, the weights stay. After several in a row the run returns to the last good checkpoint and passes over the data
-in between. All of it is a function of numbers that all ranks share and of a state that every checkpoint holds, so that
-a run that is killed in the middle of it comes out the same.
+A step whose loss or gradient norm is not finite, or whose norm is far above the recent median, is skipped: its samples
+count as seen, and the weights do not change. After several consecutive skipped steps, the run is rewound to the last
+good checkpoint and skips the data seen since then. These decisions depend only on numbers that all ranks share and on
+state that every checkpoint stores, so a run that is killed in between and resumed gives the same result.
 """
 
 from __future__ import annotations
@@ -16,27 +16,34 @@ from typing import Any
 
 from trainer.recipes.schema import HealthConfig
 
-_SCALE_GROWS_AFTER = 2000  # accepted steps, as torch's GradScaler
+_SCALE_GROWS_AFTER = 2000  # accepted steps; the default of torch's GradScaler
 _LARGEST_SCALE = 2.0**24
 
 
 class Health:
-    """Judges each step, and keeps the loss scale of fp16."""
+    """Accepts or rejects each step, and maintains the loss scale of fp16."""
 
     def __init__(self, settings: HealthConfig, *, scaled: bool) -> None:
-        """`scaled`: the loss is scaled, for fp16; its overflows are no incident, they lower the scale."""
+        """`scaled`: the loss is scaled, for fp16. An overflow then lowers the scale and does not count as a fault."""
         self.settings, self.scaled = settings, scaled
         self.norms: deque[float] = deque(maxlen=settings.spike_window)
         self.skipped: list[dict[str, Any]] = []
-        """The skipped steps in a row up to now: samples before the step, loss, norm, why."""
+        """The consecutive skipped steps up to now: samples before the step, loss, norm, reason."""
         self.rewinds = 0
+        """How many times the run was rewound."""
         self.taken = False
-        """Whether the last step was taken."""
+        """Whether the last step was accepted."""
         self.scale = 2.0**16 if scaled else 1.0
         self._steps_at_scale = 0
 
     def accepts(self, samples: int, loss: float, norm: float) -> bool:
-        """Whether to take the step after `samples`, with this loss and gradient norm of the whole batch."""
+        """Decide whether the optimizer takes a step, and record the decision.
+
+        Args:
+            samples: samples seen before the step.
+            loss: the mean loss of the global batch.
+            norm: the gradient norm of the global batch, before clipping.
+        """
         self.taken = not (self.scaled and self._overflowed(loss, norm))
         if self.taken and (why := self._fault(loss, norm)):
             self.taken = False
@@ -48,21 +55,21 @@ class Health:
 
     @property
     def good(self) -> bool:
-        """Whether the last step was no incident: a checkpoint of now is one to return to."""
+        """Whether the last step had no fault, so that a run may be rewound to a checkpoint that is saved now."""
         return not self.skipped
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many steps in a row were skipped that the run has to go back."""
+        """Whether `health.rewind_after` consecutive steps were skipped, so that the run must be rewound."""
         return len(self.skipped) >= self.settings.rewind_after
 
     def rewound(self, rewinds: int) -> None:
-        """The run went back, after so many times before."""
+        """Record that the run was rewound; it had been rewound `rewinds` times before."""
         self.skipped.clear()
         self.rewinds = rewinds + 1
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Return the state that a checkpoint stores."""
         return {
             "norms": list(self.norms),
             "skipped": list(self.skipped),
@@ -73,7 +80,7 @@ class Health:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint's, which may be of another precision, or of a version that had none."""
+        """Restore a checkpoint's state. Its precision may differ; None, from an older version, changes nothing."""
         if state is None:
             return
         self.norms = deque(state["norms"], maxlen=self.settings.spike_window)
@@ -93,7 +100,7 @@ class Health:
         return None
 
     def _overflowed(self, loss: float, norm: float) -> bool:
-        """Halve the scale where it was too large, double it where it was small enough for long."""
+        """Whether the gradients overflowed in fp16. Halves the scale if so; doubles it after many steps without one."""
         if not math.isfinite(loss) or (not math.isfinite(norm) and self.scale <= 1):
             return False
         if not math.isfinite(norm):

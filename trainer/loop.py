@@ -1,4 +1,4 @@
-"""The one training loop. A stage is a Task; what happens in a step is here, from top to bottom."""
+"""The training loop that all stages share. A stage is a Task; this module shows one step from top to bottom."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trainer.training import Training, finish, go_back, set_up
 
 
 def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Callable[[], None] = lambda: None) -> str:
-    """Train one stage to its end, from where it was left.
+    """Train one stage until all its samples are seen, or until it is asked to stop. Resumes from a checkpoint if any.
 
     Args:
         config: the whole recipe.
-        stage: a trained stage.
-        stop: asked at each step, and between the parts of what takes longer; when it says so on any rank, all ranks
-            save together and leave.
-        permitted: raises on rank 0 where this run may no longer write, as another start of it has taken over.
+        stage: the name of a trained stage.
+        stop: polled at each step, and during work that takes longer than a step. When it returns True on any rank, all
+            ranks save a checkpoint together and exit.
+        permitted: called on rank 0 before each write; raises if a later start of this run has taken over.
 
     Returns:
         "done" or "stopped".
 
     Raises:
-        ValueError: the run directory holds another run, something that the stage builds on is missing, the training
-            comes to nothing, or the device has too little memory; says what mends it.
-        OSError: a checkpoint could not be written; the older ones are untouched.
+        ValueError: the run directory holds another run, an input of the stage is missing, the training diverges, or the
+            device has too little memory. The message says how to fix it.
+        OSError: a checkpoint could not be written. Older checkpoints are untouched.
     """
     with set_up(config, stage, stop or Stop(), permitted) as training:
         while not training.ended and not training.stopping:
@@ -40,43 +40,43 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
                 with training.watchdog.patient():
                     go_back(training)
             else:
-                _do_what_is_due(training, step)
+                _do_scheduled_work(training, step)
         return finish(training)
 
 
 class Step(NamedTuple):
-    """A step that was made or skipped."""
+    """One training step, whether the optimizer took it or `Health` skipped it."""
 
     before: int
     """Samples seen before the step."""
     lr: float
     grad_norm: float
-    """Of the whole batch, before clipping."""
+    """Gradient norm of the whole global batch, before clipping."""
 
 
 def train_step(t: Training) -> Step | None:
-    """One global batch: gradients of this rank's micro batches, then one step of the optimizer, unless it is skipped.
+    """Train on one global batch: accumulate gradients over this rank's micro batches, then step the optimizer.
 
-    Returns None where the step is void: a rank was asked to leave before its batch came.
+    Returns None if the step is void: a rank was asked to stop before its batch was read.
 
     The order matters:
-        1. The loss scale is set before the first forward pass, as the losses are scaled by it.
-        2. The ranks' agreement begins between the last forward and backward pass, so that the backward pass hides the
-           collective. Everything that ranks decide together in a step is decided by it.
-        3. The saver has made its copy before the optimizer changes what is being saved.
-        4. The learning rate is that of the samples seen before the step. The counters advance after the optimizer, and
-           the averages and the log take in the step with the counters advanced.
+        1. The loss scale is set before the first forward pass, because the losses are multiplied by it.
+        2. `Parallel.agree` starts between the last forward and backward pass, so that the backward pass hides its
+           collective. This one collective decides everything that the ranks decide together in a step.
+        3. The saver has finished its copy before the optimizer changes the tensors that are being saved.
+        4. The learning rate depends on the samples seen before the step. The counters advance after the optimizer; the
+           moving averages are updated with the advanced counter.
     """
     state, settings = t.state, t.settings
     t.stop.step_begins(state.samples)
     t.strategy.scale = t.health.scale
     loss_sum, (t.stopping, void, save_failed) = _accumulate_gradients(t)()
     if save_failed:
-        t.saver.wait()  # raises what the save failed with
+        t.saver.wait()  # raises the error of the failed save
     if void:
         return None
 
-    # Take the step, if the loss and the gradient norm are sound.
+    # Step the optimizer, unless `Health` rejects the loss or the gradient norm.
     t.saver.copied()
     before, lr = state.samples, learning_rate(settings, state.samples)
     loss = loss_sum / settings.global_batch
@@ -89,11 +89,11 @@ def train_step(t: Training) -> Step | None:
 
 
 def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]:
-    """Forward and backward passes of this rank's micro batches; gradients are reduced among ranks in the last one.
+    """Run the forward and backward passes of this rank's micro batches; the last pass reduces gradients among ranks.
 
     Returns:
-        What waits for the ranks' agreement and gives it: the batch's loss, summed over samples; whether any rank is
-        asked to leave, got no batch, or failed to save.
+        A function that waits for the ranks' agreement and returns it: the global batch's loss, summed over samples; and
+        whether any rank was asked to stop, got no batch, or failed to save.
     """
     batch_loss = torch.zeros((), dtype=torch.float64, device=t.parallel.device)
     t.log.clock.begin()
@@ -111,8 +111,8 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]
     return agreed
 
 
-def _do_what_is_due(t: Training, step: Step) -> None:
-    """What comes by samples seen: a line of the log, listening samples, a checkpoint with its held-out loss."""
+def _do_scheduled_work(t: Training, step: Step) -> None:
+    """Write a log line, listening samples, or a checkpoint with its held-out loss if the step passed their interval."""
     config, state, before = t.config, t.state, step.before
     if is_due(before, state.samples, config.log.every) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=step.grad_norm, feed=t.feed, saver=t.saver)

@@ -1,4 +1,4 @@
-"""What comes out of a stage's module: named loss terms for each sample, and their weighted sum."""
+"""The output of a stage's module: named loss terms for each sample, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 class Losses(NamedTuple):
     """Losses of a micro batch of b samples; a tuple, so that wrappers of modules find the tensors in it.
 
-    A module adds a term by giving it a name; the stage's `loss_weights` say how much the term counts, and each term has
-    a curve of its own in the log.
+    A module adds a term by giving it a name. The stage's `loss_weights` set the term's weight, and the log shows a
+    separate curve for each term.
     """
 
     terms: dict[str, Tensor]
-    """By name, (b,) in float32 each: the mean over what a sample holds, padding left out."""
+    """Terms by name, each (b,) in float32: the mean over a sample without its padding."""
     quantiles: Tensor
-    """(b,), in (0, 1): where in the distribution of noise levels each sample lay; 0.5 where there is no noise."""
+    """(b,), in (0, 1): each sample's quantile in the distribution of noise levels; 0.5 if the stage adds no noise."""
 
     def total(self, weights: Mapping[str, float]) -> Tensor:
-        """The sum of all terms (b,), each times its weight, which is 1 where `weights` does not name the term.
+        """Return the weighted sum of all terms (b,). The weight of a term that `weights` does not name is 1.
 
         Raises:
-            ValueError: `weights` names a term that there is not.
+            ValueError: `weights` names a term that the stage does not have.
         """
         if unknown := [name for name in weights if name not in self.terms]:
             raise ValueError(
-                f"loss_weights names {', '.join(unknown)}, and the stage's loss has the terms {', '.join(self.terms)}"
+                f"loss_weights names {', '.join(unknown)}, but the stage's loss has the terms {', '.join(self.terms)}"
             )
         weighted = [value * weights[name] if name in weights else value for name, value in self.terms.items()]
         return sum(weighted[1:], start=weighted[0])

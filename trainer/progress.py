@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Shows the progress of long work: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
+LINE_EVERY = 10.0  # seconds between two lines if stderr is not a terminal
 
 
 class Progress:
-    """`with Progress("prepare", total=12, unit="files") as progress: progress.to(3, errors=0)`."""
+    """Shows progress on stderr: `with Progress("prepare", total=12, unit="files") as progress: progress.to(3)`."""
 
     def __init__(self, title: str, *, total: float, unit: str, shown: bool = True) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -23,7 +23,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) if terminal else None
 
     def to(self, done: float, *, of: float | None = None, **facts: object) -> None:
-        """Say how far it is, with facts to stand beside it; `of` is the total where that was not known before."""
+        """Show that `done` of the total is done, followed by `facts`. `of` replaces a total that has become known."""
         self.total = self.total if of is None else of
         if self.bar is not None:
             self.bar.total = self.total
@@ -31,10 +31,10 @@ class Progress:
             self.bar.update(done - self.done)
         elif self.shown and (time.monotonic() - self.line > LINE_EVERY or done >= self.total > self.done):
             self.line = time.monotonic()
-            beside = "".join(f", {key} {value}" for key, value in facts.items())
+            details = "".join(f", {key} {value}" for key, value in facts.items())
             seconds = self.line - self.start
             print(
-                f"{self.title}: {done:g} of {self.total:g} {self.unit}, {seconds:.0f} s{beside}",
+                f"{self.title}: {done:g} of {self.total:g} {self.unit}, {seconds:.0f} s{details}",
                 file=sys.stderr,
                 flush=True,
             )

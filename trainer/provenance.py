@@ -1,4 +1,4 @@
-"""What a run was made with: Python, packages, and the version of this code."""
+"""Records what a run was made with: Python, packages, and the version of this code."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 COPIED_FROM = "COPIED_FROM"
-"""Beside code that was set aside for a job: the commit that it was, and its changes."""
+"""File next to code that was copied for a cluster job: the commit that it was copied from, then uncommitted changes."""
 
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment() -> str:
-    """Python, packages, git commit and uncommitted changes."""
+    """Describe the Python version, packages, git commit and uncommitted changes."""
     packages = sorted({f"{item.metadata['Name']}=={item.version}" for item in distributions()}, key=str.lower)
     return "\n".join([f"python {sys.version}", f"commit {code_version()}", *packages, "", local_changes()])
 
 
 def code_version() -> str:
-    """The git commit of this code, or `unknown` where it was installed without one."""
+    """Return the git commit of this code; `unknown` if it was installed without git."""
     return _copied().partition("\n")[0] or _git("rev-parse", "HEAD") or "unknown"
 
 
 def local_changes() -> str:
-    """What of this code is not committed, as a diff."""
+    """Return the uncommitted changes of this code as a diff."""
     return _copied().partition("\n")[2] or _git("diff", "HEAD")
 
 
 def _copied() -> str:
-    """Of code that was set aside for a job: commit and changes of the checkout that it was copied from."""
+    """Read the commit and changes of the checkout that this code was copied from; empty if it is no copy."""
     path = _ROOT / COPIED_FROM
     return path.read_text("utf-8") if path.exists() else ""
 

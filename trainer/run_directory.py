@@ -1,4 +1,4 @@
-"""The run directory of a stage: all there is to know of it, and the guard against mixing two runs in one place."""
+"""The run directory of a stage: its records, and the check that prevents two runs from mixing in one directory."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from trainer.stages import STAGES
 logger = logging.getLogger(__name__)
 
 
-_NOT = object()  # equal to no value
+_MISSING = object()  # equal to no value
 
 
 def stage_folder(config: Config, stage: str) -> Path:
-    """The run directory of a stage."""
+    """Return the run directory of a stage."""
     return Path(config.run_dir) / stage
 
 
 class RunDirectory:
-    """`config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders for the rest."""
+    """Paths and records of a stage: `config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders."""
 
     def __init__(self, path: Path, stage: str, *, permitted: Callable[[], None] = lambda: None) -> None:
-        """`permitted` raises where this process may no longer write, as another start of the run has taken over."""
+        """`permitted` is called before writing; it raises if a later start of this run has taken over."""
         self.path, self.stage, self.permitted = path, stage, permitted
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
@@ -44,14 +44,15 @@ class RunDirectory:
         self.export = path / "export"
 
     def claim(self, config: Config, inputs: dict[str, str]) -> None:
-        """Take the directory for this config, or raise where it holds a run of another one.
+        """Write the records of a run with this config into the directory.
 
         Args:
-            config: the whole recipe; only what this stage learns from has to agree.
-            inputs: what the stage builds on: hashes of shards and of earlier stages.
+            config: the whole recipe.
+            inputs: hashes of the stage's inputs: shards and exports of earlier stages.
 
         Raises:
-            ValueError: names what differs, and the mend.
+            ValueError: the directory holds a run with other inputs, or other settings that this stage learns from. The
+                message says how they differ and how to fix it.
         """
         self.require_same(config, inputs)
         self.permitted()
@@ -62,15 +63,17 @@ class RunDirectory:
         write_whole(self.path / "environment.txt", environment())
 
     def identity(self, config: Config, inputs: dict[str, str]) -> str:
-        """Hash of all that the stage learns from: settings, and what it builds on. A longer run has the same."""
+        """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash."""
         later = added_later()
         relevant = self._relevant(config)
-        return hash_values({key: value for key, value in relevant.items() if value != later.get(key, _NOT)} | inputs)
+        return hash_values(
+            {key: value for key, value in relevant.items() if value != later.get(key, _MISSING)} | inputs
+        )
 
     def _relevant(self, config: Config | dict[str, Any]) -> dict[str, Any]:
         flat = flatten(config) if isinstance(config, Config) else config
         names = STAGES[self.stage].learned_keys()
-        # a longer run is the same run
+        # The number of samples is left out, because a longer run continues the same run.
         return {
             key: value
             for key, value in flat.items()
@@ -79,13 +82,13 @@ class RunDirectory:
         }
 
     def require_same(self, config: Config, inputs: dict[str, str] | None = None) -> None:
-        """Raise ValueError where the directory holds a run of another config or, if they are given, of other inputs."""
+        """Raise ValueError if the directory holds a run with another config, or with other inputs if any are given."""
         if not (self.path / "config.yaml").exists() or not checkpoints(self.checkpoints):
-            return  # nothing learned yet that could be mixed up
+            return  # The directory holds no trained weights yet.
         relevant = self._relevant(config)
         known = flatten(config)
         if config.checkpoint.start_from is None:
-            relevant.pop("checkpoint.start_from")  # the run has begun: with what, needn't be said again
+            relevant.pop("checkpoint.start_from")  # A run that has begun need not name its first weights again.
         before = self._relevant(added_later() | _flatten_stored(self._stored_config(), known))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
@@ -107,23 +110,25 @@ class RunDirectory:
         try:
             stored = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
         except (OSError, ValueError, YAMLError) as error:
-            raise ValueError(f"{path} can't be read ({error}): take another run_dir=…, or remove {self.path}") from None
+            raise ValueError(
+                f"{path} cannot be read ({error}): take another run_dir=…, or remove {self.path}"
+            ) from None
         assert isinstance(stored, dict)
         return stored
 
     @property
     def status(self) -> dict[str, Any]:
-        """What `write_status` wrote last; empty before."""
+        """The status that `write_status` wrote last; empty if there is none."""
         return read_json(self.path / "status.json")
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """`state` is running, stopped or done."""
+        """Write `status.json` with a state (running, stopped or done) and further facts."""
         self.permitted()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         write_whole(self.path / "status.json", json.dumps(status, indent=2), durable=False)
 
     def done(self, config: Config) -> bool:
-        """Whether this stage ran to the end that the config asks for."""
+        """Whether this stage is done, with at least as many samples as the config says."""
         status = self.status
         return status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
 
@@ -134,7 +139,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _flatten_stored(values: dict[Any, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to plain values, as `schema.flatten` has them: a mapping that is one setting's value stays one."""
+    """Flatten nested mappings to dotted keys, as `values.flatten` does. The mapping of a `known` key is not split."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"

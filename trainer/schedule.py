@@ -1,4 +1,4 @@
-"""What a step does as a function of samples seen: the learning rate, and what is due."""
+"""Schedules as functions of the samples seen: the learning rate, and whether an interval has passed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from trainer.recipes.schema import TrainConfig
 
 
 def learning_rate(settings: TrainConfig, samples: int) -> float:
-    """The learning rate of the step after so many samples: linear warm-up, constant, linear decay to zero."""
+    """Return the learning rate of the step after `samples` samples: linear warm-up, constant, linear decay to zero."""
     rising = min(1.0, (samples + settings.global_batch) / settings.warmup) if settings.warmup else 1.0
     falling = settings.decay * settings.samples
     left = settings.samples - samples
@@ -14,5 +14,5 @@ def learning_rate(settings: TrainConfig, samples: int) -> float:
 
 
 def is_due(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` samples was passed between two moments; never where `every` is 0."""
+    """Whether the samples seen passed a multiple of `every` between `before` and `now`; never if `every` is 0."""
     return every > 0 and now // every > before // every

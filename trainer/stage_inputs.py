@@ -1,4 +1,4 @@
-"""What a stage builds on: the sets of latents, D's pretrained weights, and the export of the stage before."""
+"""The inputs of a stage: the sets of latents, D's pretrained weights, and the export of the previous stage."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from trainer.stages import STAGES, stage_before
 
 
 def base_model(config: Config) -> Path:
-    """Where D's pretrained weights are: the release's folder, or what `pretrain` exported."""
+    """Return the path of D's pretrained weights: a release's folder, or the export of `pretrain`."""
     if config.pretrained.folder is not None:
         return Path(config.pretrained.folder)
     return stage_folder(config, "pretrain") / "export" / "dit.safetensors"
 
 
 def training_sets(config: Config) -> dict[ShardSet, int]:
-    """The sets that a run learns from, with their shares in a batch."""
+    """Open the sets that a run learns from; returns their shares in a batch."""
     folders = config.data.mix or {config.data.latents: 1}
     return {open_training_set(folder, config.data.cache): share for folder, share in folders.items()}
 
 
 def held_out_set(config: Config) -> ShardSet:
-    """The set that no stage learns from."""
+    """Open the held-out set, which no stage learns from."""
     return open_set(f"{config.data.latents.rstrip('/')}/test", config.data.cache)
 
 
 def stage_inputs(config: Config, stage: str) -> dict[str, str]:
-    """Hashes of what a trained stage builds on: the shards, and the export of the stage before.
+    """Return the hashes of a trained stage's inputs: shards, and the export of the previous stage.
 
     Raises:
-        ValueError: something of it is not there yet; names the command that makes it.
+        ValueError: an input is missing. The message names the stage or command that makes it.
     """
     sets = [f"{share} × {shard_set.fingerprint}" for shard_set, share in training_sets(config).items()]
     inputs = {"latents": " + ".join(sets)}
     before = stage_before(config, stage)
-    if before is None and STAGES[stage].builds_on:  # the stage before is left out: pretrained weights take its place
+    if before is None and STAGES[stage].builds_on:  # Pretrained weights replace the previous stage.
         files = weight_files(base_model(config))
         inputs["pretrained"] = hash_values({name: file_digest(path) for name, path in files.items()})
     elif before is not None:
         export = RunDirectory(stage_folder(config, before), before).status.get("export")
         if export is None:
-            raise ValueError(f"the stage {stage} builds on {before}, which has not ended yet: run that first")
+            raise ValueError(f"the stage {stage} builds on {before}, which is not done yet: run {before} first")
         inputs[before] = export
     return inputs

@@ -1,8 +1,8 @@
-"""One row for each stage: all that is known of a stage without torch.
+"""The stages of a recipe: one row for each, with everything about a stage that does not need torch.
 
-The recipe's schema, the pipeline, the launchers, the status table, the help texts and the memory plan ask these rows.
-A new trained stage is a row here and a Task (`trainer.tasks`); a new stage that trains nothing is a row here and a
-function in `launch.pipeline`. The README shows the rows as a table.
+The recipe's schema, the pipeline, the launchers, the status table, the help texts and the memory plan read these rows.
+A new trained stage needs a row here and a Task (`trainer.tasks`); a new stage that trains nothing needs a row here and
+a function in `launch.pipeline`. The README shows the rows as a table.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ def _always(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row. The stage's settings stand under its name in the recipe, and its files in a folder of that name."""
+    """One stage. Its settings are under its name in the recipe, and its files are in a folder of that name."""
 
     name: str
     help: str
-    """What the stage does, in half a sentence."""
+    """A phrase that says what the stage does."""
     task: str = ""
     """`module:class` of the stage's Task; empty for a stage that trains nothing."""
     needed: Callable[[Config], bool] = _always
     """Whether a recipe needs the stage."""
     builds_on: tuple[str, ...] = ()
-    """Trained stages of which the first that the recipe needs gives its export to this one."""
+    """Candidates for the previous stage, whose export this stage uses: the first one that the recipe needs."""
     judges: tuple[str, ...] = ()
-    """Trained stages that all have to have ended, because this stage reads each one's export."""
+    """Trained stages whose exports this stage evaluates. All of them must be done before."""
     learned_from: tuple[str, ...] = ()
-    """Keys of the recipe that decide what is learned, beside the stage's own key and those that all stages share. A
-    run directory refuses to go on where one of them has changed."""
+    """Keys of the recipe that decide what is learned, in addition to the stage's own key and those that all stages
+    share. A run whose recipe changes one of them is not resumed."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the stage's `TrainConfig` that differ from those of the class."""
     crop_unit: str = "latent_encoder.pooling"
-    """Key of the recipe whose value divides the stage's `crop_frames`."""
+    """Key of the recipe whose value must divide the stage's `crop_frames`."""
     makes_latents: bool = False
-    """Whether the stage is left out where `data.latents` holds latents that another run made."""
+    """Whether the stage is skipped if `data.latents` holds latents that another run made."""
     asks: Mapping[str, int] = field(default_factory=dict)
-    """What a job of the stage asks of a cluster in place of what the recipe says for all stages: `nodes`,
-    `tasks_per_node`, and `gpus_per_node`, of which it never asks for more than the recipe does."""
+    """Resources that the stage's cluster jobs request instead of the recipe's: `nodes`, `tasks_per_node`, and
+    `gpus_per_node`, which is limited to the recipe's value."""
     array: bool = False
-    """Whether the stage can be cut into parts, each a job of an array."""
+    """Whether the stage can be split into parts that run as a job array."""
     array_by_default: bool = False
-    """Whether `cluster.array` cuts the stage; if not, only the stage's own `cluster.stages.NAME.array` does."""
+    """Whether `cluster.array` splits the stage. If not, only the stage's own `cluster.stages.NAME.array` does."""
     progress_files: str | None = None
-    """Of a stage that trains nothing: glob of the files, in the stage's folder, that count how far it is. Empty: each
-    start begins anew. None: how far it is cannot be told."""
+    """For a stage that trains nothing: glob of the files in the stage's folder whose number measures its progress.
+    Empty: each start begins from scratch. None: the stage's progress cannot be measured."""
 
     @property
     def trained(self) -> bool:
@@ -61,11 +61,11 @@ class Stage:
 
     @property
     def stops_at_once(self) -> bool:
-        """Whether a signal may end the stage at any moment: what it has done is kept, and it has nothing to save."""
+        """Whether a signal may end the stage at any moment, because it keeps its finished work and saves nothing."""
         return not self.trained
 
     def learned_keys(self) -> tuple[str, ...]:
-        """All keys of the recipe that decide what the stage learns."""
+        """Return all keys of the recipe that decide what the stage learns."""
         return (*_LEARNED_FROM_BY_ALL, *self.learned_from, self.name)
 
 
@@ -147,11 +147,11 @@ STAGES: dict[str, Stage] = {
         Stage("page", "a page to hear them", asks=_ONE_CPU_TASK, progress_files=""),
     )
 }
-"""All stages in the order in which a recipe runs them."""
+"""All stages, in the order in which a recipe runs them."""
 
 
 def register(stage: Stage, *, before: str) -> None:
-    """Add a stage, to run before another one."""
+    """Add a stage that runs immediately before the stage `before`."""
     rows = {name: row for name, row in STAGES.items() if name != stage.name}
     STAGES.clear()
     for name, row in rows.items():
@@ -161,15 +161,15 @@ def register(stage: Stage, *, before: str) -> None:
 
 
 def trained_stages() -> tuple[str, ...]:
-    """Names of the stages that have a Task, in order."""
+    """Return the names of the stages that have a Task, in order."""
     return tuple(name for name, stage in STAGES.items() if stage.trained)
 
 
 def is_trained(name: str) -> bool:
-    """Whether there is a stage of this name and it has a Task."""
+    """Whether a stage of this name exists and has a Task."""
     return name in STAGES and STAGES[name].trained
 
 
 def stage_before(config: Config, name: str) -> str | None:
-    """The trained stage whose export a stage builds on in this recipe; None where there is none."""
+    """Return the trained stage whose export a stage builds on in this recipe; None if there is none."""
     return next((other for other in STAGES[name].builds_on if STAGES[other].needed(config)), None)

@@ -1,22 +1,22 @@
-"""Asked to leave: what a launcher tells the loop, and how work that takes longer than a step is given up."""
+"""How a launcher asks training to stop, and the exception that interrupts work that takes longer than a step."""
 
 from __future__ import annotations
 
 
 class Stop:
-    """Whether to leave, and whether there is time for something before. This one never asks to."""
+    """Says whether to stop, and whether there is time to save first. This default never stops; launchers override."""
 
     def __call__(self) -> bool:
-        """Whether this rank was asked to leave."""
+        """Whether this rank was asked to stop."""
         return False
 
     def step_begins(self, samples: int) -> None:
-        """Hear that a step begins after so many samples. A launcher need not listen."""
+        """Called before each step, with the samples seen before it."""
 
     def hurried(self, seconds: float) -> bool:
-        """Whether something that takes so long would not fit into the time that is left."""
+        """Whether less than `seconds` are left until this process is killed."""
         return False
 
 
-class Leaving(Exception):  # no error
-    """Raised on all ranks alike, between the parts of an evaluation, when one of them was asked to leave."""
+class Leaving(Exception):  # This is no error.
+    """Raised on all ranks together, between the parts of an evaluation, if any rank was asked to stop."""

@@ -1,7 +1,7 @@
-"""What each stage optimizes. The loop is one; a stage is a Task and a row of `trainer.stages`.
+"""What each trained stage optimizes. All stages share one loop; a stage is a Task and a row of `trainer.stages`.
 
-A Task says which module is trained and which of its tensors are learned, gives the loss terms of each sample, listens
-to itself for the log, and exports what others load.
+A Task holds the stage's module, says which of its parameters are trained, decodes samples for the log, and writes the
+export that later stages load.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from trainer.stages import STAGES, stage_before
 logger = logging.getLogger(__name__)
 
 Progressed = Callable[[int, int], None] | None
-_VECTORS_PER_CODEWORD = 16  # whose codes are counted, before a prior learns what they depend on
+_VECTORS_PER_CODEWORD = 16  # for counting how often each code occurs, before the prior is trained
 
 
 class Models(Protocol):
-    """Where a Task's models come from: `LoadedModels`, or for the memory plan `trainer.memory.outline`."""
+    """The source of a Task's models: `LoadedModels`, or `trainer.memory.outline` for the memory plan."""
 
     def autoencoder(self) -> AudioAE:
         """The recipe's AudioAE."""
 
     def fresh_dit(self) -> Decoder:
-        """A D of the recipe's sizes that has learned nothing."""
+        """A D of the recipe's sizes with random weights."""
 
     def pretrained_dit(self) -> Decoder:
-        """The D that `pretrain` or a release gives."""
+        """The D that `pretrain` exported, or that a release contains."""
 
     def codec(self, stage: str) -> SPresso:
-        """The codec that a stage exports."""
+        """The codec that a stage exported."""
 
 
 class LoadedModels:
-    """Models with their weights, from the recipe's folders and from what earlier stages exported.
+    """Models with their weights, loaded from the recipe's folders and from the exports of earlier stages.
 
     Raises:
-        ValueError: (each method) a folder is missing or damaged; names it.
+        ValueError: (each method) a folder is missing or damaged. The message names it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -80,7 +80,7 @@ class LoadedModels:
         return DiT(self.config.dit)
 
     def pretrained_dit(self) -> Decoder:
-        """See `Models`; refuses a D of another formulation than the recipe's."""
+        """See `Models`. Raises ValueError if D was trained with another diffusion formulation than the recipe's."""
         dit = load_dit(base_model(self.config))
         _require_formulation(self.config, dit)
         return dit
@@ -91,25 +91,25 @@ class LoadedModels:
 
 
 class Task(ABC):
-    """One stage: its module, what of it is learned, its loss terms, its samples, its export."""
+    """One trained stage: its module, its trained parameters, its samples for the log, and its export."""
 
     autoencoder: AudioAE
     module: Objective
-    """From `Inputs` to `Losses`. Frozen parts lie in it with requires_grad=False."""
+    """Maps `Inputs` to `Losses`. Its frozen parameters have requires_grad=False."""
 
     base_hash = ""
-    """Of the frozen D that what is learned belongs to; empty where D itself is trained."""
+    """Hash of the frozen D that the trained weights belong to; empty if D itself is trained."""
 
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """The trained parameters under their plain names."""
+        """The trained parameters by their names in the module."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
 
     def conditions(self) -> list[ConditionReader]:
-        """What the stream reads for D beside the latents: text, where D reads it and not all of it is dropped."""
+        """Readers of the conditions that D needs in addition to latents: text, if D reads it and not all is dropped."""
         settings, module = self.config.stage(self.stage), self.module
         if not isinstance(module, Denoiser) or module.dit.config.text_width is None or settings.text_dropout == 1:
             return []
@@ -121,47 +121,53 @@ class Task(ABC):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Tensors that are kept with the learned ones but have no gradient."""
+        """Tensors that checkpoints and exports store with the trained parameters, but that have no gradient."""
         return {}
 
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:  # noqa: B027
-        """Before the first step of a fresh run. `batches` are this rank's parts; `gather` joins what ranks computed."""
+        """Initialise weights from data, before the first step of a fresh run. All ranks.
+
+        Args:
+            batches: this rank's parts of the first global batches.
+            gather: joins the rows of all ranks, in the order of the global batch.
+            main: whether this is rank 0, whose weights the other ranks then receive.
+        """
 
     def finish(self, batches: Iterator[Batch], device: torch.device) -> None:  # noqa: B027
-        """On rank 0, once the averaged weights are in place, before the export. `batches` are whole ones."""
+        """Complete the averaged weights before they are exported. On rank 0; `batches` are whole global batches."""
 
     def to(self, device: torch.device) -> None:
-        """Move all that the stage computes with, except the frozen base, which `Parallel.prepare` moves."""
+        """Move the stage's modules to a device, except the frozen base, which `Parallel.prepare` moves."""
         base = frozen_base(self.module)
         for module in self.modules():
             module._apply(lambda value: value if value in base else value.to(device))
 
     def modules(self) -> list[nn.Module]:
-        """All that the stage computes with."""
+        """All modules that the stage uses."""
         return [self.module, self.autoencoder]
 
     @abstractmethod
     def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
-        """Audio (B, 1, samples) that the model makes of held-out latents; `progress(done, total)` after each step."""
+        """Generate audio (B, 1, samples) from held-out latents; calls `progress(done, total)` after each step."""
 
     @abstractmethod
     def export(self, folder: Path) -> str:
-        """Write what others load; returns its hash."""
+        """Write the files that later stages and users load; returns their hash."""
 
     @abstractmethod
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
-        """Weights in what a stage exported, under the names that `learned` and `statistics` have; the base's hash."""
+        """Read an export's weights, by the names of `learned` and `statistics`, and the hash of its frozen base."""
 
 
 def frozen_base(module: nn.Module) -> set[Tensor]:
-    """D's own weights in a stage's module where they are not trained: they may be more than a device can hold."""
+    """Return D's frozen weights in a stage's module, which may be more than a device can hold."""
     if not isinstance(module, Denoiser):
         return set()
     return {value for value in module.dit.parameters() if not value.requires_grad}
 
 
 class Pretrain(Task):
-    """The DiT from scratch, unconditional, for those with no pretrained one."""
+    """Trains the DiT from scratch, unconditionally, for recipes without a pretrained one."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
@@ -170,7 +176,7 @@ class Pretrain(Task):
         self.module = Denoiser(config, stage, self.dit)
 
     def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
-        """Unconditional samples of the same length."""
+        """Generate unconditional samples of the same length as the held-out latents."""
         noise = [torch.randn(x0_BCT.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise_BCT = torch.stack(noise).to(x0_BCT.device)
         diffusion = make_diffusion(self.config.diffusion.name, **self.config.diffusion.options)
@@ -179,7 +185,7 @@ class Pretrain(Task):
         return self.autoencoder.decode(x0_BCT)
 
     def export(self, folder: Path) -> str:
-        """`dit.safetensors`, its config in the header."""
+        """Write `dit.safetensors`, with D's config in the header."""
         folder.mkdir(parents=True, exist_ok=True)
         state, shapes = self.dit.state_dict(), dataclasses.asdict(self.dit.config)
         formulation = {"diffusion": dataclasses.asdict(self.config.diffusion)}
@@ -187,19 +193,19 @@ class Pretrain(Task):
         return hash_state(shapes, state)
 
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
-        """D's weights, of our own `pretrain` or of a release."""
+        """Read D's weights from an export of `pretrain` or from a release."""
         return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}, ""
 
 
 class CodecTask(Task):
-    """A stage that trains parts of an SPresso."""
+    """A stage that trains parts of an SPresso codec."""
 
     codec: SPresso
 
     def _codec_before(self, models: Models) -> SPresso:
-        """The codec that the stage before exports."""
+        """Load the codec that the previous stage exported."""
         before = stage_before(self.config, self.stage)
-        assert before is not None, f"the stage {self.stage} builds on none"
+        assert before is not None, f"the stage {self.stage} builds on no other stage"
         return models.codec(before)
 
     def _take(self, codec: SPresso, learned: list[nn.Module | list[nn.Parameter]]) -> None:
@@ -210,7 +216,7 @@ class CodecTask(Task):
                 parameter.requires_grad_(True)
 
     def modules(self) -> list[nn.Module]:
-        """All of the codec, too: it decodes for the log, also with parts that the stage's module does without."""
+        """The whole codec in addition: decoding for the log also uses parts that the stage's module lacks."""
         return [*super().modules(), self.codec]
 
     @property
@@ -218,7 +224,7 @@ class CodecTask(Task):
         return base_model(self.config)
 
     def sample(self, x0_BCT: Tensor, seeds: list[int], progress: Progressed = None) -> Tensor:
-        """Decoded from z, or from z_q at the highest rate once D is trained on it."""
+        """Decode the latents' z, or z_q at the highest rate if the codec has a quantizer."""
         z_frames = x0_BCT.shape[-1] // self.codec.config.latent_encoder.pooling
         z_BZN = self.codec.x0_to_z(x0_BCT, z_frames)
         if self.codec.quantizer is not None:
@@ -227,12 +233,12 @@ class CodecTask(Task):
         return self.codec.z_to_audio(z_BZN, noise, sampling=self.config.sampling, progress=progress)
 
     def export(self, folder: Path) -> str:
-        """The whole codec as it is after this stage."""
+        """Write the whole codec as it is after this stage."""
         self.codec.config.sampling = self.config.sampling
         return self.codec.save_pretrained(folder, base=self._base, card=self._card())
 
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
-        """A codec's weights, of whatever stage."""
+        """Read the weights of a codec that any stage exported."""
         codec = SPresso.from_pretrained(folder)
         return codec.state_dict(), codec.base_hash
 
@@ -252,7 +258,7 @@ class CodecTask(Task):
 
 
 class Autoencode(CodecTask):
-    """Step 1: g, f and LoRA on D together; D's own weights stay frozen."""
+    """Trains g, f and LoRA on D together (step 1 of the paper); D's own weights stay frozen."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
@@ -262,7 +268,7 @@ class Autoencode(CodecTask):
 
 
 class Quantize(CodecTask):
-    """Step 2: the quantizer, fitted on z of the whole set; its refinement by gradient is `quantize.samples` long."""
+    """Fits the quantizer on z (step 2), then refines it by gradient descent for `quantize.samples` samples."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
@@ -280,7 +286,7 @@ class Quantize(CodecTask):
 
     @torch.no_grad()
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
-        """Fit the codebooks on z of random crops: every frame offset gives other vectors."""
+        """Fit the codebooks on z of random crops: the same clip gives other vectors at another frame offset."""
         every = self._vectors(batches, gather, self.config.quantizer.vectors)
         if main:
             assert self.codec.quantizer is not None
@@ -288,14 +294,16 @@ class Quantize(CodecTask):
 
     @torch.no_grad()
     def finish(self, batches: Iterator[Batch], device: torch.device) -> None:
-        """Give codewords that learning has left without any use another place."""
+        """Move codewords that no vector uses after training to where they are used."""
         quantizer = self.codec.quantizer
         assert quantizer is not None
         self.to(device)
         vectors = self._vectors(batches, lambda rows: rows, VECTORS_PER_CODEWORD * quantizer.size)
         if left := quantizer.revive(vectors):
             total = quantizer.books * quantizer.size
-            logger.warning("%s: none of %d vectors uses %d of %d codewords", self.stage, len(vectors), left, total)
+            logger.warning(
+                "%s: %d of %d codewords are still used by none of %d vectors", self.stage, left, total, len(vectors)
+            )
         self.to(torch.device("cpu"))
 
     def _vectors(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], count: int) -> Tensor:
@@ -310,7 +318,7 @@ class Quantize(CodecTask):
 
 
 class FitPrior(CodecTask):
-    """The prior over codes that files are entropy-coded with; the codes stay as they are."""
+    """Trains the prior over codes that compressed files are entropy-coded with; the codes do not change."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
@@ -321,7 +329,7 @@ class FitPrior(CodecTask):
 
     @torch.no_grad()
     def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
-        """Begin with how often each code occurs, at the highest rate."""
+        """Initialise the prior with each code's frequency at the highest rate."""
         quantizer, prior = self.codec.quantizer, self.codec.prior
         assert quantizer is not None
         assert prior is not None
@@ -335,7 +343,7 @@ class FitPrior(CodecTask):
 
 
 class Finetune(CodecTask):
-    """Step 3: f and D's LoRA on z_q, to make good what the quantizer lost; the codes stay as they are."""
+    """Trains f and D's LoRA on z_q (step 3), to make up for the quantization error; the codes do not change."""
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
@@ -345,32 +353,32 @@ class Finetune(CodecTask):
 
 
 def make_task(config: Config, stage: str, models: Models | None = None) -> Task:
-    """The Task of a trained stage, which its row in `trainer.stages` names.
+    """Create the Task that a trained stage's row in `trainer.stages` names.
 
     Args:
         config: the whole recipe.
-        stage: its name.
-        models: where the Task's models come from; None: loaded with their weights.
+        stage: the stage's name.
+        models: the source of the Task's models; None loads them with their weights.
     """
     module, _, name = STAGES[stage].task.partition(":")
     return getattr(importlib.import_module(module), name)(config, stage, models or LoadedModels(config))
 
 
 def _require_formulation(config: Config, dit: Decoder) -> None:
-    """D's prediction means something else in another formulation, and nothing else would tell."""
-    if dit.diffusion is None:
+    """Raise ValueError if D was trained in another formulation: its prediction would silently be misread."""
+    if dit.diffusion is None:  # The weights do not say.
         return
     ours = make_diffusion(config.diffusion.name, **config.diffusion.options)
     theirs = make_diffusion(dit.diffusion["name"], **dit.diffusion["options"])
     if ours != theirs:
         raise ValueError(
-            f"{base_model(config)} was trained as {theirs}, and the recipe says {ours}: give the recipe diffusion.name="
+            f"{base_model(config)} was trained as {theirs}, but the recipe says {ours}: set diffusion.name="
             f"{dit.diffusion['name']} and diffusion.options={dit.diffusion['options']}"
         )
 
 
 def fresh_codec(config: Config, models: Models) -> SPresso:
-    """Step 1's start: a pretrained D with fresh LoRA, g and f."""
+    """Create the codec that step 1 starts from: a pretrained D with randomly initialised LoRA, g and f."""
     dit = models.pretrained_dit()
     shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels)
     codec_config = CodecConfig(

@@ -1,6 +1,6 @@
-"""The parts of one stage's training: put together before the first step, taken back, ended after the last one.
+"""What surrounds the training loop: setting a stage's training up, rewinding it to a checkpoint, and finishing it.
 
-`trainer.loop` has what happens in between.
+`trainer.loop` holds the loop itself.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from trainer.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
 
-_MARGIN = 1.5  # times the last save's seconds are what the next save may take
+_SAVE_MARGIN = 1.5  # the next save may take this many times as long as the last one
 
 
 @dataclass
 class Training:
-    """What the loop works with; the same on every rank but for its part of the batch and of the weights."""
+    """Everything that the loop uses. Ranks differ only in their part of the batch and of the weights."""
 
     config: Config
     settings: TrainConfig
@@ -59,17 +59,20 @@ class Training:
     log: TrainingLog
     stop: Stop
     facts: dict[str, Any]
-    """What every checkpoint says of the run: stage, hashes, strategy, code version."""
+    """Metadata of the run that every checkpoint stores: stage, hashes, strategy, code version."""
     stopping: bool = False
-    """Whether some rank was asked to leave; all ranks know it at the same step."""
+    """Whether any rank was asked to stop. All ranks set it at the same step."""
 
     @property
     def ended(self) -> bool:
-        """Whether all samples of the stage were seen."""
+        """Whether the run has seen all samples of the stage."""
         return self.state.samples >= self.settings.samples
 
     def save(self, **figures: float) -> None:
-        """Have a checkpoint made of now, unless the last one is of now. All ranks."""
+        """Start saving a checkpoint, unless the last one was saved at this sample count. All ranks.
+
+        `figures` are added to the checkpoint's metadata.
+        """
         if self.state.saved_at != self.state.samples:
             meta = self.facts | self.state.next_meta() | figures
             self.saver.save(self.state.samples, self.state.owned(), meta)
@@ -77,13 +80,13 @@ class Training:
 
 @contextmanager
 def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]) -> Iterator[Training]:
-    """Put a stage's training together, from where the run was left, up to its first step. All ranks.
+    """Build everything that a stage's training needs, and resume from a checkpoint if there is one. All ranks.
 
     Args:
         config: the whole recipe.
-        stage: a trained stage.
-        stop: asked at each step.
-        permitted: raises on rank 0 where this run may no longer write.
+        stage: the name of a trained stage.
+        stop: polled at each step.
+        permitted: called on rank 0 before each write; raises if a later start of this run has taken over.
 
     Raises:
         ValueError, OSError: see `trainer.loop.train`.
@@ -91,7 +94,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
     settings = config.stage(stage)
     run = RunDirectory(stage_folder(config, stage), stage, permitted=permitted)
 
-    # Join the other ranks. From here on, whatever fails is written to this rank's log.
+    # Join the process group. From here on, every failure is written to this rank's log.
     timeout = collective_timeout(config.health.hang_seconds)
     parallel = Parallel(config.parallel, timeout=timeout)
     log_file = run.path / "logs" / f"rank_{parallel.rank}.log"
@@ -100,7 +103,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
         Watchdog(log_file, config.health.hang_seconds) as watchdog,
         explained_failures(config, stage, parallel, watchdog),
     ):
-        # Open the data and build the stage's model, with the same initial weights on every rank.
+        # Open the data, and build the stage's model with the same initial weights on every rank.
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
@@ -110,7 +113,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
         feed.require(task)
         collective.require_alike("the base model", task.base_hash)
 
-        # Take the run directory, and find the checkpoint to go on from.
+        # Claim the run directory, and find the checkpoint to resume from.
         if parallel.main:
             run.claim(config, inputs)
         parallel.wait()
@@ -118,7 +121,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
         if source is None:
             _start_weights(task, config, feed, parallel)
 
-        # Share the model among the ranks, and load the checkpoint into what each of them holds.
+        # Shard the model among the ranks, and load each rank's part of the checkpoint.
         strategy = parallel.prepare(task.module, settings)
         parallel.give_up_after(timeout)
         values = {name: held.value.data for name, held in strategy.held().items()}
@@ -158,7 +161,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
 
 
 def _start_weights(task: Task, config: Config, feed: Feed, parallel: Parallel) -> None:
-    """Give a fresh run its first weights, the same on all ranks."""
+    """Initialise the weights of a fresh run, the same on all ranks."""
     task.initialise(feed.from_the_beginning(), parallel.gather, parallel.main)
     if config.checkpoint.start_from is not None:
         resume.start(task, config.checkpoint.start_from)
@@ -173,7 +176,7 @@ def _resumed(source: Path, config: Config, parallel: Parallel, task: Task) -> st
 
 
 def _begin(t: Training, source: Path | None) -> None:
-    """Open the curve and the stream where the run goes on."""
+    """Start the log and the data stream at the samples that the run has seen."""
     logger.info(
         "%s: %s learned weights of %s, %d samples in batches of %d, %s on %d rank(s)",
         *(t.task.stage, _millions(t.strategy.numel_learned), _millions(t.strategy.numel), t.settings.samples),
@@ -182,7 +185,7 @@ def _begin(t: Training, source: Path | None) -> None:
     t.log.begin(t.state.samples, fresh=source is None)
     if source is not None and source in checkpoints(t.run.checkpoints):
         t.state.saved_at = t.state.samples
-    elif source is not None:  # a checkpoint of another run: from here on this run has one of its own
+    elif source is not None:  # The checkpoint is another run's: save a copy of it in this run's directory.
         t.state.save_due = True
         t.save()
     t.task.module.train()
@@ -191,10 +194,10 @@ def _begin(t: Training, source: Path | None) -> None:
 
 
 def go_back(t: Training) -> None:
-    """Return to the last good checkpoint, and pass over the data seen since. All ranks.
+    """Rewind to the last good checkpoint, and skip the data seen since then. All ranks.
 
     Raises:
-        ValueError: there is no good checkpoint, or the run went back too often already.
+        ValueError: there is no good checkpoint, or the run has already been rewound `health.max_rewinds` times.
     """
     t.saver.wait()
     good = checkpoint.latest(t.run.checkpoints, wanted=lambda meta: meta.get("good", True))
@@ -209,9 +212,13 @@ def go_back(t: Training) -> None:
 
 
 def finish(t: Training) -> str:
-    """Save, and where all samples were seen, export the averaged weights; returns "done" or "stopped". All ranks."""
+    """Save a checkpoint, and export the averaged weights if all samples were seen. All ranks.
+
+    Returns:
+        "done" or "stopped".
+    """
     with t.watchdog.patient():
-        if not t.parallel.any(t.stop.hurried(_MARGIN * t.saver.took)):
+        if not t.parallel.any(t.stop.hurried(_SAVE_MARGIN * t.saver.took)):
             t.save()
         t.saver.wait()
         if not t.ended or not t.log.listen(t.state.samples):
@@ -230,7 +237,7 @@ def finish(t: Training) -> str:
 
 
 def _export(t: Training, weights: dict[str, torch.Tensor]) -> None:
-    """Write what others load, from a fresh Task that is filled with the averaged weights. On rank 0."""
+    """Fill a fresh Task with the averaged weights, and write the export that later stages load. On rank 0."""
     finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)

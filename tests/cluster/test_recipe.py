@@ -100,7 +100,7 @@ def test_a_mistake_ends_the_chain(cluster: SlurmCluster, folder: Path, tmp_path:
 def test_before_a_job_costs_anything(cluster: SlurmCluster, folder: Path, tmp_path: Path):
     missing = spresso("train", "tiny", "stage=autoencode", f"run_dir={tmp_path / 'run'}", *SETTINGS)
     assert missing.returncode == 2
-    assert "run that first" in missing.stderr or "latents" in missing.stderr
+    assert "run pretrain first" in missing.stderr or "latents" in missing.stderr
     refused = spresso("run", "tiny", f"run_dir={tmp_path / 'run'}", *SETTINGS, "cluster.partition=nowhere")
     assert refused.returncode == 2
     assert "sbatch refuses the job of synth" in refused.stderr

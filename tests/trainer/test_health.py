@@ -176,13 +176,13 @@ def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, ba
 
 def test_trouble_before_the_first_checkpoint_ends_the_run(tiny, poison):
     poison(*range(16))
-    with pytest.raises(ValueError, match=r"no checkpoint to go back to.*lower pretrain\.lr"):
+    with pytest.raises(ValueError, match=r"no checkpoint to rewind to.*lower pretrain\.lr"):
         train(tiny(*RUN, "health.rewind_after=2"), "pretrain")
 
 
 def test_a_run_does_not_go_back_for_ever(tiny, tmp_path, poison):
     poison(*range(40, 4000))
-    with pytest.raises(ValueError, match="after going back 2 times"):
+    with pytest.raises(ValueError, match="after 2 rewinds"):
         train(tiny(*RUN, "health.max_rewinds=2"), "pretrain")
     assert [incident["what"] for incident in incidents(tmp_path / "run")].count("went back") == 2
     assert checkpoint.latest(tmp_path / "run/pretrain/checkpoints").name == "step_000000000032"

@@ -164,7 +164,7 @@ def curve(folder: Path, tag: str) -> dict[int, float]:
 
 def test_a_weight_of_no_term_is_refused(tiny):
     config = tiny(*SHORT_PRETRAIN, "pretrain.loss_weights={magnitude: 0.5}")
-    with pytest.raises(ValueError, match=r"loss_weights names magnitude, and the stage's loss has the terms denoising"):
+    with pytest.raises(ValueError, match=r"loss_weights names magnitude, but the stage's loss has the terms denoising"):
         train(config, "pretrain")
 
 

@@ -1,16 +1,16 @@
-"""Checkpoints that any number of ranks saves and any other number loads.
+"""Sharded checkpoints: any number of ranks saves one, and any other number of ranks loads it.
 
-A checkpoint is a directory `step_{samples seen}` of safetensors, one file a rank, and a `manifest.json`. Every tensor
-is stored in float32 under its plain name as flat one-dimensional ranges: a rank writes the part of the flattened tensor
-that it owns and asks at a load for the part that it wants, whichever ranks wrote it. Nothing is pickled into a
-checkpoint and nothing is unpickled from one.
+A checkpoint is a directory `step_{samples seen}` with one safetensors file per rank and a `manifest.json`. Every tensor
+is stored in float32 under its plain name as flat one-dimensional ranges: each rank writes the range of the flattened
+tensor that it owns, and a load reads any range, whichever ranks wrote it. Checkpoints contain no pickled data.
 
-The files are laid out as by `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)`, and torch's
-reader for those reads these. They are written here because that writer takes twice the memory and several times as long
-and drops, unseen, all but one of a rank's ranges of a tensor; and the overlap of flat ranges is a `max` and a `min`.
+The files have the layout of `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)`, and torch's
+reader for that layout can read them. This module does not use torch's writer because that writer takes twice the memory
+and several times as long, and silently drops all but one of a rank's ranges of a tensor.
 
-A checkpoint is written under a temporary name and renamed when every rank has written and the manifest is there: what
-is called `step_…` was whole once, and the manifest's checksums tell whether it still is.
+A checkpoint is written under a temporary name, and renamed once every rank has written its file and the manifest is
+complete. A directory named `step_…` was therefore complete when it was written, and the manifest's checksums show
+whether it still is.
 
 "All ranks" marks the functions that all ranks must call together. Without a process group there is one rank.
 """
@@ -57,26 +57,26 @@ def save(
     group: dist.ProcessGroup | None = None,
     permitted: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes `directory/step_{samples}`, in place of one of that name. All ranks.
+    """Writes `directory/step_{samples}`, replacing a checkpoint of that name. All ranks.
 
-    The tensors must not change meanwhile: `saver.Saver` gives this function a copy of them and training goes on.
+    The tensors must not change during the call: `saver.Saver` passes a copy of them, so that training can continue.
 
     Args:
-        directory: the run's checkpoints; made if it is not there.
+        directory: the folder of the run's checkpoints; created if it does not exist.
         samples: samples seen.
-        tensors: this rank's range of every tensor, in host memory, empty where it owns none. The same names on every
-            rank.
-        meta: what else to know of the run, as JSON has it (hashes, code version, …). Rank 0's is kept, with `samples`,
+        tensors: this rank's range of every tensor, in host memory; empty if it owns nothing of the tensor. Every rank
+            passes the same names.
+        meta: JSON-serializable metadata of the run (hashes, code version, …). Rank 0's is stored, with `samples`,
             `time` (seconds since 1970) and `world_size` added.
         group: see `collective`.
-        permitted: raises on rank 0 where this run may no longer write, as another start of it has taken over.
+        permitted: called on rank 0 before it writes; raises if a later start of this run has taken over.
 
     Returns:
-        The checkpoint's path, once it is whole.
+        The checkpoint's path, once the checkpoint is complete.
 
     Raises:
         OSError: on every rank, if any rank could not write. Older checkpoints are then untouched.
-        ValueError: on every rank, if the ranks' ranges do not make up every tensor exactly once.
+        ValueError: on every rank, if the ranks' ranges do not cover every element of every tensor exactly once.
     """
     _check_cover(tensors, group)
     final = directory / folder_name(samples)
@@ -103,64 +103,70 @@ def save(
 def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) -> dict[str, Any]:
     """Fills this rank's ranges from a checkpoint and returns its `meta`. All ranks.
 
-    Looks at the files' sizes but not at their checksums, which `latest` and `verify` do.
+    Checks the files' sizes but not their checksums; `latest` and `verify` check those.
 
     Args:
         path: a checkpoint's directory.
-        tensors: the range that this rank wants of every tensor, empty where it wants none.
-        partly: whether the checkpoint may hold more tensors than these.
+        tensors: the range of every tensor that this rank loads; empty if it loads nothing of the tensor.
+        partly: whether the checkpoint may contain further tensors.
 
     Raises:
-        ValueError: on every rank, before anything is filled, if the checkpoint is not whole, or its tensors are not
-            exactly these, names and shapes. The message names them.
+        ValueError: on every rank, before anything is filled, if the checkpoint is incomplete, or the names and shapes
+            of its tensors differ from `tensors`. The message names them.
         OSError: on every rank, if any rank could not read.
     """
     problems = verify(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors, partly=partly)
-    everyones = list(
+    of_all_ranks = list(
         dict.fromkeys(problem for rank_problems in collective.gather(problems) for problem in rank_problems)
     )
-    if everyones:
-        raise ValueError(f"{path} cannot be loaded: {shortened(everyones)}")
+    if of_all_ranks:
+        raise ValueError(f"{path} cannot be loaded: {shortened(of_all_ranks)}")
     manifest = read_manifest(path)
     collective.together(lambda: _read(path, manifest["files"], tensors))
     return manifest["meta"]
 
 
 def verify(path: Path, *, checksums: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; empty if it is whole. Reads all of it, or only sizes without `checksums`."""
+    """Returns the problems of a checkpoint; empty if it is complete and undamaged.
+
+    Reads every file to compare its checksum, or without `checksums` only compares file sizes.
+    """
     return _problems(path, checksums=checksums)
 
 
 def latest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
-    """`newest` on rank 0, told to all ranks."""
+    """Calls `newest` on rank 0 and returns its result on all ranks. All ranks."""
     return collective.on_rank_0(lambda: newest(directory, wanted=wanted))
 
 
 def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
-    """The newest whole checkpoint whose `meta` is wanted; None if there is none.
+    """Returns the newest undamaged checkpoint whose `meta` satisfies `wanted`; None if no checkpoint does.
 
-    A damaged one is passed over, with a warning, and set aside.
+    Renames each damaged checkpoint that it finds to `damaged_…`, and logs a warning.
     """
     for path in reversed(checkpoints(directory)):
         problems = verify(path)
         if not problems and wanted(read_manifest(path)["meta"]):
             return path
         if problems:
-            aside = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))  # not counted, nor lost
-            logger.warning("DAMAGED CHECKPOINT %s is passed over, now %s: %s", path, aside.name, shortened(problems))
+            # Its new name keeps `prune` from counting it; a user may still want to recover what it holds.
+            renamed = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))
+            logger.warning(
+                "DAMAGED CHECKPOINT %s is passed over and renamed to %s: %s", path, renamed.name, shortened(problems)
+            )
     return None
 
 
 def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None) -> list[Path]:
-    """Deletes checkpoints and returns those deleted. Rank 0 does it, after a save; on other ranks it does nothing.
+    """Deletes checkpoints that are not to be kept, and returns their paths. Does nothing on ranks other than 0.
 
     Args:
-        directory: the run's checkpoints.
-        last: how many of the newest stay, at least 1.
-        best: how many with the lowest `held_out_loss` in their `meta` stay too.
-        every: the first checkpoint at or after each multiple of so many samples stays too.
+        directory: the folder of the run's checkpoints.
+        last: how many of the newest checkpoints to keep, at least 1.
+        best: how many of the checkpoints with the lowest `held_out_loss` in their `meta` to keep in addition.
+        every: also keep the first checkpoint at or after each multiple of `every` samples.
 
-    The newest whose `meta` has `good` set stays as well: the one that a run in trouble returns to.
+    The newest checkpoint whose `meta` has `good` set is always kept: a diverging run is rewound to it.
     """
     if last < 1:
         raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
@@ -178,18 +184,18 @@ def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None
 
 
 def discard(paths: Iterable[Path]) -> list[Path]:
-    """Deletes these checkpoints. What can't be deleted is no checkpoint any more, and the next save tries again."""
+    """Deletes checkpoints. Renames each one first, so that no run loads one whose deletion failed; a save retries."""
     deleted = list(paths)
     for path in deleted:
         try:
-            shutil.rmtree(_set_aside(path))
+            shutil.rmtree(_rename_for_deletion(path))
         except OSError as error:
             logger.warning("%s could not be deleted: %s", path, error)
     return deleted
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; nothing where it is damaged."""
+    """Reads a checkpoint's `meta`; empty if the checkpoint is damaged."""
     try:
         return read_manifest(path)["meta"]
     except (ValueError, OSError):
@@ -197,10 +203,10 @@ def _meta(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256, ranges).
+    """Reads a checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256, ranges).
 
     Raises:
-        ValueError: if there is none, or it is damaged, or of another format.
+        ValueError: if the manifest is missing, damaged, or of another format.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
@@ -212,13 +218,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
     if manifest["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{path} has format {manifest['format']}, and this version of the program reads {CHECKPOINT_FORMAT}"
+            f"{path} has format {manifest['format']}, but this version of the program reads {CHECKPOINT_FORMAT}"
         )
     return manifest
 
 
 def _begin(temporary: Path, permitted: Callable[[], None]) -> None:
-    """Makes the temporary directory, after clearing what dead attempts left."""
+    """Creates the temporary directory, and deletes those of earlier saves that were killed."""
     permitted()
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
@@ -240,7 +246,7 @@ def _write(temporary: Path, tensors: Mapping[str, FlatRange]) -> dict[str, dict[
 
 
 def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, FlatRange]) -> None:
-    """Fills this rank's ranges from the files that hold a part of them."""
+    """Fills this rank's ranges from the files whose ranges overlap with them."""
     for file_name, entry in files.items():
         shared = {
             name: (offset, max(offset, wanted[name].start), min(end, wanted[name].stop))
@@ -258,35 +264,35 @@ def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, 
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], permitted: Callable[[], None]) -> None:
-    """Makes the whole checkpoint appear under its name."""
+    """Writes the manifest and renames the complete checkpoint to its final name."""
     permitted()
-    manifest = json.loads(json.dumps(manifest))  # as a reader will see it, when it comes to the checksum
+    manifest = json.loads(json.dumps(manifest))  # The checksum must be that of the manifest as a reader parses it.
     (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
     sync(temporary / MANIFEST)
     sync(temporary)
-    replaced = _set_aside(final) if final.exists() else None
+    replaced = _rename_for_deletion(final) if final.exists() else None
     temporary.rename(final)
     sync(final.parent)
     if replaced:
         shutil.rmtree(replaced)
 
 
-def _set_aside(path: Path) -> Path:
-    """Renames a checkpoint that is to be deleted, so that a kill half-way leaves nothing that looks like one."""
+def _rename_for_deletion(path: Path) -> Path:
+    """Renames a checkpoint before it is deleted, so that a kill half-way leaves nothing that looks like one."""
     return path.rename(path.with_name(f"{_TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
 
 
 def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:
-    """Sees that the ranks' ranges make up every tensor. All ranks."""
+    """Raises ValueError unless the ranks' ranges cover every tensor exactly once. All ranks."""
     spans_here = {name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()}
-    everyones = collective.gather(spans_here, group)
-    for name in dict.fromkeys(name for spans in everyones for name in spans):
-        if not all(name in spans for spans in everyones):
-            raise ValueError(f"{name} is not on every rank: one that owns nothing of it must give an empty range")
-        if len({spans[name][0] for spans in everyones}) > 1:
-            raise ValueError(f"{name} has not the same shape on every rank")
-        numel, position = math.prod(everyones[0][name][0]), 0
-        cuts = sorted(spans[name][1:] for spans in everyones if spans[name][1] < spans[name][2])
+    of_ranks = collective.gather(spans_here, group)
+    for name in dict.fromkeys(name for spans in of_ranks for name in spans):
+        if not all(name in spans for spans in of_ranks):
+            raise ValueError(f"{name} is not on every rank: a rank that owns nothing of it must pass an empty range")
+        if len({spans[name][0] for spans in of_ranks}) > 1:
+            raise ValueError(f"{name} does not have the same shape on every rank")
+        numel, position = math.prod(of_ranks[0][name][0]), 0
+        cuts = sorted(spans[name][1:] for spans in of_ranks if spans[name][1] < spans[name][2])
         for start, stop in [*cuts, (numel, numel)]:
             if start != position:
                 raise ValueError(f"the ranks' ranges of {name} have a gap or an overlap at {min(start, position)}")
@@ -318,11 +324,13 @@ def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -
 
 
 def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
-    """How the tensors of a checkpoint differ from those wanted."""
+    """Returns how the tensors of a checkpoint differ from those to be loaded."""
     missing = [f"it has no {name}" for name in wanted if name not in stored]
-    unexpected = [f"it has {name}, which is not wanted" for name in stored if name not in wanted and not partly]
+    unexpected = [
+        f"it has {name}, which this run does not have" for name in stored if name not in wanted and not partly
+    ]
     misshaped = [
-        f"{name} has shape {tuple(stored[name])} in it, not {part.shape}"
+        f"its {name} has shape {tuple(stored[name])}, not {part.shape}"
         for name, part in wanted.items()
         if name in stored and stored[name] != list(part.shape)
     ]

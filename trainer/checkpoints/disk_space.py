@@ -1,4 +1,4 @@
-"""The disk that a stage's checkpoints take."""
+"""The disk space that a stage's checkpoints take."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from trainer.recipes.schema import Config
 
 
 def checkpoint_bytes(config: Config, stage: str) -> int:
-    """What the checkpoints that are kept take, and one more that is being written; 0 where that can't be told yet."""
+    """Return the bytes of all checkpoints that are kept and of the one being written; 0 if they are not known yet."""
     if config.stage(stage).samples == 0:
         return 0
     try:
         trained = sum(shape.numel() for shape in outline(config, stage).trained.values())
-    except (ValueError, OSError):  # the sizes are those of weights that an earlier stage makes
+    except (ValueError, OSError):  # The sizes depend on weights that an earlier stage has not exported yet.
         return 0
     return 16 * trained * (config.checkpoint.keep_last + config.checkpoint.keep_best + 1)

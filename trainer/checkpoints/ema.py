@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, its half-life counted in samples."""
+"""Exponential moving average (EMA) of the trained weights, with a half-life in samples."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from torch import Tensor
 
 
 class EMA:
-    """Averages of the values that this rank holds, in float32 beside them: cut among ranks as they are."""
+    """Averages of the values that this rank holds, in float32 and sharded among ranks like the values."""
 
     def __init__(
         self, values: Mapping[str, Tensor], *, halflife: float, refresh: Callable[[], None] = lambda: None
     ) -> None:
-        """Begin with the values as they are.
+        """Start the averages at the current values.
 
         Args:
-            values: this rank's part of each trained parameter, float32; the real ones, which training changes in place.
-            halflife: after so many samples a weight's share has halved; 0 keeps no memory.
-            refresh: what makes the weights that are computed with follow the values.
+            values: this rank's part of each trained parameter, float32: the tensors that training changes in place.
+            halflife: the number of samples after which a weight's contribution has halved; 0 means no averaging.
+            refresh: called after `values` were changed here; updates the weights that the model computes with.
         """
         self.values, self.halflife, self.refresh = dict(values), halflife, refresh
         self.averages: dict[str, Tensor] = {}
         self.restart()
 
     def restart(self) -> None:
-        """The averages begin anew from the values."""
+        """Reset the averages to the current values."""
         self.averages = {name: value.detach().clone() for name, value in self.values.items()}
 
     @torch.no_grad()
     def update(self, samples: int, batch: int) -> None:
-        """Take in the weights after a step of `batch` samples.
+        """Update the averages after a step of `batch` samples, with `samples` seen in total.
 
-        While few samples were seen the half-life is a fraction of them, or the random start would weigh for long
-        (Karras et al. 2024, arXiv 2312.02696, on EMA warm-up).
+        Early in training the half-life is limited to a fraction of the samples seen, because the random initial weights
+        would otherwise dominate the averages for long (Karras et al. 2024, arXiv 2312.02696, on EMA warm-up).
         """
         halflife = min(self.halflife, 0.05 * samples)
         keep = 0.5 ** (batch / halflife) if halflife > 0 else 0.0
@@ -43,7 +43,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages stand in for the weights inside the `with`, on all ranks together."""
+        """Replace the weights by their averages inside the `with`. All ranks."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What lies in checkpoints, as tables: for `spresso checkpoint`, and for the log of a run that goes on from one."""
+"""Tables of what checkpoints contain, for `spresso checkpoint` and for the log of a run that resumes from one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trainer.checkpoints import checkpoint
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
 from trainer.formatting import aligned, size
 
-_NO_PARTS = ("statistics",)  # kinds of tensors that are not cut by parts of the model
+_KINDS_WITHOUT_PARTS = ("statistics",)  # kinds of tensors that the table does not split by parts of the model
 
 
 def find_checkpoints(location: Path) -> list[Path]:
-    """The checkpoints of a run directory, of a stage's, of a folder of checkpoints; or the one that this is.
+    """List the checkpoints below a run directory, a stage's folder or a folder of checkpoints; or a checkpoint itself.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the location holds no checkpoints.
     """
     if (location / MANIFEST).exists():
         return [location]
@@ -31,7 +31,7 @@ def find_checkpoints(location: Path) -> list[Path]:
 
 
 def listing(paths: Iterable[Path]) -> str:
-    """A line a checkpoint: how far it is, what wrote it, its size, its loss on held-out clips."""
+    """Format one line per checkpoint: samples seen, time, what wrote it, size, held-out loss."""
     rows = [["checkpoint", "samples", "written", "by", "size", "held-out loss", ""]]
     for path in paths:
         problems = checkpoint.verify(path, checksums=False)
@@ -55,7 +55,7 @@ def listing(paths: Iterable[Path]) -> str:
 
 
 def verification(path: Path) -> tuple[str, bool]:
-    """What holding a checkpoint against its checksums gave, and whether it is whole."""
+    """Compare a checkpoint with its checksums; returns a line that describes the result, and whether all are right."""
     problems = checkpoint.verify(path)
     if problems:
         return f"{path}: DAMAGED: {'; '.join(problems)}", False
@@ -64,10 +64,10 @@ def verification(path: Path) -> tuple[str, bool]:
 
 
 def explanation(path: Path) -> str:
-    """All that a checkpoint tells of itself.
+    """Format a checkpoint's metadata and contents as tables.
 
     Raises:
-        ValueError: it is damaged; says how.
+        ValueError: the checkpoint is damaged. The message says how.
     """
     if problems := checkpoint.verify(path, checksums=False):
         raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
@@ -80,17 +80,17 @@ def explanation(path: Path) -> str:
         "written": f"{_when(meta)} by {writer(meta)}",
         "size": f"{size(_bytes(manifest))} in {len(manifest['files'])} files",
     }
-    for told in ("strategy", "world_size", "time"):
-        meta.pop(told, None)
-    rest = {name: str(value) for name, value in meta.items() if value not in ("", None)}
+    for name in ("strategy", "world_size", "time"):  # `written` has them.
+        meta.pop(name, None)
+    others = {name: str(value) for name, value in meta.items() if value not in ("", None)}
     if health.get("skipped") or health.get("rewinds"):
-        rest["health"] = f"went back {health['rewinds']} times, {len(health['skipped'])} steps skipped in a row"
-    facts = aligned([[name, value] for name, value in (known | rest).items()])
+        others["health"] = f"rewound {health['rewinds']} times, {len(health['skipped'])} consecutive steps skipped"
+    facts = aligned([[name, value] for name, value in (known | others).items()])
     return f"{path}\n{facts}\n\n{contents(manifest)}"
 
 
 def contents(manifest: Mapping[str, Any]) -> str:
-    """Parts of the model, how many numbers each has, and what is stored of each number."""
+    """Format a table of the model's parts: how many numbers each part has, and what is stored for each number."""
     parts: dict[str, dict[str, Any]] = {}
     for name, shape in manifest["tensors"].items():
         kind, _, plain = name.partition("/")
@@ -102,7 +102,7 @@ def contents(manifest: Mapping[str, Any]) -> str:
             part["numbers"] += numbers
         if kind not in part["kinds"]:
             part["kinds"].append(kind)
-    rows = [["part", "tensors", "numbers", "size", "of each"]]
+    rows = [["part", "tensors", "numbers", "size", "stored"]]
     rows += [
         [name, f"{len(part['tensors'])}", f"{part['numbers']:,}", size(part["bytes"]), ", ".join(part["kinds"])]
         for name, part in sorted(parts.items())
@@ -113,15 +113,15 @@ def contents(manifest: Mapping[str, Any]) -> str:
 
 
 def part_of(kind: str, name: str) -> str:
-    """The part of the model that a tensor belongs to."""
-    if kind in _NO_PARTS:
+    """Return the part of the model that a tensor belongs to."""
+    if kind in _KINDS_WITHOUT_PARTS:
         return kind
     part = {"dit": "D"}.get(name.partition(".")[0], name.partition(".")[0])
     return f"{part}, LoRA" if ".lora_" in name else part
 
 
 def writer(meta: Mapping[str, Any]) -> str:
-    """The strategy and the number of ranks that wrote it."""
+    """Describe the strategy and the number of ranks that wrote a checkpoint."""
     return f"{meta.get('strategy', '?')} on {meta['world_size']} rank{'s' if meta['world_size'] > 1 else ''}"
 
 

@@ -1,4 +1,4 @@
-"""How a checkpoint's folder is named: `step_` and the samples seen. Importing this module needs no torch."""
+"""Names of checkpoint folders: `step_` and the samples seen. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _NAME = re.compile(r"step_(\d{12,})")
 
 
 def folder_name(samples: int) -> str:
-    """The name of the checkpoint after so many samples; names sort as their numbers do."""
+    """Return the name of the checkpoint after `samples` samples; names sort in numerical order."""
     return f"step_{samples:012d}"
 
 
 def samples_of(path: Path) -> int:
-    """The samples seen that a checkpoint's name tells."""
+    """Return the number of samples seen, from a checkpoint's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, damaged ones too, by samples seen."""
+    """List the checkpoints in a directory by samples seen, without checking whether they are damaged."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=samples_of)

@@ -1,7 +1,7 @@
-"""What a run goes on from, or begins with.
+"""Which checkpoint a run resumes from, and which weights a fresh run starts with.
 
-What lies in the run directory decides. A path in `checkpoint.resume` is followed once: a run that is started again by
-the same command goes on from its own newest checkpoint.
+The run directory's own checkpoints take precedence. A path in `checkpoint.resume` is followed once: a run that is
+restarted with the same command resumes from its own newest checkpoint.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _FOLLOWED = "resumed_from.json"
 
 
 def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
-    """The checkpoint to go on from, None for a fresh run. All ranks.
+    """Find the checkpoint to resume from; None for a fresh run. All ranks.
 
     Args:
-        config: its `checkpoint.resume` says `auto`, `never` or a path.
-        run: the stage's directory.
-        identity: the hash of all that the stage learns from, which that of the path has to be.
+        config: the recipe, whose `checkpoint.resume` is `auto`, `never` or a path.
+        run: the stage's run directory.
+        identity: the hash of the settings and inputs that the stage learns from. A checkpoint that `checkpoint.resume`
+            names must have the same hash.
 
     Raises:
-        ValueError: on every rank, if `resume` asks for what can't be; the message says why, and the mend.
+        ValueError: on every rank, if `checkpoint.resume` cannot be followed. The message says why and how to fix it.
     """
 
     def decide() -> tuple[Path | None, str]:
@@ -54,15 +55,15 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
 
 
 def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
-    """On rank 0."""
+    """Find the checkpoint to resume from, as `find_start` does. On rank 0."""
     newest = checkpoint.newest(run.checkpoints)
     if choice == "auto":
         return newest
     if choice == "never":
         if newest is not None:
             raise ValueError(
-                f"{run.path} holds a run at {samples_of(newest)} samples, and checkpoint.resume=never: take "
-                f"another run_dir=…, remove {run.path}, or leave it out to go on"
+                f"{run.path} holds a run at {samples_of(newest)} samples, but checkpoint.resume=never: take "
+                f"another run_dir=…, remove {run.path}, or leave out checkpoint.resume to resume that run"
             )
         return None
     if newest is not None and was_followed(run, choice):
@@ -74,39 +75,39 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     for other in ours.values():
         if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
-            logger.warning("%s is left behind as %s: the run goes on from %s", other.name, left.name, path)
+            logger.warning("%s is renamed to %s, because the run resumes from %s", other.name, left.name, path)
     write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
     return path_here
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:
-    """Whether the run went on from this path before."""
+    """Whether the run has resumed from this path before."""
     return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
 
 
 def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
     if problems := checkpoint.verify(path):
-        raise ValueError(f"checkpoint.resume={path} can't be followed: {'; '.join(problems)}")
+        raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = checkpoint.read_manifest(path)["meta"]
     if meta["stage"] != run.stage:
         raise ValueError(f"checkpoint.resume={path} is of the stage {meta['stage']}, not {run.stage}")
     if meta["config"] != identity:
         raise ValueError(
-            f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} begins a "
-            f"new run with its weights alone"
+            f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "
+            f"new run from its weights alone"
         )
 
 
 def start(task: Task, location: str) -> None:
-    """Give a fresh run's task the weights of a checkpoint (its averages), or of an export. All ranks, alike.
+    """Load a checkpoint's averaged weights, or those of an export, into a fresh run's task. All ranks.
 
     Raises:
-        ValueError: there is neither, or it does not hold all that the task learns.
+        ValueError: the location is neither a checkpoint nor an export, or lacks weights that the task trains.
     """
     path = Path(location)
     if (path / MANIFEST).exists():
         if problems := checkpoint.verify(path):
-            raise ValueError(f"checkpoint.start_from={path} can't be used: {'; '.join(problems)}")
+            raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
         _require_base(task, path, checkpoint.read_manifest(path)["meta"].get("base", ""))
@@ -115,37 +116,38 @@ def start(task: Task, location: str) -> None:
         _copy_export(task, path)
     else:
         raise ValueError(f"checkpoint.start_from={path} is neither a checkpoint nor an export/ folder")
-    logger.info("%s: begins with the weights of %s", task.stage, path)
+    logger.info("%s: starts with the weights of %s", task.stage, path)
 
 
 @torch.no_grad()
 def _copy_export(task: Task, folder: Path) -> None:
-    theirs, base_hash = task.read_export(folder)
+    exported, base_hash = task.read_export(folder)
     _require_base(task, folder, base_hash)
-    for name, ours in {**task.learned, **task.statistics}.items():
-        if name not in theirs:
-            raise ValueError(f"checkpoint.start_from={folder} has no {name}, which the stage {task.stage} learns")
-        if theirs[name].shape != ours.shape:
+    for name, value in {**task.learned, **task.statistics}.items():
+        if name not in exported:
+            raise ValueError(f"checkpoint.start_from={folder} has no {name}, which the stage {task.stage} trains")
+        if exported[name].shape != value.shape:
+            shape = tuple(exported[name].shape)
             raise ValueError(
-                f"checkpoint.start_from={folder}: {name} has shape {tuple(theirs[name].shape)}, not {tuple(ours.shape)}"
+                f"checkpoint.start_from={folder}: {name} has shape {shape}, but the stage needs {tuple(value.shape)}"
             )
-        ours.data.copy_(theirs[name])
+        value.data.copy_(exported[name])
 
 
 def _require_base(task: Task, path: Path, base_hash: str) -> None:
     if task.base_hash and base_hash != task.base_hash:
         raise ValueError(
-            f"checkpoint.start_from={path} was trained on a base model with the hash {base_hash[:12]}, and this one "
-            f"has {task.base_hash[:12]}: give that base with pretrained.folder=…"
+            f"checkpoint.start_from={path} was trained on a base model with the hash {base_hash[:12]}, but this run's "
+            f"base model has {task.base_hash[:12]}: give the checkpoint's base model with pretrained.folder=…"
         )
 
 
 def describe_resumed(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
-    """What was restored from a checkpoint, in one table."""
+    """Return the log message that says where the run resumes, with a table of the restored tensors."""
     manifest = checkpoint.read_manifest(path)
     meta: dict[str, Any] = manifest["meta"]
     now = inventory.writer({"strategy": strategy, "world_size": world_size})
-    base = f"\n  the frozen base is not in it: {base_hash[:12]}, the same as then" if base_hash else ""
+    base = f"\n  the frozen base is not in it: {base_hash[:12]}, the same as when it was saved" if base_hash else ""
     table = inventory.contents(manifest).replace("\n", "\n  ")
     return (
         f"resumed from {path} at {meta['samples']} samples, {meta['steps']} steps; "

@@ -1,7 +1,8 @@
-"""Checkpoints written beside training.
+"""Asynchronous saving: checkpoints are written while training continues.
 
-Nothing of what is saved changes until the next optimizer step: so the copy to host memory is made beside that step's
-forward and backward pass, and written beside those after it. Training stands still where the copy is not done by then.
+The saved tensors do not change until the next optimizer step. The copy to host memory therefore overlaps with that
+step's forward and backward passes, and writing the copy to disk overlaps with later steps. Training stands still only
+if the copy is not finished by the next optimizer step.
 """
 
 from __future__ import annotations
@@ -22,60 +23,63 @@ from trainer.ranks import collective
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.recipes.schema import CheckpointConfig
 
-_PATIENCE = 60.0  # seconds that a failing run waits for the save under way
+_GRACE_PERIOD = 60.0  # seconds that a failing run waits for a save in progress
 
 
 @dataclass(frozen=True)
-class _Order:
+class _Request:
     samples: int
     tensors: Mapping[str, FlatRange]
     meta: Mapping[str, Any]
     ready: torch.cuda.Event | None
-    """When this rank's GPU has come to what is to be copied; None without one."""
+    """Recorded after the GPU work that computes the tensors; None without a GPU."""
 
 
 class Saver:
-    """Saves one checkpoint at a time, on all ranks together, in a thread with a process group of its own.
+    """Saves one checkpoint at a time, on all ranks together, in a thread with its own process group.
 
-    Use it in a `with`: on leaving it waits for the save under way.
+    Use it as a context manager: on exit, it waits for a save in progress.
     """
 
     def __init__(
         self, directory: Path, settings: CheckpointConfig, *, permitted: Callable[[], None] = lambda: None
     ) -> None:
-        """`permitted` raises where this process may no longer write."""
+        """Create the process group and the thread. All ranks.
+
+        `permitted` is called on rank 0 before a save writes; it raises if a later start of this run has taken over.
+        """
         self.directory, self.settings = directory, settings
         self.permitted = permitted
         self.stalled = 0.0
         """Seconds that training stood still for the last save."""
         self.took = 0.0
-        """Seconds that the last save took until it was whole."""
+        """Seconds from the start of the last save until its checkpoint was complete."""
         self._group = collective.own_group()
         self._host = _HostMemory()
         self._copied, self._written = threading.Event(), threading.Event()
         self._copied.set()
         self._written.set()
         self._error: Exception | None = None
-        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
+        self._requests: SimpleQueue[_Request | None] = SimpleQueue()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         threading.Thread(target=self._serve, args=(device,), name="checkpoint", daemon=True).start()
 
     def save(self, samples: int, tensors: Mapping[str, FlatRange], meta: Mapping[str, Any]) -> None:
-        """Have a checkpoint made of this rank's ranges, which may change once `copied` returns. All ranks.
+        """Start saving this rank's ranges, which must not change until `copied` returns. All ranks.
 
         Raises:
-            OSError, ValueError: what the save before failed with.
+            OSError, ValueError: the error of the previous save.
         """
         start = time.perf_counter()
         self.wait()
         self._copied.clear()
         self._written.clear()
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        self._orders.put(_Order(samples, tensors, dict(meta), ready))
+        self._requests.put(_Request(samples, tensors, dict(meta), ready))
         self.stalled = time.perf_counter() - start
 
     def copied(self) -> None:
-        """Until the copy is made: to be called before anything that is saved changes."""
+        """Wait until the copy is made. Call this before any saved tensor changes."""
         if not self._copied.is_set():
             start = time.perf_counter()
             self._copied.wait()
@@ -83,14 +87,14 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save failed here, as far as is known; ranks come to know it one after another."""
+        """Whether the last save is known to have failed. Ranks learn of a failure at different times."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. All ranks.
+        """Wait until the checkpoint is on disk. All ranks.
 
         Raises:
-            OSError, ValueError: what the save failed with, the same on every rank.
+            OSError, ValueError: the error of the save, the same on every rank.
         """
         self._written.wait()
         if self._error is not None:
@@ -99,27 +103,29 @@ class Saver:
 
     def _serve(self, device: int | None) -> None:
         if device is not None:
-            torch.cuda.set_device(device)  # each thread has its own, and begins with the first
-        while (order := self._orders.get()) is not None:
+            torch.cuda.set_device(device)  # The current device is per thread, and a new thread's is the first GPU.
+        while (request := self._requests.get()) is not None:
             begun = time.perf_counter()
             try:
-                self._write(order)
+                self._write(request)
                 self.took = time.perf_counter() - begun
-            except Exception as error:  # raised in the training's thread, by `wait`
+            except Exception as error:  # `wait` raises it in the training thread.
                 self._error = error
             self._written.set()
 
-    def _write(self, order: _Order) -> None:
+    def _write(self, request: _Request) -> None:
         copies: dict[str, FlatRange] = {}
 
         def copy() -> None:
             try:
-                copies.update(self._host.copy(order.tensors, order.ready))
+                copies.update(self._host.copy(request.tensors, request.ready))
             finally:
                 self._copied.set()
 
         collective.together(copy, self._group)
-        checkpoint.save(self.directory, order.samples, copies, order.meta, group=self._group, permitted=self.permitted)
+        checkpoint.save(
+            self.directory, request.samples, copies, request.meta, group=self._group, permitted=self.permitted
+        )
         keep = self.settings
         checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
 
@@ -129,22 +135,22 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._orders.put(None)
+        self._requests.put(None)
         if error is None:
             self.wait()
         else:
-            self._written.wait(_PATIENCE)  # a rank that died would be waited for without end
+            self._written.wait(_GRACE_PERIOD)  # If another rank has died, the save never ends.
 
 
 class _HostMemory:
-    """One piece of host memory, used again by each save: touching new memory takes longer than the copy."""
+    """A host buffer that every save reuses: the first access to new memory takes longer than the copy itself."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
         self.stream: torch.cuda.Stream | None = None
 
     def copy(self, tensors: Mapping[str, FlatRange], ready: torch.cuda.Event | None) -> dict[str, FlatRange]:
-        """The ranges as they are now."""
+        """Copy the ranges into the buffer; returns the copies. `ready`: see `_Request`."""
         total = sum(owned.data.numel() for owned in tensors.values())
         if self.memory.numel() < total:
             self.memory = torch.empty(total, pin_memory=ready is not None)
@@ -152,7 +158,7 @@ class _HostMemory:
             self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_event(ready)
         copies, start = {}, 0
-        with torch.cuda.stream(self.stream):  # does nothing where there is none
+        with torch.cuda.stream(self.stream):  # This does nothing if the stream is None.
             for name, owned in tensors.items():
                 here = self.memory[start : start + owned.data.numel()]
                 here.copy_(owned.data, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The state of a run: what is trained, and how far it is. It makes all that a checkpoint holds."""
+"""The state of a run that a checkpoint stores: trained tensors and progress counters."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from trainer.tasks import Task
 
 
 class TrainState:
-    """Trained weights, moments, moving averages and statistics under plain names, wherever the strategy has them; and
-    the counters of the run. All methods are called by all ranks together.
+    """The tensors and counters that a checkpoint stores.
+
+    Tensors are trained weights, Adam moments, moving averages and statistics, named independently of the strategy that
+    shards them. All ranks call each method together.
     """
 
     def __init__(self, task: Task, strategy: Strategy, ema: EMA, health: Health, parallel: Parallel) -> None:
         self.task, self.strategy, self.ema, self.health, self.parallel = task, strategy, ema, health, parallel
         self.samples = 0
-        """Samples seen: what the schedule, the log and the checkpoints go by."""
+        """Samples seen. The schedule, the log and the names of checkpoints depend on this counter."""
         self.steps = 0
         """Steps that the optimizer took."""
         self.passed_over = 0
-        """Samples of the stream that were passed over when the run went back to an older checkpoint."""
+        """Samples of the stream that the run skipped when it was rewound to an older checkpoint."""
         self.save_due = False
-        """Whether a scheduled checkpoint has not been saved yet, because its step was one of several skipped ones."""
+        """Whether a scheduled checkpoint is still to be saved, because steps were being skipped when its time came."""
         self.saved_at = -1
-        """Samples seen at the last checkpoint that was handed to the saver; -1: none yet."""
+        """Samples seen at the last checkpoint that was handed to the saver; -1 if there was none."""
 
     @property
     def position(self) -> int:
-        """Where in the stream the next global batch begins."""
+        """The position in the stream at which the next global batch begins."""
         return self.samples + self.passed_over
 
     def advance(self, batch: int) -> None:
-        """Count a step of so many samples; a skipped step has seen them, too."""
+        """Count a step of `batch` samples. The samples of a skipped step count as seen."""
         self.samples += batch
         self.steps += self.health.taken
 
     def next_meta(self) -> dict[str, Any]:
-        """What the checkpoint that is saved now says of the run's progress; notes that it is saved.
+        """Return the progress metadata of the checkpoint that is saved now, and record that it is saved.
 
-        A checkpoint is `good`, one to go back to, only if it was scheduled and no step was being skipped: the save of a
-        run that is asked to stop is not, or a run in trouble would go back to where it was stopped.
+        A checkpoint is `good`, and a run may be rewound to it, only if it was scheduled and no step was being skipped.
+        The checkpoint that a run saves when it is stopped is not `good`: otherwise an interruption would change where a
+        run is rewound to.
         """
         good = self.save_due and self.health.good
         self.save_due = self.save_due and not good
@@ -64,26 +67,26 @@ class TrainState:
         }
 
     def held(self) -> dict[str, FlatRange]:
-        """This rank's ranges, views of the real tensors, which a load fills in place."""
+        """Return this rank's ranges as views of the tensors in use: a load fills them in place."""
         return whole_ranges(self._statistics()) | self._trained()
 
     def owned(self) -> dict[str, FlatRange]:
-        """The same, each element on one rank alone: what a save writes."""
+        """Return the ranges that this rank saves: as `held`, but each element belongs to exactly one rank."""
         rank, world_size = self.parallel.rank, self.parallel.world_size
         statistics = equal_ranges(self._statistics(), rank=rank, world_size=world_size)
         return statistics | split_among_copies(self._trained(), index=self.strategy.copy, copies=self.strategy.copies)
 
     def load(self, path: Path) -> None:
-        """Become what a checkpoint holds, of whatever strategy and world size.
+        """Load a checkpoint, whatever strategy and world size it was saved with.
 
         Raises:
-            ValueError: it does not hold exactly this, or belongs to another frozen base.
+            ValueError: its tensors are not exactly those of this run, or it was trained on another frozen base.
         """
         base = checkpoint.read_manifest(path)["meta"].get("base", "")
         if base != self.task.base_hash:
             raise ValueError(
-                f"{path} was trained on a base model with the hash {base[:12]}, and this one has "
-                f"{self.task.base_hash[:12]}: give the base of then with pretrained.folder=…"
+                f"{path} was trained on a base model with the hash {base[:12]}, but this run's base model has "
+                f"{self.task.base_hash[:12]}: give the checkpoint's base model with pretrained.folder=…"
             )
         meta = checkpoint.load(path, self.held())
         self.strategy.refresh()
@@ -93,7 +96,7 @@ class TrainState:
         self.health.restore(meta.get("health"))
 
     def go_back(self, path: Path) -> None:
-        """Become what an older checkpoint of the run holds, but go on with the data from here."""
+        """Load an older checkpoint of this run, but continue with the data at the current position."""
         position, rewinds, save_due = self.position, self.health.rewinds, self.save_due
         self.load(path)
         self.passed_over = position - self.samples
@@ -101,7 +104,7 @@ class TrainState:
         self.health.rewound(rewinds)
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving averages, whole and in host memory; empty on all ranks but the first, which exports them."""
+        """Gather the whole moving averages into rank 0's host memory; empty on all other ranks."""
         ranges = split_among_copies(self._averages(), index=self.strategy.copy, copies=self.strategy.copies)
         return self.parallel.whole(ranges)
 
@@ -122,7 +125,7 @@ class TrainState:
 
 @torch.no_grad()
 def fill_task(fresh: Task, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Task:
-    """A stage's fresh Task with what was trained of it."""
+    """Copy trained weights and statistics into a stage's fresh Task, and return it."""
     for name, parameter in fresh.learned.items():
         parameter.copy_(weights[name])
     for name, value in fresh.statistics.items():

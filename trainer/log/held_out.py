@@ -1,4 +1,4 @@
-"""What the log hears and measures of a run: a few held-out clips decoded, and the loss on more of them."""
+"""Held-out measurements during training: a few decoded clips to listen to, and the loss on more clips."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from trainer.recipes.schema import Config, TrainConfig
 from trainer.stage_inputs import held_out_set
 from trainer.tasks import Task
 
-_FIRST_POSITION = 2**62  # of held-out clips: keys that no training sample has
+_FIRST_POSITION = 2**62  # of held-out clips: no training sample has this position, so random keys never coincide
 
 
 def held_out_latents(config: Config, settings: TrainConfig, count: int) -> tuple[list[int], Tensor]:
-    """Ids of `count` clips spread evenly over the held-out set, and the beginnings of their x0 (B, C, T), float32."""
+    """Read `count` clips that are spread evenly over the held-out set.
+
+    Returns:
+        The clips' ids, and the beginnings of their x0 (B, C, T), float32.
+    """
     shards = held_out_set(config)
     count = min(count, len(shards))
     ids = [round(index * (len(shards) - 1) / max(1, count - 1)) for index in range(count)]
@@ -30,18 +34,18 @@ def held_out_latents(config: Config, settings: TrainConfig, count: int) -> tuple
 
 
 class ListeningClips:
-    """A few held-out clips, always the same, that the log listens to. Decoded by all ranks alike."""
+    """A few held-out clips, always the same, that the run decodes for its log. All ranks decode all of them."""
 
     def __init__(self, config: Config, settings: TrainConfig, device: torch.device) -> None:
         self.ids, x0_BCT = held_out_latents(config, settings, config.log.clips)
         self.x0_BCT = x0_BCT.to(device)
 
     def originals(self, task: Task) -> list[tuple[str, Tensor]]:
-        """What the AudioAE makes of the clips: the ceiling."""
+        """Decode the clips with the AudioAE alone: the best quality that the model can reach."""
         return self._named("original", task.autoencoder.decode(self.x0_BCT))
 
     def decoded(self, task: Task, strategy: Strategy, between: Callable[[], None]) -> list[tuple[str, Tensor]]:
-        """What the model makes of them; `between` is called between the sampler's steps. All ranks."""
+        """Decode the clips with the model; `between` is called after each step of the sampler. All ranks."""
         with strategy.together():
             audio = task.sample(self.x0_BCT, seeds=self.ids, progress=lambda done, total: between())
         return self._named("decoded", audio)
@@ -51,21 +55,22 @@ class ListeningClips:
 
 
 class HeldOutLoss:
-    """The loss on held-out clips with noise that is always the same, so that a curve shows the model alone."""
+    """The loss on held-out clips with noise that is always the same, so that only the model changes its curve."""
 
     def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel) -> None:
         ids, x0_BCT = held_out_latents(config, settings, config.log.held_out)
         self.weights = settings.loss_weights
         self.parallel, self.micro = parallel, config.parallel.micro_batch or len(ids)
         positions_B = torch.arange(len(ids)) + _FIRST_POSITION
-        # ranks make equally many passes, as parts of the model may be gathered in each: the last repeat, uncounted
+        # All ranks must make the same number of forward passes, because each pass may gather weights. The clips are
+        # padded with repeated ones, which do not count.
         padded = -(-len(ids) // parallel.world_size) * parallel.world_size
         index_B = torch.arange(padded)[parallel.rank :: parallel.world_size]
         self.counted_B = (index_B < len(ids)).double()
         self.x0_BCT, self.positions_B = x0_BCT[index_B % len(ids)], positions_B[index_B % len(ids)]
 
     def __call__(self, strategy: Strategy, between: Callable[[], None]) -> float:
-        """The mean, on all ranks, which call it together; `between` is called after each batch."""
+        """Return the mean loss over all clips; `between` is called after each batch. All ranks."""
         device, losses = self.parallel.device, []
         with strategy.together():
             for batch in self._batches(device):

@@ -1,4 +1,4 @@
-"""Each rank's log file: what any module of this project logs goes there."""
+"""Each rank's log file, which receives the log messages of all modules of this project."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PACKAGES = ("launch", "trainer", "models")  # every module logs under its own name, below one of these
+_PACKAGES = ("launch", "trainer", "models")  # Every module's logger is below one of these.
 
 
 @contextmanager
 def logging_to(path: Path, *, show: bool) -> Iterator[None]:
-    """Inside the `with`, append all that this project's modules log to a file, and print it too where `show` says so.
+    """Append this project's log messages to a file inside the `with`, and also print them to stderr if `show`.
 
-    Every module logs to `logging.getLogger(__name__)`. A logger of another name would reach no file.
+    Every module must log to `logging.getLogger(__name__)`: loggers with other names are not written to the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
@@ -25,7 +25,7 @@ def logging_to(path: Path, *, show: bool) -> Iterator[None]:
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.INFO)
-        logger.propagate = False  # other libraries give the root logger handlers of their own
+        logger.propagate = False  # Other libraries add handlers to the root logger, which would print messages twice.
         for handler in handlers:
             logger.addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""What is written down while training: `metrics.jsonl`, TensorBoard, listening samples. All of it on rank 0 alone."""
+"""Writes `metrics.jsonl`, TensorBoard files and listening samples during training, on rank 0."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from trainer.spectrogram import log_mel_image
 
 
 class LossSums:
-    """Sums of losses by noise level and by term, gathered without waiting for the device."""
+    """Sums of losses by noise level and by term, accumulated on the device without synchronising with it."""
 
     def __init__(self, bins: int, device: torch.device) -> None:
         self.bins, self.device = bins, device
         self._restart()
 
     def _restart(self) -> None:
-        # float64: a mean over the batch that does not depend on how it was cut among ranks
+        # In float64, the mean over a batch does not depend on how the batch is split among ranks.
         self.sums = torch.zeros(2, self.bins, device=self.device, dtype=torch.float64)
         self.terms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, losses: Losses, total_B: Tensor) -> None:
-        """Take in a micro batch: its terms, and their weighted sum (b,) by each sample's place in the noise levels."""
+        """Add a micro batch: its terms, and its weighted total (b,), binned by the samples' noise-level quantiles."""
         bin_B = (losses.quantiles * self.bins).long().clamp_(0, self.bins - 1)
         self.sums[0].index_add_(0, bin_B, total_B.double())
         self.sums[1].index_add_(0, bin_B, torch.ones_like(total_B, dtype=torch.float64))
@@ -43,7 +43,7 @@ class LossSums:
             self.terms[name] = self.terms[name] + total if name in self.terms else total
 
     def read(self) -> LossSum:
-        """This rank's sums since the last reading; starts anew."""
+        """Return this rank's sums since the last call, and reset them."""
         names = list(self.terms)
         values = torch.cat([self.sums.flatten(), *(self.terms[name][None] for name in names)]).tolist()
         totals, counts, terms = values[: self.bins], values[self.bins : 2 * self.bins], values[2 * self.bins :]
@@ -52,24 +52,27 @@ class LossSums:
 
 
 class LossSum(NamedTuple):
-    """One rank's sums: of the loss by noise level, how many samples fell into each level, and of each term."""
+    """One rank's sums of losses over samples."""
 
     totals: list[float]
+    """Sum of the total loss per bin of noise levels."""
     counts: list[float]
+    """Number of samples per bin."""
     terms: dict[str, float]
+    """Sum of each loss term."""
 
 
 class MeanLoss(NamedTuple):
-    """Means over all ranks."""
+    """Mean losses over the samples of all ranks."""
 
     loss: float
     by_bin: list[float | None]
-    """By noise level; None where no sample fell."""
+    """Mean loss per bin of noise levels; None if no sample fell into the bin."""
     terms: dict[str, float]
 
 
 def mean_loss(of_ranks: Sequence[LossSum]) -> MeanLoss:
-    """The mean over what all ranks' `LossSums` gave."""
+    """Compute mean losses from the sums of all ranks."""
     totals = [sum(bin_) for bin_ in zip(*(rank.totals for rank in of_ranks), strict=True)]
     counts = [sum(bin_) for bin_ in zip(*(rank.counts for rank in of_ranks), strict=True)]
     by_bin = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
@@ -80,7 +83,7 @@ def mean_loss(of_ranks: Sequence[LossSum]) -> MeanLoss:
 
 
 class Metrics:
-    """One curve across restarts: what a killed attempt wrote after the checkpoint that we resume from is cut off."""
+    """Writes one continuous curve across restarts: resuming removes lines that are later than the checkpoint."""
 
     def __init__(self, run: RunDirectory, *, resumed_at: int, sample_rate: int) -> None:
         self.path, self.sample_rate, self.run = run.path / "metrics.jsonl", sample_rate, run
@@ -93,13 +96,13 @@ class Metrics:
             write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def go_back_to(self, samples: int) -> None:
-        """Cut off what came after, here and in TensorBoard."""
+        """Remove everything after `samples` samples from `metrics.jsonl` and from TensorBoard."""
         self.board.close()
         self._cut_after(samples)
         self.board = SummaryWriter(str(self.run.tensorboard), purge_step=samples + 1, flush_secs=10)
 
     def write(self, kind: str, samples: int, **values: Any) -> None:
-        """A line of metrics.jsonl, and its numbers in TensorBoard against samples seen."""
+        """Append a line to `metrics.jsonl`, and plot its numbers in TensorBoard against the samples seen."""
         self.run.permitted()
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}
         with self.path.open("a") as file:
@@ -114,7 +117,7 @@ class Metrics:
             self.board.add_scalar(f"{kind}_terms/{name}", value, samples)
 
     def listen(self, name: str, audio: Tensor, samples: int) -> None:
-        """Audio (samples,) and its spectrogram, in TensorBoard and under `samples/`."""
+        """Write audio (samples,) to TensorBoard and to `samples/`, and its spectrogram to TensorBoard."""
         audio = audio.detach().float().cpu().clamp(-1, 1)
         image = log_mel_image(audio, self.sample_rate, height=128)
         self.board.add_audio(name, audio[None], samples, sample_rate=self.sample_rate)
@@ -124,12 +127,12 @@ class Metrics:
         write_audio(folder / f"{name.replace('/', '.')}.flac", audio[None].numpy(), self.sample_rate)
 
     def close(self) -> None:
-        """Flush what TensorBoard holds."""
+        """Flush and close TensorBoard's writer."""
         self.board.close()
 
 
 def _samples(line: str) -> float:
-    """Samples seen of a line; a torn line counts as the future, so that it is cut."""
+    """Return a line's number of samples seen; infinity for an incomplete line, so that it is removed."""
     try:
         return json.loads(line)["samples"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -137,5 +140,5 @@ def _samples(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line is passed over."""
+    """Read the lines of a `metrics.jsonl`, except an incomplete last line."""
     return [json.loads(line) for line in path.read_text().splitlines() if _samples(line) < float("inf")]

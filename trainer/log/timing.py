@@ -1,4 +1,4 @@
-"""Where the time goes: each rank's steps, and which ranks hold the others up."""
+"""Measures how long each rank's steps take, and finds the ranks that slow the others down."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-_SLOW = 1.5  # times the median rank's own time
-_NOTED, _LEAST = 0.1, 0.05  # of a step, and seconds: what is below that is nobody's concern
+_SLOW = 1.5  # A rank is slow if it takes more than this many times as long as the median rank, …
+_MIN_OF_STEP, _MIN_SECONDS = 0.1, 0.05  # … and longer by more than this fraction of a step and this many seconds.
 
 
 class StepClock:
-    """Times of this rank since the log last asked.
+    """Measures this rank's steps between two lines of the log.
 
-    Collectives make all ranks equally slow. What tells them apart is a rank's *own* time: from the step's start to the
-    end of its forward pass, waiting for data included, before it first waits for others. Under `zero3` and `fsdp2` the
-    forward pass gathers weights from other ranks, so there the wait for data alone tells, and a slow GPU stays unseen.
+    Collectives make all ranks wait for the slowest one, so the duration of whole steps does not show which rank is
+    slow. A rank's *own* time does: it runs from the start of the step to the end of the forward pass, including the
+    wait for data, and ends before the rank first waits for others. Under `zero3` and `fsdp2`, the forward pass already
+    gathers weights from other ranks: there only the wait for data shows which rank is slow, and a slow GPU stays
+    undetected.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,19 +29,19 @@ class StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was."""
+        """Reset all times."""
         self.steps, self.whole, self.own = 0, 0.0, 0.0
 
     def begin(self) -> None:
-        """A step begins; nothing of the one before is under way on the device."""
+        """Mark the start of a step. The device must have finished the previous step."""
         self._host_begun, self._begun = time.perf_counter(), self._mark()
 
     def computed(self) -> None:
-        """Its forward pass has ended, for the host at least."""
+        """Mark the end of the step's last forward pass; on a GPU, that of the work submitted so far."""
         self._computed = self._mark()
 
     def end(self) -> None:
-        """It has ended, on the device too."""
+        """Mark the end of the step. The device must have finished the step."""
         if self._cuda:
             self._computed.synchronize()
             self.own += self._begun.elapsed_time(self._computed) / 1000
@@ -56,7 +58,11 @@ class StepClock:
         return event
 
     def read(self, waited: float) -> Times:
-        """This rank's times a step, `waited` seconds of all for data; begins anew."""
+        """Return this rank's mean times per step, and reset them.
+
+        Args:
+            waited: seconds that this rank waited for data in all steps since the last call.
+        """
         steps = max(1, self.steps)
         mine = Times(self.whole / steps, self.own / steps, waited / steps, os.uname().nodename)
         self.restart()
@@ -64,16 +70,20 @@ class StepClock:
 
 
 class Times(NamedTuple):
-    """A rank's: seconds a step, of its own, and waiting for data; and the host it is on."""
+    """One rank's mean times per step, in seconds."""
 
     whole: float
+    """Seconds per step."""
     own: float
+    """Seconds before the rank waits for others, see `StepClock`."""
     data_wait: float
+    """Seconds of waiting for data."""
     host: str
+    """Name of the rank's host."""
 
 
 def compared(of_ranks: Sequence[Times]) -> dict[str, Any]:
-    """Seconds a step as [min, median, max] over ranks: whole steps, own time, waits for data; and who is slow."""
+    """Compare ranks: [min, median, max] of whole steps, own times and waits for data in seconds; and the slow ranks."""
     whole, own, waits, hosts = zip(*of_ranks, strict=True)
     slow = [
         {"rank": rank, "host": host, "own": round(own[rank], 4), "data_wait": round(waits[rank], 4)}
@@ -90,7 +100,7 @@ def compared(of_ranks: Sequence[Times]) -> dict[str, Any]:
 
 def _stands_out(times: tuple[float, ...], rank: int, step: float) -> bool:
     usual = statistics.median_low(times)
-    return times[rank] > _SLOW * usual and times[rank] - usual > max(_NOTED * step, _LEAST)
+    return times[rank] > _SLOW * usual and times[rank] - usual > max(_MIN_OF_STEP * step, _MIN_SECONDS)
 
 
 def _spread(values: tuple[float, ...]) -> list[float]:

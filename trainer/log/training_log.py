@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: log lines, held-out loss, listening samples, incidents."""
+"""The log of a training run: metrics, held-out loss, listening samples, incidents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """Gathered by all ranks together, written by the first."""
+    """Collects the log's values on all ranks, and writes them on rank 0."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class TrainingLog:
         self.metrics: Metrics | None = None
 
     def begin(self, samples: int, *, fresh: bool) -> None:
-        """Open the curve where it goes on."""
+        """Open the metrics at `samples` samples seen, and start the clock. All ranks."""
         if self.parallel.main:
             self.metrics = Metrics(self.run, resumed_at=samples, sample_rate=self.task.autoencoder.sample_rate)
             if fresh:
@@ -62,7 +62,7 @@ class TrainingLog:
         self.clock.restart()
 
     def line(self, samples: int, *, lr: float, grad_norm: float, feed: Feed, saver: Saver) -> None:
-        """A line of the log: what was gathered since the last."""
+        """Write a line of the log with the means since the last line. All ranks."""
         of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
         feed.waited = 0.0
         loss, by_bin, terms = mean_loss([losses for losses, _ in of_ranks])
@@ -88,14 +88,14 @@ class TrainingLog:
             )
             for slow in times["slow_ranks"]:
                 logger.warning(
-                    "rank %(rank)d on %(host)s is slow: %(own).3f s a step of its own, %(data_wait).3f s of them "
-                    "waiting for data; the median rank's is {:.3f} s".format(times["own_seconds"][1]),
+                    "rank %(rank)d on %(host)s is slow: its own work takes %(own).3f s per step, of which it waits "
+                    "%(data_wait).3f s for data; the median over ranks is {:.3f} s".format(times["own_seconds"][1]),
                     slow,
                 )
         self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
 
     def measure(self, samples: int) -> float | None:
-        """The averaged weights' loss on held-out clips; None where the run is to leave first."""
+        """Measure the averaged weights' loss on held-out clips. All ranks. None if the run is asked to stop first."""
         try:
             with self.ema.applied():
                 loss = self.held_out(self.strategy, self._between)
@@ -106,7 +106,7 @@ class TrainingLog:
         return loss
 
     def listen(self, samples: int) -> bool:
-        """What the averaged weights make of a few held-out clips; False where the run is to leave first."""
+        """Decode a few held-out clips with the averaged weights. All ranks. False if the run is asked to stop first."""
         try:
             with self.ema.applied():
                 decoded = self.clips.decoded(self.task, self.strategy, self._between)
@@ -118,18 +118,29 @@ class TrainingLog:
         return True
 
     def _between(self) -> None:
-        """Raise Leaving on all ranks if one of them was asked to leave."""
+        """Raise Leaving on all ranks if any rank was asked to stop."""
         if self.parallel.any(self.stop()):
             raise Leaving
 
     def stopped(self, samples: int, *, saved: bool, took: float) -> None:
-        """The run leaves before its end. On rank 0."""
+        """Record that the run stops before its end. On rank 0.
+
+        Args:
+            samples: samples seen.
+            saved: whether a checkpoint was saved at `samples`.
+            took: seconds that the last save took.
+        """
         self.run.write_status("stopped", samples=samples, of=self.settings.samples, save_seconds=round(took, 2))
-        how = "saved" if saved else f"not saved: that took {took:.1f} s the last time, and there are fewer left"
+        how = "saved" if saved else f"not saved: the last save took {took:.1f} s, and too little time is left"
         logger.info("%s: stopped at %d samples, %s", self.task.stage, samples, how)
 
     def step(self, samples: int, health: Health, feed: Feed, position: int) -> None:
-        """The step after so many samples has ended; where it was skipped, write down why, and which samples it had."""
+        """Record the end of a step, and if it was skipped, the reason and the ids of its samples.
+
+        Args:
+            samples: samples seen before the step.
+            position: the step's position in the stream.
+        """
         self.clock.end()
         if self.parallel.main and not health.good and health.skipped[-1]["samples"] == samples:
             step = health.skipped[-1]
@@ -137,12 +148,12 @@ class TrainingLog:
             self._incident("skipped a step", **step, position=position, sample_ids=feed.samples_at(position))
 
     def went_back(self, samples: int, position: int, health: Health, *, from_: int, to: str) -> None:
-        """The run goes on from an older checkpoint, with later data."""
+        """Record that the run was rewound to an older checkpoint, and remove the later part of the curve. All ranks."""
         self.losses.read()
         self.clock.restart()
         if self.metrics is not None:
             logger.warning(
-                "%d steps in a row were skipped: back from %d samples to %s, passing over the data in between",
+                "%d consecutive steps were skipped: rewinding from %d samples to %s; the data in between is skipped",
                 *(self.config.health.rewind_after, from_, to),
             )
             self._incident("went back", from_samples=from_, samples=samples, position=position, times=health.rewinds)
@@ -153,7 +164,7 @@ class TrainingLog:
         path = self.run.path / "incident.json"
         incidents = json.loads(path.read_text()) if path.exists() else []
         same = [entry for entry in incidents if entry["what"] == what and entry["position"] == facts["position"]]
-        if not same:  # a run that was killed and comes by again has written it before
+        if not same:  # A run that is killed and resumed comes to the same incident again.
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_whole(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
 

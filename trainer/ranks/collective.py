@@ -1,7 +1,7 @@
-"""What ranks do together, so that all of them get on or all of them fail. Without a process group there is one rank.
+"""Collectives on Python objects, in which all ranks succeed or all fail. Without a process group there is one rank.
 
-`group` is the ranks' process group: by default the one that training uses, so that only the training's own thread may
-take part; a thread beside it brings a group of its own.
+`group` is the process group of the collective. The default group belongs to the training thread; any other thread must
+pass its own group.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Result = TypeVar("Result")
 
 
 def rank() -> int:
-    """This one's number."""
+    """Return this process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def own_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for one thread of each, in host memory. All ranks."""
+    """Create a gloo group of all ranks, for use by one other thread of each rank. All ranks."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Every rank's value, on every rank."""
+    """Return every rank's value, on every rank. All ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -38,15 +38,16 @@ def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result
 
 
 def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """What `action` gives on rank 0, on every rank. Raises as `together` does."""
+    """Call `action` on rank 0, and return its result on every rank. All ranks. Raises as `together` does."""
     return cast(Result, together(lambda: action() if rank() == 0 else None, group)[0])
 
 
 def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Does `action` on every rank and gives everyone's results.
+    """Call `action` on every rank, and return every rank's result. All ranks.
 
     Raises:
-        OSError: on every rank, if it failed on any, whatever the cause: nobody may wait for a rank that gave up.
+        OSError: on every rank, if `action` failed on any rank for whatever reason, so that no rank waits for a failed
+            one.
     """
     result, reason = None, None
     try:
@@ -64,14 +65,14 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
 
 
 def require_alike(what: str, value: object) -> None:
-    """Raise ValueError on every rank where not all have the same."""
-    everyones = gather(str(value))
-    if len(set(everyones)) > 1:
-        told = [f"rank {rank}: {value[:12]}" for rank, value in enumerate(everyones)]
-        raise ValueError(f"{what} is not the same on every rank: {shortened(told)}")
+    """Raise ValueError on every rank unless all ranks pass the same value. All ranks. `what` names the value."""
+    of_ranks = gather(str(value))
+    if len(set(of_ranks)) > 1:
+        values = [f"rank {rank}: {value[:12]}" for rank, value in enumerate(of_ranks)]
+        raise ValueError(f"{what} is not the same on every rank: {shortened(values)}")
 
 
 def shortened(problems: list[str]) -> str:
-    """The first few of them in one line, and how many more there are."""
+    """Join the first few problems into one line, with the number of further ones."""
     more = len(problems) - _SHOWN
     return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

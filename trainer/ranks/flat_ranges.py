@@ -1,4 +1,4 @@
-"""Flat ranges: a rank's part [start, stop) of a flattened tensor, whatever strategy gave it that part."""
+"""Flat ranges: a rank's part [start, stop) of a flattened tensor, in a form that is the same for all strategies."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class FlatRange:
-    """Elements [start, stop) of a flattened tensor: what one rank owns of it, or wants of it."""
+    """Elements [start, stop) of a flattened tensor, which one rank owns or loads."""
 
     data: Tensor
-    """float32, one-dimensional and contiguous: the elements themselves, which a load fills in place."""
+    """The elements: float32, one-dimensional and contiguous. A load fills them in place."""
     shape: tuple[int, ...]
-    """The whole tensor's own shape."""
+    """Shape of the whole tensor."""
     start: int = 0
+    """Index of the first element in the flattened tensor."""
 
     def __post_init__(self) -> None:
         assert self.data.dim() == 1, f"a range has one dimension, not {self.data.dim()}"
@@ -29,26 +30,27 @@ class FlatRange:
 
     @property
     def stop(self) -> int:
-        """One past the last element."""
+        """Index one past the last element."""
         return self.start + self.data.numel()
 
 
 def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
-    """All of every tensor: what one process saves, and what every rank of DDP loads."""
+    """Return ranges that cover every tensor completely, as a single process saves and every rank of DDP loads."""
     for name, tensor in tensors.items():
         assert tensor.is_contiguous(), f"{name} is not contiguous: a load could not fill it in place"
     return {name: FlatRange(tensor.detach().view(-1), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, FlatRange]:
-    """What this rank writes of tensors that every rank holds, as in DDP: one of `world_size` equal parts."""
+    """Return the part that this rank saves of tensors that every rank holds: one of `world_size` equal parts."""
     return split_among_copies(whole_ranges(tensors), index=rank, copies=world_size)
 
 
 def split_among_copies(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
-    """Of ranges that `copies` ranks hold alike, what the rank with this index among them writes.
+    """Return the part that one rank saves of ranges that `copies` ranks hold identically.
 
-    The ranges laid end to end are cut into `copies` equal parts. Each part of a range is a view; some are empty.
+    The concatenated ranges are cut into `copies` equal parts, of which this is number `index`. The returned ranges are
+    views of the given ones; some are empty.
     """
     if copies == 1:
         return dict(ranges)

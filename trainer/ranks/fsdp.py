@@ -1,7 +1,7 @@
-"""FSDP2: trained weights, gradients and moments cut among ranks by torch, along each parameter's first dimension.
+"""FSDP2: torch shards trained weights, gradients and moments among ranks, along each parameter's first dimension.
 
-With `replicas` (HSDP) the ranks are cut into so many groups, each of which holds all; gradients are then averaged
-across the groups as well.
+With `replicas` > 1 (HSDP), the ranks form `replicas` groups, each of which holds all weights; gradients are then also
+averaged across the groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.recipes.schema import TrainConfig
 
 
 class Sharded(TorchStrategy):
-    """`fully_shard` on every block and on the rest."""
+    """Applies `fully_shard` to every Transformer block, and to the module with all other weights."""
 
     def __init__(
         self, computed: Computed, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
@@ -31,8 +31,9 @@ class Sharded(TorchStrategy):
         super().__init__(computed, settings)
         mesh = _mesh(computed.device_type, world_size, replicas)
         self.copies, self.copy = replicas, mesh.get_local_rank("replicate") if replicas > 1 else 0
-        # a base that is cut goes to the device block by block, as `fully_shard` is called: nothing may hold on to it
-        whole = None if shard_base else {value for value in computed.parameters() if not value.requires_grad}
+        # `fully_shard` moves a sharded base to the device block by block. No reference to its whole weights may be kept
+        # here, or their memory would not be freed.
+        unsharded = None if shard_base else {value for value in computed.parameters() if not value.requires_grad}
         precision = MixedPrecisionPolicy(
             param_dtype=None if computed.dtype == torch.float32 else computed.dtype,
             reduce_dtype=torch.float32,
@@ -40,7 +41,7 @@ class Sharded(TorchStrategy):
         )
         for part in (*blocks_of(computed), computed):
             if shard_base or any(value.requires_grad for value in part.parameters()):
-                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=whole)
+                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=unsharded)
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
         self._starts = {name: _start(value) for name, value in self.learned.items()}
@@ -64,7 +65,7 @@ class Sharded(TorchStrategy):
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
-        # parts are called one by one, not through the root, whose hooks would bring together what lies in no block
+        # The caller does not call the root module, whose hooks would gather the weights that belong to no block.
         self.root.unshard()
         try:
             yield
@@ -82,7 +83,7 @@ def _mesh(device: str, world_size: int, replicas: int) -> DeviceMesh:
 
 
 def _start(value: Tensor) -> int:
-    """Where in the flattened tensor the rows begin that this rank holds; found out once, as it takes a while."""
+    """Return the offset of this rank's rows in the flattened tensor. This is slow, so it is computed only once."""
     assert isinstance(value, DTensor)
     _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
     start = offset[0] * math.prod(value.shape[1:]) if offset else 0

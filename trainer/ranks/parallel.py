@@ -1,7 +1,7 @@
-"""Where the work is done: ranks, device, precision, and the strategy by which ranks share a module.
+"""Ranks, device, precision, and the strategy by which ranks share a module.
 
-Nothing here changes what is learned: a global batch is cut among ranks and accumulation steps, and its mean gradient is
-the same however it is cut and wherever the weights lie.
+None of these change what is learned: a global batch is split among ranks and gradient accumulation steps, and its mean
+gradient does not depend on the split or on where the weights are held.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
-_BUCKET = 2**24  # numbers that are put together at once
+_BUCKET = 2**24  # numbers that one collective of `Parallel.whole` gathers
 
 
 class Parallel:
-    """This rank among the others. Ranks and rendezvous come from the environment (RANK, WORLD_SIZE, MASTER_ADDR, …)."""
+    """This rank's device and collectives. The environment (RANK, WORLD_SIZE, MASTER_ADDR, …) sets the rendezvous."""
 
     def __init__(self, config: ParallelConfig, *, timeout: timedelta | None = None) -> None:
-        """Join the other ranks; `timeout` is after how long a collective gives up (None: torch's default)."""
+        """Join the process group; `timeout` is that of its collectives (None: torch's default).
+
+        Raises:
+            ValueError: there is no CUDA device, or `parallel.replicas` does not divide the number of ranks.
+        """
         self.config = config
         if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: take parallel.device=cpu")
+            raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if on_cpu:
@@ -46,10 +50,10 @@ class Parallel:
         self.device: torch.device = self.accelerator.device
         if self.world_size % config.replicas:
             raise ValueError(
-                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): take a divisor, such "
-                f"as the number of nodes"
+                f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): set it to a divisor, "
+                f"such as the number of nodes"
             )
-        if config.strategy != "ddp" and not dist.is_initialized():  # a single rank: these want a group all the same
+        if config.strategy != "ddp" and not dist.is_initialized():  # FSDP2 and ZeRO need a group even for one rank.
             backend = "gloo" if on_cpu else "nccl"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():
@@ -57,33 +61,34 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this rank writes the log."""
+        """Whether this is rank 0, which writes the log and the status."""
         return self.rank == 0
 
     @property
     def cuts_base(self) -> bool:
-        """Whether this rank holds no more than its part of the frozen base."""
+        """Whether the frozen base is sharded among ranks."""
         return self.config.strategy == "zero3" or (self.config.strategy == "fsdp2" and self.config.shard_base)
 
     def parts(self, global_batch: int) -> int:
-        """Micro batches to a step on each rank.
+        """Return the number of micro batches per step on each rank.
 
         Raises:
-            ValueError: the global batch does not divide among ranks and micro batches.
+            ValueError: the global batch cannot be divided evenly among ranks and micro batches.
         """
         micro = self.config.micro_batch or global_batch // self.world_size
         if micro == 0 or global_batch % (self.world_size * micro):
             raise ValueError(
-                f"a global batch of {global_batch} does not divide among {self.world_size} rank(s) of micro batches of "
-                f"{micro or 1}: set parallel.micro_batch or the stage's global_batch"
+                f"a global batch of {global_batch} cannot be divided evenly among {self.world_size} rank(s) with micro "
+                f"batches of {micro or 1}: change parallel.micro_batch or the stage's global_batch"
             )
         return global_batch // (self.world_size * micro)
 
     def prepare(self, module: nn.Module, settings: TrainConfig) -> Strategy:
-        """A module, the same on all ranks and on this rank's device, under the config's strategy.
+        """Put a module under the config's strategy.
 
-        Its frozen weights are held in what is computed in. They may be in host memory still: the device never holds
-        more of them than the strategy does, and one block.
+        The module must have the same weights on all ranks and be on this rank's device, except frozen weights, which
+        may still be in host memory. Frozen weights are converted to the compute precision. While they are moved, the
+        device never holds more of them than this rank's part and one block.
         """
         config, dtype = self.config, DTYPES[self.config.precision]
         self._hold_frozen(module, dtype)
@@ -118,44 +123,49 @@ class Parallel:
         )
 
     def _hold_frozen(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """Frozen weights, one by one, in a dtype and on the device; those to be cut are moved when they are cut."""
+        """Convert frozen weights to a dtype one by one, and move them to the device unless the strategy shards them."""
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 held = parameter.data.to(dtype)
                 parameter.data = held if self.cuts_base else held.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks."""
+        """Sum a tensor over ranks."""
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def agree(self, number: Tensor, *flags: bool) -> Callable[[], tuple[float, list[bool]]]:
-        """The sum of a number over ranks, and whether each flag is set on any rank; one collective, the same on all.
+        """Start one collective that sums a number over ranks, and finds whether each flag is set on any rank.
 
-        It is begun at once, and waited for when what is returned is called: beside other work it costs nothing.
+        Returns:
+            A function that waits for the collective and returns its result, which is the same on all ranks. The
+            collective overlaps with the work that is done before this function is called.
         """
         values = torch.tensor([0.0, *map(float, flags)], dtype=torch.float64, device=self.device)
         values[0] = number
-        under_way = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+        work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
 
         def agreed() -> tuple[float, list[bool]]:
-            if under_way is not None:
-                under_way.wait()
+            if work is not None:
+                work.wait()
             total, *counts = values.tolist()
             return total, [count > 0 for count in counts]
 
         return agreed
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank. All ranks."""
+        """Whether the flag is set on any rank. All ranks."""
         return self.agree(torch.zeros((), device=self.device), flag)()[1][0]
 
     def give_up_after(self, timeout: timedelta) -> None:
-        """Let all groups wait that long, those too that a strategy made for itself."""
+        """Set the timeout of all process groups, including those that a strategy created."""
         for group in list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else ():
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def whole(self, ranges: Mapping[str, FlatRange]) -> dict[str, Tensor]:
-        """Tensors from all ranks' ranges, of which each element is on one rank; on rank 0 alone, in host memory."""
+        """Gather whole tensors from all ranks' ranges into rank 0's host memory; returns {} on other ranks. All ranks.
+
+        Each element must belong to exactly one rank's range.
+        """
         tensors: dict[str, Tensor] = {}
         for names in _buckets({name: math.prod(part.shape) for name, part in ranges.items()}):
             flats = [torch.zeros(math.prod(ranges[name].shape), device=self.device) for name in names]
@@ -169,17 +179,17 @@ class Parallel:
         return tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all ranks, in the order of the global batch, of which each rank has every world_size-th row."""
+        """Gather rows of all ranks in the order of the global batch: each rank has every world_size-th row of it."""
         return self.accelerator.gather(tensor).unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Make tensors those of rank 0, in place."""
+        """Overwrite tensors in place with those of rank 0."""
         if self.world_size > 1:
             for tensor in tensors:
                 tensor.data.copy_(broadcast(tensor.detach().clone()))
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the device's memory that were in use at most, and that there are; of host memory on a CPU."""
+        """Return the peak memory in use and the total memory of the device, in bytes; of the host on a CPU."""
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             return torch.cuda.max_memory_allocated(self.device), total
@@ -187,12 +197,12 @@ class Parallel:
         return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this method."""
         self.accelerator.wait_for_everyone()
 
 
 def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in lists that are long enough to be worth a collective, and not so long as to fill the memory."""
+    """Group names into buckets: large enough to be worth a collective, and small enough to fit into memory."""
     names: list[str] = []
     total = 0
     for name, count in numbers.items():
@@ -206,6 +216,6 @@ def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _leave_group() -> None:
-    """Its threads don't survive the interpreter's end."""
+    """Destroy the process group at exit, because its threads must end before the interpreter does."""
     if dist.is_initialized():
         dist.destroy_process_group()

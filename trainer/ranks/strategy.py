@@ -1,11 +1,11 @@
-"""How ranks share the trained weights: one small interface, and DDP, the plain case of it.
+"""How ranks share the trained weights: the `Strategy` interface, and DDP as its simplest implementation.
 
-A strategy holds one module of which some parameters are trained. What differs between strategies is where those lie:
-this rank's part of each, with its Adam moments, is told as flat ranges in float32, under plain names. Checkpoints and
-the moving average know nothing else of a strategy.
+A strategy holds one module, some of whose parameters are trained. Strategies differ in which rank holds which part of
+those parameters. `Strategy.held` describes this rank's part of each parameter and its Adam moments as flat ranges in
+float32, under plain names; checkpoints and moving averages use nothing else of a strategy.
 
-A step is: `forward` and `backward` for each micro batch, then `step`, which clips by the global norm and asks whether
-the step is to be taken. The learning rate is given anew each time.
+A step calls `forward` and `backward` for each micro batch, then `step`, which clips by the global norm and lets the
+caller accept or reject the step. The caller passes the learning rate with each step.
 """
 
 from __future__ import annotations
@@ -28,51 +28,55 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Accept = Callable[[float], bool]
-"""Whether to take a step with this gradient norm; called once a step, on every rank with the same number."""
+"""Decides whether to take a step with this gradient norm. Called once per step, on every rank with the same norm."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank holds of one trained parameter: its value and moments, float32, views of the real ones."""
+    """This rank's part of one trained parameter and of its Adam moments, as float32 views of the tensors in use."""
 
     value: FlatRange
     moments: dict[str, FlatRange]
 
 
 class Computed(nn.Module):
-    """A stage's module in its precision. It returns the losses as a dict and a tensor: wrappers look for tensors in
-    dicts and tuples, and find none in a class of ours."""
+    """A stage's module, run in the recipe's precision.
+
+    It returns the losses as a dict and a tensor, because DDP and FSDP find tensors in dicts and tuples, but not in
+    `Losses`.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self.device_type, self.dtype = module, device.type, dtype
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Where matrix products are computed in the lower precision."""
+        """Compute matrix products in the lower precision, inside a `with`."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
     def forward(self, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
-        """The fields of the module's `Losses`, the terms in float32."""
+        """Return the fields of the module's `Losses`, with the terms in float32."""
         with self.autocast():
             losses: Losses = self.module(inputs)
         return {name: value.float() for name, value in losses.terms.items()}, losses.quantiles
 
 
 class Strategy(ABC):
-    """One module, trained by all ranks together."""
+    """Trains one module on all ranks together."""
 
     copies = 1
-    """How many ranks hold the very same ranges; this one is number `copy` of them."""
+    """How many ranks hold identical ranges."""
     copy = 0
+    """This rank's index among the ranks that hold identical ranges."""
     scale = 1.0
-    """By how much the loss is scaled before the backward pass, for fp16; gradients come out unscaled."""
+    """Loss scale of the backward pass, for fp16. `step` unscales the gradients."""
 
     def __init__(self, computed: Computed, settings: TrainConfig) -> None:
         self.computed, self.settings = computed, settings
         self.wrapped: Callable[[Inputs], tuple[dict[str, Tensor], Tensor]] = computed
-        """The module as it is called in training: with what this strategy put around it."""
+        """The module inside this strategy's wrapper, as training calls it."""
         parameters = dict(computed.module.named_parameters())
         self.names = [name for name, value in parameters.items() if value.requires_grad]
         self.numel = sum(value.numel() for value in parameters.values())
@@ -80,39 +84,54 @@ class Strategy(ABC):
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """The trained parameters as they lie in the module now."""
-        here = dict(self.computed.module.named_parameters())
-        return {name: here[name] for name in self.names}
+        """The trained parameters. Wrapping may replace the module's parameters, so they are looked up each time."""
+        parameters = dict(self.computed.module.named_parameters())
+        return {name: parameters[name] for name in self.names}
 
     def forward(self, inputs: Inputs) -> Losses:
-        """The losses of this rank's micro batch, which is on this rank's device."""
+        """Compute the losses of this rank's micro batch, which must be on this rank's device."""
         return Losses(*self.wrapped(inputs))
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of a loss that is the mean over this rank's part of the batch; `last` ends a step's parts."""
+        """Accumulate the gradients of a micro batch.
+
+        Args:
+            loss: the micro batch's mean loss, divided by the number of micro batches per step.
+            last: whether this is the last micro batch of the step.
+        """
 
     @abstractmethod
     def step(self, lr: float, accept: Accept) -> float:
-        """Clip, take the step if it is accepted, forget the gradients; returns the global norm before clipping."""
+        """Clip the gradients, step the optimizer if `accept` returns True, and clear the gradients.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
 
     @abstractmethod
     def held(self) -> dict[str, Held]:
-        """This rank's part of every trained parameter, empty where it has none. To be asked for anew at each use."""
+        """Return this rank's part of every trained parameter, possibly empty.
+
+        Training may replace the tensors: call this method again for each use.
+        """
 
     def refresh(self) -> None:  # noqa: B027
-        """After `held` was written to: the weights that are computed with follow."""
+        """Update the weights that the model computes with, after the tensors of `held` were written to."""
 
     @abstractmethod
     def set_steps(self, steps: int) -> None:
-        """Steps taken so far, for Adam's bias correction."""
+        """Set the number of steps taken, which Adam's bias correction uses."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of all memory: a process may train several stages."""
+        """Free all memory, because a process may train several stages one after another."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """In it, all ranks may call parts of the module, the same ones in the same order; there are no gradients."""
+        """Allow calls of the module's parts inside the `with`, without gradients.
+
+        All ranks must call the same parts in the same order.
+        """
         self.computed.eval()
         try:
             with torch.no_grad(), self.computed.autocast(), self._gathered():
@@ -121,16 +140,16 @@ class Strategy(ABC):
             self.computed.train()
 
     def _gathered(self) -> AbstractContextManager[None]:
-        """In it, weights that belong to no part that is called by itself are whole."""
+        """Gather the weights that belong to no separately sharded part, for the length of the `with`."""
         return nullcontext()
 
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around a micro batch's forward and backward pass."""
+        """Wrap a micro batch's forward and backward pass; gradients are reduced among ranks only if it is the last."""
         return nullcontext()
 
 
 class TorchStrategy(Strategy):
-    """What DDP and FSDP2 share: the module's own parameters are the masters, and torch's AdamW steps them."""
+    """The common part of DDP and FSDP2: torch's AdamW updates the module's own float32 parameters."""
 
     optimizer: torch.optim.AdamW
 
@@ -169,15 +188,15 @@ class TorchStrategy(Strategy):
 
 
 class Replicated(TorchStrategy):
-    """DDP: every rank holds all, and gradients are averaged in the backward pass of a step's last micro batch."""
+    """DDP: every rank holds all weights; the backward pass of a step's last micro batch averages the gradients."""
 
     def __init__(self, computed: Computed, settings: TrainConfig, *, rank: int, world_size: int) -> None:
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
         if world_size > 1:
             device = next(computed.parameters()).device
-            # no sync at the start: the loop made the trained weights alike and the base is every rank's own copy of one
-            # file; DDP would send it around in one more copy
+            # init_sync=False: the trained weights are already equal on all ranks, and every rank loaded the base from
+            # the same file. DDP would broadcast the base through one more copy of it.
             devices = [device] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(
                 computed, device_ids=devices, forward_sync_buffers=False, init_sync=False
@@ -204,7 +223,7 @@ class Replicated(TorchStrategy):
 def make_optimizer(
     learned: dict[str, nn.Parameter], settings: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
 ) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone."""
+    """Create AdamW with weight decay on matrices only, not on vectors."""
     matrices = [value for value in learned.values() if value.ndim > 1]
     vectors = [value for value in learned.values() if value.ndim <= 1]
     groups = [(matrices, settings.weight_decay), (vectors, 0.0)]
@@ -217,7 +236,7 @@ def make_optimizer(
 
 
 def fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Make Adam's state before the first step, so that a checkpoint has where to load to."""
+    """Allocate Adam's state before the first step, so that a checkpoint can be loaded into it."""
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -227,7 +246,7 @@ def fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The Transformer blocks in a module: what is checkpointed, compiled and sharded one by one."""
+    """List the Transformer blocks in a module. Each is checkpointed, compiled and sharded separately."""
     return [
         block
         for name, part in module.named_modules()
@@ -237,6 +256,6 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep a block's inputs alone, and compute its activations again in the backward pass."""
-    plain = block.forward
-    block.forward = lambda *inputs: checkpoint(plain, *inputs, use_reentrant=False)  # type: ignore[method-assign]
+    """Keep only a block's inputs, and recompute its activations in the backward pass (activation checkpointing)."""
+    forward = block.forward
+    block.forward = lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)  # type: ignore[method-assign]

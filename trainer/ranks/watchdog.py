@@ -1,8 +1,8 @@
-"""Ends a rank that hangs, with the stacks of all its threads in its log.
+"""Ends a rank that hangs, and writes the stacks of all its threads to its log.
 
-A collective that one rank does not come to holds up all of them, each in the same place: so each rank has its own
-clock, and every rank's log tells where it stood. Python's `faulthandler` keeps the clock in a thread of its own that
-needs neither the interpreter's lock nor the stuck thread's help.
+If one rank does not reach a collective, all other ranks wait in it. So each rank has its own watchdog, and every rank's
+log shows where the rank was. The timeout runs in a thread of Python's `faulthandler`, which needs neither the
+interpreter's lock nor any cooperation of the stuck thread.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from typing import Self
 
 import torch
 
-_PATIENT = 6  # times longer: the first step compiles and connects; decoding and loading are not steps
-_RARELY = 0.05  # of the time: the clock is not set again within it, as that starts a thread each time
-_BEFORE = 0.9  # of the time: when the collectives are told, while Python may still run
+_PATIENT = 6  # factor on the timeout for the first step, which compiles and connects, and for evaluations and saves
+_REARM_AFTER = 0.05  # fraction of the timeout: re-arming starts a thread, so it is not done more often
+_DUMP_AFTER = 0.9  # fraction of the timeout after which the last collectives are written, while Python may still run
 
 
 class Watchdog:
-    """In its `with`, more than `seconds` between two calls of `beat` end the process with exit status 1."""
+    """Ends the process with exit status 1 if, inside the `with`, `beat` is not called for more than `seconds`."""
 
     def __init__(self, log: Path, seconds: float) -> None:
-        """`log` is appended to; 0 seconds: no watch is kept."""
+        """`log` is the file that stacks are appended to; 0 seconds turn the watchdog off."""
         self.log, self.seconds, self.patience = log, seconds, float(_PATIENT)
-        self._left = threading.Event()
+        self._closed = threading.Event()
         self._armed_at = self._limit = 0.0
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder keeps so many collectives
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # how many collectives NCCL's flight recorder keeps
 
     def beat(self) -> None:
-        """All is well up to now."""
+        """Report progress: restart the timeout."""
         self.patience = 1.0
         self._arm()
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Around what takes longer than a step: an evaluation, a checkpoint that is waited for."""
+        """Extend the timeout inside the `with`, for work that takes longer than a step, such as an evaluation."""
         before, self.patience = self.patience, max(self.patience, _PATIENT)
         self._arm()
         try:
@@ -53,15 +53,15 @@ class Watchdog:
 
     def _arm(self) -> None:
         now, limit = time.monotonic(), self.seconds * self.patience
-        if limit and (limit != self._limit or now - self._armed_at > _RARELY * limit):
+        if limit and (limit != self._limit or now - self._armed_at > _REARM_AFTER * limit):
             faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
-            self._armed_at, self._limit, self._last_moment = now, limit, now + _BEFORE * limit
+            self._armed_at, self._limit, self._dump_at = now, limit, now + _DUMP_AFTER * limit
 
-    def _record_flights(self) -> None:
-        """Shortly before the end, in a thread: which collectives were under way, where there is NCCL."""
-        while not self._left.wait(min(1.0, 0.05 * self.seconds)):
-            if time.monotonic() > self._last_moment:
-                _dump_flights(self.log.with_name(self.log.stem + "_collectives.json"))
+    def _dump_collectives_in_time(self) -> None:
+        """Write NCCL's last collectives shortly before the timeout ends the process. Runs in a thread."""
+        while not self._closed.wait(min(1.0, 0.05 * self.seconds)):
+            if time.monotonic() > self._dump_at:
+                _dump_collectives(self.log.with_name(self.log.stem + "_collectives.json"))
                 return
 
     def __enter__(self) -> Self:
@@ -70,17 +70,17 @@ class Watchdog:
             self._file = self.log.open("a")
             self._faults = not faulthandler.is_enabled()
             if self._faults:
-                faulthandler.enable(self._file)  # NCCL's own watchdog aborts
+                faulthandler.enable(self._file)  # NCCL's own watchdog aborts the process; this logs the stacks then.
             self._arm()
             if torch.cuda.is_available():
-                threading.Thread(target=self._record_flights, name="flights", daemon=True).start()
+                threading.Thread(target=self._dump_collectives_in_time, name="flights", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.seconds:
-            self._left.set()
+            self._closed.set()
             faulthandler.cancel_dump_traceback_later()
             if self._faults:
                 faulthandler.disable()
@@ -88,12 +88,12 @@ class Watchdog:
 
 
 def collective_timeout(seconds: float) -> timedelta:
-    """After how long a collective itself gives up: later than any watchdog."""
+    """Return the timeout of collectives, which is longer than that of any watchdog."""
     return timedelta(seconds=seconds * 2 * _PATIENT) if seconds else timedelta(days=30)
 
 
-def _dump_flights(path: Path) -> None:
-    """What NCCL's flight recorder has of the last collectives, as JSON."""
+def _dump_collectives(path: Path) -> None:
+    """Write what NCCL's flight recorder knows of the last collectives, as JSON."""
     from torch._C import _distributed_c10d
 
     path.write_bytes(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]

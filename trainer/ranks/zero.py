@@ -1,7 +1,8 @@
-"""ZeRO-1, 2 and 3 by DeepSpeed: moments and float32 masters; gradients too; weights too cut among ranks.
+"""ZeRO by DeepSpeed: stage 1 shards moments and float32 masters among ranks, 2 also gradients, 3 also weights.
 
-DeepSpeed takes the steps; we say with what learning rate and loss scale, and whether at all. Its own checkpoints, which
-tie a run to its stage and world size, are not used: the ranges below are views of its partitions.
+DeepSpeed takes the steps. This module sets their learning rate and loss scale, and decides whether a step is taken.
+DeepSpeed's own checkpoints tie a run to its ZeRO stage and world size, so they are not used: `Zero.held` returns views
+of DeepSpeed's partitions instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Zero(Strategy):
         self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
     ) -> None:
         super().__init__(computed, settings)
-        os.environ.setdefault("LOCAL_RANK", "0")  # read at every step, also where there is but one rank
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step, even with a single rank.
         deepspeed = _deepspeed(computed.device_type)
         self.stage = stage
         initial = {name: value.detach().float().cpu().clone() for name, value in self.learned.items()}
@@ -38,9 +39,9 @@ class Zero(Strategy):
         self.base = base
         options = _settings(computed, settings, config, stage=stage, parts=parts, micro=micro)
         if stage == 3:
-            _cut(deepspeed, computed, options)
+            _shard_weights(deepspeed, computed, options)
         log = logging.getLogger("DeepSpeed")
-        log.setLevel(logging.ERROR)  # it warns of every optimizer but its own
+        log.setLevel(logging.ERROR)  # DeepSpeed warns of every optimizer that is not its own.
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=computed, optimizer=base, config=options, dist_init_required=False
         )
@@ -55,7 +56,7 @@ class Zero(Strategy):
             self.optimizer.override_loss_scale(self.scale)
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
-            self.engine.step()  # counts the micro batch, no more
+            self.engine.step()  # This only counts the micro batch.
 
     def step(self, lr: float, accept: Accept) -> float:
         """See `Strategy`."""
@@ -64,13 +65,14 @@ class Zero(Strategy):
 
         @cache
         def decision() -> tuple[float, bool]:
-            # asked for each partition of the weights, when the norm over all of them is known; decided once
+            # DeepSpeed steps the optimizer once per partition, after it has computed the global norm. The decision is
+            # cached, so that all partitions take or skip the step together.
             norm = math.inf if self.optimizer.overflow else _norm(self.optimizer._global_grad_norm)
             return norm, accept(norm)
 
         self.base.gate = lambda: decision()[1]
         self.engine.step()
-        self.base.gate = _closed
+        self.base.gate = _never
         return decision()[0]
 
     def held(self) -> dict[str, Held]:
@@ -99,7 +101,7 @@ class Zero(Strategy):
             state["step"].fill_(steps)
 
     def close(self) -> None:
-        """See `Strategy`. DeepSpeed's hooks keep the engine for good, so what it holds is emptied."""
+        """See `Strategy`. DeepSpeed's hooks keep references to the engine, so this method empties its tensors."""
         self.engine.destroy()
         self.base.state.clear()
         if self.stage == 3:
@@ -109,8 +111,8 @@ class Zero(Strategy):
     def _range_12(self, parameter: Any, kind: str | None) -> FlatRange:
         mapping = parameter._hp_mapping
         if mapping is None:
-            here = self.optimizer.single_partition_of_fp32_groups[0].device
-            return FlatRange(torch.zeros(0, device=here), tuple(parameter.shape))
+            device = self.optimizer.single_partition_of_fp32_groups[0].device
+            return FlatRange(torch.zeros(0, device=device), tuple(parameter.shape))
         return FlatRange(
             mapping.get_hp_fragment(kind).detach(), tuple(parameter.shape), mapping.lp_fragment_address.start
         )
@@ -121,7 +123,7 @@ class Zero(Strategy):
         flat = optimizer.fp32_partitioned_groups_flat[group]
         whole = flat if kind is None else self.base.state[flat][kind]
         start = min(torch.distributed.get_rank() * numel, parameter.ds_numel)
-        owned = min(numel, parameter.ds_numel - start)  # the last partition is padded
+        owned = min(numel, parameter.ds_numel - start)  # DeepSpeed pads the last partition.
         return FlatRange(whole.detach().narrow(0, offset, owned), tuple(parameter.ds_shape), start)
 
     def _make_state(self) -> None:
@@ -133,7 +135,7 @@ class Zero(Strategy):
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def _restore(self, initial: dict[str, Tensor]) -> None:
-        """The masters begin with the float32 weights, not with what the lower precision left of them."""
+        """Set the masters to the initial float32 weights: DeepSpeed made them from weights in lower precision."""
         for name, held in self.held().items():
             value = held.value
             value.data.copy_(initial[name].view(-1)[value.start : value.stop])
@@ -141,7 +143,7 @@ class Zero(Strategy):
 
 
 def _empty(value: Any) -> None:
-    """Give back the memory of all tensors in nested lists and the like."""
+    """Free the memory of all tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         value.data, value.grad = torch.empty(0, dtype=value.dtype, device=value.device), None
     elif isinstance(value, dict | list | tuple):
@@ -150,39 +152,39 @@ def _empty(value: Any) -> None:
 
 
 class _GatedAdamW(torch.optim.AdamW):
-    """Steps only where the gate is open: DeepSpeed would step without asking."""
+    """AdamW that skips its step unless `gate()` returns True, because DeepSpeed itself offers no way to skip one."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.gate: Callable[[], bool] = _closed
+        self.gate: Callable[[], bool] = _never
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Maybe a step."""
+        """Take the step if `gate()` returns True."""
         if self.gate():
             super().step(closure)
 
 
-def _closed() -> bool:
+def _never() -> bool:
     return False
 
 
 def _norm(value: Any) -> float:
-    """DeepSpeed marks a norm that is not finite by a negative one."""
+    """Convert DeepSpeed's norm to a float: DeepSpeed reports a norm that is not finite as a negative number."""
     norm = float(value)
     return norm if norm >= 0 else math.inf
 
 
-def _cut(deepspeed: Any, computed: Computed, options: dict[str, Any]) -> None:
-    """Bring weights to the device and cut them among ranks, one by one: the engine would first move all of them."""
+def _shard_weights(deepspeed: Any, computed: Computed, options: dict[str, Any]) -> None:
+    """Shard weights among ranks one by one as they move to the device: the engine would first move all of them."""
     for parameter in computed.parameters():
         parameter.data = parameter.data.to(computed.dtype)
     deepspeed.zero.Init(module=computed, config_dict_or_path=options)
 
 
 def _deepspeed(device_type: str) -> Any:
-    """DeepSpeed for this device: quiet, and without the operator that it compiles at first use on a CPU."""
+    """Import DeepSpeed for a device, without its log output and the operator that it would compile on a CPU."""
     os.environ.setdefault("DS_ACCELERATOR", device_type)
-    # DeepSpeed calls torch's collectives by their older names
+    # DeepSpeed calls torch's collectives by their deprecated names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
@@ -200,7 +202,10 @@ def _says_something_new(record: logging.LogRecord) -> bool:
 
 
 def reduce_bucket(learned: int) -> int:
-    """Numbers of gradient that are reduced at once: by default 5·10⁸, all allotted, however few are learned."""
+    """Return the size, in numbers, of DeepSpeed's bucket of gradients.
+
+    DeepSpeed allocates the whole bucket, so its default of 5·10⁸ is limited to the number of trained weights.
+    """
     return min(learned, 500_000_000)
 
 

@@ -146,7 +146,7 @@ def test_a_base_of_another_hash_is_refused(copied, tiny):
     config, state = load_weights(file)
     state["output.bias"] += 1
     save_weights(file, state, config)
-    with pytest.raises(ValueError, match=r"trained on a base model with the hash \w+, and this one has"):
+    with pytest.raises(ValueError, match=r"trained on a base model with the hash \w+, but this run's base model has"):
         train(tiny(*KEPT, "autoencode.samples=48"), "autoencode")
     assert steps_in(copied, "autoencode") == [32]
 
@@ -161,7 +161,7 @@ def test_a_run_starts_from_anothers_weights_alone(whole, tiny, tmp_path, kind):
     for name, value in theirs.items():
         if name.startswith("ema/"):
             assert torch.equal(ours[f"param/{name.removeprefix('ema/')}"], value)
-    assert f"begins with the weights of {source}" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    assert f"starts with the weights of {source}" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
     # a restart goes on from the run's own, with or without being told of the weights; others are another run
     assert train(dataclasses.replace(config), "pretrain") == "done"
     assert train(tiny(*KEPT, "pretrain.lr=0", "pretrain.samples=16"), "pretrain") == "done"
