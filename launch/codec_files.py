@@ -1,4 +1,4 @@
-"""Sounds ↔ streams: `spresso encode`, `decode` and `info`, of a file or of all in a folder."""
+"""`spresso encode`, `decode` and `info`: converts sound files to streams and back, singly or by folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUFFIX = ".spr"
 
 @dataclass
 class FileEncoder:
-    """How sounds are encoded, and the sums of what was."""
+    """Encodes sound files with fixed settings, and sums up sizes and seconds."""
 
     spresso: SPresso
     books: int | None
@@ -43,7 +43,7 @@ class FileEncoder:
         self.coder = self.spresso.coder() if self.entropy else None
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
-        """One file."""
+        """Encode one file. Raises ValueError, OSError."""
         sound, rate = read_sound(source)
         samples, ours = sound.shape[-1], self.spresso.autoencoder.sample_rate
         audio = resample(sound, rate, ours, samples=self.spresso.samples(samples, rate))
@@ -61,7 +61,7 @@ class FileEncoder:
         self.file_bytes += len(content)
 
     def made(self, source: Path, target: Path) -> bool:
-        """Whether the target is there, whole, of this codec with these books, and no older than its source."""
+        """Whether the target exists, is from this codec with these codebooks, and is no older than its source."""
         if not _newer(target, source):
             return False
         try:
@@ -72,8 +72,8 @@ class FileEncoder:
         books = quantizer.books if self.books is None else self.books
         return (header.model, header.books) == (self.spresso.model_hash[:8], books)
 
-    def told(self) -> str:
-        """Sizes and rates."""
+    def summary(self) -> str:
+        """Return the size and the bit rates of all files so far, for people."""
         plain, coded, whole = (
             bits / self.seconds / 1000 for bits in (self.packed_bits, self.payload_bytes * 8, self.file_bytes * 8)
         )
@@ -95,24 +95,38 @@ def encode(
     entropy: bool = True,
     force: bool = False,
 ) -> int:
-    """A sound file → a stream, or a folder of them → a folder; says what it costs. Returns how many failed."""
+    """Encode a sound file into a stream, or a folder into a folder; print the bit rate.
+
+    Args:
+        source: sound file, or folder of sound files.
+        target: stream, or folder of streams.
+        codec: export folder; None: the newest under runs/.
+        device: `auto`, `cpu` or `cuda`.
+        books: codebooks to use; None: all.
+        channels: `auto`, `separate` or `mid_side`.
+        entropy: whether to use entropy coding if the codec has a prior.
+        force: whether to redo files of a folder that are already converted.
+
+    Returns:
+        The number of files that failed, each of which is named on stderr.
+    """
     jobs = _jobs(source, target, find_audio, lambda path: path.with_name(path.name + SUFFIX))
     encoder = FileEncoder(_load(codec or newest_codec(), device), books, channels, entropy)
     if books is not None:
-        encoder.spresso.fitted_quantizer().bits(books)  # raises where there are none such
+        encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
     if not source.is_dir():
         encoder(source, target, lambda _: None)
-        print(f"{target}: {encoder.told()}", file=sys.stderr)
+        print(f"{target}: {encoder.summary()}", file=sys.stderr)
         return 0
-    failed = _all("encode", jobs, encoder, None if force else encoder.made)
+    failed = _convert_all("encode", jobs, encoder, None if force else encoder.made)
     if encoder.files:
-        print(f"{target}: {encoder.told()}", file=sys.stderr)
+        print(f"{target}: {encoder.summary()}", file=sys.stderr)
     return failed
 
 
 @dataclass
 class FileDecoder:
-    """How streams are decoded."""
+    """Decodes streams with fixed settings."""
 
     codec: Path | None
     device: str
@@ -123,7 +137,7 @@ class FileDecoder:
     loaded: dict[str, SPresso] = field(default_factory=dict)
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
-        """One file."""
+        """Decode one file. Raises ValueError, OSError."""
         content = source.read_bytes()
         with _named(source):
             spresso = self._codec(bitstream.model_of(content), source)
@@ -149,7 +163,7 @@ class FileDecoder:
         write_blocks(path, audio, rate, header.channels)
 
     def made(self, source: Path, target: Path) -> bool:
-        """Whether the target is there, as long as it ought to be, and no older than its source."""
+        """Whether the target exists, has the expected length and rate, and is no older than its source."""
         last = target if self.samples == 1 else target.with_suffix(f".{self.samples - 1}{target.suffix}")
         if not _newer(last, source):
             return False
@@ -170,14 +184,14 @@ class FileDecoder:
         progress((number + done / total) / self.samples)
 
     def _codec(self, model: str, source: Path) -> SPresso:
-        """The one that fits a stream; the last is kept, as a folder's files are mostly of one."""
+        """Return the codec that made a stream. One is kept loaded, because most folders need only one."""
         if model not in self.loaded:
             folder = self.codec or fitting_codec(model, source)
             spresso = next(iter(self.loaded.values())) if self.codec and self.loaded else _load(folder, self.device)
             self.loaded = {spresso.model_hash[:8]: spresso}
             if not spresso.model_hash.startswith(model):
                 ours = spresso.model_hash[:8]
-                raise ValueError(f"{source} was made by model {model}, {folder} is {ours}: give the one that made it")
+                raise ValueError(f"{source} was made by model {model}, but {folder} is {ours}: give its codec")
         return self.loaded[model]
 
 
@@ -193,33 +207,48 @@ def decode(
     rate: int | None = None,
     force: bool = False,
 ) -> int:
-    """A stream → a sound file, or several that the same codes allow; or a folder of them. Returns how many failed."""
+    """Decode a stream into one or several sound files, or a folder into a folder.
+
+    Args:
+        source: stream, or folder of streams.
+        target: sound file, or folder of sound files.
+        codec: export folder; None: the export under runs/ that made the stream.
+        device: `auto`, `cpu` or `cuda`.
+        seed: random seed of the first decode.
+        steps: steps of the sampler; None: as stored in the codec.
+        samples: number of times to decode the same codes, with consecutive seeds.
+        rate: sample rate in Hz to write; None: that of the encoded sound.
+        force: whether to redo files of a folder that are already converted.
+
+    Returns:
+        The number of files that failed, each of which is named on stderr.
+    """
     if samples < 1 or (steps is not None and steps < 1):
-        raise ValueError("--samples and --steps are at least 1")
+        raise ValueError("--samples and --steps must be at least 1")
     low, high = bitstream.RATE_RANGE
     if rate is not None and not low <= rate <= high:
-        raise ValueError(f"--rate {rate} does not lie between {low} and {high}")
+        raise ValueError(f"--rate {rate} must be between {low} and {high}")
     jobs = _jobs(source, target, find_streams, _sound_of)
     decoder = FileDecoder(codec, device, seed, steps, samples, rate)
     if source.is_dir():
-        return _all("decode", jobs, decoder, None if force else decoder.made)
+        return _convert_all("decode", jobs, decoder, None if force else decoder.made)
     with Progress(f"decode {target.name}", total=1, unit="of all steps") as progress:
         decoder(source, target, progress.to)
     return 0
 
 
 def info(path: Path, *, codec: Path | None) -> None:
-    """Print what a stream holds and what it costs."""
+    """Print the contents and the bit rates of a stream. Raises ValueError if the file is not a stream."""
     content = path.read_bytes()
     with _named(path):
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(_of_model(header.model)), None)
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
     print(f"{path}: {len(content)} bytes")
-    print(f"model   {header.model}" + (f", {folder}" if folder else ", which is not under runs/"))
+    print(f"model   {header.model}" + (f", {folder}" if folder else ", not found under runs/"))
     print(f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}")
     bits = header.size.bit_length() - 1
-    print(f"codes   {header.books} book(s) of {header.size}: {header.books * bits} bits a vector")
+    print(f"codes   {header.books} codebook(s) of {header.size}: {header.books * bits} bits per vector")
     for line in _rates(header, payload, len(content), folder):
         print(line)
 
@@ -246,71 +275,71 @@ Conversion = tuple[Path, Path]
 def _jobs(
     source: Path, target: Path, find: Callable[[Path], list[Path]], name: Callable[[Path], Path]
 ) -> list[Conversion]:
-    """What is to be made of what."""
+    """Return pairs of source and target."""
     if not source.is_dir():
         return [(source, target)]
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{source} is a folder, so {target} has to be one, and is a file")
+        raise ValueError(f"{target} is a file, but {source} is a folder: give a folder as output")
     return [(path, name(target / path.relative_to(source))) for path in find(source)]
 
 
-def _all(
+def _convert_all(
     title: str,
     jobs: list[Conversion],
     work: Callable[[Path, Path, Callable[[float], None]], None],
     made: Callable[[Path, Path], bool] | None,
 ) -> int:
-    """Do all of them; what fails is named, and the rest goes on. Returns how many failed."""
+    """Convert all files. A failure is reported and does not stop the others; returns the number of failures."""
     failed, there = 0, 0
     claimed: dict[Path, Path] = {}
     with Progress(title, total=len(jobs), unit="files") as progress:
         for number, (source, target) in enumerate(jobs):
             try:
                 if (other := claimed.setdefault(target, source)) != source:
-                    raise ValueError(f"{source} would be written to {target}, as {other} is: rename one")
+                    raise ValueError(f"{source} and {other} would both be written to {target}: rename one")
                 if made is not None and made(source, target):
                     there += 1
                 else:
                     work(source, target, lambda part: progress.to(number + part, failed=failed))  # noqa: B023
             except (ValueError, OSError) as error:
                 failed += 1
-                print(f"spresso: {_told(source, error)}", file=sys.stderr)
+                print(f"spresso: {_describe(source, error)}", file=sys.stderr)
             progress.to(number + 1, failed=failed)
     done = len(jobs) - failed - there
-    print(f"{title}: {done} done, {there} there already, {failed} failed", file=sys.stderr)
+    print(f"{title}: {done} done, {there} already there, {failed} failed", file=sys.stderr)
     return failed
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of a file's content say which file it is."""
+    """Add the path of a file to the errors that its content causes."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(_told(path, error)) from error
+        raise ValueError(_describe(path, error)) from error
 
 
-def _told(path: Path, error: Exception) -> str:
+def _describe(path: Path, error: Exception) -> str:
     return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def find_streams(folder: Path) -> list[Path]:
-    """All streams below a folder, sorted; hidden files and folders are passed over.
+    """Return all streams below a folder, sorted, without hidden files and folders.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder holds no stream.
     """
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.endswith(SUFFIX) and name[0] != "."]
     if not found:
-        raise ValueError(f"{folder} holds no stream: give a folder with files of {SUFFIX}")
+        raise ValueError(f"{folder} holds no streams: give a folder with {SUFFIX} files")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _sound_of(stream: Path) -> Path:
-    """`door.flac.spr` → `door.flac`, `door.mp3.spr` → `door.mp3.wav`, `door.spr` → `door.wav`."""
+    """Name the sound: `door.flac.spr` → `door.flac`, `door.mp3.spr` → `door.mp3.wav`, `door.spr` → `door.wav`."""
     inner = stream.with_suffix("")
     return inner if can_write(inner) else inner.with_name(inner.name + ".wav")
 
@@ -323,7 +352,7 @@ def _newer(target: Path, source: Path) -> bool:
 
 
 def newest_codec() -> Path:
-    """The export that was finished last."""
+    """Return the newest export under runs/ that can encode. Raises ValueError if there is none."""
     exports = [path for path in _exports() if (path / "quantizer.safetensors").exists()]
     if not exports:
         raise ValueError("there is no codec under runs/: train one with `spresso run demo`, or give --codec FOLDER")
@@ -331,7 +360,7 @@ def newest_codec() -> Path:
 
 
 def fitting_codec(model: str, source: Path) -> Path:
-    """The export whose model made a stream."""
+    """Return the export under runs/ whose model made a stream. Raises ValueError if there is none."""
     for path in _of_model(model):
         return path
     raise ValueError(
@@ -353,7 +382,7 @@ def _load(folder: Path, device: str) -> SPresso:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or say --device cpu")
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     spresso = SPresso.from_pretrained(folder, device=device)
     print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
     return spresso

@@ -28,9 +28,9 @@ STEPS = [path.relative_to(OLD) for path in sorted(OLD.glob("*/checkpoints/step_*
 RUN, FORK = Path("runs/old"), Path("runs/fork")
 HALF, END = f"step_{SAMPLES // 2:012d}", f"step_{SAMPLES:012d}"
 FACTS = {
-    "plain": ("44 bytes", "1.400 s at 48000 Hz, 2 channel(s)\n", "2 book(s) of 8", "0.137 kbps, not entropy-coded"),
+    "plain": ("44 bytes", "1.400 s at 48000 Hz, 2 channel(s)\n", "2 codebook(s) of 8", "0.137 kbps, not entropy-coded"),
     "entropy_coded": (
-        *("55 bytes", "1.400 s at 48000 Hz, 2 channel(s), as mid and side\n", "3 book(s) of 8"),
+        *("55 bytes", "1.400 s at 48000 Hz, 2 channel(s), as mid and side\n", "3 codebook(s) of 8"),
         *("0.206 kbps without entropy coding", "0.189 kbps entropy-coded by the prior 4b3e"),
     ),
 }

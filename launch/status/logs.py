@@ -1,8 +1,8 @@
-"""`spresso logs`: what a rank writes, as it is written, and what its job says beside it.
+"""`spresso logs`: prints and follows the log of a rank, together with the output of its job.
 
-A stage's `logs/` has `rank_K.log` of each rank, `job_J.out` of the job's script and `job_J_K.out` of what each of its
-tasks prints; of an array, `job_J_PART.out` and `job_J_PART_K.out`. One script for all stages writes to the `logs/` of
-the run instead.
+A stage's `logs/` has a `rank_K.log` for each rank, a `job_J.out` for the batch script, and a `job_J_K.out` for the
+output of each task; for an array, `job_J_PART.out` and `job_J_PART_K.out`. A single script for all stages writes to the
+`logs/` of the run instead.
 """
 
 from __future__ import annotations
@@ -17,29 +17,35 @@ from typing import BinaryIO
 
 from trainer.stages import STAGES
 
-_LINES = 60  # shown of what was written before
-_LINES_BESIDE = 10  # of the job's own output
-_END = 65_536  # bytes that such lines are looked for in
-_PAUSE = 0.5  # seconds between two looks
+_LINES = 60  # lines of a rank's log to show
+_JOB_LINES = 10  # lines of the job's output to show
+_END = 65_536  # bytes at the end of a file in which these lines are searched
+_PAUSE = 0.5  # seconds between two polls
 
 
 def logs(run: Path, *, stage: str | None, rank: int | None, follow: bool) -> None:
-    """Print the log of a rank of the stage that runs or ran last; with `follow` until Ctrl-C, into the next stages too.
+    """Print the end of the log of one rank.
+
+    Args:
+        run: directory of the run.
+        stage: stage whose log to print; None: the stage that runs or ran last.
+        rank: rank whose log to print; None: rank 0.
+        follow: keep printing new lines until Ctrl-C, also those of later stages.
 
     Raises:
-        ValueError: there is no such stage or rank; names those there are.
+        ValueError: there is no such stage or rank; the message names those that exist.
     """
     shown = newest(run, stage, rank)
     if not shown and not follow:
         raise ValueError(f"{run} has no logs{f' of {stage}' if stage else ''} yet; -f waits for them")
     files = {path: _File(path, at_end=path not in shown) for path in _all(run, stage, rank)}
-    for path, lines in zip(shown, (_LINES, _LINES_BESIDE), strict=False):
+    for path, lines in zip(shown, (_LINES, _JOB_LINES), strict=False):
         files.setdefault(path, _File(path))
         _show(f"== {path}", *files[path].last(lines, torn=not follow))
     if not follow:
         return
     if not shown:
-        _show("== nothing is written yet")
+        _show("== no log has been written yet")
     try:
         for line in follow_lines(run, stage, rank, files, shown[-1] if shown else None):
             _show(line)
@@ -48,21 +54,21 @@ def logs(run: Path, *, stage: str | None, rank: int | None, follow: bool) -> Non
 
 
 def newest(run: Path, stage: str | None, rank: int | None) -> list[Path]:
-    """The log to show: a rank's own, or what its task printed where it has none; and the job's output if it is newer.
+    """Return the files to show: the rank's log, or else its task's output; then the job's output if that is newer.
 
     Raises:
-        ValueError: there is no such stage or rank; names those there are.
+        ValueError: there is no such stage or rank; the message names those that exist.
     """
     begun = [run / name / "logs" for name in STAGES if any((run / name / "logs").glob("*.*"))]
     folders = [folder for folder in begun if stage in (None, folder.parent.name)]
-    told = ", ".join(folder.parent.name for folder in begun) or "none yet"
+    known = ", ".join(folder.parent.name for folder in begun) or "none yet"
     if stage is not None and not folders and (begun or stage not in STAGES):
-        raise ValueError(f"{run} has no logs of {stage}; there are those of: {told}")
+        raise ValueError(f"{run} has no logs of {stage}; it has those of: {known}")
     folder = max(folders, key=_last_written, default=run / "logs")
     ranks = {number for path in folder.glob("*.*") if (number := _rank(path)) is not None}
     if ranks and rank is not None and rank not in ranks:
         there = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"{min(ranks)}"
-        raise ValueError(f"{folder.parent.name} has no log of rank {rank}; there are: {there}")
+        raise ValueError(f"{folder.parent.name} has no log of rank {rank}; it has those of: {there}")
     own = _latest([path for path in [*folder.glob("job_*.out"), *run.glob("logs/job_*.out")] if _rank(path) is None])
     main = _latest(_of_rank(folder, rank or 0)) or own
     beside = own is not None and main is not None and own != main and own.stat().st_mtime >= main.stat().st_mtime
@@ -72,14 +78,14 @@ def newest(run: Path, stage: str | None, rank: int | None) -> list[Path]:
 def follow_lines(
     run: Path, stage: str | None, rank: int | None, files: dict[Path, _File], told: Path | None = None
 ) -> Iterator[str]:
-    """Lines as they are written, with a head where they are another file's than those before; no end.
+    """Yield new lines forever, with a heading whenever the file changes.
 
     Args:
-        run: its directory.
-        stage: only this one's.
-        rank: of its ranks.
-        files: what was read before; new ones are read from their beginning.
-        told: the file whose lines were shown last.
+        run: directory of the run.
+        stage: stage to follow; None: all stages.
+        rank: rank to follow; None: rank 0.
+        files: files that were read before; other files are read from their beginning.
+        told: file whose lines were shown last.
     """
     while True:
         paths = _all(run, stage, rank)
@@ -93,7 +99,7 @@ def follow_lines(
 
 
 class _File:
-    """A log, read on from where it was read to."""
+    """A log file that remembers how far it was read."""
 
     def __init__(self, path: Path, *, at_end: bool = False) -> None:
         self.path, self.rest = path, b""
@@ -102,7 +108,7 @@ class _File:
             self.last(0)
 
     def last(self, lines: int, *, torn: bool = False) -> list[str]:
-        """The last whole lines so far, without reading a long file; with `torn` what has no end yet as well."""
+        """Return the last complete lines, reading only the end of the file; `torn`: also an incomplete last line."""
         try:
             with self.path.open("rb") as file:
                 self.inode, size = _identity(file)
@@ -117,15 +123,16 @@ class _File:
         return [_text(line) for line in found[-lines:]] if lines else []
 
     def new(self) -> list[str]:
-        """Whole lines since the last time; of a file that was begun anew or put in place of this one, all."""
+        """Return the complete lines since the last call; all lines if the file was replaced or truncated."""
         try:
-            with self.path.open("rb") as file:  # opened anew each time, or a network's file system tells old news
+            # opened each time, because a network file system may serve an open file from its cache
+            with self.path.open("rb") as file:
                 inode, size = _identity(file)
                 if inode != self.inode or size < self.at:
                     self.inode, self.at, self.rest = inode, 0, b""
                 file.seek(self.at)
                 content = file.read()
-        except OSError:  # gone for a moment, as when it is rotated
+        except OSError:  # gone for a moment, for example while it is rotated
             return []
         self.at += len(content)
         *found, self.rest = (self.rest + content).split(b"\n")
@@ -133,7 +140,7 @@ class _File:
 
 
 def _all(run: Path, stage: str | None, rank: int | None) -> list[Path]:
-    """All that a follower looks at: of each stage one rank's logs, and what the jobs themselves say."""
+    """Return the files to follow: the logs of one rank in each stage, and the outputs of the jobs."""
     found = []
     for folder in _folders(run):
         if stage is None or folder.parent.name == stage or folder.parent == run:
@@ -147,13 +154,13 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _of_rank(folder: Path, rank: int) -> list[Path]:
-    """Its log, which has what its tasks print; or their outputs where it has none."""
+    """Return the log of a rank, or else the outputs of its tasks."""
     log = folder / f"rank_{rank}.log"
     return [log] if log.exists() else [path for path in sorted(folder.glob("job_*.out")) if _rank(path) == rank]
 
 
 def _rank(path: Path) -> int | None:
-    """Whose log it is by its name; None for a job's own."""
+    """Return the rank whose log a file is, from its name; None for the output of a job."""
     if match := re.fullmatch(r"rank_(\d+)\.log", path.name):
         return int(match[1])
     match = re.fullmatch(r"job_(\d+)(?:_(\d+))?(?:_(\d+))?\.out", path.name)
@@ -161,14 +168,14 @@ def _rank(path: Path) -> int | None:
         return None
     if match[3] is not None:
         return int(match[3])
-    # job_12_3: of task 3 if there is a script 12 that has started it, otherwise of the script of part 3
+    # job_12_3 is the output of task 3 if script 12 has an output too; otherwise it is that of the script of part 3
     script = f"job_{match[1]}.out"
     whole = (path.parent / script).exists() or (path.parents[2] / "logs" / script).exists()
     return int(match[2]) if whole else None
 
 
 def _latest(paths: list[Path]) -> Path | None:
-    """The one that was written to last, of those with anything in them."""
+    """Return the file that was written last, without empty files; None if there is none."""
     return max((path for path in paths if path.stat().st_size), key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -1,4 +1,4 @@
-"""A stage of a run as its directory and the queue tell of it."""
+"""State of a stage of a run, from the stage's directory and the queue."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
 
 SILENT_AFTER = 900.0
-"""Seconds without a word after which a training that says it runs may not."""
+"""Seconds without a new line after which a training that claims to run may not be running."""
 
-_TAIL = 65_536  # bytes of a metrics.jsonl: the last lines are in them, however long it is
+_TAIL = 65_536  # bytes at the end of a metrics.jsonl that hold its last lines
 _OUTCOMES = {DONE: "done", OVER: "failed", REQUEUE: "pending"}
-_WORST_LAST = ("done", "gone", "cancelled", "failed", "pending", "running")  # of an array, what its state is then
+# the state of an array is the last of these that one of its parts has
+_WORST_LAST = ("done", "gone", "cancelled", "failed", "pending", "running")
 _ENDS = {"COMPLETED": "done", "FAILED": "failed", "GONE": "gone"}
 
 
 @dataclass
 class StageStatus:
-    """Read when first asked for, and then as it was."""
+    """State of a stage. Each file is read on first use and then cached."""
 
     folder: Path
     job: Submitted | None
-    """The last that was handed over for it."""
+    """Last job that was submitted for the stage."""
     elements: list[JobState] = field(default_factory=list)
-    """What SLURM says of the job, several where it is an array; empty where SLURM was not asked or gave no answer."""
+    """States of the job in SLURM, several for an array; empty if SLURM was not queried or did not answer."""
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything of it."""
+        """Whether the stage has left any file."""
         names = ("status.json", "owner.json", "config.yaml", "attempts/history.jsonl")
         return any((self.folder / name).exists() for name in names)
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """What the training says of itself."""
+        """Content of status.json, which the training writes; empty if there is none."""
         try:
             status = json.loads((self.folder / "status.json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -53,12 +54,12 @@ class StageStatus:
 
     @cached_property
     def line(self) -> dict[str, Any]:
-        """The last whole `train` line of its metrics.jsonl; empty where there is none."""
+        """Last complete `train` line of metrics.jsonl; empty if there is none."""
         return last_line(self.folder / "metrics.jsonl")
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """Lines on its starts, as `launch.slurm.begin_end` writes them, oldest first."""
+        """Lines on the starts of the stage's jobs, which `launch.slurm.begin_end` writes, oldest first."""
         lines = attempt.history(self.folder)
         return [line for line in lines if isinstance(line, dict) and {"job", "restart"} <= line.keys()]
 
@@ -71,71 +72,71 @@ class StageStatus:
 
     @property
     def holder(self) -> owner.Owner | None:
-        """Who holds the directory."""
+        """Owner of the stage's directory."""
         return self._held[0]
 
     @property
     def damaged(self) -> str:
-        """What can't be read, for people."""
+        """Description of a damaged file, for people; empty if there is none."""
         return self._held[1]
 
     @property
     def living(self) -> list[JobState]:
-        """The job, or those of an array, that run or will."""
+        """Living parts of the job: those that run, or will run by themselves."""
         return [element for element in self.elements if element.alive]
 
     @property
     def by_hand(self) -> str:
-        """The process that trains it without SLURM, dead or alive; empty where there is none, or a job came since."""
+        """Process that trains the stage without SLURM, dead or alive; empty if there is none, or if a job is alive."""
         return self.holder.told if self.holder is not None and not self.holder.job and not self.living else ""
 
     @cached_property
     def _alive_by_hand(self) -> bool:
-        # never of a job's holder: that would ask SLURM again, for each stage
+        # not for an owner that is a job: `lives` would query SLURM again for each stage
         return self.holder is not None and not self.holder.job and owner.lives(self.holder, self.folder)
 
     @property
     def over(self) -> bool:
-        """Whether the job's own script has said so."""
+        """Whether the job's own script has recorded that the job is done or over."""
         return not self.array and self.of_this_job[-1:] != [] and self.of_this_job[-1].get("then") in (DONE, OVER)
 
     @property
     def of_this_job(self) -> list[dict[str, Any]]:
-        """The lines of the history on the last job; all where there was none."""
+        """Lines of the history on the last job; all lines if no job was submitted."""
         return [line for line in self.history if self.job is None or line["job"].partition("_")[0] == self.job.job]
 
     @property
     def array(self) -> bool:
-        """Whether its job is cut into parts."""
+        """Whether the job is an array."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
         return self.job is not None and ("%a" in self.job.log or any("_" in number for number in numbers))
 
     def _written(self, *names: str) -> float:
-        """When the newest of some files was written; 0 where there is none."""
+        """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""
         paths = [self.folder / name for name in names]
         return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
     @property
     def spoke(self) -> float:
-        """When it last gave a sign of life."""
+        """Time of the last sign of life, in seconds since the epoch."""
         return self._written("status.json", "owner.json", "attempts/history.jsonl")
 
     @property
     def runs(self) -> bool:
-        """Whether it runs, as far as can be told."""
+        """Whether the stage runs, or probably runs."""
         return self.state in ("running", "running?")
 
     @property
     def speaks(self) -> bool:
-        """Whether it has written a line since it was started, by which can be told how fast it is."""
+        """Whether the stage has logged a line since it started, which gives its speed."""
         return self.runs and self.line.get("time", -1.0) >= self._written("owner.json")
 
     @cached_property
     def state(self) -> str:
-        """In a word. `running?` and `silent` are guesses by when it last gave a sign of life."""
-        told, last = self.status.get("state"), (self.of_this_job or [{}])[-1]
+        """State in one word. `running?` and `silent` are guesses from the time of the last sign of life."""
+        saved, last = self.status.get("state"), (self.of_this_job or [{}])[-1]
         if self.by_hand:
-            return "running" if self._alive_by_hand else "done" if told == "done" else "died"
+            return "running" if self._alive_by_hand else "done" if saved == "done" else "died"
         if parts := self.parts:
             return next(kind for kind in _WORST_LAST[::-1] if parts[kind])
         if self.over:
@@ -144,8 +145,8 @@ class StageStatus:
             return _ENDS.get(self.elements[0].state, self.elements[0].state.lower())
         if not self.elements and last.get("then") == REQUEUE:
             return "requeued"
-        if told in ("done", "stopped") and (self.elements or self._written("status.json") >= last.get("began", 0.0)):
-            return told
+        if saved in ("done", "stopped") and (self.elements or self._written("status.json") >= last.get("began", 0.0)):
+            return saved
         if self.elements:
             return "gone"
         if self.job is not None and not last:
@@ -154,13 +155,13 @@ class StageStatus:
 
     @cached_property
     def parts(self) -> Counter[str]:
-        """Of an array: how many are done, failed, running, pending, cancelled, gone; empty where it is none."""
+        """Number of an array's parts that are done, failed, running, pending, cancelled or gone; else empty."""
         if self.job is None or not self.array:
             return Counter()
         known = {}
         for line in self.of_this_job:
             known[line["job"].partition("_")[2]] = _OUTCOMES.get(line.get("then", ""), "running")
-        if self.elements:  # then it is for SLURM to say what lives
+        if self.elements:  # SLURM knows better which parts are alive
             known = {part: kind if kind in ("done", "failed") else "gone" for part, kind in known.items()}
         for element in self.elements:
             kind = _ENDS.get(element.state, "cancelled")
@@ -176,7 +177,7 @@ class StageStatus:
 
     @property
     def _size(self) -> int:
-        """Parts that an array has, by its script: SLURM forgets those that have ended and cuts long lists short."""
+        """Number of parts of an array, read from its script: SLURM forgets ended parts and truncates long lists."""
         assert self.job is not None
         path = Path(self.job.submission) / "jobs" / f"{self.job.job}_submission.sh"
         try:
@@ -187,7 +188,7 @@ class StageStatus:
 
 
 def elements_of(job: str) -> list[str]:
-    """`12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
+    """Expand the parts in a job id: `12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
     found = []
     for word in job.partition("_")[2].strip("[]").partition("%")[0].split(","):
         if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word):
@@ -196,7 +197,7 @@ def elements_of(job: str) -> list[str]:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last whole `train` line of a metrics.jsonl, of which only the end is read; empty where there is none."""
+    """Return the last complete `train` line of a metrics.jsonl, reading only its end; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))
@@ -206,7 +207,7 @@ def last_line(path: Path) -> dict[str, Any]:
     for text in reversed(lines):
         try:
             line = json.loads(text)
-        except ValueError:  # torn
+        except ValueError:  # an incomplete line
             continue
         if isinstance(line, dict) and line.get("kind") == "train" and {"samples", "time"} <= line.keys():
             return line
@@ -214,12 +215,12 @@ def last_line(path: Path) -> dict[str, Any]:
 
 
 def count(number: int) -> str:
-    """`2,000,000`."""
+    """Format a number as `2,000,000`."""
     return f"{number:,}"
 
 
 def span(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h`, `4 days`."""
+    """Format a duration as `40 s`, `12 min`, `3 h` or `4 days`."""
     for unit, size, until in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if seconds / size < until:
             return f"{max(0.0, seconds) / size:.0f} {unit}"

@@ -1,4 +1,7 @@
-"""What runs, where, how far: from the run directories and the queue. Answers without torch."""
+"""`spresso status`: the table of runs, from the run directories and the queue. Also cancels and requeues runs.
+
+Importing this module needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,28 @@ from trainer.stages import STAGES
 _HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
 _RIGHT = (4, 5, 6)
 _WIDTH = 120
-_INDENT = " " * 14  # below the row of a stage, right of its name
-_NODES = 14  # characters of a list of nodes, which the lines on a run's starts have in full
+_INDENT = " " * 14  # of the remarks below the row of a stage, to the right of its name
+_NODES = 14  # characters of the list of nodes; the lines on the starts of a run show the full list
 _WAITS = {
     "": "waits",
     "Priority": "waits behind others",
     "Resources": "waits for nodes",
-    "BeginTime": "back in a moment",
-    "DependencyNeverSatisfied": "never: one before failed",
-    "JobHeldUser": "held, by scontrol hold",
-    "JobHeldAdmin": "held by the cluster",
+    "BeginTime": "restarts soon",
+    "DependencyNeverSatisfied": "never: a stage failed",
+    "JobHeldUser": "held by scontrol hold",
+    "JobHeldAdmin": "held by an admin",
 }
 
 
 def runs() -> list[Path]:
-    """The run directories under runs/, and those elsewhere one level down that have the config of a run."""
+    """Return the run directories under runs/, and those with a config.yaml two levels below the current folder."""
     own = [path for path in Path("runs").glob("*/") if _is_run(path)]
     others = [path.parent for path in Path().glob("[!.]*/[!.]*/config.yaml") if _is_run(path.parent)]
     return sorted({*own, *others})
 
 
 def resolve(text: str) -> Path:
-    """A run's directory, given by path or by its name under runs/; raises ValueError naming those there are."""
+    """Return a run's directory, given by path or by name under runs/. Raises ValueError with the known runs."""
     folders = [path.resolve() for path in (Path(text), Path("runs") / text) if path.is_dir()]
     if folders:
         return next((path for path in folders if _is_run(path)), folders[0])
@@ -55,35 +58,35 @@ def _is_run(folder: Path) -> bool:
 
 
 def report(run: Path | None) -> str:
-    """All runs in a table; or one, with what became of each of its starts."""
+    """Return a table of all runs; or of one run, followed by a line for each start of its jobs."""
     stages, problems = {}, []
     for folder in [run] if run is not None else runs():
         try:
             stages[folder] = stages_of(folder)
-        except ValueError as error:  # one damaged run is not to hide the others
+        except ValueError as error:  # a damaged run must not hide the others
             problems.append(str(error))
-    # a job that its script has declared over needs no question; each that SLURM has forgotten would cost one more
-    asked = [stage for each in stages.values() for stage in each if not stage.over]
-    if word := ask_the_queue(asked):
-        problems.append(textwrap.shorten(f"from the run directories alone: {word}", _WIDTH, placeholder=" …"))
-    told = [_table(stages)] if any(stages.values()) else [f"nothing has begun under {_shown(run or Path('runs'))}"]
+    # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
+    open_stages = [stage for each in stages.values() for stage in each if not stage.over]
+    if problem := ask_the_queue(open_stages):
+        problems.append(textwrap.shorten(f"from the run directories alone: {problem}", _WIDTH, placeholder=" …"))
+    lines = [_table(stages)] if any(stages.values()) else [f"no run has begun under {_shown(run or Path('runs'))}"]
     if run is not None:
         starts = [line for stage in stages.get(run, ()) for line in _starts(stage)]
-        told += ["", *starts] if starts else []
-    return "\n".join([*told, *problems])
+        lines += ["", *starts] if starts else []
+    return "\n".join([*lines, *problems])
 
 
 def stages_of(run: Path) -> list[StageStatus]:
-    """Those that were begun or handed over, in order. Raises ValueError where the list of jobs can't be read."""
+    """Return the stages that have begun or were submitted, in order. Raises ValueError if jobs.jsonl is damaged."""
     try:
         jobs = submitted(run)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): mend or remove the line") from None
+        raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): repair or remove the line") from None
     return [stage for name in STAGES if (stage := StageStatus(run / name, jobs.get(name))).job or stage.begun]
 
 
 def ask_the_queue(stages: Sequence[StageStatus]) -> str:
-    """Fill in what SLURM says of the stages' jobs, in one question; returns what to tell where it says nothing."""
+    """Fill in the states of the stages' jobs with one query to SLURM; return the problem if SLURM does not answer."""
     numbers = list(dict.fromkeys(stage.job.job for stage in stages if stage.job is not None))
     try:
         found = scheduler.states(numbers)
@@ -96,25 +99,25 @@ def ask_the_queue(stages: Sequence[StageStatus]) -> str:
 
 
 def cancel(run: Path) -> str:
-    """End all jobs of a run, those that wait first; returns which. Raises ValueError where none is alive."""
+    """Cancel all jobs of a run; return a message that names the jobs. Raises ValueError if no job is alive."""
     living = _living(run)
     if not living:
         by_hand = _by_hand(run)
-        how = f"; it is trained by {by_hand}, which Ctrl-C or `kill` ends" if by_hand else ""
+        how = f"; it is trained by {by_hand}, which you can end with Ctrl-C or `kill`" if by_hand else ""
         raise ValueError(f"{_shown(run)} has no job that waits or runs{how}")
     waiting = [job for job, (_, each) in living.items() if any(state.state == "PENDING" for state in each)]
     others = [job for job, (_, each) in living.items() if any(state.state != "PENDING" for state in each)]
-    waiting.reverse()  # the last of a chain first: SLURM itself would take it out after the one before
+    waiting.reverse()  # the last of a chain first: SLURM cancels dependent jobs itself after their predecessor
     if waiting:
         scheduler.cancel("--state=PENDING", *waiting)
-    scheduler.cancel(*living)  # also one that has started since it was asked
-    told = [*(job for job in waiting if job not in others), *others]
-    saving = f"; {_named(living, others)}: what trains saves before it ends" if others else ""
-    return f"cancelled {_named(living, told)}{saving}"
+    scheduler.cancel(*living)  # also those that have started since the query
+    cancelled = [*(job for job in waiting if job not in others), *others]
+    saving = f"; training in {_named(living, others)} saves before it ends" if others else ""
+    return f"cancelled {_named(living, cancelled)}{saving}"
 
 
 def requeue(run: Path) -> str | None:
-    """Have a running job save, leave and wait again; returns what was done, None where no job is alive.
+    """Make running jobs save and return to the queue; return a message, or None if no job is alive.
 
     Raises:
         ValueError: SLURM does not answer, or the run is trained without it.
@@ -122,24 +125,26 @@ def requeue(run: Path) -> str | None:
     living = _living(run)
     running = [state.job for _, each in living.values() for state in each if state.state == "RUNNING"]
     for job in running:
-        scheduler.cancel("--signal=USR2", job)  # to its steps: the script stays, and requeues the job
+        # this signals the steps of the job alone: the batch script stays and requeues the job
+        scheduler.cancel("--signal=USR2", job)
     if running:
-        return f"told to save, leave and come back: {', '.join(running)}"
+        return f"asked to save and return to the queue: {', '.join(running)}"
     if living:
-        return f"nothing to do, it waits or ends already: {_named(living, living)}"
+        return f"nothing to do, already waiting or ending: {_named(living, living)}"
     if by_hand := _by_hand(run):
-        raise ValueError(f"{_shown(run)} is trained by {by_hand}, and not by a job that could be requeued")
+        raise ValueError(f"{_shown(run)} is trained by {by_hand}, not by a job that could be requeued")
     return None
 
 
 def _living(run: Path) -> dict[str, tuple[str, list[scheduler.JobState]]]:
-    """The run's jobs that are alive, by number: whose they are, and the living parts of each. A job may be several's.
+    """Return the living jobs of a run by id, with the names of their stages and the states of their living parts.
 
-    Here all are asked about, as somebody may have requeued one that was over. Raises ValueError without an answer.
+    All jobs are queried, because a user may have requeued a job that was over. Raises ValueError if SLURM does not
+    answer.
     """
     stages, found = stages_of(run), dict[str, tuple[str, list[scheduler.JobState]]]()
-    if word := ask_the_queue(stages):
-        raise ValueError(word)
+    if problem := ask_the_queue(stages):
+        raise ValueError(problem)
     for stage in stages:
         if stage.job is not None and stage.living:
             names = [found[stage.job.job][0], stage.folder.name] if stage.job.job in found else [stage.folder.name]
@@ -148,7 +153,7 @@ def _living(run: Path) -> dict[str, tuple[str, list[scheduler.JobState]]]:
 
 
 def _by_hand(run: Path) -> str:
-    """The living process that trains a run without SLURM; empty where there is none."""
+    """Return the name of the living process that trains a run without SLURM; empty if there is none."""
     return next((stage.by_hand for stage in stages_of(run) if stage.by_hand and stage.state == "running"), "")
 
 
@@ -191,7 +196,7 @@ def _row(stage: StageStatus, before: Sequence[StageStatus]) -> tuple[str, ...]:
 
 
 def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
-    """When it will be done, or why that can't be said."""
+    """Return when a stage will be done, or why that is unknown."""
     if stage.state == "pending":
         waits = next((state for state in stage.living if state.state == "PENDING"), None)
         if waits is None:
@@ -203,7 +208,7 @@ def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
     if not stage.runs:
         return "never began" if stage.state == "gone" and not stage.of_this_job else ""
     if not stage.speaks:
-        return "starts up" if stage.holder else ""  # of those that train, which alone have a holder and lines
+        return "starts up" if stage.holder else ""  # only trained stages have an owner and log lines
     if (quiet := time.time() - stage.line["time"]) > SILENT_AFTER:
         return f"silent for {span(quiet)}"
     left, speed = stage.status.get("of", 0) - stage.line["samples"], stage.line.get("samples_per_second")
@@ -211,32 +216,32 @@ def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
 
 
 def _remarks(stage: StageStatus) -> Iterator[str]:
-    """What there is to tell of a stage beyond its row."""
+    """Yield remarks on a stage that do not fit into its row."""
     kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
     if len(kinds) > 1:
         yield f"parts: {', '.join(kinds)}"
     whys = {then: [_why(entry) for entry in stage.of_this_job if entry.get("then") == then] for then in (REQUEUE, OVER)}
     times = "once" if len(whys[REQUEUE]) == 1 else f"{len(whys[REQUEUE])} times"
     if stage.state == "failed" and whys[OVER]:
-        yield f"over{f', after it was requeued {times}' if whys[REQUEUE] else ''}: {whys[OVER][-1]}"
+        yield f"over{f', after being requeued {times}' if whys[REQUEUE] else ''}: {whys[OVER][-1]}"
     elif whys[REQUEUE]:
-        yield f"requeued {times}{', the last' if times != 'once' else ''}: {whys[REQUEUE][-1]}"
+        yield f"requeued {times}{', most recently' if times != 'once' else ''}: {whys[REQUEUE][-1]}"
     if stage.state == "died":
-        yield f"{stage.by_hand} is dead: the same command goes on from the last checkpoint"
+        yield f"{stage.by_hand} is dead: repeat the command to resume from the last checkpoint"
     if stage.state == "gone" and stage.of_this_job:
-        yield "SLURM has forgotten the job, and it did not say how it ended"
+        yield "SLURM no longer knows the job, and the job did not record how it ended"
     if stage.state == "silent":
-        yield f"no word for {span(time.time() - stage.spoke)}"
+        yield f"nothing written for {span(time.time() - stage.spoke)}"
     if stage.damaged:
         yield stage.damaged
 
 
 def _why(entry: dict[str, Any]) -> str:
-    return entry.get("why") or "not told why"
+    return entry.get("why") or "unknown reason"
 
 
 def _starts(stage: StageStatus) -> Iterator[str]:
-    """What became of each start, in full."""
+    """Yield lines on each start of a stage's jobs: job, nodes, times and outcome."""
     closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
     opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
     for key in dict.fromkeys((entry["job"], entry["restart"]) for entry in stage.history):
@@ -249,25 +254,25 @@ def _starts(stage: StageStatus) -> Iterator[str]:
 
 def _outcome(stage: StageStatus, key: tuple[str, int], last: dict[str, Any]) -> str:
     if not last:
-        return "goes on" if _goes_on(stage, key) else "ended without a word: cancelled, killed, or its node is lost"
+        return "running" if _is_running(stage, key) else "ended without a note: cancelled, killed, or its node was lost"
     at = f" at {count(last['place'])} samples" if last.get("place") and last["then"] != DONE else ""
     return f"{last['then']}{at}{': ' if last.get('why') else ''}{last.get('why', '')}"
 
 
-def _goes_on(stage: StageStatus, key: tuple[str, int]) -> bool:
-    """Whether a start that has no end is the one under way."""
+def _is_running(stage: StageStatus, key: tuple[str, int]) -> bool:
+    """Whether a start without a recorded end is the one that runs now."""
     newest = max(entry["restart"] for entry in stage.history if entry["job"] == key[0])
     running = [state.job for state in stage.living if state.state != "PENDING"]
     return key[1] == newest and (key[0] in running or stage.state == "running?")
 
 
 def _age(folder: Path) -> str:
-    """Of the newest checkpoint."""
+    """Return the age of the newest checkpoint."""
     newest = place(folder)
     path = folder / "checkpoints" / folder_name(newest or 0) / MANIFEST
     try:
         return f"{span(time.time() - path.stat().st_mtime)} ago" if newest else ""
-    except OSError:  # removed just now, or damaged
+    except OSError:  # just removed, or damaged
         return ""
 
 
@@ -276,13 +281,13 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def _shown(run: Path) -> str:
-    """As one would write it here."""
+    """Return a path as the user would write it: relative if it is below the current folder."""
     here = Path.cwd()
     return str(run.relative_to(here)) if run.is_absolute() and run.is_relative_to(here) and run != here else str(run)
 
 
 def _clock(moment: float) -> str:
-    """Local time: the hour, with the weekday or the date where it is another day."""
+    """Return a local time: the hour, with the weekday or the date unless it is today."""
     then, now = datetime.fromtimestamp(moment), datetime.now()
     if then.date() == now.date():
         return then.strftime("%H:%M")

@@ -82,7 +82,7 @@ def test_preempted_without_grace_it_saves_before_it_is_killed(start: Start, undi
     # SLURM killed the batch script, so the next start writes how the first one ended
     first, _ = run.ended()
     assert first["place"] >= 300
-    assert "SLURM requeued it" in first["why"]
+    assert "SLURM requeued the job" in first["why"]
     assert_undisturbed(run, undisturbed, SHORT)
 
 
@@ -156,7 +156,7 @@ def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
     [first] = run.starts(1)
     assert time.monotonic() - killed < 15
     assert first["then"] == "requeued"
-    assert "ended without a word" in first["why"]
+    assert "ended without a note" in first["why"]
     run.end()
     assert_undisturbed(run, undisturbed, SHORT)
 

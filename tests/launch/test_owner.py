@@ -116,5 +116,5 @@ def test_held_by_nobody_is_not_held_by_oneself(tmp_path):
 
 def test_a_damaged_one_names_its_mend(tmp_path):
     (tmp_path / "owner.json").write_text('{"token": ')
-    with pytest.raises(ValueError, match="remove it, if nothing trains there"):
+    with pytest.raises(ValueError, match="remove it if nothing trains there"):
         owner.take(tmp_path, owner.by_hand())

@@ -36,7 +36,7 @@ def held(request, tmp_path, monkeypatch) -> Owner:
     """One on another machine, and a job whose queue gives no answer."""
 
     def silent(jobs: list[str]) -> list[str]:
-        raise scheduler.QueueError("there is no squeue here")
+        raise scheduler.QueueError("squeue is not installed here")
 
     monkeypatch.setattr(scheduler, "alive", silent)
     return (
@@ -76,7 +76,7 @@ def test_a_start_takes_what_it_holds_already(tmp_path, monkeypatch):
 def test_where_nobody_holds_it_nothing_is_written(tmp_path):
     owner.take(tmp_path, owner.by_hand())
     (tmp_path / "owner.json").unlink()
-    with pytest.raises(Superseded, match="nobody known"):
+    with pytest.raises(Superseded, match="an unknown owner"):
         owner.require(tmp_path)
 
 

@@ -102,7 +102,7 @@ def test_a_start_whose_script_was_killed_is_closed_by_the_next(start, slurm):
     assert script("begin", "pretrain").returncode == 0
     _, closed, begun = history(first.stage_folder)
     assert (closed["restart"], closed["then"], closed["place"]) == (0, "requeued", 600)
-    assert "SLURM requeued it" in closed["why"]
+    assert "SLURM requeued the job" in closed["why"]
     assert begun["restart"] == 1
 
 
@@ -112,7 +112,7 @@ def test_a_living_other_job_is_not_replaced(start, slurm):
     slurm.answer("squeue", "echo '11|11|RUNNING|n1|None'")
     begun = script("begin", "pretrain")
     assert (begun.returncode, begun.stdout) == (2, "")
-    assert "held by job 11, which is alive" in begun.stderr
+    assert "in use by job 11, which is alive" in begun.stderr
 
 
 def test_an_element_of_an_array_is_requeued_by_its_name(start, monkeypatch):
@@ -124,7 +124,7 @@ def test_an_element_of_an_array_is_requeued_by_its_name(start, monkeypatch):
     asked = []
     monkeypatch.setattr(scheduler, "control", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
-    attempt.note(0, "left", why="SIGTERM came")
+    attempt.note(0, "left", why="received SIGTERM")
     assert begin_end._end(attempt, 0) == 0
     assert asked == [("requeue", "20_3")]
 
@@ -140,7 +140,7 @@ def test_a_requeue_that_is_refused_for_good_is_told(start, monkeypatch, capsys):
     monkeypatch.setattr(scheduler, "control", refused)
     attempt.note(0, "stopped", why="the time limit is near")
     assert begin_end._end(attempt, 0) == 1
-    assert "`spresso requeue RUN` starts it again" in capsys.readouterr().err
+    assert "`spresso requeue RUN` submits it again" in capsys.readouterr().err
     assert history(attempt.stage_folder)[-1]["why"] == "could not be requeued: not allowed"
 
 
@@ -194,4 +194,4 @@ def test_ranks_that_left_no_note_are_named(start, monkeypatch):
     attempt = start()
     attempt.note(0, "failed", type="RuntimeError", message="Connection closed by peer")
     begin_end._end(attempt, 137)
-    assert "rank 1 ended without a word" in history(attempt.stage_folder)[-1]["why"]
+    assert "rank 1 ended without a note" in history(attempt.stage_folder)[-1]["why"]

@@ -56,7 +56,7 @@ def test_the_same_exception_twice_ends_the_job_and_frees_the_directory(tmp_path,
         status, err = told(1, attempt, capsys)
     assert (status, asked) == (1, [("requeue", "12")])  # 1: no mistake of the user's, which were 2
     assert "over: rank 1 on" in err
-    assert "the same at the same place as before" in err
+    assert "it failed like this at the same place before" in err
     assert [entry["then"] for entry in history(attempt.stage_folder) if "then" in entry] == ["requeued", "over"]
     assert owner.holder(attempt.stage_folder) is None
 
@@ -129,8 +129,8 @@ def test_the_place_of_a_start(tmp_path):
 
 def test_the_rank_that_ended_without_a_word_is_named(tmp_path, asked, capsys):
     attempt = start(tmp_path)
-    attempt.note(0, "left", why="was told to end, or another rank died")
-    assert "rank 1 ended without a word (srun's status 137: signal 9)" in told(137, attempt, capsys)[1]
+    attempt.note(0, "left", why="was asked to end, or another rank died")
+    assert "rank 1 ended without a note (status 137 of srun: signal 9)" in told(137, attempt, capsys)[1]
 
 
 def test_notes_that_come_late_from_other_nodes_are_waited_for(tmp_path, asked):

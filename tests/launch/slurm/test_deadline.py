@@ -29,13 +29,13 @@ def meant(number: int, job: dict[str, str]):
         (signal.SIGUSR2, {**RUNNING, "EndTime": at(100)}, "the time limit is near", (80, 95)),
         (signal.SIGUSR2, {**RUNNING, "EndTime": at(180)}, "the time limit is near", (160, 175)),  # told early
         (signal.SIGUSR2, {**RUNNING, "EndTime": "Unknown"}, "the time limit is near", (100, 115)),
-        (signal.SIGUSR2, {**RUNNING, "EndTime": at(9000)}, "was asked to come back later", (8000, 9000)),
+        (signal.SIGUSR2, {**RUNNING, "EndTime": at(9000)}, "was asked to requeue", (8000, 9000)),
         (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(20)}, "was preempted", (10, 19)),
         (signal.SIGTERM, {**RUNNING, "PreemptTime": at(0), "EndTime": at(0)}, "was preempted", (20, 30)),
         (signal.SIGTERM, {"JobState": "COMPLETING", "EndTime": at(0)}, "was cancelled", (20, 30)),
-        (signal.SIGTERM, {**RUNNING, "EndTime": at(9000)}, "was told to end, or another rank died", (5, 11)),
-        (signal.SIGUSR2, {}, "a signal from SLURM, whose controller does not answer", (60, 120)),
-        (signal.SIGTERM, {}, "a signal from SLURM, whose controller does not answer", (15, 30)),
+        (signal.SIGTERM, {**RUNNING, "EndTime": at(9000)}, "was asked to end, or another rank died", (5, 11)),
+        (signal.SIGUSR2, {}, "got a signal, and SLURM's controller does not answer", (60, 120)),
+        (signal.SIGTERM, {}, "got a signal, and SLURM's controller does not answer", (15, 30)),
     ],
 )
 def test_what_a_signal_means_is_the_controllers_to_tell(number, job, why, seconds):
@@ -87,7 +87,7 @@ def test_it_does_not_where_the_loop_has_left_in_time():
 
 def test_what_has_no_loop_leaves_at_once():
     ended = run("ctypes.CDLL(None).usleep(20_000_000)", at_once=True)
-    assert (ended.returncode, ended.stdout) == (7, "left SIGTERM came\n")
+    assert (ended.returncode, ended.stdout) == (7, "left received SIGTERM\n")
 
 
 def test_a_later_signal_may_shorten_the_time():
@@ -120,7 +120,7 @@ def test_without_an_answer_it_reckons_with_what_is_usual():
     program = "def silent(job): raise deadline.scheduler.QueueError('down')\ndeadline.scheduler.show = silent\n"
     body = "time.sleep(0.5); assert stop.hurried(29); assert not stop.hurried(20); print(stop.why, flush=True)"
     ended = run(body, before=program)
-    assert "whose controller does not answer" in ended.stdout, ended.stderr
+    assert "controller does not answer" in ended.stdout, ended.stderr
 
 
 def test_other_signals_are_not_heeded():

@@ -153,7 +153,7 @@ def test_another_signal_is_no_notice(job):
     [
         (signal.SIGUSR2, None, 30, "the time limit is near", 120),  # no limit is known: the grace is what there is
         (signal.SIGUSR2, 120 + 60, 30, "the time limit is near", 175),  # up to a minute early
-        (signal.SIGTERM, 9000, 5, "was told to end, or another rank died", 4.5),  # killed sooner than elsewhere
+        (signal.SIGTERM, 9000, 5, "was asked to end, or another rank died", 4.5),  # killed sooner than elsewhere
         (signal.SIGUSR2, 0.0, 30, "the time limit is near", 0.0),  # over already
     ],
 )

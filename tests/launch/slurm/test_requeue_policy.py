@@ -45,10 +45,10 @@ def test_the_cause_is_no_echo_of_it():
 
 
 def test_a_rank_without_a_word_comes_back_twice_at_a_place():
-    told = {0: ECHO, 1: note("left", why="was told to end, or another rank died"), 3: ECHO}
+    told = {0: ECHO, 1: note("left", why="was asked to end, or another rank died"), 3: ECHO}
     first = judge(137, told, [], 600, tasks=4)
     assert first.then == REQUEUE
-    assert "rank 2 ended without a word (srun's status 137: signal 9)" in first.why
+    assert "rank 2 ended without a note (status 137 of srun: signal 9)" in first.why
     assert judge(137, told, [lived(600, first.failure)], 600, tasks=4).then == REQUEUE
     assert judge(137, told, [lived(600, first.failure)] * 2, 600, tasks=4).then == OVER
 

@@ -66,4 +66,4 @@ def test_three_losses_in_a_row_are_broken_by_another_end():
 
 def test_a_rank_that_died_while_the_others_saved_is_told():
     verdict = judge(139, {0: note("stopped", why="was preempted")}, [], 600, tasks=2)
-    assert (verdict.then, verdict.why) == (REQUEUE, "rank 1 ended without a word (srun's status 139: signal 11)")
+    assert (verdict.then, verdict.why) == (REQUEUE, "rank 1 ended without a note (status 139 of srun: signal 11)")

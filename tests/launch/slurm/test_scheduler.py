@@ -35,7 +35,7 @@ def test_a_controller_that_is_down_is_no_answer(slurm):
 
 def test_no_slurm_here(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(QueueError, match="no squeue here"):
+    with pytest.raises(QueueError, match="squeue is not installed here"):
         scheduler.alive(["12"])
 
 

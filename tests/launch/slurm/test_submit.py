@@ -61,7 +61,7 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_handed_over(config, slurm
     with pytest.raises(ValueError, match="Invalid partition") as raised:
         submit.run(config)
     told = str(raised.value).splitlines()
-    assert "free, and the checkpoints take" in told[0]
+    assert "free, but the checkpoints need" in told[0]
     assert len(told) == 1 + len(config.stages)
     assert list((tmp_path / "runs/tiny/submissions").iterdir()) == []
     assert all("--test-only" in call for call in slurm.calls("sbatch"))
@@ -75,7 +75,7 @@ def test_what_the_first_stage_builds_on_has_to_be_there(config, slurm):
 def test_a_checkpoint_that_is_damaged_is_found_before(config, slurm, tmp_path):
     damaged = tmp_path / "runs/tiny/pretrain/checkpoints/step_000000000008"
     damaged.mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is intact"):
         submit.run(config)
 
 
@@ -95,7 +95,7 @@ def test_a_compute_node_that_lacks_something(config, slurm, answer, problem):
 def test_where_no_node_is_free_the_look_is_left_out(config, slurm, capsys):
     slurm.answer("srun", "echo 'srun: error: Unable to allocate resources: Requested nodes are busy' >&2; exit 1")
     submit.run(config, only="synth")
-    assert "not looked at on a compute node: none was free" in capsys.readouterr().err
+    assert "not checked on a compute node: none was free" in capsys.readouterr().err
 
 
 def test_what_a_node_lacks_is_named(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_what_has_ended_is_left_out(config, tmp_path, capsys):
     stages = [item.stage for item in submit.run(config)]
     assert stages == [stage for stage in config.stages if stage != "pretrain"]
     assert submit.run(config, only="pretrain") == []
-    assert "all stages have ended" in capsys.readouterr().err
+    assert "all stages are done" in capsys.readouterr().err
 
 
 def test_latents_of_another_run_are_not_made_again(config, tmp_path):

@@ -183,7 +183,7 @@ def test_a_compute_node_that_never_answers_is_no_reason_to_wait(config, slurm, m
     monkeypatch.setattr(preflight, "_PATIENCE", 0.3)
     slurm.answer("srun", "exec sleep 30")
     submit.run(config(), only="synth")
-    assert "not looked at on a compute node: no answer" in capsys.readouterr().err
+    assert "not checked on a compute node: no answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("gpus", "found", "told"), [(True, False, 1), (True, True, 0), (False, False, 0)])

@@ -63,7 +63,7 @@ def test_the_log_of_a_rank_or_of_the_job_before_there_is_one(run, capsys):
     assert "rank 1 line 40\n" in told
     assert "line 39\n" not in told
     assert "module" not in told
-    with pytest.raises(ValueError, match="no log of rank 7; there are: 0 to 1"):
+    with pytest.raises(ValueError, match="no log of rank 7; it has those of: 0 to 1"):
         logs.logs(run, stage=None, rank=7, follow=False)
     with pytest.raises(ValueError, match=r"no logs of finetune.*autoencode"):
         logs.logs(run, stage="finetune", rank=None, follow=False)

@@ -110,14 +110,14 @@ def test_one_run_with_all_that_became_of_it(run, slurm):
     assert "pretrain, job 1, n1, from" in told
     assert ": requeued at 1,200 samples: was preempted\n" in told
     assert told.splitlines()[-1].startswith("autoencode, job 2, n[1-2], from")
-    assert told.splitlines()[-1].endswith(": goes on")
+    assert told.splitlines()[-1].endswith(": running")
 
 
 def test_a_start_without_an_end_that_is_not_under_way(run, slurm):
     queue_says(slurm, "2|2|CANCELLED||None")
     told = table.report(run)
     assert row(told, "autoencode")[2] == "cancelled"
-    assert "ended without a word" in told
+    assert "ended without a note" in told
 
 
 def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
@@ -128,7 +128,7 @@ def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
     queue_says(slurm, "3|3|PENDING||DependencyNeverSatisfied")
     told = table.report(None)
     assert row(told, "autoencode")[2] == "failed"
-    assert below(told, "autoencode") == f"over, after it was requeued once: {why.strip()}"
+    assert below(told, "autoencode") == f"over, after being requeued once: {why.strip()}"
     assert row(told, "quantize")[3:] == ["never: one before failed"]
     assert max(map(len, told.splitlines())) <= 120
 
@@ -150,7 +150,7 @@ def test_a_job_that_slurm_has_forgotten(run, slurm):
     queue_says(slurm)
     told = table.report(None)
     assert row(told, "autoencode")[2] == "gone"
-    assert "forgotten" in below(told, "autoencode")
+    assert "SLURM no longer knows the job" in below(told, "autoencode")
 
 
 def test_an_array(run, slurm, tmp_path):
@@ -191,7 +191,7 @@ def test_one_job_for_all_stages(run, slurm):
     queue_says(slurm, "30|30|RUNNING|n1|None")
     told = table.report(None)
     assert (row(told, "pretrain")[2], row(told, "autoencode")[2]) == ("done", "running")
-    assert table.requeue(run) == "told to save, leave and come back: 30"
+    assert table.requeue(run) == "asked to save and return to the queue: 30"
     assert table.cancel(run).startswith("cancelled 30 (pretrain, autoencode)")
     assert slurm.calls("scancel") == ["--signal=USR2 30", "30"]
 
@@ -203,7 +203,7 @@ def test_without_slurm_it_works_from_the_directory(run, slurm, monkeypatch, ther
         monkeypatch.setenv("PATH", "")
     write_whole(run / "autoencode" / "owner.json", json.dumps(owner.Owner("2_1", "n1", 1, "", "2", 1).__dict__))
     told = table.report(None)
-    why = "Unable to contact slurm controller" if there else "there is no squeue here"
+    why = "Unable to contact slurm controller" if there else "squeue is not installed here"
     assert f"from the run directories alone: SLURM does not answer: {why}" in told
     assert [row(told, stage)[2] for stage in ("pretrain", "autoencode", "quantize")] == [
         "done",
@@ -213,7 +213,7 @@ def test_without_slurm_it_works_from_the_directory(run, slurm, monkeypatch, ther
     assert len(slurm.calls("squeue")) == there  # a controller that is down is waited for once
     for path in (run / "autoencode").rglob("*.json*"):
         os.utime(path, (time.time() - 7200, time.time() - 7200))
-    assert below(table.report(None), "autoencode").endswith("no word for 2 h")
+    assert below(table.report(None), "autoencode").endswith("nothing written for 2 h")
 
 
 def test_a_run_by_hand(run, slurm, tmp_path):
@@ -278,7 +278,7 @@ def test_runs_elsewhere_and_unknown_ones(run, tmp_path):
     assert table.resolve("mine") == run
     with pytest.raises(ValueError, match=r"no run yours.*\(try2, mine\)"):
         table.resolve("yours")
-    assert table.report(tmp_path / "mine") == "nothing has begun under mine"
+    assert table.report(tmp_path / "mine") == "no run has begun under mine"
 
 
 def test_nothing_heavy_is_imported_for_it(run):
@@ -293,7 +293,7 @@ def test_those_that_wait_are_cancelled_first(run, slurm):
     queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency", "4|4|PENDING||Dependency")
     told = table.cancel(run)
     assert (
-        told == "cancelled 4 (finetune), 3 (quantize), 2 (autoencode); 2 (autoencode): what trains saves before it ends"
+        told == "cancelled 4 (finetune), 3 (quantize), 2 (autoencode); training in 2 (autoencode) saves before it ends"
     )
     assert slurm.calls("scancel") == ["--state=PENDING 4 3", "2 3 4"]
     queue_says(slurm, "2|2|CANCELLED||None", "3|3|CANCELLED||None")
@@ -303,10 +303,10 @@ def test_those_that_wait_are_cancelled_first(run, slurm):
 
 def test_a_running_job_is_told_to_come_back_and_one_that_waits_is_left(run, slurm):
     queue_says(slurm, "2|2|RUNNING|n1|None", "3|3|PENDING||Dependency")
-    assert table.requeue(run) == "told to save, leave and come back: 2"
+    assert table.requeue(run) == "asked to save and return to the queue: 2"
     assert slurm.calls("scancel") == ["--signal=USR2 2"]
     queue_says(slurm, "3|3|PENDING||Dependency")
-    assert table.requeue(run) == "nothing to do, it waits or ends already: 3 (quantize)"
+    assert table.requeue(run) == "nothing to do, already waiting or ending: 3 (quantize)"
     queue_says(slurm, "2|2|FAILED||None")
     assert table.requeue(run) is None
     assert len(slurm.calls("scancel")) == 1
