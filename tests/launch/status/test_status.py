@@ -129,7 +129,7 @@ def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
     told = table.report(None)
     assert row(told, "autoencode")[2] == "failed"
     assert below(told, "autoencode") == f"over, after being requeued once: {why.strip()}"
-    assert row(told, "quantize")[3:] == ["never: one before failed"]
+    assert row(told, "quantize")[3:] == ["never: a stage failed"]
     assert max(map(len, told.splitlines())) <= 120
 
 
