@@ -177,7 +177,7 @@ def test_a_rank_that_raises_at_the_same_sample_each_time(start: Start):
     run.end("FAILED")
     first, second = run.ended()
     assert (first["then"], second["then"]) == ("requeued", "over")
-    assert "it would come again" in second["why"]
+    assert "it failed like this at the same place before" in second["why"]
     assert (run.stage / "owner.json").exists() is False
 
 
