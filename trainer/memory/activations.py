@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.sizes import DecoderConfig, block_counts, with_blocks
+from trainer.data.text_embeddings import TextReader
 from trainer.inputs import Inputs
 from trainer.losses import Losses
 from trainer.memory.outline import outlined_task
@@ -121,7 +122,7 @@ def _of_depth(
         computed = Computed(module, torch.device("cpu"), dtype)
         if how.cuda:
             _as_on_cuda(computed)
-        readers = task.conditions() if how.text else []
+        readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
         conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
         return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
 

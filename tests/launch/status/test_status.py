@@ -121,9 +121,7 @@ def test_a_start_without_an_end_that_is_not_under_way(run, slurm):
 
 
 def test_a_stage_that_has_failed_says_why_in_full(run, slurm):
-    why = (
-        "rank 2 on n1: ArithmeticError: one too many; it failed like this at the same place before, so it would fail " * 2
-    )
+    why = "rank 2 on n1: ArithmeticError: one too many; it failed like this at that place before, so it would fail " * 2
     ended(run / "autoencode", "2", 1, "over", why)
     queue_says(slurm, "3|3|PENDING||DependencyNeverSatisfied")
     told = table.report(None)

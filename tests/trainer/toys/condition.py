@@ -1,4 +1,4 @@
-"""The first of the two files of a second condition of D: what reads it, from the samples' metadata."""
+"""An example of a second condition of D, part one: the reader, which takes the condition from the samples' metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second file of the condition: a D that takes `gain`, and the Task that asks for it."""
+"""An example of a second condition of D, part two: a D that takes `gain`, and the Task that asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first of the two files of a second loss term: an objective that gives it a name. The second is the recipe."""
+"""An example of a second loss term: an objective gives the term its name, and a recipe its weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ class WithMagnitudes(Denoiser):
 
     def terms(self, inputs, prediction):
         error_BCT = prediction.x0.abs() - inputs.x0.abs()
-        return {**super().terms(inputs, prediction), "magnitudes": error_BCT.square().mean((1, 2))}
+        return {
+            **super().terms(inputs, prediction),
+            "magnitudes": error_BCT.square().mean((1, 2)),
+        }  # without buckets no frame is padding
 
 
 class PretrainOnMagnitudes(Pretrain):
