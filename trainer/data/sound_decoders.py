@@ -29,6 +29,8 @@ _COMPRESSED = ("FLAC", "MP3", "MPEG", "OGG")
 """Formats that libsndfile reads, but not to the end of every file."""
 LARGEST_LENGTH = 1 << 35
 """Samples; FLAC of unknown length promises more, which is 8 days at 48 kHz."""
+LARGEST_VALUE = 100.0
+"""40 dB above full scale. Larger values are those of whole numbers that were stored as floats undivided."""
 _BLOCK = 1 << 16  # samples
 
 
@@ -74,15 +76,28 @@ class Libsndfile:
 
     def blocks(self, notes: list[str]) -> Iterator[Samples]:
         """See `Decoder`."""
+        factor = self._factor(notes) if self._sound.subtype in ("FLOAT", "DOUBLE") else 1
         try:
             while len(block := self._sound.read(_BLOCK, dtype="float32", always_2d=True)):
-                yield block
+                yield block if factor == 1 else block * np.float32(factor)
         except soundfile.LibsndfileError as error:
             raise Damaged(f"is damaged: {error.error_string.rstrip('.')}") from error
 
     def least(self) -> int:
         """See `Decoder`."""
         return self._sound.frames
+
+    def _factor(self, notes: list[str]) -> float:
+        """Return what to multiply by: numbers in the range of integers were converted to floats without a division."""
+        largest = 0.0
+        while len(block := self._sound.read(_BLOCK, dtype="float32", always_2d=True)):
+            largest = max(largest, float(np.abs(block).max()))
+        self._sound.seek(0)
+        if not LARGEST_VALUE < largest < np.inf:
+            return 1
+        divisor = divisor_of(largest)
+        notes.append(f"has values up to {largest:.6g} in place of 1: they are divided by {divisor}")
+        return 1 / divisor
 
     def seconds(self) -> float:
         """See `Decoder`."""
@@ -204,6 +219,11 @@ class WrongWave:
 
     def close(self) -> None:
         """See `Decoder`."""
+
+
+def divisor_of(largest: float) -> int:
+    """Return the full scale of the whole numbers whose largest one is given: 16 bits, or 32 bits."""
+    return 2**15 if largest < 2**20 else 2**31
 
 
 def require_same(rate: int, channels: int, decoder: Decoder, seen: int) -> None:
