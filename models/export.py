@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.readable import folder_trouble, require_file
 from models.weights import load_weights, save_weights, write_safetensors
 
 if TYPE_CHECKING:
@@ -83,10 +84,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     try:
         description = json.loads((folder / _DESCRIPTION).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again") from None
+    except (FileNotFoundError, NotADirectoryError):
+        trouble = folder_trouble(folder) or "holds no codec"
+        raise ValueError(f"{folder} {trouble}: give an export folder, such as runs/demo/finetune/export") from None
+    except ValueError:
+        description = None
+    if not isinstance(description, dict):
+        raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again")
     if description.get("format") != EXPORT_FORMAT:
         raise ValueError(
             f"{folder} was written in format {description.get('format')}, but this version reads format "
@@ -102,17 +106,20 @@ def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def fill_parts(folder: Path, parts: Parts) -> None:
-    """Load each part's weights from its file."""
+    """Load each part's weights from its file; raise ValueError if a file is missing or can't be opened."""
     for name, (module, _) in parts.items():
-        module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
+        path = folder / f"{name}.safetensors"
+        require_file(path)
+        module.load_state_dict(load_weights(path)[1])
 
 
 def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the LoRA's weights into D's parameters.
 
     Raises:
-        ValueError: the file's LoRA adapts other layers than `parameters`.
+        ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
     """
+    require_file(folder / _ADAPTER_FILE)
     state = load_file(str(folder / _ADAPTER_FILE))
     if set(state) != {_peft_name(name) for name in parameters}:
         raise ValueError(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.loudness import is_silent, level
+from models.readable import require_file
 from trainer.data.audio import encode_audio, read_audio
 from trainer.data.sound_files import SoundFile
 from trainer.data.text_embeddings import Embedder
@@ -116,6 +117,7 @@ class ClipEncoder:
 
     def _read(self, source: SoundFile) -> Tensor:
         rate = self.ae.sample_rate
+        require_file(source.path)
         audio = torch.from_numpy(read_audio(source.path, sample_rate=rate, channels=self.ae.channels))
         if audio.shape[1] < SHORTEST_SECONDS * rate:
             raise ValueError(f"is too short: {audio.shape[1] / rate:.5f} s")
