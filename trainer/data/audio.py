@@ -151,10 +151,11 @@ def _last_page_is_missing(path: Path) -> bool:
     return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
-def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
+def write_audio(path: Path, audio: Audio, sample_rate: int, *, mark: str = "") -> None:
     """Write audio (channels, samples), clipped to [-1, 1], as the suffix says: .wav or .flac (24 bits), or .ogg.
 
-    The file is replaced atomically. Ogg files are encoded with Vorbis.
+    The file is replaced atomically. Ogg files are encoded with Vorbis. A `mark` is stored as the name of the software
+    that wrote the file (`ISFT` in WAV, `SOFTWARE` in FLAC and Ogg); `sound_mark` reads it.
 
     Raises:
         ValueError: the suffix is unknown, or the audio has values that are not finite.
@@ -162,10 +163,10 @@ def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
     if not can_write(path):
         raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
+        file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower(), mark=mark))
 
 
-def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int) -> None:
+def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int, *, mark: str = "") -> None:
     """Do what `write_audio` does for a stream of blocks (channels, any length).
 
     Raises:
@@ -183,6 +184,7 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
             replacing(path) as partial,
             soundfile.SoundFile(partial, "w", sample_rate, channels, subtype, format=container) as file,
         ):
+            _set_mark(file, mark)
             for block in blocks:
                 _write(file, block)
     except soundfile.LibsndfileError as error:
@@ -203,6 +205,20 @@ def sound_length(path: Path) -> tuple[int, int] | None:
     return found.frames, found.samplerate
 
 
+def sound_mark(path: Path) -> str:
+    """Return the `mark` with which `write_audio` or `write_blocks` wrote a file; another program's name; or ""."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return re.sub(r" \(libsndfile-[^)]*\)$", "", file.software)
+    except (soundfile.LibsndfileError, ZeroDivisionError):
+        return ""
+
+
+def _set_mark(file: soundfile.SoundFile, mark: str) -> None:
+    if mark:
+        file.software = mark  # libsndfile appends its own name and version
+
+
 def _write(file: soundfile.SoundFile, audio: Audio) -> None:
     if not np.isfinite(audio).all():
         raise ValueError("the audio has values that are not finite, which can't be written")
@@ -210,10 +226,11 @@ def _write(file: soundfile.SoundFile, audio: Audio) -> None:
         file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
 
 
-def encode_audio(audio: Audio, sample_rate: int, *, suffix: str) -> bytes:
+def encode_audio(audio: Audio, sample_rate: int, *, suffix: str, mark: str = "") -> bytes:
     """Return the bytes of the file that `write_audio` would write."""
     container, subtype = _FORMATS[suffix]
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", sample_rate, len(audio), subtype, format=container) as file:
+        _set_mark(file, mark)
         _write(file, audio)
     return content.getvalue()
