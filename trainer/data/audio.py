@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -171,6 +172,7 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
 
     Raises:
         ValueError: see `write_audio`; also if the format does not support the sample rate.
+        OSError: the disk is full or fails.
     """
     if not can_write(path):
         raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
@@ -182,13 +184,46 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
     try:
         with (
             replacing(path) as partial,
-            soundfile.SoundFile(partial, "w", sample_rate, channels, subtype, format=container) as file,
+            _written_by_libsndfile(partial, path) as output,
+            soundfile.SoundFile(output, "w", sample_rate, channels, subtype, format=container) as file,
         ):
             _set_mark(file, mark)
             for block in blocks:
                 _write(file, block)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} can't be written at {sample_rate} Hz: {_reason(error)}") from error
+
+
+class _Output:
+    """A file that libsndfile writes to. It keeps the OSErrors, which libsndfile reports vaguely or not at all."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.failures = file, list[OSError]()
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        """Write all bytes and return their number, which is smaller after an error."""
+        done = 0
+        try:
+            while done < len(data):
+                done += self.file.write(data[done:])
+        except OSError as error:
+            self.failures.append(error)
+        return done
+
+
+@contextmanager
+def _written_by_libsndfile(partial: Path, path: Path) -> Iterator[_Output]:
+    """Open `partial` for libsndfile; raise the OSError of `path` if a write to it fails."""
+    with partial.open("wb", buffering=0) as file:
+        output = _Output(file)
+        try:
+            yield output
+        except (soundfile.LibsndfileError, AssertionError):  # soundfile asserts that all samples were written
+            if not output.failures:
+                raise
+        if output.failures:
+            raise OSError(output.failures[0].errno, output.failures[0].strerror, str(path))
 
 
 def can_write(path: Path) -> bool:
