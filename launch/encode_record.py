@@ -43,12 +43,12 @@ class EncodeRecord:
     def __init__(self) -> None:
         self._lines: OrderedDict[Path, dict[str, str]] = OrderedDict()
 
-    def knows(self, stream: Path, crc32: str) -> bool:
-        """Whether the record has a line of exactly this stream."""
-        return self._entry(stream).get("crc32") == crc32
+    def checksum(self, stream: Path) -> str | None:
+        """Return the checksum that a stream had when it was recorded; None if it was not."""
+        return self._entry(stream).get("crc32")
 
     def holds(self, sound: Path, stream: Path, settings: str) -> bool:
-        """Whether a stream that the record knows was made with these settings from the sound as it is now."""
+        """Whether a recorded stream was made with these settings from the sound as it is now."""
         entry, version = self._entry(stream), version_of(sound)
         if entry.get("settings") != settings:
             return False

@@ -81,8 +81,8 @@ class FileEncoder:
             return False
         if (header.model, header.books) != (self.spresso.model_hash[:8], self.written_books):
             return False
-        if self.record.knows(target, crc32_of(content)):
-            return self.record.holds(source, target, self.settings)
+        if (recorded := self.record.checksum(target)) is not None:
+            return recorded == crc32_of(content) and self.record.holds(source, target, self.settings)
         if not self._fits(header) or sound_length(source) != (header.samples, header.rate):
             return False
         size, *times = version_of(source)

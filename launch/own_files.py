@@ -19,6 +19,9 @@ FileId = tuple[int, int]
 DECODE_MARK = "spresso decode"
 """What the mark of every decoded sound begins with."""
 
+_NOTES = {"spresso decode": " (version 0.1.0 left no mark)"}
+"""What is said of a foreign file in addition, by the command that would write it."""
+
 
 def file_ids(paths: Iterable[Path]) -> set[FileId]:
     """Return the identities of those of the files that exist."""
@@ -55,7 +58,8 @@ def refusal(target: Path, inputs: set[FileId], is_ours: Callable[[Path], bool], 
     if not stat.S_ISREG(found.st_mode):
         return f"{target} is {kind_of(found.st_mode)}, which can't be written as a file: give another name"
     if found.st_size and not is_ours(target):
-        return f"{target} was not written by `{writer}`, so it is kept: remove it, or give another name or folder"
+        note = _NOTES.get(writer, "")
+        return f"{target} was not written by `{writer}`{note}, so it is kept: remove it, or give another name or folder"
     return ""
 
 

@@ -97,7 +97,6 @@ def test_a_stream_that_was_replaced_or_damaged_is_made_again(encode):
     Path("streams/a.wav.spr").write_bytes(good[:-1])
     assert encode() == (1, 1)
     Path("streams/a.wav.spr").write_bytes(Path("streams/b.wav.spr").read_bytes())
-    os.utime("streams/a.wav.spr", (PAST, PAST))
     assert encode() == (1, 1)
     assert Path("streams/a.wav.spr").read_bytes() == good
 

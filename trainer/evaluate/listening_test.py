@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from models.atomic_write import write_whole
+from models.readable import require_file
 from trainer.data.audio import Audio, read_audio, write_audio
 
 MOST_CONDITIONS = 12
@@ -176,6 +177,8 @@ def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sampl
     files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
     if missing := [key for key, takes in files.items() if not takes]:
         raise ValueError(f"no audio of {', '.join(missing)} for {clip['key']}: choose others with --systems")
+    for takes in files.values():
+        require_file(root / (takes or [""])[0])
     versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
     versions |= {key: anchor_filter(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
     samples = versions["reference"].shape[1]
