@@ -30,8 +30,8 @@ from trainer.data.text_embeddings import Embedder
 from trainer.files import locked
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
-_OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*\.partial")
-"""Names in the folder of a set; the last are left by processes that were killed."""
+_OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
+"""Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
 
 

@@ -143,10 +143,15 @@ def _require_own(out: Path, key_file: Path) -> None:
         raise ValueError(f"{key_file} is not the key of a listening test, which would replace it: give another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")
-    entries = {path.name for path in out.iterdir()} if out.exists() else set()
-    known = {out / file for trial in key.get("trials", {}).values() for file in trial["files"]}
+    entries = {path.name for path in out.iterdir() if path.name[0] != "."} if out.exists() else set()
+    # A killed command may have left the older test beside the new key, so the older keys count, too.
+    older = [
+        _key_in(path) or {} for path in out.parent.glob("*.key.*.json") if path.name.startswith(f"{out.name}.key.")
+    ]
+    trials = [trial for each in (key, *older) for trial in each.get("trials", {}).values()]
+    known = {out / file for trial in trials for file in trial["files"]}
     known |= {path.parent.parent.parent / f"{path.parent.name}.yaml" for path in known}
-    files = {path for path in out.rglob("*") if not path.is_dir()} if entries == {"configs"} else set()
+    files = {path for path in out.rglob("[!.]*") if not path.is_dir()} if entries == {"configs"} else set()
     if entries - {"configs"} or files - known:
         raise ValueError(
             f"{out} holds files that are not of a listening test with the key {key_file}: give another folder"
@@ -161,7 +166,11 @@ def _key_in(path: Path) -> dict[str, Any] | None:
         return {}
     except ValueError:
         return None
-    return key if isinstance(key, dict) and isinstance(key.get("trials"), dict) else None
+    trials = key.get("trials") if isinstance(key, dict) else None
+    whole = isinstance(trials, dict) and all(
+        isinstance(trial, dict) and isinstance(trial.get("files"), dict) for trial in trials.values()
+    )
+    return key if whole else None
 
 
 def _keep_other_key(path: Path, content: str) -> None:

@@ -64,6 +64,7 @@ def foreign_recordings(folder: Path) -> list[Path]:
         for name, suffix in _FOLDERS.items()
         if (folder / name).exists()
         for path in ((folder / name).iterdir() if (folder / name).is_dir() else [folder / name])
+        if not path.name.startswith(".")  # such as a desktop leaves in every folder that it shows
         if not re.fullmatch(rf"\d{{3,}}-\d{{2,}}-\d+-.*\{suffix}", path.name)
     ]
 
