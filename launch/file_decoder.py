@@ -16,8 +16,9 @@ from launch.own_files import DECODE_MARK
 from models import bitstream
 from models.bitstream import Header
 from models.codec import SPresso
+from models.resampling import fit_blocks, resample
 from models.sizes import Sampling
-from trainer.data.audio import resampled, sound_length, sound_mark, write_blocks
+from trainer.data.audio import sound_length, sound_mark, write_blocks
 
 
 @dataclass
@@ -66,14 +67,9 @@ class FileDecoder:
     ) -> None:
         header, rate = stream.header, self.rate or stream.header.rate
         blocks = spresso.decode_blocks(stream, seed=seed, sampling=self._sampling(spresso), progress=show)
-        audio = resampled(
-            (block.cpu().numpy() for block in blocks),
-            spresso.autoencoder.sample_rate,
-            rate,
-            channels=header.channels,
-            samples=self._length(header),
-        )
-        write_blocks(path, audio, rate, header.channels, mark=mark)
+        ours, channels = spresso.autoencoder.sample_rate, header.channels
+        audio = resample((block.cpu().numpy() for block in blocks), ours, rate, channels=channels)
+        write_blocks(path, fit_blocks(audio, self._length(header), channels=channels), rate, channels, mark=mark)
 
     def made(self, source: Path, target: Path) -> bool:
         """Whether all outputs bear the mark of this stream and these settings, and have the expected length and rate.

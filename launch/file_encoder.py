@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso
-from trainer.data.audio import read_sound, resample, sound_length
+from models.encoding import encode_sound
+from models.resampling import Audio
+from trainer.data.audio import sound_length
+from trainer.data.sound_reader import SoundReader
 from trainer.files import file_digest
 
 
@@ -44,15 +48,24 @@ class FileEncoder:
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Encode one file. Raises ValueError, OSError."""
         version = version_of(source)
-        sound, rate = read_sound(source)
+        with SoundReader(source) as reader:
+            rate = reader.rate
+        notes: list[str] = []
+
+        def blocks() -> Iterator[Audio]:
+            with SoundReader(source) as reader:
+                yield from (block.T for block in reader.blocks())
+                notes[:] = reader.notes
+
+        with torch.inference_mode():
+            stream = encode_sound(
+                self.spresso, blocks, sample_rate=rate, books=self.books, channels=self.channels, progress=progress
+            )
         digest = file_digest(source) if self.record is not None else None
         if version_of(source) != version:
             raise ValueError(f"{source} was changed while it was read: encode it again when nothing writes it")
-        samples, ours = sound.shape[-1], self.spresso.autoencoder.sample_rate
-        audio = resample(sound, rate, ours, samples=self.spresso.samples(samples, rate))
-        stream = self.spresso.encode(
-            torch.from_numpy(audio), books=self.books, channels=self.channels, origin=(samples, rate)
-        )
+        for note in notes:
+            print(f"spresso: {source} {note}", file=sys.stderr)
         content = bitstream.write(stream, coder=self.coder)
         write_whole(target, content)
         if self.record is not None:

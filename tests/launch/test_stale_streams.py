@@ -14,6 +14,7 @@ from launch import file_encoder
 from launch.encode_record import RECORD
 from models import bitstream
 from tests.launch.codecs import export_codec, sound, spresso
+from trainer.files import file_digest
 
 PAST, FUTURE = 1_000_000_000, 4_000_000_000  # dates in s
 
@@ -142,13 +143,11 @@ def test_a_record_that_was_cut_is_continued(encode):
 
 
 def test_a_sound_that_changes_while_it_is_read_fails(encode, codec, monkeypatch, capsys):
-    def read(path: Path):
-        found = read_sound(path)
+    def digest(path: Path) -> str:
         os.utime(path)
-        return found
+        return file_digest(path)
 
-    read_sound = file_encoder.read_sound
-    monkeypatch.setattr(file_encoder, "read_sound", read)
+    monkeypatch.setattr(file_encoder, "file_digest", digest)
     assert spresso("encode", "sounds", "streams", "--force", "--codec", codec) == 1
     assert "a.wav was changed while it was read" in capsys.readouterr().err
     assert samples("streams/a.wav.spr") == 4800

@@ -10,9 +10,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from models.atomic_write import write_whole
-from trainer.data.audio import duration
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.sound_files import SoundFile, held_out
+from trainer.data.sound_reader import duration
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
