@@ -15,7 +15,7 @@ import soundfile
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from trainer.data.sound_headers import Header
+from trainer.data.sound_headers import SoundHeader
 
 Samples = NDArray[np.float32]
 """(samples, channels), with full scale 1."""
@@ -62,7 +62,7 @@ class Decoder(Protocol):
 class Libsndfile:
     """Reads uncompressed sound. Raises Undecodable for all else."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         try:
             self._sound = soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
@@ -99,7 +99,7 @@ class Ogg:
     FFmpeg loses the last samples of some streams.
     """
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         self._file, self._links = file, header.links
         if not header.links:
             raise Undecodable("it is no stream of sound alone")
@@ -174,7 +174,7 @@ class _Part(io.RawIOBase):
 class WrongWave:
     """Reads the samples of a WAV file whose length is wrong. Raises Undecodable for all else."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         if header.pcm is None:
             raise Undecodable("its length is right")
         self._file, self._pcm = file, header.pcm
@@ -239,7 +239,7 @@ def to_float(values: NDArray[Any]) -> NDArray[np.float32]:
 class Ffmpeg:
     """Reads any sound to its end. Raises Undecodable if there is none."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         options = {"format_whitelist": _FORMATS}
         try:
             self._container = cast(InputContainer, av.open(file, metadata_errors="ignore", options=options))

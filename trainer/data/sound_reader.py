@@ -29,7 +29,7 @@ from trainer.data.sound_decoders import (
     Undecodable,
     WrongWave,
 )
-from trainer.data.sound_headers import Header
+from trainer.data.sound_headers import SoundHeader
 
 _BLOCK = 1 << 16
 LARGEST_VALUE = 100.0
@@ -139,7 +139,7 @@ class SoundReader:
         return result
 
 
-def _decoders(header: Header) -> tuple[Callable[[BinaryIO, Header], Decoder], ...]:
+def _decoders(header: SoundHeader) -> tuple[Callable[[BinaryIO, SoundHeader], Decoder], ...]:
     """Return the decoders that read all of such a file, the best one first."""
     if header.pcm:
         return (WrongWave,)
