@@ -8,9 +8,12 @@ readers still never see such a file in part.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from models.readable import kind_of
 
 
 @contextmanager
@@ -18,7 +21,11 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
     The hidden name contains the host and the process id, so several processes may write the same file.
+
+    Raises:
+        ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
+    require_no_special_file(path)
     partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
         yield partial
@@ -27,6 +34,16 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_no_special_file(path: Path) -> None:
+    """Raise ValueError if a path that is to be written is a folder, a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # the path is free, or the write itself will say why it fails
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {kind_of(mode)}, which can't be written as a file: give another name")
 
 
 def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:
