@@ -27,6 +27,7 @@ _WORDS = {
     errno.ENOTDIR: "is missing: a part of its path is a file, not a folder",
     errno.ELOOP: "is a link that leads back to itself",
     errno.ENAMETOOLONG: "has a name that is too long for this disk",
+    errno.ENXIO: "is a socket or a device, not a file",
     errno.EEXIST: "exists already",
     errno.EROFS: "is on a disk that can only be read",
 }
