@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
 from models.sizes import Sampling
-from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
+from trainer.data.audio import can_write, read_sound, resample, resampled, sound_length, write_blocks
+from trainer.data.find_sounds import Counts, Found, find_files, find_sounds, refuse_unreadable
+from trainer.file_names import printable
 from trainer.progress import Progress
 
 SUFFIX = ".spr"
@@ -110,7 +111,7 @@ def encode(
     Returns:
         The number of files that failed, each of which is named on stderr.
     """
-    jobs = _jobs(source, target, find_audio, lambda path: path.with_name(path.name + SUFFIX))
+    jobs, passed_over = _jobs(source, target, find_sounds, lambda path: path.with_name(path.name + SUFFIX))
     encoder = FileEncoder(_load(codec or newest_codec(), device), books, channels, entropy)
     if books is not None:
         encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
@@ -118,7 +119,7 @@ def encode(
         encoder(source, target, lambda _: None)
         print(f"{target}: {encoder.summary()}", file=sys.stderr)
         return 0
-    failed = _convert_all("encode", jobs, encoder, None if force else encoder.made)
+    failed = _convert_all("encode", jobs, encoder, None if force else encoder.made, passed_over)
     if encoder.files:
         print(f"{target}: {encoder.summary()}", file=sys.stderr)
     return failed
@@ -228,10 +229,10 @@ def decode(
     low, high = bitstream.RATE_RANGE
     if rate is not None and not low <= rate <= high:
         raise ValueError(f"--rate {rate} must be between {low} and {high}")
-    jobs = _jobs(source, target, find_streams, _sound_of)
+    jobs, passed_over = _jobs(source, target, find_streams, _sound_of)
     decoder = FileDecoder(codec, device, seed, steps, samples, rate)
     if source.is_dir():
-        return _convert_all("decode", jobs, decoder, None if force else decoder.made)
+        return _convert_all("decode", jobs, decoder, None if force else decoder.made, passed_over)
     with Progress(f"decode {target.name}", total=1, unit="of all steps") as progress:
         decoder(source, target, progress.to)
     return 0
@@ -244,8 +245,8 @@ def info(path: Path, *, codec: Path | None) -> None:
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(_of_model(header.model)), None)
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
-    print(f"{path}: {len(content)} bytes")
-    print(f"model   {header.model}" + (f", {folder}" if folder else ", not found under runs/"))
+    print(f"{printable(str(path))}: {len(content)} bytes")
+    print(f"model   {header.model}" + (f", {printable(str(folder))}" if folder else ", not found under runs/"))
     print(f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}")
     bits = header.size.bit_length() - 1
     print(f"codes   {header.books} codebook(s) of {header.size}: {header.books * bits} bits per vector")
@@ -273,14 +274,15 @@ Conversion = tuple[Path, Path]
 
 
 def _jobs(
-    source: Path, target: Path, find: Callable[[Path], list[Path]], name: Callable[[Path], Path]
-) -> list[Conversion]:
-    """Return pairs of source and target."""
+    source: Path, target: Path, find: Callable[[Path], Found], name: Callable[[Path], Path]
+) -> tuple[list[Conversion], Counts]:
+    """Return pairs of source and target, and what else lies in the folder."""
     if not source.is_dir():
-        return [(source, target)]
+        return [(source, target)], Counts()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, but {source} is a folder: give a folder as output")
-    return [(path, name(target / path.relative_to(source))) for path in find(source)]
+    found = find(source)
+    return [(path, name(target / path.relative_to(source))) for path in found.files], found.passed_over
 
 
 def _convert_all(
@@ -288,6 +290,7 @@ def _convert_all(
     jobs: list[Conversion],
     work: Callable[[Path, Path, Callable[[float], None]], None],
     made: Callable[[Path, Path], bool] | None,
+    passed_over: Counts,
 ) -> int:
     """Convert all files. A failure is reported and does not stop the others; returns the number of failures."""
     failed, there = 0, 0
@@ -295,6 +298,7 @@ def _convert_all(
     with Progress(title, total=len(jobs), unit="files") as progress:
         for number, (source, target) in enumerate(jobs):
             try:
+                refuse_unreadable(source)
                 if (other := claimed.setdefault(target, source)) != source:
                     raise ValueError(f"{source} and {other} would both be written to {target}: rename one")
                 if made is not None and made(source, target):
@@ -303,10 +307,11 @@ def _convert_all(
                     work(source, target, lambda part: progress.to(number + part, failed=failed))  # noqa: B023
             except (ValueError, OSError) as error:
                 failed += 1
-                print(f"spresso: {_describe(source, error)}", file=sys.stderr)
+                print(f"spresso: {printable(_describe(source, error))}", file=sys.stderr)
             progress.to(number + 1, failed=failed)
     done = len(jobs) - failed - there
-    print(f"{title}: {done} done, {there} already there, {failed} failed", file=sys.stderr)
+    besides = f"; passed over {passed_over}" if passed_over.kinds else ""
+    print(f"{title}: {done} done, {there} already there, {failed} failed{besides}", file=sys.stderr)
     return failed
 
 
@@ -323,19 +328,12 @@ def _describe(path: Path, error: Exception) -> str:
     return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
-def find_streams(folder: Path) -> list[Path]:
-    """Return all streams below a folder, sorted, without hidden files and folders.
-
-    Raises:
-        ValueError: the folder holds no stream.
-    """
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.endswith(SUFFIX) and name[0] != "."]
-    if not found:
+def find_streams(folder: Path) -> Found:
+    """Find all streams below a folder as `find_files` does; raises ValueError if the folder holds no stream."""
+    found = find_files(folder, (SUFFIX,))
+    if not found.files:
         raise ValueError(f"{folder} holds no streams: give a folder with {SUFFIX} files")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return found
 
 
 def _sound_of(stream: Path) -> Path:

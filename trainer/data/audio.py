@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import soundfile
@@ -18,7 +17,6 @@ from models.atomic_write import replacing
 
 Audio = NDArray[np.float32]
 """Audio as float32, (channels, samples) or (samples,), with full scale 1."""
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 _MAX_VORBIS_RATE = 192_000  # Hz; libvorbis refuses more, which crashes libsndfile
 _WRITE_BLOCK = 1 << 16  # samples; libsndfile overflows its stack if it encodes minutes of audio to Vorbis in one call
@@ -26,31 +24,10 @@ _LARGEST_PAGE = 65307  # bytes; the maximum size of an Ogg page
 _UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe declare a length of this or more
 
 
-def find_audio(folder: Path) -> list[Path]:
-    """Find all sound files below a folder by suffix, sorted by relative path; hidden files and folders are skipped.
-
-    Raises:
-        ValueError: the folder is missing, can't be listed or holds no sound files.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds sound files")
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    if not found:
-        raise ValueError(f"{folder} holds no sound: give a folder with sound files ({', '.join(SUFFIXES)})")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
-
-
 def duration(path: Path) -> float:
     """Return the seconds of sound in a file according to its header, or 0 if the header can't be read."""
     try:
-        return soundfile.info(path).duration
+        return soundfile.info(os.fsencode(path)).duration
     except (soundfile.LibsndfileError, ZeroDivisionError):
         return 0.0
 
@@ -93,7 +70,7 @@ def read_sound(path: Path) -> tuple[Audio, int]:
 def _read(path: Path) -> tuple[Audio, int]:
     """Return the samples (samples, channels), and the sample rate in Hz."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # of any bytes, not of UTF-8 alone
             rate, length = file.samplerate, file.frames
             audio = file.read(dtype="float32", always_2d=True)
             container, log = file.format, file.extra_info
@@ -181,7 +158,7 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
     try:
         with (
             replacing(path) as partial,
-            soundfile.SoundFile(partial, "w", sample_rate, channels, subtype, format=container) as file,
+            soundfile.SoundFile(os.fsencode(partial), "w", sample_rate, channels, subtype, format=container) as file,
         ):
             for block in blocks:
                 _write(file, block)
@@ -197,7 +174,7 @@ def can_write(path: Path) -> bool:
 def sound_length(path: Path) -> tuple[int, int] | None:
     """Return samples and sample rate (Hz) of a sound file according to its header, or None if it can't be read."""
     try:
-        found = soundfile.info(path)
+        found = soundfile.info(os.fsencode(path))
     except (soundfile.LibsndfileError, ZeroDivisionError):
         return None
     return found.frames, found.samplerate

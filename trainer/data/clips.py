@@ -18,9 +18,11 @@ from torch import Tensor
 
 from models.loudness import is_silent, level
 from trainer.data.audio import encode_audio, read_audio
+from trainer.data.find_sounds import refuse_unreadable
 from trainer.data.sound_files import SoundFile
 from trainer.data.text_embeddings import Embedder
 from trainer.data.workers import explained_death, follow_parent
+from trainer.file_names import as_unicode
 
 SHORTEST_SECONDS = 0.01
 _CLIPS_AT_ONCE = 8
@@ -91,7 +93,7 @@ class ClipEncoder:
         try:
             audio_CS = self._read(source)
         except ValueError as error:
-            return EncodedFile(0.0, [], [str(error).removeprefix(f"{source.path} ")])
+            return EncodedFile(0.0, [], [as_unicode(str(error).removeprefix(f"{source.path} "))])
         text_NE, text_problems = self._text(source)
         starts = clip_starts(audio_CS.shape[1], self.clip_samples)
         clips: list[Clip] = []
@@ -116,6 +118,7 @@ class ClipEncoder:
 
     def _read(self, source: SoundFile) -> Tensor:
         rate = self.ae.sample_rate
+        refuse_unreadable(source.path)
         audio = torch.from_numpy(read_audio(source.path, sample_rate=rate, channels=self.ae.channels))
         if audio.shape[1] < SHORTEST_SECONDS * rate:
             raise ValueError(f"is too short: {audio.shape[1] / rate:.5f} s")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data.audio import write_audio
 from trainer.data.shard_set import ShardSet
+from trainer.file_names import printable
 
 _ROWS, _WIDTH = 12, 40  # of the histogram, in lines and characters
 _DESCRIBED = 400  # samples whose metadata is read
@@ -43,7 +44,7 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     metadata = [shard_set.metadata(int(id_)) for id_ in _spread(candidates, _DESCRIBED)]
     lines += ["", *_sources(metadata, complete=len(metadata) == len(shard_set))]
     shown = [metadata[int(index)] for index in _spread(len(metadata), captions)]
-    lines += ["", "captions", *(f"  {entry.get('caption') or '(none)'}" for entry in shown)]
+    lines += ["", "captions", *(f"  {printable(str(entry.get('caption') or '(none)'))}" for entry in shown)]
     return "\n".join(lines)
 
 
@@ -98,7 +99,7 @@ def _sources(metadata: list[dict[str, Any]], *, complete: bool) -> list[str]:
     folders = Counter(name.rpartition("/")[0] or "." for name in names)
     summary = f"{len(names):,} files in {len(folders)} folder(s)"
     head = summary if complete else f"{summary} among {len(metadata)} samples"
-    return [f"sources     {head}", *(f"  {count:>6,}  {folder}" for folder, count in folders.most_common(5))]
+    return [f"sources     {head}", *(f"  {count:>6,}  {printable(folder)}" for folder, count in folders.most_common(5))]
 
 
 def _text(shard_set: ShardSet) -> str:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
+from trainer.data.groups import held_out
 from trainer.data.prepare import PrepareReport, Tally, prepare
 from trainer.data.shard_set import ShardSet
-from trainer.data.sound_files import held_out
 
 RATE, HOP, CHANNELS = 8000, 80, 4
 REPOSITORY = Path(__file__).parents[3]
