@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from launch.find_exports import find_exports
 from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
@@ -117,11 +118,11 @@ def encode(
         encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
     if not source.is_dir():
         encoder(source, target, lambda _: None)
-        print(f"{target}: {encoder.summary()}", file=sys.stderr)
+        print(f"{printable(str(target))}: {encoder.summary()}", file=sys.stderr)
         return 0
     failed = _convert_all("encode", jobs, encoder, None if force else encoder.made, passed_over)
     if encoder.files:
-        print(f"{target}: {encoder.summary()}", file=sys.stderr)
+        print(f"{printable(str(target))}: {encoder.summary()}", file=sys.stderr)
     return failed
 
 
@@ -373,7 +374,7 @@ def _of_model(model: str) -> Iterable[Path]:
 
 
 def _exports() -> list[Path]:
-    return sorted(path.parent for path in Path("runs").glob("**/export/codec.json"))
+    return find_exports(Path("runs"))
 
 
 def _load(folder: Path, device: str) -> SPresso:
@@ -382,5 +383,5 @@ def _load(folder: Path, device: str) -> SPresso:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     spresso = SPresso.from_pretrained(folder, device=device)
-    print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
+    print(f"codec {printable(str(folder))}, model {spresso.model_hash[:8]}", file=sys.stderr)
     return spresso
