@@ -248,12 +248,12 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Decode z to x0 with D; latents longer than 1.5 windows are decoded jointly, see `models.windows.Joint`."""
+        """Decode z to x0 with D; latents longer than 1.5 windows are decoded by `models.windows.JointWindows`."""
         sampling = sampling or self.config.sampling
         window, pooling = self.config.window, self.config.latent_encoder.pooling
         if noise_BCT.shape[-1] <= 1.5 * window:
             return self._sample(z_BZN, noise_BCT, sampling, progress)
-        joint = windows.Joint(self.dit, self.f, window=window, pooling=pooling)
+        joint = windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
 
         def stepped(done: int, total: int) -> None:
             joint.step = done

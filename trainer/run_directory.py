@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,9 +20,6 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
 from trainer.stages import STAGES
 
-logger = logging.getLogger(__name__)
-
-
 _MISSING = object()  # equal to no value
 
 
@@ -35,9 +31,9 @@ def stage_folder(config: Config, stage: str) -> Path:
 class RunDirectory:
     """Paths and records of a stage: `config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders."""
 
-    def __init__(self, path: Path, stage: str, *, permitted: Callable[[], None] = lambda: None) -> None:
-        """`permitted` is called before writing; it raises if a later start of this run has taken over."""
-        self.path, self.stage, self.permitted = path, stage, permitted
+    def __init__(self, path: Path, stage: str, *, require_ownership: Callable[[], None] = lambda: None) -> None:
+        """`require_ownership` is called before writing; it raises if a later start of this run has taken over."""
+        self.path, self.stage, self.require_ownership = path, stage, require_ownership
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
@@ -55,7 +51,7 @@ class RunDirectory:
                 message says how they differ and how to fix it.
         """
         self.require_same(config, inputs)
-        self.permitted()
+        self.require_ownership()
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "inputs.json", json.dumps(inputs, indent=2))
         write_whole(self.path / "config.yaml", to_yaml(config))
@@ -123,7 +119,7 @@ class RunDirectory:
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json` with a state (running, stopped or done) and further facts."""
-        self.permitted()
+        self.require_ownership()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         write_whole(self.path / "status.json", json.dumps(status, indent=2), durable=False)
 

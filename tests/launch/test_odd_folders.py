@@ -77,13 +77,13 @@ def test_what_is_no_sound_is_named_and_counted(codec, tmp_path, capsys):
     assert main(["encode", str(sounds), str(tmp_path / "out"), "--codec", str(codec)]) == 1
     said = capsys.readouterr().err
     assert "1 done, 0 already there, 4 failed; passed over .jpg (1), directories of runs (1), hidden (1)" in said
-    assert "pipe\\x1b[31m.wav is a named pipe" in said
-    assert "broken.wav is a broken link to nowhere.wav" in said
+    assert "pipe\\x1b[31m.wav is a pipe" in said
+    assert "broken.wav is a link to nowhere.wav, which is missing" in said
     for name in ("empty.wav", "speech.m4a"):
         assert f"{name} can't be read as sound" in said
     os.mkfifo(tmp_path / "out/pipe.spr")
     (tmp_path / "out/notes.txt").touch()
     assert main(["decode", str(tmp_path / "out"), str(tmp_path / "back"), "--codec", str(codec)]) == 1
     said = capsys.readouterr().err
-    assert "pipe.spr is a named pipe" in said
+    assert "pipe.spr is a pipe" in said
     assert "1 done, 0 already there, 1 failed; passed over .txt (1)" in said

@@ -22,7 +22,7 @@ from models.prior import Prior
 from models.quantizers.residual import ResidualQuantizer
 from models.sizes import CodecConfig, DiTConfig, LatentEncoderConfig, Sampling
 from models.weights import load_weights, save_weights
-from models.windows import Joint
+from models.windows import JointWindows
 
 SHAPES = LatentEncoderConfig(
     z_channels=8, pooling=9, patch_size=3, width=16, encoder_depth=1, upsampler_depth=1, heads=2
@@ -202,8 +202,8 @@ def test_long_sounds_are_decoded_jointly_and_short_ones_at_once(codec, seconds, 
     monkeypatch.setattr(
         codec.dit, "forward", lambda x, *rest, **more: lengths.add(x.shape[-1]) or forward(x, *rest, **more)
     )
-    steps, grids, starts = [], [], Joint.starts
-    monkeypatch.setattr(Joint, "starts", lambda self, frames: grids.append(self.step) or starts(self, frames))
+    steps, grids, starts = [], [], JointWindows.starts
+    monkeypatch.setattr(JointWindows, "starts", lambda self, frames: grids.append(self.step) or starts(self, frames))
     codec.decode(codec.encode(noise(seconds)), progress=lambda done, total: steps.append((done, total)))
     assert lengths == ({63} if seconds > 1 else {81})
     assert steps == [(1, 2), (2, 2)]

@@ -21,7 +21,7 @@ from trainer.data.audio import encode_audio, read_audio
 from trainer.data.find_sounds import refuse_unreadable
 from trainer.data.sound_files import SoundFile
 from trainer.data.text_embeddings import Embedder
-from trainer.data.workers import explained_death, follow_parent
+from trainer.data.workers import exit_with_parent, explain_dead_workers
 from trainer.file_names import as_unicode
 
 SHORTEST_SECONDS = 0.01
@@ -186,7 +186,7 @@ def encode_in_order(
     pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, make_embedder, encode.clip_samples))
     pending: deque[Future[EncodedFile]] = deque()
     try:
-        with explained_death():
+        with explain_dead_workers():
             while True:
                 for task in islice(tasks, _AHEAD * workers - len(pending)):
                     pending.append(pool.submit(_encode_in_worker, *task))
@@ -215,7 +215,7 @@ def _start_worker(
     make_ae: Callable[[], AudioEncoder], make_embedder: Callable[[], Embedder] | None, clip_samples: int
 ) -> None:
     global _worker_encode
-    follow_parent()
+    exit_with_parent()
     torch.set_num_threads(1)
     _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder())
 

@@ -7,6 +7,7 @@ directories are passed over.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter, deque
@@ -29,7 +30,7 @@ _SIDECARS = (".txt", ".json")
 _NAMED, _KINDS = 1000, 1000  # names listed of a kind, and kinds told apart
 _SHOWN = 8  # kinds in a line for the user
 _SPECIAL = {
-    stat.S_IFIFO: "a named pipe",
+    stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -132,11 +133,13 @@ def refuse_unreadable(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if path.is_symlink():
-            raise ValueError(f"{path} is a broken link to {path.readlink()}") from error
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link that leads back to itself") from error
+        if error.errno == errno.ENOENT and path.is_symlink():
+            raise ValueError(f"{path} is a link to {path.readlink()}, which is missing") from error
         raise ValueError(f"{path} can't be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'not a file')}, which holds no sound")
+        raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 class _Walk:

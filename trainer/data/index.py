@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import SetInfo, find_members, index_rows, text_width, write_index
-from trainer.data.workers import explained_death, follow_parent
+from trainer.data.workers import exit_with_parent, explain_dead_workers
 
 Result = TypeVar("Result")
 ProgressCallback = Callable[[int, int], None]
@@ -116,8 +116,8 @@ def _in_workers(scan: Callable[[Path], Result], paths: list[Path], workers: int)
     if workers == 1 or len(paths) < 2:
         yield from map(scan, paths)
         return
-    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("forkserver"), follow_parent)
-    with pool, explained_death():
+    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("forkserver"), exit_with_parent)
+    with pool, explain_dead_workers():
         yield from pool.map(scan, paths)
 
 

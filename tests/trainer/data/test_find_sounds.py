@@ -112,15 +112,15 @@ def test_what_is_no_file_is_told_without_waiting_for_it(tmp_path):
             except ValueError as error:
                 reasons[path.name] = str(error).removeprefix(f"{path} ")
     assert reasons == {
-        "broken.wav": "is a broken link to nowhere.wav",
-        "pipe.wav": "is a named pipe, which holds no sound",
-        "round.wav": "is a broken link to round.wav",
-        "socket.wav": "is a socket, which holds no sound",
-        "zero.wav": "is a device, which holds no sound",
+        "broken.wav": "is a link to nowhere.wav, which is missing",
+        "pipe.wav": "is a pipe, not a file",
+        "round.wav": "is a link that leads back to itself",
+        "socket.wav": "is a socket, not a file",
+        "zero.wav": "is a device, not a file",
     }
     assert {"empty.wav", "inside.wav"} < {path.name for path in found.files}
     assert found.passed_over.names == {"folders that are named like a file": ["folder.wav"]}
-    with pytest.raises(ValueError, match="is a folder, which"):
+    with pytest.raises(ValueError, match="is a folder, not a file"):
         refuse_unreadable(tmp_path / "folder.wav")
 
 

@@ -64,8 +64,8 @@ def test_what_is_passed_over_is_in_the_report_and_said(tmp_path, capsys):
     assert report["passed_over"]["folders that are named like a file"]["names"] == ["folder.wav"]
     assert report["captions"]["captions that name no sound"]["count"] == 1
     assert {problem["file"]: problem["reason"] for problem in report["problems"]} == {
-        "broken.wav": "is a broken link to nowhere.wav",
-        "pipe.wav": "is a named pipe, which holds no sound",
+        "broken.wav": "is a link to nowhere.wav, which is missing",
+        "pipe.wav": "is a pipe, not a file",
     }
 
 
