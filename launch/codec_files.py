@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,13 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
+from models.encoding import encode_sound
+from models.regular_file import open_regular
+from models.resampling import Audio, fit_blocks, resample
 from models.sizes import Sampling
-from trainer.data.audio import can_write, read_sound, resample, resampled, sound_length, write_blocks
-from trainer.data.find_sounds import Counts, Found, find_files, find_sounds, refuse_unreadable
+from trainer.data.audio import can_write, sound_length, write_blocks
+from trainer.data.find_sounds import Counts, Found, find_files, find_sounds
+from trainer.data.sound_reader import SoundReader
 from trainer.file_names import printable
 from trainer.progress import Progress
 
@@ -46,12 +51,21 @@ class FileEncoder:
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Encode one file. Raises ValueError, OSError."""
-        sound, rate = read_sound(source)
-        samples, ours = sound.shape[-1], self.spresso.autoencoder.sample_rate
-        audio = resample(sound, rate, ours, samples=self.spresso.samples(samples, rate))
-        stream = self.spresso.encode(
-            torch.from_numpy(audio), books=self.books, channels=self.channels, origin=(samples, rate)
-        )
+        with SoundReader(source) as reader:
+            rate = reader.rate
+        notes: list[str] = []
+
+        def blocks() -> Iterator[Audio]:
+            with SoundReader(source) as reader:
+                yield from (block.T for block in reader.blocks())
+                notes[:] = reader.notes
+
+        with torch.inference_mode():
+            stream = encode_sound(
+                self.spresso, blocks, sample_rate=rate, books=self.books, channels=self.channels, progress=progress
+            )
+        for note in notes:
+            print(f"spresso: {source} {note}", file=sys.stderr)
         content = bitstream.write(stream, coder=self.coder)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
@@ -155,14 +169,9 @@ class FileDecoder:
     ) -> None:
         header, rate = stream.header, self.rate or stream.header.rate
         blocks = spresso.decode_blocks(stream, seed=seed, sampling=self._sampling(spresso), progress=show)
-        audio = resampled(
-            (block.cpu().numpy() for block in blocks),
-            spresso.autoencoder.sample_rate,
-            rate,
-            channels=header.channels,
-            samples=self._length(header),
-        )
-        write_blocks(path, audio, rate, header.channels)
+        ours, channels = spresso.autoencoder.sample_rate, header.channels
+        audio = resample((block.cpu().numpy() for block in blocks), ours, rate, channels=channels)
+        write_blocks(path, fit_blocks(audio, self._length(header), channels=channels), rate, channels)
 
     def made(self, source: Path, target: Path) -> bool:
         """Whether the target exists, has the expected length and rate, and is no older than its source."""
@@ -299,7 +308,7 @@ def _convert_all(
     with Progress(title, total=len(jobs), unit="files") as progress:
         for number, (source, target) in enumerate(jobs):
             try:
-                refuse_unreadable(source)
+                os.close(open_regular(source))  # a pipe would be waited for
                 if (other := claimed.setdefault(target, source)) != source:
                     raise ValueError(f"{source} and {other} would both be written to {target}: rename one")
                 if made is not None and made(source, target):

@@ -7,9 +7,7 @@ directories are passed over.
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +27,6 @@ CAPTIONS = "captions.jsonl"
 _SIDECARS = (".txt", ".json")
 _NAMED, _KINDS = 1000, 1000  # names listed of a kind, and kinds told apart
 _SHOWN = 8  # kinds in a line for the user
-_SPECIAL = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 _OF_A_RUN = (*STAGES, "latents")
 """Folders that a run writes into its directory, apart from `audio`, which holds the sounds of `synth`."""
 _OF_PREPARE = ("report.json", ".prepare", ".prepare.lock")
@@ -93,7 +84,7 @@ def find_sounds(folder: Path, *, own: Iterable[Path] = ()) -> Found:
     """Find all sound files below a folder by suffix; hidden files and folders and run directories are passed over.
 
     A pipe, a device, a broken link and an empty file count as sound files if they have the suffix of one: whoever reads
-    them names them. `refuse_unreadable` says so without waiting for a pipe.
+    them names them. `models.regular_file` says so without waiting for a pipe.
 
     Args:
         folder: the folder.
@@ -126,20 +117,6 @@ def find_files(folder: Path, suffixes: tuple[str, ...], *, own: Iterable[Path] =
                 known.add(real)
                 files.append((name, real))
     return Found([folder / name for name in sorted(name for name, _ in files)], passed_over)
-
-
-def refuse_unreadable(path: Path) -> None:
-    """Raise ValueError if reading the path would wait forever or fail: it is a pipe, a folder, a broken link …"""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ValueError(f"{path} is a link that leads back to itself") from error
-        if error.errno == errno.ENOENT and path.is_symlink():
-            raise ValueError(f"{path} is a link to {path.readlink()}, which is missing") from error
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {_SPECIAL.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 class _Walk:

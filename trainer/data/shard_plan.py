@@ -10,11 +10,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 from models.atomic_write import write_whole
-from trainer.data.audio import duration
 from trainer.data.clips import AudioEncoder, clip_starts
-from trainer.data.find_sounds import refuse_unreadable
 from trainer.data.groups import groups, held_out
 from trainer.data.sound_files import SoundFile
+from trainer.data.sound_reader import duration
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
@@ -48,18 +47,10 @@ def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
     if not all(source.key in known for source in sources):
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(_duration, sources)
+            found = pool.map(lambda source: duration(source.path), sources)
             known = {source.key: seconds for source, seconds in zip(sources, found, strict=True)}
         write_whole(memory, json.dumps(known))
     return {source: known[source.key] for source in sources}
-
-
-def _duration(source: SoundFile) -> float:
-    try:
-        refuse_unreadable(source.path)
-    except ValueError:  # encoding the file reports the reason
-        return 0.0
-    return duration(source.path)
 
 
 def plan_units(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.find_sounds import Counts, find_audio, find_sounds, refuse_unreadable, summary_of
+from models.regular_file import open_regular
+from trainer.data.find_sounds import Counts, find_audio, find_sounds, summary_of
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -108,7 +109,7 @@ def test_what_is_no_file_is_told_without_waiting_for_it(tmp_path):
         reasons = {}
         for path in found.files:
             try:
-                refuse_unreadable(path)
+                os.close(open_regular(path))
             except ValueError as error:
                 reasons[path.name] = str(error).removeprefix(f"{path} ")
     assert reasons == {
@@ -121,7 +122,7 @@ def test_what_is_no_file_is_told_without_waiting_for_it(tmp_path):
     assert {"empty.wav", "inside.wav"} < {path.name for path in found.files}
     assert found.passed_over.names == {"folders that are named like a file": ["folder.wav"]}
     with pytest.raises(ValueError, match="is a folder, not a file"):
-        refuse_unreadable(tmp_path / "folder.wav")
+        open_regular(tmp_path / "folder.wav")
 
 
 @pytest.mark.parametrize("records", [
