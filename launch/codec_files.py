@@ -65,7 +65,7 @@ class FileEncoder:
                 self.spresso, blocks, sample_rate=rate, books=self.books, channels=self.channels, progress=progress
             )
         for note in notes:
-            print(f"spresso: {source} {note}", file=sys.stderr)
+            print(f"spresso: {printable(f'{source} {note}')}", file=sys.stderr)
         content = bitstream.write(stream, coder=self.coder)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
