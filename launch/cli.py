@@ -300,7 +300,12 @@ def _describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" for {error.filename}" if error.filename else ""
         return f"no space left on the disk{where}: free some space or set another run_dir, and repeat the command"
-    return "\n".join(printable(line) for line in str(error).split("\n"))
+    text = str(error)
+    if isinstance(error, OSError):
+        from models.readable import describe_os_error  # imported here, so that `--help` is fast
+
+        text = describe_os_error(error)
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def command() -> None:

@@ -29,8 +29,9 @@ def index(location: str, *, kind: str | None, weights: Path | None, workers: int
 
 def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
     from models.backbones.pretrained import load_autoencoder
-    from trainer.data.index import index_folder, info_of
+    from trainer.data.index import index_folder, info_of, require_own_index
 
+    require_own_index(folder)
     info = info_of(folder)
     if kind is not None:
         ae = load_autoencoder(kind, weights)

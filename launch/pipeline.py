@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch.local import train_here
-from models.atomic_write import write_whole
 from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.resume import was_followed
 from trainer.data.find_sounds import summary_of
@@ -22,11 +20,11 @@ from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
 from trainer.file_names import printable
-from trainer.page import write_page
+from trainer.page import clear_page, write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
-from trainer.run_directory import RunDirectory, stage_folder
+from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES, trained_stages
 
@@ -36,7 +34,7 @@ def run(config: Config) -> str:
     _require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
-    write_whole(Path(config.run_dir) / "config.yaml", to_yaml(config))
+    write_config(Path(config.run_dir), config)
     for number, stage in enumerate(config.stages, start=1):
         say(f"[{number}/{len(config.stages)}] {stage}")
         if run_stage(config, stage) == "stopped":
@@ -186,8 +184,7 @@ def page(config: Config) -> Path:
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
-    for name in ("audio", "images"):  # these may be of an older evaluation
-        shutil.rmtree(stage_folder(config, "page") / name, ignore_errors=True)
+    clear_page(stage_folder(config, "page"))
     index = write_page(
         report,
         stage_folder(config, "page"),

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from models.readable import kind_of
 
 _LONGEST = 255  # bytes of a file name on all common file systems
 
@@ -22,7 +25,11 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     The hidden name contains the host and the process id, so several processes may write the same file. If it would be
     too long for the file system, a hash stands for the file's name.
+
+    Raises:
+        ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
+    require_no_special_file(path)
     partial = path.with_name(_hidden_name(path.name, f".{os.uname().nodename}-{os.getpid()}.partial"))
     try:
         yield partial
@@ -38,6 +45,16 @@ def _hidden_name(name: str, ending: str) -> str:
     if len(os.fsencode(hidden)) <= _LONGEST:
         return hidden
     return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{ending}"
+
+
+def require_no_special_file(path: Path) -> None:
+    """Raise ValueError if a path that is to be written is a folder, a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # the path is free, or the write itself will say why it fails
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {kind_of(mode)}, which can't be written as a file: give another name")
 
 
 def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:

@@ -93,7 +93,9 @@ class WatchedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """See `io.RawIOBase`."""
-        return os.lseek(self._descriptor, offset, whence)
+        base = 0 if whence == os.SEEK_SET else self.tell() if whence == os.SEEK_CUR else self.size
+        # damaged headers send decoders before the beginning and far behind the end
+        return os.lseek(self._descriptor, min(max(base + offset, 0), self.size), os.SEEK_SET)
 
     def tell(self) -> int:
         """See `io.RawIOBase`."""

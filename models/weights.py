@@ -109,6 +109,7 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a safetensors file in it")
+    path.open("rb").close()  # Python's own error names the file; the library's does not
     try:
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")

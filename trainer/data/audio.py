@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +50,11 @@ def _reason(error: Exception) -> str:
     return error.error_string.rstrip(".") if isinstance(error, soundfile.LibsndfileError) else str(error)
 
 
-def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
+def write_audio(path: Path, audio: Audio, sample_rate: int, *, mark: str = "") -> None:
     """Write audio (channels, samples), clipped to [-1, 1], as the suffix says: .wav or .flac (24 bits), or .ogg.
 
-    The file is replaced atomically. Ogg files are encoded with Vorbis.
+    The file is replaced atomically. Ogg files are encoded with Vorbis. A `mark` is stored as the name of the software
+    that wrote the file (`ISFT` in WAV, `SOFTWARE` in FLAC and Ogg); `sound_mark` reads it.
 
     Raises:
         ValueError: the suffix is unknown, or the audio has values that are not finite.
@@ -59,14 +62,15 @@ def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:
     if not can_write(path):
         raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower()))
+        file.write(encode_audio(audio, sample_rate, suffix=path.suffix.lower(), mark=mark))
 
 
-def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int) -> None:
+def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels: int, *, mark: str = "") -> None:
     """Do what `write_audio` does for a stream of blocks (channels, any length).
 
     Raises:
         ValueError: see `write_audio`; also if the format does not support the sample rate.
+        OSError: the disk is full or fails.
     """
     if not can_write(path):
         raise ValueError(f"{path}: sound can be written as {', '.join(_FORMATS)}, not as {path.suffix!r}")
@@ -78,12 +82,46 @@ def write_blocks(path: Path, blocks: Iterable[Audio], sample_rate: int, channels
     try:
         with (
             replacing(path) as partial,
-            soundfile.SoundFile(os.fsencode(partial), "w", sample_rate, channels, subtype, format=container) as file,
+            _written_by_libsndfile(partial, path) as output,
+            soundfile.SoundFile(output, "w", sample_rate, channels, subtype, format=container) as file,
         ):
+            _set_mark(file, mark)
             for block in blocks:
                 _write(file, block)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} can't be written at {sample_rate} Hz: {_reason(error)}") from error
+
+
+class _Output:
+    """A file that libsndfile writes to. It keeps the OSErrors, which libsndfile reports vaguely or not at all."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.failures = file, list[OSError]()
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        """Write all bytes and return their number, which is smaller after an error."""
+        done = 0
+        try:
+            while done < len(data):
+                done += self.file.write(data[done:])
+        except OSError as error:
+            self.failures.append(error)
+        return done
+
+
+@contextmanager
+def _written_by_libsndfile(partial: Path, path: Path) -> Iterator[_Output]:
+    """Open `partial` for libsndfile; raise the OSError of `path` if a write to it fails."""
+    with partial.open("wb", buffering=0) as file:
+        output = _Output(file)
+        try:
+            yield output
+        except (soundfile.LibsndfileError, AssertionError):  # soundfile asserts that all samples were written
+            if not output.failures:
+                raise
+        if output.failures:
+            raise OSError(output.failures[0].errno, output.failures[0].strerror, str(path))
 
 
 def can_write(path: Path) -> bool:
@@ -100,6 +138,20 @@ def sound_length(path: Path) -> tuple[int, int] | None:
     return found.frames, found.samplerate
 
 
+def sound_mark(path: Path) -> str:
+    """Return the `mark` with which `write_audio` or `write_blocks` wrote a file; another program's name; or ""."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return re.sub(r" \(libsndfile-[^)]*\)$", "", file.software)
+    except (soundfile.LibsndfileError, ZeroDivisionError):
+        return ""
+
+
+def _set_mark(file: soundfile.SoundFile, mark: str) -> None:
+    if mark:
+        file.software = mark  # libsndfile appends its own name and version
+
+
 def _write(file: soundfile.SoundFile, audio: Audio) -> None:
     if not np.isfinite(audio).all():
         raise ValueError("the audio has values that are not finite, which can't be written")
@@ -107,10 +159,11 @@ def _write(file: soundfile.SoundFile, audio: Audio) -> None:
         file.write(audio[:, start : start + _WRITE_BLOCK].T.clip(-1, 1))
 
 
-def encode_audio(audio: Audio, sample_rate: int, *, suffix: str) -> bytes:
+def encode_audio(audio: Audio, sample_rate: int, *, suffix: str, mark: str = "") -> bytes:
     """Return the bytes of the file that `write_audio` would write."""
     container, subtype = _FORMATS[suffix]
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", sample_rate, len(audio), subtype, format=container) as file:
+        _set_mark(file, mark)
         _write(file, audio)
     return content.getvalue()

@@ -29,6 +29,8 @@ _NAMED, _KINDS = 1000, 1000  # names listed of a kind, and kinds told apart
 _SHOWN = 8  # kinds in a line for the user
 _OF_A_RUN = (*STAGES, "latents")
 """Folders that a run writes into its directory, apart from `audio`, which holds the sounds of `synth`."""
+_RECORDS = (".encoded.jsonl", "encode.report.json", "decode.report.json")
+"""Files that `encode` and `decode` leave in a folder, which are not counted."""
 _OF_PREPARE = ("report.json", ".prepare", ".prepare.lock")
 
 
@@ -154,6 +156,8 @@ class _Walk:
         first = len(self._folders)
         for entry in entries:
             path = f"{name}/{entry.name}" if name else entry.name
+            if entry.name in _RECORDS:
+                continue
             if entry.name.startswith("."):
                 self.passed_over.add("hidden", path)
             elif entry.is_symlink():

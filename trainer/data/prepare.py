@@ -10,6 +10,7 @@ sets.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -32,6 +33,8 @@ from trainer.file_names import printable
 from trainer.files import locked
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
+_OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
+"""Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
 
 
@@ -234,10 +237,22 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
         return
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
+    for folder in (out / split for split in SPLITS):
+        _require_shards_alone(folder)
     for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
     write_whole(record, json.dumps(settings))
+
+
+def _require_shards_alone(folder: Path) -> None:
+    """Raise ValueError if the folder of an earlier attempt holds something that `prepare` did not write."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in names if not _OWN_NAME.fullmatch(name)]:
+        raise ValueError(
+            f"{folder / foreign[0]} was not written by `spresso prepare`, which would make the folder anew: move it "
+            "away, or give another folder"
+        )
 
 
 # ---- Units and sets -------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
     if not 0 <= part < parts:
         raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
+    _require_own_report(plan.folder)
     if plan.holds(report := read_json(plan.folder / _REPORT)):
         return report
     with torch.inference_mode():
@@ -80,6 +81,19 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
             if plan.holds(report := read_json(plan.folder / _REPORT)):
                 return report
             return plan.merge()
+
+
+def _require_own_report(folder: Path) -> None:
+    """Raise ValueError if the folder holds a report or tables that no evaluation wrote."""
+    report = read_json(folder / _REPORT)
+    foreign = [_REPORT] if report and "systems" not in report else []
+    if not report:
+        foreign = [path.name for path in sorted(folder.glob("table.*")) if path.suffix in (".txt", ".md", ".tex")]
+    if foreign:
+        raise ValueError(
+            f"{folder / foreign[0]} is of no evaluation, which would replace it: move it away, or take another "
+            "run_dir=…"
+        )
 
 
 def evaluation_identity(config: Config) -> str:

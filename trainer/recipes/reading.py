@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models.readable import file_trouble, require_file
 from trainer.recipes.paths import expand_homes, expanded, names_path
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
@@ -55,7 +56,14 @@ def find_recipe(recipe: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ValueError(f"no recipe {recipe!r}: give a YAML file, or one of {', '.join(known)}")
+    raise ValueError(f"no recipe {recipe!r}{_what_is_there(recipe)}: give a YAML file, or one of {', '.join(known)}")
+
+
+def _what_is_there(name: str) -> str:
+    """Return what is wrong with a path that was given for a YAML file; empty for a mere name such as `demo`."""
+    path = Path(name)
+    is_path = path.suffix in (".yaml", ".yml") or path.name != name or path.exists() or path.is_symlink()
+    return f", because {name} {file_trouble(path)}" if is_path else ""
 
 
 def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
@@ -96,10 +104,11 @@ def find_choice(key: str, name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
-    raise ValueError(f"there is no {key}={name}: give a YAML file, or one of {', '.join(known)}")
+    raise ValueError(f"there is no {key}={name}{_what_is_there(name)}: give a YAML file, or one of {', '.join(known)}")
 
 
 def _read_recipe(path: Path) -> DictConfig:
+    require_file(path)
     try:
         recipe = OmegaConf.load(path)
     except Exception as error:  # the errors of the YAML library share no useful base class

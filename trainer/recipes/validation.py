@@ -8,6 +8,7 @@ from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, mis
 from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
+from models.readable import file_trouble
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
@@ -281,7 +282,8 @@ def _folders(config: Config) -> list[str]:
         found.append("there is no sound to train on: set data.audio=FOLDER or data.synth_hours=0.5")
     audio = None if config.data.audio is None else Path(config.data.audio)
     if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
-        found.append(f"data.audio={audio} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+        trouble = "is neither: " if audio.exists() else f"{file_trouble(audio)}: "
+        found.append(f"data.audio={audio} {trouble}give a folder or a manifest ({', '.join(MANIFESTS)})")
     if config.data.audio is not None and is_url(config.data.latents):
         found.append(
             f"data.latents={config.data.latents} is a URL, to which `prepare` cannot write: remove data.audio, or set "

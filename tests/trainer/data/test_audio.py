@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 
 from tests.recorded import recorded_sounds
-from trainer.data.audio import encode_audio, read_audio, write_audio
+from trainer.data.audio import encode_audio, read_audio, sound_mark, write_audio, write_blocks
 from trainer.data.sound_reader import duration
 
 RATE = 48_000
@@ -195,3 +196,34 @@ def test_recorded_sounds_are_read(tmp_path_factory):
         audio = read_audio(path, sample_rate=RATE)
         assert audio.shape == (1, pytest.approx(duration(path) * RATE, abs=1))
         assert 0 < np.abs(audio).max() < 1.5, path
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 50,000 bytes: writing more is an error, as it is on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_sound_that_the_disk_does_not_take_is_an_os_error_and_leaves_nothing(tmp_path, small_files, suffix):
+    noise = np.random.default_rng(0).normal(size=(1, 10 * RATE)).astype(np.float32)
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_blocks(tmp_path / f"a{suffix}", [noise], RATE, 1)
+    assert caught.value.filename == str(tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_mark_changes_no_sample_and_is_read_back(tmp_path, suffix):
+    marked, plain = tmp_path / f"marked{suffix}", tmp_path / f"plain{suffix}"
+    write_blocks(marked, [tone(1000, 0.1).T], RATE, 1, mark="spresso: seed=0")
+    write_blocks(plain, [tone(1000, 0.1).T], RATE, 1)
+    assert (sound_mark(marked), sound_mark(plain)) == ("spresso: seed=0", "")
+    np.testing.assert_array_equal(soundfile.read(marked)[0], soundfile.read(plain)[0])
+    write_audio(plain, tone(1000, 0.1).T, RATE, mark="another")
+    assert sound_mark(plain) == "another"
+    (tmp_path / "text.wav").write_text("no sound")
+    assert sound_mark(tmp_path / "text.wav") == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,8 @@ from models.atomic_write import write_whole
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import exit_with_parent, explain_dead_workers
+
+logger = logging.getLogger(__name__)
 
 # Indoor sounds may get the reverberation of a room; outdoor sounds may be moved into the distance.
 INDOORS = sounds.INDOORS | signals.INDOORS
@@ -116,8 +119,9 @@ def write_sounds(
     """Fill a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
 
     A line of captions.jsonl is {"file", "caption", "kind", "seconds"}. The file is written last, so its presence means
-    that the folder is complete. A repeated call makes only the missing sounds. The bytes depend neither on the workers
-    nor on interruptions. `progress` is called with the sounds done and the number of sounds.
+    that the folder is complete; one that was edited is kept. A repeated call makes only the missing sounds. The bytes
+    depend neither on the workers nor on interruptions. `progress` is called with the sounds done and the number of
+    sounds.
 
     Returns:
         The number of sounds in the folder.
@@ -140,7 +144,11 @@ def write_sounds(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
-    write_whole(folder / CAPTIONS, "".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not (folder / CAPTIONS).exists():
+        write_whole(folder / CAPTIONS, text)
+    elif (folder / CAPTIONS).read_bytes() != text.encode():
+        logger.warning("%s differs from what was synthesized, and is kept as it is", folder / CAPTIONS)
     return len(lengths)
 
 
