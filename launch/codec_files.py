@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 from launch.conversions import Conversion, Converter, convert_folder
 from launch.encode_record import EncodeRecord
@@ -17,8 +15,10 @@ from launch.own_files import file_ids, is_decoded_sound, is_stream, refusal, req
 from models import bitstream
 from models.bitstream import Header
 from models.codec import read_frames_of
-from models.readable import describe_os_error, require_file
-from trainer.data.audio import can_write, find_audio
+from models.readable import require_file
+from trainer.data.audio import can_write
+from trainer.data.find_sounds import Counts, Found, find_files, find_sounds
+from trainer.file_names import printable
 from trainer.progress import Progress
 
 SUFFIX = ".spr"
@@ -53,7 +53,7 @@ def encode(
     Raises:
         ValueError: source, target or codec can't be used; a single file can't be converted.
     """
-    jobs = _conversions(source, target, find_audio, _stream_of)
+    jobs, passed_over = _conversions(source, target, find_sounds, _stream_of)
     if not source.is_dir():
         require_stream_name(target)
         _require_writable(jobs[0], is_stream, "spresso encode")
@@ -63,12 +63,12 @@ def encode(
         encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
     if not source.is_dir():
         encoder(source, target, lambda _: None)
-        print(f"{target}: {encoder.summary()}", file=sys.stderr)
+        print(f"{printable(str(target))}: {encoder.summary()}", file=sys.stderr)
         return 0
     converter = Converter("encode", encoder, None if force else encoder.made, is_stream)
-    report = convert_folder(source, target, jobs, converter)
+    report = convert_folder(source, target, jobs, converter, passed_over)
     if encoder.files:
-        print(f"{target}: {encoder.summary()}", file=sys.stderr)
+        print(f"{printable(str(target))}: {encoder.summary()}", file=sys.stderr)
     return report.failed
 
 
@@ -111,10 +111,10 @@ def decode(
     if codec is not None:
         require_codec_folder(codec)
     decoder = FileDecoder(codec, device, seed, steps, samples, rate)
-    jobs = _conversions(source, target, find_streams, _sound_of, decoder.outputs)
+    jobs, passed_over = _conversions(source, target, find_streams, _sound_of, decoder.outputs)
     if source.is_dir():
         converter = Converter("decode", decoder, None if force else decoder.made, is_decoded_sound)
-        return convert_folder(source, target, jobs, converter).failed
+        return convert_folder(source, target, jobs, converter, passed_over).failed
     _require_sound_name(target)
     _require_writable(jobs[0], is_decoded_sound, "spresso decode")
     with Progress(f"decode {target.name}", total=1, unit="of all steps") as progress:
@@ -132,8 +132,8 @@ def info(path: Path, *, codec: Path | None) -> None:
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(exports_of(header.model)), None)
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
-    print(f"{path}: {len(content)} bytes")
-    print(f"model   {header.model}" + (f", {folder}" if folder else ", not found under runs/"))
+    print(f"{printable(str(path))}: {len(content)} bytes")
+    print(f"model   {header.model}" + (f", {printable(str(folder))}" if folder else ", not found under runs/"))
     print(f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}")
     bits = header.size.bit_length() - 1
     print(f"codes   {header.books} codebook(s) of {header.size}: {header.books * bits} bits per vector")
@@ -161,11 +161,11 @@ def _rates(header: Header, payload: int, size: int, folder: Path | None) -> Iter
 def _conversions(
     source: Path,
     target: Path,
-    find: Callable[[Path], list[Path]],
+    find: Callable[[Path], Found],
     name: Callable[[Path], Path],
     outputs: Callable[[Path], tuple[Path, ...]] = lambda target: (target,),
-) -> list[Conversion]:
-    """Return the files to convert, each with its target and all that is written.
+) -> tuple[list[Conversion], Counts]:
+    """Return the files to convert, each with its target and all that is written; and what else is in the folder.
 
     Args:
         source: file, or folder that `find` lists.
@@ -185,11 +185,12 @@ def _conversions(
         if target.is_dir():
             inside = target / name(Path(source.name))
             raise ValueError(f"{target} is a folder, but {source} is a file: give a file as output, such as {inside}")
-        return [Conversion(source, target, outputs(target))]
+        return [Conversion(source, target, outputs(target))], Counts()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, but {source} is a folder: give a folder as output")
-    targets = [(path, name(target / path.relative_to(source))) for path in find(source)]
-    return [Conversion(path, to, outputs(to)) for path, to in targets]
+    found = find(source)
+    targets = [(path, name(target / path.relative_to(source))) for path in found.files]
+    return [Conversion(path, to, outputs(to)) for path, to in targets], found.passed_over
 
 
 def _require_writable(job: Conversion, is_ours: Callable[[Path], bool], writer: str) -> None:
@@ -205,23 +206,12 @@ def _require_sound_name(target: Path) -> None:
         raise ValueError(f"{target}: sound can be written as .wav, .flac, .ogg, not as {target.suffix!r}")
 
 
-def find_streams(folder: Path) -> list[Path]:
-    """Return all streams below a folder, sorted, without hidden files and folders.
-
-    Raises:
-        ValueError: the folder, or one below it, can't be listed; or there is no stream.
-    """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise ValueError(describe_os_error(error)) from error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIX) and name[0] != "."]
-    if not found:
+def find_streams(folder: Path) -> Found:
+    """Find all streams below a folder as `find_files` does; raises ValueError if the folder holds no stream."""
+    found = find_files(folder, (SUFFIX,))
+    if not found.files:
         raise ValueError(f"{folder} holds no streams: give a folder with {SUFFIX} files")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return found
 
 
 def _stream_of(sound: Path) -> Path:

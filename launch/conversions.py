@@ -9,10 +9,13 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launch.own_files import file_ids, refusal
 from models.atomic_write import write_whole
 from models.readable import describe_os_error, require_file
+from trainer.data.find_sounds import Counts
+from trainer.file_names import as_unicode, printable
 from trainer.progress import Progress
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -44,12 +47,14 @@ class ConversionReport:
     failed: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
     """{"file", "reason"} of each file that failed."""
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    """Suffix or reason → {"count", "names"} of what else lies in the folder; the first 1,000 names."""
 
     def fail(self, source: Path, reason: str) -> None:
         """Count a failed file and name it on stderr."""
         self.failed += 1
-        self.problems.append({"file": str(source), "reason": reason})
-        print(f"spresso: {named(source, reason)}", file=sys.stderr)
+        self.problems.append({"file": as_unicode(str(source)), "reason": as_unicode(reason)})
+        print(f"spresso: {printable(named(source, reason))}", file=sys.stderr)
 
     def write(self, path: Path) -> None:
         """Write the report."""
@@ -70,7 +75,9 @@ class Converter:
     """Whether an existing file was written by the command and may be replaced."""
 
 
-def convert_folder(folder: Path, out: Path, jobs: Sequence[Conversion], converter: Converter) -> ConversionReport:
+def convert_folder(
+    folder: Path, out: Path, jobs: Sequence[Conversion], converter: Converter, passed_over: Counts
+) -> ConversionReport:
     """Convert all files of a folder. A failure is named and counted, and does not stop the others.
 
     Files that must not be written are named before anything is written.
@@ -79,7 +86,8 @@ def convert_folder(folder: Path, out: Path, jobs: Sequence[Conversion], converte
         ValueError: the file in the report's place is not a report.
         OSError: the disk is full or can't be written.
     """
-    report = ConversionReport(f"spresso {converter.command}", str(folder), files=len(jobs))
+    report = ConversionReport(f"spresso {converter.command}", as_unicode(str(folder)), files=len(jobs))
+    report.passed_over = passed_over.report()
     place = out / f"{converter.command}.report.json"
     _require_report(place, report.written_by)
     inputs = file_ids(job.source for job in jobs)
@@ -93,8 +101,9 @@ def convert_folder(folder: Path, out: Path, jobs: Sequence[Conversion], converte
     finally:
         report.write(place)
     counts = f"{report.done} done, {report.already_there} already there, {report.failed} failed"
+    besides = f"; passed over {passed_over}" if passed_over.kinds else ""
     more = f"; {place} names the failed files" if report.failed else ""
-    print(f"{converter.command}: {counts}{more}", file=sys.stderr)
+    print(printable(f"{converter.command}: {counts}{besides}{more}"), file=sys.stderr)
     return report
 
 
@@ -162,7 +171,8 @@ def _colliding(jobs: Sequence[Conversion], out: Path) -> dict[Path, str]:
                 refused[source] = f"{source} and {others[0]} would both be written to {path}: rename one"
         if not any(source in refused for source, _ in writes):
             first, second = writes[0][1], writes[1][1]
-            print(f"spresso: {first} and {second} are one file on a disk that ignores case", file=sys.stderr)
+            said = printable(f"{first} and {second} are one file on a disk that ignores case")
+            print(f"spresso: {said}", file=sys.stderr)
     return refused
 
 

@@ -18,6 +18,7 @@ from models.encoding import encode_sound
 from models.resampling import Audio
 from trainer.data.audio import sound_length
 from trainer.data.sound_reader import SoundReader
+from trainer.file_names import printable
 from trainer.files import file_digest
 
 
@@ -65,7 +66,7 @@ class FileEncoder:
         if version_of(source) != version:
             raise ValueError(f"{source} was changed while it was read: encode it again when nothing writes it")
         for note in notes:
-            print(f"spresso: {source} {note}", file=sys.stderr)
+            print(f"spresso: {printable(f'{source} {note}')}", file=sys.stderr)
         content = bitstream.write(stream, coder=self.coder)
         write_whole(target, content)
         if self.record is not None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from launch.find_exports import find_exports
 from models.codec import SPresso
 from models.readable import folder_trouble
+from trainer.file_names import printable
 
 
 def newest_codec() -> Path:
@@ -42,7 +44,7 @@ def exports_of(model: str) -> Iterable[Path]:
 
 
 def _exports() -> list[Path]:
-    return sorted(path.parent for path in Path("runs").glob("**/export/codec.json"))
+    return find_exports(Path("runs"))
 
 
 def require_codec_folder(folder: Path) -> None:
@@ -59,5 +61,5 @@ def load_codec(folder: Path, device: str) -> SPresso:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     spresso = SPresso.from_pretrained(folder, device=device)
-    print(f"codec {folder}, model {spresso.model_hash[:8]}", file=sys.stderr)
+    print(f"codec {printable(str(folder))}, model {spresso.model_hash[:8]}", file=sys.stderr)
     return spresso

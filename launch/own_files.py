@@ -12,7 +12,8 @@ from pathlib import Path
 
 from models import bitstream
 from models.readable import describe_os_error, kind_of
-from trainer.data.audio import SUFFIXES, sound_mark
+from trainer.data.audio import sound_mark
+from trainer.data.find_sounds import SUFFIXES
 
 FileId = tuple[int, int]
 """Device and inode: the same for all links to a file and all spellings of its name."""

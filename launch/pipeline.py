@@ -12,12 +12,14 @@ from pathlib import Path
 from launch.local import train_here
 from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.resume import was_followed
+from trainer.data.find_sounds import summary_of
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.synth.dataset import write_sounds
 from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
+from trainer.file_names import printable
 from trainer.page import clear_page, write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
@@ -127,6 +129,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             shard_mb=config.data.shard_mb,
             part=part,
             parts=parts,
+            own=[Path(config.run_dir)],
             progress=show,
         )
     if report is None:
@@ -135,6 +138,10 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     say(f"  {report.files} files, {report.clips['train']} clips for training, {report.clips['test']} held out")
     if report.problems:
         say(f"  {len(report.problems)} files left out, see {config.data.latents}/report.json")
+    if report.passed_over:
+        say(f"  passed over: {summary_of(report.passed_over)}, see {config.data.latents}/report.json")
+    for kind, entries in report.captions.items():
+        say(f"  {kind} ({entries['count']:,}), such as {printable(', '.join(entries['names'][:3]))}")
 
 
 def train(config: Config, stage: str, how: Callable[[Config, str], str] | None = None) -> str:

@@ -7,6 +7,7 @@ readers still never see such a file in part.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -15,18 +16,21 @@ from pathlib import Path
 
 from models.readable import kind_of
 
+_LONGEST = 255  # bytes of a file name on all common file systems
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
-    The hidden name contains the host and the process id, so several processes may write the same file.
+    The hidden name contains the host and the process id, so several processes may write the same file. If it would be
+    too long for the file system, a hash stands for the file's name.
 
     Raises:
         ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
     require_no_special_file(path)
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    partial = path.with_name(_hidden_name(path.name, f".{os.uname().nodename}-{os.getpid()}.partial"))
     try:
         yield partial
         if durable:
@@ -34,6 +38,13 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _hidden_name(name: str, ending: str) -> str:
+    hidden = f".{name}{ending}"
+    if len(os.fsencode(hidden)) <= _LONGEST:
+        return hidden
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{ending}"
 
 
 def require_no_special_file(path: Path) -> None:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import soundfile
@@ -17,31 +16,9 @@ from models.atomic_write import replacing
 from models.resampling import Audio, resample
 from trainer.data.sound_reader import SoundReader
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 _MAX_VORBIS_RATE = 192_000  # Hz; libvorbis refuses more, which crashes libsndfile
 _WRITE_BLOCK = 1 << 16  # samples; libsndfile overflows its stack if it encodes minutes of audio to Vorbis in one call
-
-
-def find_audio(folder: Path) -> list[Path]:
-    """Find all sound files below a folder by suffix, sorted by relative path; hidden files and folders are skipped.
-
-    Raises:
-        ValueError: the folder is missing, can't be listed or holds no sound files.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds sound files")
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    if not found:
-        raise ValueError(f"{folder} holds no sound: give a folder with sound files ({', '.join(SUFFIXES)})")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
 
 
 def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
@@ -155,7 +132,7 @@ def can_write(path: Path) -> bool:
 def sound_length(path: Path) -> tuple[int, int] | None:
     """Return samples and sample rate (Hz) of a sound file according to its header, or None if it can't be read."""
     try:
-        found = soundfile.info(path)
+        found = soundfile.info(os.fsencode(path))
     except (soundfile.LibsndfileError, ZeroDivisionError):
         return None
     return found.frames, found.samplerate

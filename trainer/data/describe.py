@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data.audio import sound_mark, write_audio
 from trainer.data.shard_set import ShardSet
+from trainer.file_names import printable
 
 _MARK = "spresso data --play-to"
 """The mark in the sounds that are written, by which they are known and may be replaced."""
@@ -45,7 +46,7 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     metadata = [shard_set.metadata(int(id_)) for id_ in _spread(candidates, _DESCRIBED)]
     lines += ["", *_sources(metadata, complete=len(metadata) == len(shard_set))]
     shown = [metadata[int(index)] for index in _spread(len(metadata), captions)]
-    lines += ["", "captions", *(f"  {entry.get('caption') or '(none)'}" for entry in shown)]
+    lines += ["", "captions", *(f"  {printable(str(entry.get('caption') or '(none)'))}" for entry in shown)]
     return "\n".join(lines)
 
 
@@ -117,7 +118,7 @@ def _sources(metadata: list[dict[str, Any]], *, complete: bool) -> list[str]:
     folders = Counter(name.rpartition("/")[0] or "." for name in names)
     summary = f"{len(names):,} files in {len(folders)} folder(s)"
     head = summary if complete else f"{summary} among {len(metadata)} samples"
-    return [f"sources     {head}", *(f"  {count:>6,}  {folder}" for folder, count in folders.most_common(5))]
+    return [f"sources     {head}", *(f"  {count:>6,}  {printable(folder)}" for folder, count in folders.most_common(5))]
 
 
 def _text(shard_set: ShardSet) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from models.atomic_write import write_whole
 from trainer.data.clips import AudioEncoder, clip_starts
-from trainer.data.sound_files import SoundFile, held_out
+from trainer.data.groups import groups, held_out
+from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import duration
 
 SPLITS = ("train", "test")
@@ -43,14 +44,13 @@ def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
 
 def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
-    if memory.is_file():
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    else:
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
+    if not all(source.key in known for source in sources):
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda source: duration(source.path), sources)
-            known = {source.name: seconds for source, seconds in zip(sources, found, strict=True)}
+            known = {source.key: seconds for source, seconds in zip(sources, found, strict=True)}
         write_whole(memory, json.dumps(known))
-    return {source: known[source.name] for source in sources}
+    return {source: known[source.key] for source in sources}
 
 
 def plan_units(
@@ -60,7 +60,8 @@ def plan_units(
 
     Unreadable files have length 0. They are not held out; encoding them reports the reason.
     """
-    tested = held_out((source.base_name for source in seconds if seconds[source]), fraction=holdout, seed=seed)
+    group_of = dict(zip(seconds, groups([source.place for source in seconds]), strict=True))
+    tested = held_out((group_of[source] for source in seconds if seconds[source]), fraction=holdout, seed=seed)
     units = []
     for split in SPLITS:
         clip_bytes = _SAMPLE_OVERHEAD + 2 * ae.latent_channels * ae.frames(clip_samples)
@@ -68,7 +69,7 @@ def plan_units(
             clip_bytes += 3 * ae.channels * clip_samples
         number, room = -1, 0
         for source in seconds:
-            if (source.base_name in tested) != (split == "test"):
+            if (group_of[source] in tested) != (split == "test"):
                 continue
             size = clip_bytes * len(clip_starts(round(seconds[source] * ae.sample_rate), clip_samples))
             if number < 0 or size > room:

@@ -11,12 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.readable import file_trouble, require_file
+from trainer.recipes.paths import expand_homes, expanded, names_path
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)
 """Keys whose value may be a name: the name stands for the content of `configs/KEY/NAME.yaml`."""
+_NONE = ("", "null", "Null", "NULL")
 _MODEL = "model"
 """Key whose value names a file in `configs/model/` with all settings of a pretrained model, under several keys."""
 
@@ -42,6 +44,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
+    expand_homes(config)
     if found := problems(config, released=released):
         raise ValueError("\n".join(found))
     return config
@@ -49,7 +52,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
 
 def find_recipe(recipe: str) -> Path:
     """Return the path of a recipe that is given by path or by its name in `configs/`; raises ValueError."""
-    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+    for path in (Path(expanded(recipe)), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -97,7 +100,7 @@ def _with_model(
 
 def find_choice(key: str, name: str) -> Path:
     """Return the file that `key=name` stands for: the path itself, or `configs/key/name.yaml`; raises ValueError."""
-    for path in (Path(name), RECIPES / key / f"{name}.yaml"):
+    for path in (Path(expanded(name)), RECIPES / key / f"{name}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
@@ -121,6 +124,12 @@ def _parse(overrides: list[str]) -> DictConfig:
             raise ValueError(f"{override!r} is not an override: write key=value, such as autoencode.lr=1e-4")
     parsed = []
     for override in overrides:
+        key, _, value = override.partition("=")
+        if (names_path(key) or (key == "name" and " #" in value)) and value not in _NONE and value[0] not in "'\"":
+            # A path is not YAML, in which ` #` begins a comment and `~` is nothing.
+            parsed.append(OmegaConf.create({}))
+            OmegaConf.update(parsed[-1], key, value)
+            continue
         try:
             parsed.append(OmegaConf.from_dotlist([override]))
         except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
+from trainer.file_names import as_unicode, printable
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.stages import STAGES
@@ -292,6 +293,11 @@ def _folders(config: Config) -> list[str]:
         f"data.mix: {folder} is not a set and has no train/"
         for folder in config.data.mix
         if not is_url(folder) and not any((Path(folder) / name).exists() for name in ("train", "set.json"))
+    ]
+    found += [
+        f"{key}={printable(value)} is not UTF-8, which config.yaml has to be: rename it, or make a link to it"
+        for key, value in flatten(config).items()
+        if isinstance(value, str) and as_unicode(value) != value
     ]
     latents = Path(config.data.latents)
     if latents.is_dir() and any(latents.glob("*.tar")):

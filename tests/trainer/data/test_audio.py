@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from tests.recorded import recorded_sounds
-from trainer.data.audio import encode_audio, find_audio, read_audio, sound_mark, write_audio, write_blocks
+from trainer.data.audio import encode_audio, read_audio, sound_mark, write_audio, write_blocks
 from trainer.data.sound_reader import duration
 
 RATE = 48_000
@@ -78,7 +78,6 @@ def test_one_sample_is_read(tmp_path):
 def test_odd_names_are_read(tmp_path):
     path = tmp_path / "Tür öffnet – 門が開く 🚪.v2.WAV"
     soundfile.write(path, tone(440, 0.1), RATE, format="WAV")
-    assert find_audio(tmp_path) == [path]
     assert read_audio(path, sample_rate=RATE).shape == (1, 4800)
 
 
@@ -188,24 +187,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         write_audio(tmp_path / "a.xyz", tone(440, 0.1).T, RATE)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_find_audio_is_recursive_sorted_and_passes_over_hidden_files(tmp_path):
-    for name in ["b.wav", "a/z.FLAC", "a/b/c.ogg", "a.mp3", "notes.txt", ".hidden.wav", ".git/x.wav", "a/._b.wav"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "link.oga").symlink_to(tmp_path / "b.wav")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_audio(tmp_path)]
-    assert found == ["a.mp3", "a/b/c.ogg", "a/z.FLAC", "b.wav", "link.oga"]
-
-
-def test_a_folder_without_sound_is_refused(tmp_path):
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(ValueError, match=r"holds no sound: .*\.wav, \.flac"):
-        find_audio(tmp_path)
-    for path in (tmp_path / "missing", tmp_path / "a.txt"):
-        with pytest.raises(ValueError, match=f"{path.name} is not a folder"):
-            find_audio(path)
 
 
 def test_recorded_sounds_are_read(tmp_path_factory):
