@@ -100,6 +100,9 @@ def convert_folder(
         report.finished = True
     finally:
         report.write(place)
+    if odd := [job.source.name for job in jobs if as_unicode(job.source.name) != job.source.name]:
+        what = "1 name is not UTF-8" if len(odd) == 1 else f"{len(odd)} names are not UTF-8"
+        print(f"spresso: {what}, which some programs can't open: {printable(odd[0])}", file=sys.stderr)
     counts = f"{report.done} done, {report.already_there} already there, {report.failed} failed"
     besides = f"; passed over {passed_over}" if passed_over.kinds else ""
     more = f"; {place} names the failed files" if report.failed else ""
