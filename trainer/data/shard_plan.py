@@ -12,8 +12,8 @@ from pathlib import Path
 from models.atomic_write import write_whole
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.groups import groups, held_out
-from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import duration
+from trainer.data.sources import SoundFile
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
