@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
+from models.export import read_description
 from models.sizes import Sampling
 from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
 from trainer.progress import Progress
@@ -370,7 +370,12 @@ def fitting_codec(model: str, source: Path) -> Path:
 
 def _of_model(model: str) -> Iterable[Path]:
     for path in _exports():
-        if json.loads((path / "codec.json").read_text()).get("model", "").startswith(model):
+        try:
+            found = read_description(path)["model"].startswith(model)
+        except (ValueError, OSError) as error:  # a damaged export must not hide the others
+            print(f"spresso: {path} is passed over: {error}", file=sys.stderr)
+            continue
+        if found:
             yield path
 
 
