@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -131,12 +130,3 @@ def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
         return _scan(path)
     except (ValueError, OSError) as error:
         return str(error)
-
-
-def info_of(folder: Path) -> SetInfo | None:
-    """Return the content of the folder's `set.json`, or None if that file is missing or unreadable."""
-    try:
-        description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-        return SetInfo(**{name: description[name] for name in SetInfo.__dataclass_fields__ if name in description})
-    except (OSError, ValueError, TypeError):
-        return None

@@ -8,14 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Annotated
 
-from models.atomic_write import write_whole
+import msgspec
+
+from models.documents import damaged, read_json, write_json
 from trainer.data.audio import duration
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.sound_files import SoundFile, held_out
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _THREADS = 8  # threads that read headers; on a network file system they mostly wait
 
 
@@ -43,13 +47,16 @@ def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
 
 def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
-    if memory.is_file():
-        known = json.loads(memory.read_text(encoding="utf-8"))
+    if memory.exists():
+        mend = "remove it, and the lengths are read again"
+        known = read_json(memory, dict[str, _Seconds], mend=mend, finite=True)
+        if missing := next((source.name for source in sources if source.name not in known), None):
+            raise damaged(memory, f"it lacks {missing}", mend)
     else:
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda source: duration(source.path), sources)
             known = {source.name: seconds for source, seconds in zip(sources, found, strict=True)}
-        write_whole(memory, json.dumps(known))
+        write_json(memory, known)
     return {source: known[source.name] for source in sources}
 
 

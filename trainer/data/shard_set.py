@@ -18,11 +18,12 @@ import soundfile
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
+from models.documents import DamagedDocument, opened
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
+from trainer.data.set_description import read_description
 from trainer.data.shards import (
     INDEX_ROWS,
     MAKE_AGAIN,
-    SET_VERSION,
     DamagedSample,
     SetInfo,
     pread,
@@ -62,18 +63,18 @@ class ShardSet:
             self.location, self._cache, folder = folder.url, folder, folder.folder
         self.folder = folder
         try:
-            description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+            description = read_description(folder, self.location)
+            with opened(folder / "index.npy"):  # a pipe would hold up numpy
+                pass
             self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
+        except DamagedDocument:
+            raise
         except ValueError as error:
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
-        if description.pop("version", None) != SET_VERSION:
-            raise ValueError(f"{self.location}/set.json was written by another version of spresso: {MAKE_AGAIN}")
         shards = description.pop("shards")
-        if strays := [shard["name"] for shard in shards if Path(shard["name"]).name != shard["name"]]:
-            raise ValueError(f"{self.location}/set.json names a shard outside of the set's folder: {strays[0]}")
         self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
         self.fingerprint: str = description.pop("fingerprint")
         samples: int = description.pop("samples")
