@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
 
 from models.atomic_write import write_whole
+from models.documents import damaged, read_yaml, write_json
 from trainer.checkpoints.names import checkpoints
-from trainer.files import read_json
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
 from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
+from trainer.run_documents import read_optional, read_status
 from trainer.stages import STAGES
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class RunDirectory:
         self.require_same(config, inputs)
         self.permitted()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "inputs.json", json.dumps(inputs, indent=2))
+        write_json(self.path / "inputs.json", inputs, indent=2)
         write_whole(self.path / "config.yaml", to_yaml(config))
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
@@ -92,7 +92,7 @@ class RunDirectory:
         before = self._relevant(added_later() | _flatten_stored(self._stored_config(), known))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
-            before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
+            before |= {f"input {name}": value for name, value in self._stored_inputs().items()}
         differing = [
             f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
             for key in sorted(before.keys() | relevant.keys())
@@ -108,24 +108,36 @@ class RunDirectory:
     def _stored_config(self) -> dict[Any, Any]:
         path = self.path / "config.yaml"
         try:
-            stored = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
-        except (OSError, ValueError, YAMLError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}): take another run_dir=…, or remove {self.path}"
-            ) from None
+            stored = OmegaConf.to_container(read_yaml(path, mend=self._mend))
+        except OmegaConfBaseException as error:
+            raise damaged(path, error, self._mend) from None
         assert isinstance(stored, dict)
         return stored
 
+    def _stored_inputs(self) -> dict[str, str]:
+        return read_optional(self.path / "inputs.json", dict[str, str], mend=self._mend) or {}
+
+    @property
+    def _mend(self) -> str:
+        return f"restore it, take another run_dir=…, or remove {self.path}"
+
     @property
     def status(self) -> dict[str, Any]:
-        """The status that `write_status` wrote last; empty if there is none."""
-        return read_json(self.path / "status.json")
+        """The status that `write_status` wrote last; empty, with a warning, if it is damaged.
+
+        A run that has no status goes on from its newest checkpoint and writes its status again.
+        """
+        try:
+            return read_status(self.path)
+        except ValueError as error:
+            logger.warning("%s", error)
+            return {}
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json` with a state (running, stopped or done) and further facts."""
         self.permitted()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
-        write_whole(self.path / "status.json", json.dumps(status, indent=2), durable=False)
+        write_json(self.path / "status.json", status, indent=2, durable=False)
 
     def done(self, config: Config) -> bool:
         """Whether this stage is done, with at least as many samples as the config says."""

@@ -10,7 +10,6 @@ webMUSHRA adds the hidden reference itself. The anchors are the reference, low-p
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from models.documents import to_json
 from trainer.data.audio import Audio, read_audio, write_audio
 
 MOST_CONDITIONS = 12
@@ -94,7 +94,7 @@ def write_listening_test(
     text = yaml.safe_dump(_test(name, pages), sort_keys=False, allow_unicode=True)
     config.write_text(text, encoding="utf-8")
     known = {"seed": seed, "model": report.get("model_hash"), "identity": report.get("identity"), "trials": key}
-    key_file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    key_file.write_text(to_json(known, indent=1, ascii=False) + "\n", encoding="utf-8")
     return ListeningTest(config, key_file, len(trials), len(chosen) + len(ANCHORS))
 
 
