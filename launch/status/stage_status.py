@@ -15,7 +15,7 @@ from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
-from models.documents import Lines
+from models.documents import Lines, read_bytes
 from trainer.run_documents import metrics_lines, read_status
 
 SILENT_AFTER = 900.0
@@ -189,8 +189,8 @@ class StageStatus:
         assert self.job is not None
         path = Path(self.job.submission) / "jobs" / f"{self.job.job}_submission.sh"
         try:
-            match = re.search(r"^#SBATCH --array=0-(\d+)", path.read_text("utf-8"), re.MULTILINE)
-        except OSError:
+            match = re.search(rb"^#SBATCH --array=0-(\d{1,9})\b", read_bytes(path, mend=""), re.MULTILINE)
+        except (ValueError, OSError):
             return 0
         return int(match[1]) + 1 if match else 0
 
