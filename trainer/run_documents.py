@@ -38,7 +38,7 @@ class MetricsLine(TypedDict):
     time: NotRequired[Moment]
     loss: NotRequired[float | None]
     loss_ema: NotRequired[float | None]
-    loss_bins: NotRequired[list[float | None]]
+    loss_bins: NotRequired[list[float | None] | None]
     samples_per_second: NotRequired[float | None]
 
 

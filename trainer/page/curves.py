@@ -158,7 +158,7 @@ def _short(samples: float) -> str:
 
 
 def _point(line: Mapping[str, Any]) -> Point:
-    by_noise = tuple(_finite(loss) for loss in line.get("loss_bins", ()))
+    by_noise = tuple(_finite(loss) for loss in line.get("loss_bins") or ())
     return Point(line["samples"], _finite(line.get("loss")), _finite(line.get("loss_ema")), by_noise)
 
 
