@@ -12,6 +12,8 @@ from models.documents import Positive, build, damaged, fits
 
 _LARGEST = 2**24
 """The largest size that a config may name, see `models.documents.Size`."""
+_DEEPEST = 2**12
+"""The largest number of Transformer blocks."""
 _MEND = "export it again"
 
 
@@ -95,11 +97,11 @@ class DiTConfig:
 def _out_of_range(config: object, names: tuple[str, ...], *, least: int = 1) -> Iterator[str]:
     """Yield a line for each of the sizes that is below `least`, or that no model has."""
     for name in names:
-        value = getattr(config, name)
+        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else _LARGEST
         if value < least:
             yield f"{name} is {value}: give at least {least}"
-        elif value > _LARGEST:
-            yield f"{name} is {value}: give at most {_LARGEST}"
+        elif value > most:
+            yield f"{name} is {value}: give at most {most}"
 
 
 STABLE_AUDIO_TEXT_TOKENS = 128
