@@ -105,7 +105,7 @@ class Ours(System):
     def step(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
         losses_B = self.strategy.forward(Inputs(x0=x0_BCT, positions=positions_B)).total({})
         self.strategy.backward(losses_B.mean(), last=True)
-        self.saver.copied()  # the loop waits here too, before the weights change
+        self.saver.wait_for_copy()  # the loop waits here too, before the weights change
         self.strategy.step(LR, lambda norm: True)
         self.steps += 1
         self.ema.update(self.steps * GLOBAL_BATCH, GLOBAL_BATCH)
@@ -114,10 +114,12 @@ class Ours(System):
     def save(self, path: Path) -> None:
         meta = {"steps": self.steps, "base": self.base}
         self.saver.save(int(path.name.removeprefix("step_")), self.state.owned(), meta)
-        self.stalled_in_call = self.saver.stalled
+        self.stalled_in_call = self.saver.waited_seconds
 
     def stall_seconds(self, call_seconds: float) -> float:
-        return call_seconds + self.saver.stalled - self.stalled_in_call  # a later step may have waited for the copy
+        return (
+            call_seconds + self.saver.waited_seconds - self.stalled_in_call
+        )  # a later step may have waited for the copy
 
     def settle(self, path: Path) -> None:
         self.saver.wait()
@@ -126,7 +128,7 @@ class Ours(System):
         """Load the newest whole checkpoint and verify its checksums, as the loop does."""
         from trainer.checkpoints import checkpoint
 
-        newest = checkpoint.latest(path.parent)
+        newest = checkpoint.newest_on_all_ranks(path.parent)
         assert newest == path, f"{newest} is found, not {path}"
         self.state.load(newest)
         self.steps = self.state.steps

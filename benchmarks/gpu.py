@@ -77,8 +77,8 @@ def measure(folder: Path, device: str, small: bool, row: str) -> None:
 
     def timed(saver: Saver) -> None:
         copied(saver)
-        if saver.stalled != stalls[-1]:
-            stalls.append(saver.stalled)
+        if saver.waited_seconds != stalls[-1]:
+            stalls.append(saver.waited_seconds)
 
     Saver.copied = timed  # type: ignore[method-assign]
     train(config, subject.STAGE)

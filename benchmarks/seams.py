@@ -36,7 +36,9 @@ Decode = Callable[[SPresso, Tensor, Tensor], tuple[Tensor, list[int]]]
 
 def jointly(codec: SPresso, z_1ZN: Tensor, noise_1CT: Tensor) -> tuple[Tensor, list[int]]:
     """Decode as the codec does; return x0 and the frames where windows meet in the last two steps."""
-    joint = windows.Joint(codec.dit, codec.f, window=codec.config.window, pooling=codec.config.latent_encoder.pooling)
+    joint = windows.JointWindows(
+        codec.dit, codec.f, window=codec.config.window, pooling=codec.config.latent_encoder.pooling
+    )
     met = []
     for joint.step in (0, 1):
         met += joint.starts(noise_1CT.shape[-1])[1:-1]

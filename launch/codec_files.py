@@ -17,9 +17,12 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso, read_frames_of
+from models.encoding import encode_sound
 from models.export import read_description
+from models.resampling import Audio, fit_blocks, resample
 from models.sizes import Sampling
-from trainer.data.audio import can_write, find_audio, read_sound, resample, resampled, sound_length, write_blocks
+from trainer.data.audio import can_write, find_audio, sound_length, write_blocks
+from trainer.data.sound_reader import SoundReader
 from trainer.progress import Progress
 
 SUFFIX = ".spr"
@@ -44,12 +47,21 @@ class FileEncoder:
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Encode one file. Raises ValueError, OSError."""
-        sound, rate = read_sound(source)
-        samples, ours = sound.shape[-1], self.spresso.autoencoder.sample_rate
-        audio = resample(sound, rate, ours, samples=self.spresso.samples(samples, rate))
-        stream = self.spresso.encode(
-            torch.from_numpy(audio), books=self.books, channels=self.channels, origin=(samples, rate)
-        )
+        with SoundReader(source) as reader:
+            rate = reader.rate
+        notes: list[str] = []
+
+        def blocks() -> Iterator[Audio]:
+            with SoundReader(source) as reader:
+                yield from (block.T for block in reader.blocks())
+                notes[:] = reader.notes
+
+        with torch.inference_mode():
+            stream = encode_sound(
+                self.spresso, blocks, sample_rate=rate, books=self.books, channels=self.channels, progress=progress
+            )
+        for note in notes:
+            print(f"spresso: {source} {note}", file=sys.stderr)
         content = bitstream.write(stream, coder=self.coder)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
@@ -153,14 +165,9 @@ class FileDecoder:
     ) -> None:
         header, rate = stream.header, self.rate or stream.header.rate
         blocks = spresso.decode_blocks(stream, seed=seed, sampling=self._sampling(spresso), progress=show)
-        audio = resampled(
-            (block.cpu().numpy() for block in blocks),
-            spresso.autoencoder.sample_rate,
-            rate,
-            channels=header.channels,
-            samples=self._length(header),
-        )
-        write_blocks(path, audio, rate, header.channels)
+        ours, channels = spresso.autoencoder.sample_rate, header.channels
+        audio = resample((block.cpu().numpy() for block in blocks), ours, rate, channels=channels)
+        write_blocks(path, fit_blocks(audio, self._length(header), channels=channels), rate, channels)
 
     def made(self, source: Path, target: Path) -> bool:
         """Whether the target exists, has the expected length and rate, and is no older than its source."""

@@ -41,14 +41,14 @@ def train_here(config: Config, stage: str) -> str:
             # imported under the flag: importing torch takes seconds, during which a signal may arrive
             from trainer.loop import train
 
-            outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
+            outcome = train(config, stage, stop=stop, require_ownership=_ownership_check(config, stage))
             return "stopped" if stop() else outcome
     finally:
         if not launched:
             owner.release(folder, os.environ.pop(TOKEN))
 
 
-def _permitted(config: Config, stage: str) -> Callable[[], None]:
+def _ownership_check(config: Config, stage: str) -> Callable[[], None]:
     """Return a function that raises Superseded if another start of the run has taken over the directory."""
     folder = stage_folder(config, stage)
     return (lambda: owner.require(folder)) if TOKEN in os.environ else (lambda: None)
@@ -110,7 +110,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
 
             from trainer.loop import train
 
-            outcome = train(config, stage, stop=stop, permitted=_permitted(config, stage))
+            outcome = train(config, stage, stop=stop, require_ownership=_ownership_check(config, stage))
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:

@@ -65,13 +65,21 @@ class AudioAE(nn.Module):
     def encode_blocks(self, read: Callable[[int, int], Tensor], samples: int) -> Tensor:
         """Encode as `encode` does, but get the audio in blocks from `read(first, last)`, which returns the samples
         `first` to `last` as `(B, channels, …)`."""
-        frames, parts = self.frames(samples), []
-        for first, last, begin, end in self._blocks(frames):
-            audio = read(begin * self.hop, min(samples, (end - self.surplus_frames) * self.hop))
-            padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
-            with torch.autocast(audio.device.type, enabled=False):
-                parts.append(self._encode(padded)[..., first - begin : last - begin])
+        parts = [self.encode_range(read(first, last), kept) for first, last, kept in self.ranges(samples)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def ranges(self, samples: int) -> Iterator[tuple[int, int, slice]]:
+        """Yield, for each block of a sound of `samples` samples, the arguments of `encode_range`: the first sample and
+        the one after the last, and which of the frames are kept. The kept frames of all blocks are the sound's."""
+        for first, last, begin, end in self._blocks(self.frames(samples)):
+            until = min(samples, (end - self.surplus_frames) * self.hop)
+            yield begin * self.hop, until, slice(first - begin, last - begin)
+
+    def encode_range(self, audio: Tensor, kept: slice) -> Tensor:
+        """Encode the samples `(B, channels, …)` of one of `ranges`; return the `kept` frames."""
+        padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
+        with torch.autocast(audio.device.type, enabled=False):
+            return self._encode(padded)[..., kept]
 
     def decode(self, x0: Tensor) -> Tensor:
         """Decode latents `(B, latent_channels, frames)` to audio `(B, channels, (frames - surplus_frames) · hop)`.

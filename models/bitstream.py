@@ -40,6 +40,7 @@ GAIN_RANGE_DB = (-128 * GAIN_STEP_DB, 127 * GAIN_STEP_DB)
 MAX_SAMPLES = 2**35 - 1
 MAX_CHANNELS = 8
 MAX_BOOKS = 255
+_FRAMES_AT_ONCE = 1 << 12  # a multiple of 8, so that the codes of so many frames fill whole bytes
 MAX_CODE_BITS = 31
 RATES = (
     *(8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100),
@@ -67,7 +68,7 @@ class EntropyCoder(Protocol):
     size: int
     hash: bytes
 
-    def encode(self, codes: npt.NDArray[np.int64]) -> bytes:
+    def encode(self, codes: Codes) -> bytes:
         """Encode codes (rows, frames, books) to bytes."""
 
     def decode(self, data: bytes, rows: int, frames: int, books: int) -> npt.NDArray[np.int64]:
@@ -136,7 +137,7 @@ def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
         raise ValueError(f"codes of shape {codes.shape} are not (rows={header.rows}, frames, books={header.books})")
     payload, prior = pack(codes.reshape(-1, header.books), header.size), b""
     if coder is not None and coder.size == header.size:
-        coded = coder.encode(codes.astype(np.int64)).ljust(-(-len(payload) // MOST_COMPRESSION), b"\0")
+        coded = coder.encode(codes).ljust(-(-len(payload) // MOST_COMPRESSION), b"\0")
         if len(coded) + _PRIOR_BYTES < len(payload):
             payload, prior = coded, coder.hash[:_PRIOR_BYTES]
     body = _encode_header(header, prior) + payload
@@ -208,8 +209,11 @@ def pack(codes: Codes, size: int) -> bytes:
     if codes.size and (codes.min() < 0 or codes.max() >= size):
         raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], outside [0, {size})")
     shifts = np.arange(code_bits - 1, -1, -1)
-    bits = (codes.astype(np.int64)[..., None] >> shifts) & 1
-    return np.packbits(bits.astype(np.uint8)).tobytes()
+    packed = []
+    for first in range(0, len(codes), _FRAMES_AT_ONCE):
+        bits = (codes[first : first + _FRAMES_AT_ONCE].astype(np.int64)[..., None] >> shifts) & 1
+        packed.append(np.packbits(bits.astype(np.uint8)).tobytes())
+    return b"".join(packed)
 
 
 def unpack(data: bytes, frames: int, books: int, size: int) -> npt.NDArray[np.int64]:
@@ -222,9 +226,14 @@ def unpack(data: bytes, frames: int, books: int, size: int) -> npt.NDArray[np.in
     expected = -(-frames * books * code_bits // 8)
     if len(data) != expected:
         raise ValueError(f"{frames} × {books} codes of {code_bits} bits take {expected} bytes, not {len(data)}")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=frames * books * code_bits)
     place_values = 1 << np.arange(code_bits - 1, -1, -1, dtype=np.int64)
-    return bits.reshape(frames, books, code_bits) @ place_values
+    codes = np.empty((frames, books), np.int64)
+    each = books * code_bits  # bits of a frame
+    for first in range(0, frames, _FRAMES_AT_ONCE):
+        part = codes[first : first + _FRAMES_AT_ONCE]
+        octets = np.frombuffer(data, np.uint8, -(-len(part) * each // 8), first * each // 8)
+        part[:] = np.unpackbits(octets, count=len(part) * each).reshape(*part.shape, code_bits) @ place_values
+    return codes
 
 
 def _encode_header(header: Header, prior: bytes) -> bytes:

@@ -8,61 +8,99 @@ again by decoding. A silent row gets the largest gain, which makes any decoded s
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from models.bitstream import GAIN_RANGE_DB, Header, rows_of
-from models.loudness import gain_of
+from models.loudness import GainMeter
 
 SAMPLES_PER_BLOCK = 2**20
-"""Samples per channel that are read at once to measure the level."""
+"""Samples per channel that are measured at once."""
 LAYOUT_CHOICES = ("auto", "separate", "mid_side")
-"""The user's choices; `auto` is mid/side for stereo."""
+"""The user's choices; for stereo, `auto` is mid and side unless one channel is quieter than the side."""
 
 
 class Rows:
-    """The rows of a sound, computed when they are read.
+    """The rows of a sound: how it is divided into rows, and the gain of each.
 
     Args:
-        audio: (channels, samples).
+        blocks: the whole sound, in blocks (channels, any length).
         layout: `auto`, `separate` or `mid_side`.
         ae_channels: number of channels of the AudioAE.
 
     Attributes:
         layout: one of `models.bitstream.LAYOUTS`.
         gains_db: gain of each row in dB.
+        channels: number of channels of the sound.
+        samples: number of samples per channel.
 
     Raises:
         ValueError: the layout does not fit the number of channels.
     """
 
-    def __init__(self, audio: Tensor, *, layout: str, ae_channels: int) -> None:
-        self.audio, self.ae_channels = audio, ae_channels
-        self.layout = _choose_layout(audio, layout, ae_channels)
-        self.gains_db: tuple[float, ...] = ()
-        count, samples = rows_of(self.layout, len(audio)), audio.shape[-1]
-        firsts = range(0, samples, SAMPLES_PER_BLOCK)
-        gains = [gain_of(self._raw(row, first, first + SAMPLES_PER_BLOCK) for first in firsts) for row in range(count)]
+    def __init__(self, blocks: Iterable[Tensor], *, layout: str, ae_channels: int) -> None:
+        self.ae_channels = ae_channels
+        self.samples = self.channels = 0
+        meters: dict[str, list[GainMeter]] = {}
+        for block_CS in _of_equal_length(blocks):
+            if not meters:
+                self.channels = len(block_CS)
+                meters = {each: _meters(each, self.channels) for each in _layouts(self.channels, layout, ae_channels)}
+            self.samples += block_CS.shape[1]
+            for each, of_rows in meters.items():
+                for row, meter in enumerate(of_rows):
+                    meter.add(_row(block_CS, each, row))
+        self.layout = _quietest(meters)
+        gains = [meter.gain_db() for meter in meters[self.layout]]
         self.gains_db = tuple(GAIN_RANGE_DB[1] if gain is None else gain for gain in gains)
         self._factors = [1.0 if gain is None else 10 ** (gain / 20) for gain in gains]
 
     def __len__(self) -> int:
         return len(self.gains_db)
 
-    def read(self, row: int, first: int, last: int) -> Tensor:
-        """Return the levelled samples `first` to `last` of a row: (1, channels of the AudioAE, last - first)."""
-        raw = self._raw(row, first, last)
-        return (raw * self._factors[row]).expand(self.ae_channels, -1)[None]
-
-    def _raw(self, row: int, first: int, last: int) -> Tensor:
-        part = self.audio[:, first:last]
-        if self.layout in ("mid_side", "mid"):
-            return ((part[:1] + part[1:]) if row == 0 else (part[:1] - part[1:])) / 2
-        return part if self.layout == "joint" else part[row : row + 1]
+    def level(self, audio_CS: Tensor, row: int) -> Tensor:
+        """Return the levelled row of a part of the sound (channels, …): (1, channels of the AudioAE, …)."""
+        return (_row(audio_CS, self.layout, row) * self._factors[row]).expand(self.ae_channels, -1)[None]
 
 
-def _choose_layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
-    channels = len(audio)
+def _of_equal_length(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the sound in blocks of `SAMPLES_PER_BLOCK`, so that sums don't depend on how it was read."""
+    held: list[Tensor] = []
+    for block_CS in blocks:
+        held.append(block_CS)
+        while sum(block.shape[1] for block in held) >= SAMPLES_PER_BLOCK:
+            whole_CS = torch.cat(held, dim=1)
+            yield whole_CS[:, :SAMPLES_PER_BLOCK]
+            held = [whole_CS[:, SAMPLES_PER_BLOCK:]]
+    if sum(block.shape[1] for block in held):
+        yield torch.cat(held, dim=1)
+
+
+def _row(audio_CS: Tensor, layout: str, row: int) -> Tensor:
+    if layout in ("mid_side", "mid"):
+        return ((audio_CS[:1] + audio_CS[1:]) if row == 0 else (audio_CS[:1] - audio_CS[1:])) / 2
+    return audio_CS if layout == "joint" else audio_CS[row : row + 1]
+
+
+def _meters(layout: str, channels: int) -> list[GainMeter]:
+    return [GainMeter() for _ in range(rows_of(layout, channels))]
+
+
+def _quietest(meters: dict[str, list[GainMeter]]) -> str:
+    """Return the layout that isolates the quietest row; `mid` if the side is nothing at all.
+
+    What the codec adds to a row is in proportion to that row's level. If a channel is quieter than the side, mid and
+    side would put more into that channel than it has.
+    """
+    if len(meters) > 1 and meters["mid_side"][1].largest == 0.0:
+        return "mid"
+    return min(meters, key=lambda each: min(meter.power for meter in meters[each]))
+
+
+def _layouts(channels: int, wanted: str, ae_channels: int) -> tuple[str, ...]:
+    """Return the layouts to choose from, the preferred one first."""
     if wanted not in LAYOUT_CHOICES:
         raise ValueError(f"channels={wanted} is unknown: choose one of {', '.join(LAYOUT_CHOICES)}")
     if wanted == "mid_side" and channels != 2:
@@ -73,10 +111,10 @@ def _choose_layout(audio: Tensor, wanted: str, ae_channels: int) -> str:
                 f"this codec's autoencoder takes {ae_channels} channels together: give {ae_channels} channels or one, "
                 "and choose channels=auto"
             )
-        return "joint"
-    if channels != 2 or wanted == "separate":
-        return "separate"
-    return "mid" if wanted == "auto" and torch.equal(audio[0], audio[1]) else "mid_side"
+        return ("joint",)
+    if channels == 2 and wanted == "auto":
+        return "mid_side", "mid", "separate"
+    return ("separate" if wanted == "auto" else wanted,)
 
 
 def channels_of(rows_RCS: Tensor, header: Header) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from models import export, windows
 from models.autoencoder import AudioAE
 from models.backbones.pretrained import load_autoencoder, load_dit, outline_autoencoder
-from models.bitstream import FramesOf, Header, Stream
-from models.channels import Rows, channels_of
+from models.bitstream import RATE_RANGE, FramesOf, Header, Stream
+from models.channels import channels_of
 from models.decoder import Decoder
 from models.diffusion import Diffusion, make_diffusion
+from models.encoding import check_audio, encode_sound, resize
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
@@ -97,50 +98,28 @@ class SPresso(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self,
-        audio: Tensor,
-        *,
-        books: int | None = None,
-        channels: str = "auto",
-        origin: tuple[int, int] | None = None,
+        self, audio: Tensor, *, sample_rate: int | None = None, books: int | None = None, channels: str = "auto"
     ) -> Stream:
-        """Encode audio to codes.
+        """Encode audio to codes; for sound that does not fit into memory, see `models.encoding.encode_sound`.
 
         Args:
-            audio: (channels, samples) at the AudioAE's sample rate; at least 1 sample.
+            audio: floats with full scale 1, (channels, samples), at least 1 sample.
+            sample_rate: of the audio in Hz, which is resampled if needed; None: the AudioAE's.
             books: number of codebooks to use, counted from the first; None uses all of them.
             channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2; `auto`
-                takes `mid_side` for stereo and `separate` otherwise.
-            origin: number of samples and sample rate of the sound before it was resampled, to be stored in the header.
+                takes for stereo what isolates the quietest, and `separate` otherwise.
 
         Raises:
-            ValueError: the codec has no quantizer or fewer books, or these channels can't be coded as `channels` says.
+            ValueError: the audio is not like this, the codec has no quantizer or fewer books, or these channels can't
+                be coded as `channels` says.
         """
-        quantizer = self.fitted_quantizer()
-        rows = Rows(audio, layout=channels, ae_channels=self.autoencoder.channels)
-        samples, rate = origin or (audio.shape[-1], self.autoencoder.sample_rate)
-        codes = torch.stack([self._encode_row(rows, row, books) for row in range(len(rows))])
-        header = Header(
-            model=self.model_hash[:8],
-            samples=samples,
-            rate=rate,
-            channels=len(audio),
-            layout=rows.layout,
-            books=codes.shape[-1],
-            size=quantizer.size,
-            gains_db=rows.gains_db,
-        )
-        return Stream(header, codes.cpu().numpy())
-
-    def _encode_row(self, rows: Rows, row: int, books: int | None) -> Tensor:
-        """Encode one row to codes (N, books), reading its audio block by block."""
-
-        def read(first: int, last: int) -> Tensor:
-            return rows.read(row, first, last).to(self.device)
-
-        samples = rows.audio.shape[-1]
-        z_1ZN = self.x0_to_z(self.autoencoder.encode_blocks(read, samples), self.z_frames(samples))
-        return self.fitted_quantizer().encode(z_1ZN[0].T, books=books)
+        check_audio(audio)
+        rate = self.autoencoder.sample_rate if sample_rate is None else sample_rate
+        low, high = RATE_RANGE
+        if not (isinstance(rate, int) and low <= rate <= high):
+            raise ValueError(f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}")
+        sound = audio.detach().float().cpu().numpy()
+        return encode_sound(self, lambda: [sound], sample_rate=rate, books=books, channels=channels)
 
     @torch.inference_mode()
     def decode(
@@ -220,7 +199,7 @@ class SPresso(nn.Module):
         """
         pooling, window = self.config.latent_encoder.pooling, self.config.window
         margin = (window // pooling - 1) // 4 * pooling
-        x0_BCT = _resize(x0_BCT, z_frames * pooling)
+        x0_BCT = resize(x0_BCT, z_frames * pooling)
         return windows.encode(self.g, x0_BCT, window=window, pooling=pooling, margin=margin)
 
     def z_to_audio(
@@ -238,7 +217,7 @@ class SPresso(nn.Module):
     def x0_to_blocks(self, x0_BCT: Tensor) -> Iterator[Tensor]:
         """Decode x0 to T · hop samples of levelled audio, yielded in blocks (B, channels of the AudioAE, …)."""
         # n frames that are centred on hop boundaries span n - 1 hops, so the last frame is repeated for the last hop
-        return self.autoencoder.decode_blocks(_resize(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
+        return self.autoencoder.decode_blocks(resize(x0_BCT, x0_BCT.shape[-1] + self.autoencoder.surplus_frames))
 
     def z_to_x0(
         self,
@@ -248,12 +227,12 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Decode z to x0 with D; latents longer than 1.5 windows are decoded jointly, see `models.windows.Joint`."""
+        """Decode z to x0 with D; latents longer than 1.5 windows are decoded by `models.windows.JointWindows`."""
         sampling = sampling or self.config.sampling
         window, pooling = self.config.window, self.config.latent_encoder.pooling
         if noise_BCT.shape[-1] <= 1.5 * window:
             return self._sample(z_BZN, noise_BCT, sampling, progress)
-        joint = windows.Joint(self.dit, self.f, window=window, pooling=pooling)
+        joint = windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
 
         def stepped(done: int, total: int) -> None:
             joint.step = done
@@ -381,14 +360,6 @@ def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
-
-
-def _resize(x_BCT: Tensor, frames: int) -> Tensor:
-    """Crop to `frames` frames, or extend to that length by repeating the last frame."""
-    missing = frames - x_BCT.shape[-1]
-    if missing <= 0:
-        return x_BCT[..., :frames]
-    return torch.cat([x_BCT, x_BCT[..., -1:].expand(*x_BCT.shape[:-1], missing)], dim=-1)
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

@@ -1,17 +1,16 @@
-"""Read and write the documents of the product: JSON, lines of JSON, and YAML.
+"""Read and write the documents of the product: JSON and lines of JSON; `models.yaml_document` reads YAML.
 
 A reader opens regular files of a bounded size only, so that neither a pipe nor a device nor a huge file can hold up a
 command, and it checks the content against the type that the caller names. The types stand beside what writes the
 documents. A `DamagedDocument` names the file, the field, and what mends it.
 
-A document that a command needs is read by `read_json` or `read_yaml`, which raise. Files whose lines only inform are
+A document that a command needs is read by `read_json`, which raises. Files whose lines only inform are
 read by `Lines`, which passes over a damaged line and counts it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -20,14 +19,11 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Generic, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, BinaryIO, Generic, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from models.atomic_write import write_whole
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -35,10 +31,7 @@ LARGEST = 16 << 20
 """Bytes of a JSON document. Parsed, a document takes at most about 24 times its size."""
 LARGEST_LIST = 32 << 20
 """Bytes of a JSON document that lists all shards of a set or all tensors of a checkpoint."""
-_LARGEST_YAML = 256 << 10
 _LONGEST_LINE = 1 << 20
-_DEEPEST_YAML = 32
-_MOST_YAML_VALUES = 50_000  # with every alias expanded: a short document can stand for billions of values
 
 Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A whole number from 0."""
@@ -346,56 +339,3 @@ def append_lines(path: Path, values: Iterable[Any], *, durable: bool = False) ->
         file.flush()
         if durable:
             os.fsync(file.fileno())
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def read_yaml(path: Path, *, mend: str) -> DictConfig:
-    """Read a YAML document that is a mapping.
-
-    Raises:
-        DamagedDocument: the path is no regular file, or its content is not YAML, not a mapping, nested too deeply, or
-            expands to too many values.
-        FileNotFoundError: there is no file.
-        OSError: the file can't be read.
-    """
-    from omegaconf import DictConfig, OmegaConf  # imported here because most readers of JSON do without
-
-    content = read_bytes(path, mend=mend, most=_LARGEST_YAML)
-    try:
-        text = content.decode("utf-8-sig")
-        _require_small(text)
-        read = OmegaConf.load(io.StringIO(text))
-    except RecursionError:
-        raise damaged(path, "it is nested too deeply", mend) from None
-    except Exception as error:  # the errors of the YAML library share no useful base class
-        raise damaged(path, f"it is not valid YAML: {' '.join(str(error).split())}", mend) from None
-    if not isinstance(read, DictConfig):
-        raise damaged(path, "it is not a mapping such as `name: demo`", mend)
-    return read
-
-
-def _require_small(text: str) -> None:
-    """Raise ValueError if a YAML text is nested too deeply, or has too many values once its aliases are expanded."""
-    import yaml
-
-    anchored: dict[str, float] = {}
-    stack: list[tuple[str | None, float]] = [(None, 0)]  # anchor of each open collection, and its values so far
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        added, anchor = 0.0, getattr(event, "anchor", None)
-        if isinstance(event, yaml.CollectionStartEvent):
-            stack.append((anchor, 1))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, added = stack.pop()
-        elif isinstance(event, yaml.ScalarEvent):
-            added = 1
-        elif isinstance(event, yaml.AliasEvent):
-            added, anchor = anchored.get(event.anchor, math.inf), None
-        if anchor is not None and added:
-            anchored[anchor] = added
-        stack[-1] = (stack[-1][0], stack[-1][1] + added)
-        if len(stack) > _DEEPEST_YAML:
-            raise ValueError(f"it is nested more than {_DEEPEST_YAML} deep")
-        if stack[-1][1] > _MOST_YAML_VALUES:
-            raise ValueError(f"it has more than {_MOST_YAML_VALUES} values, or one that contains itself")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Integers = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.integer[Any]]
 
 LARGEST_SIZE = 2**16
 """Largest number of codewords per book: each needs a frequency above zero, and frequencies have 24 bits in all."""
@@ -140,7 +140,7 @@ class Coder:
             encoder.encode(targets.astype(np.int32).ravel(), family, self._tables(context).astype(np.float64))
         return _shortest(encoder)
 
-    def decode(self, data: bytes, rows: int, frames: int, books: int) -> Integers:
+    def decode(self, data: bytes, rows: int, frames: int, books: int) -> npt.NDArray[np.int64]:
         """Decode the codes (rows, frames, books) from the bytes ``data`` that `encode` returned.
 
         Raises:
@@ -186,11 +186,12 @@ class Coder:
         books = codes.shape[-1]
         at_once = max(1, _TABLE_NUMBERS // (self.size * books))
         for row in codes:
-            vectors = np.concatenate([self.start[None], self._sums(self.before, row[:-1])[:, -1]])[: len(row)]
+            last = self.start[None]
             for first in range(0, len(row), at_once):
                 targets = row[first : first + at_once]
                 same = np.pad(self._sums(self.same, targets)[:, :-1], ((0, 0), (1, 0), (0, 0)))
-                before = np.broadcast_to(vectors[first : first + at_once, None], same.shape)
+                vectors = np.concatenate([last, self._sums(self.before, targets)[:, -1]])
+                before, last = np.broadcast_to(vectors[:-1, None], same.shape), vectors[-1:]
                 yield np.concatenate([same, before], axis=-1), targets
 
     @staticmethod

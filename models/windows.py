@@ -38,7 +38,7 @@ def encode(g: Callable[[Tensor], Tensor], x0_BCT: Tensor, *, window: int, poolin
     return z_BZN
 
 
-class Joint:
+class JointWindows:
     """Runs D and f on windows as one network for latents of any length, in which all windows agree on one sound.
 
     In one step of the sampler, the windows are adjacent and hardly overlap; in the next step (see `step`), they are

@@ -115,7 +115,9 @@ def make_test(folder: Path, *statuses: int) -> subprocess.CompletedProcess[str]:
         (folder / stamp).touch()
     command = ["make", "test", f"VENV={folder}"]
     # These tests may run below a make themselves, whose variables would make this one announce its folders.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

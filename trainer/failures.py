@@ -24,7 +24,7 @@ def explained_failures(config: Config, stage: str, parallel: Parallel, watchdog:
         yield
     except Exception as error:
         # Extend the watchdog's timeout: it must not end this rank while the explanation is being written.
-        with watchdog.patient():
+        with watchdog.allow_longer():
             explanation = _explained(error, config, stage, parallel)
         if explanation is None:
             raise

@@ -26,7 +26,7 @@ class Feed:
         self.gave_up = False
         """Whether this rank was asked to stop while it waited for a batch. The step of that batch is then void."""
         self.parallel, self.readers = parallel, data.readers
-        self.parts = parallel.parts(settings.global_batch)
+        self.parts = parallel.micro_batches(settings.global_batch)
         """Micro batches per global batch on this rank."""
         self.stream = LatentStream(
             training_sets(config),

@@ -13,7 +13,9 @@ from trainer.stop import Stop
 from trainer.training import Training, finish, go_back, set_up
 
 
-def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Callable[[], None] = lambda: None) -> str:
+def train(
+    config: Config, stage: str, *, stop: Stop | None = None, require_ownership: Callable[[], None] = lambda: None
+) -> str:
     """Train one stage until all its samples are seen, or until it is asked to stop. Resumes from a checkpoint if any.
 
     Args:
@@ -21,7 +23,7 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
         stage: the name of a trained stage.
         stop: polled at each step, and during work that takes longer than a step. When it returns True on any rank, all
             ranks save a checkpoint together and exit.
-        permitted: called on rank 0 before each write; raises if a later start of this run has taken over.
+        require_ownership: called on rank 0 before each write; raises if a later start of this run has taken over.
 
     Returns:
         "done" or "stopped".
@@ -31,13 +33,13 @@ def train(config: Config, stage: str, *, stop: Stop | None = None, permitted: Ca
             device has too little memory. The message says how to fix it.
         OSError: a checkpoint could not be written. Older checkpoints are untouched.
     """
-    with set_up(config, stage, stop or Stop(), permitted) as training:
+    with set_up(config, stage, stop or Stop(), require_ownership) as training:
         while not training.ended and not training.stopping:
             step = train_step(training)
             if step is None:
                 break
             if training.health.hopeless:
-                with training.watchdog.patient():
+                with training.watchdog.allow_longer():
                     go_back(training)
             else:
                 _do_scheduled_work(training, step)
@@ -68,7 +70,7 @@ def train_step(t: Training) -> Step | None:
            moving averages are updated with the advanced counter.
     """
     state, settings = t.state, t.settings
-    t.stop.step_begins(state.samples)
+    t.stop.before_step(state.samples)
     t.strategy.scale = t.health.scale
     loss_sum, (t.stopping, void, save_failed) = _accumulate_gradients(t)()
     if save_failed:
@@ -77,7 +79,7 @@ def train_step(t: Training) -> Step | None:
         return None
 
     # Step the optimizer, unless `Health` rejects the loss or the gradient norm.
-    t.saver.copied()
+    t.saver.wait_for_copy()
     before, lr = state.samples, learning_rate(settings, state.samples)
     loss = loss_sum / settings.global_batch
     grad_norm = t.strategy.step(lr, lambda norm: t.health.accepts(before, loss, norm))
@@ -117,11 +119,11 @@ def _do_scheduled_work(t: Training, step: Step) -> None:
     if is_due(before, state.samples, config.log.every) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=step.grad_norm, feed=t.feed, saver=t.saver)
     if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
-        with t.watchdog.patient():
+        with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)
     state.save_due = state.save_due or is_due(before, state.samples, config.checkpoint.every) or t.ended
     if state.save_due and not t.stopping and t.health.good:
-        with t.watchdog.patient():
+        with t.watchdog.allow_longer():
             held_out_loss = t.log.measure(state.samples)
             t.stopping = held_out_loss is None
             if held_out_loss is not None:

@@ -95,7 +95,7 @@ class LatentDenoiser(Denoiser):
         return z_q
 
 
-def heard(mask_BT: Tensor | None, z_BNZ: Tensor) -> Tensor:
+def mask_of_z(mask_BT: Tensor | None, z_BNZ: Tensor) -> Tensor:
     """Mask of the z vectors that cover at least part of a sample, not only its padding: (b, N), bool."""
     if mask_BT is None:
         return torch.ones(z_BNZ.shape[:2], dtype=torch.bool, device=z_BNZ.device)
@@ -115,13 +115,13 @@ class Quantization(Objective):
         """Compute the quantizer's loss, averaged over each clip's z vectors."""
         assert self.quantizer is not None
         with torch.no_grad():
-            z_BNZ = self.g(self.regained(inputs.x0, inputs.positions)).transpose(1, 2)
+            z_BNZ = self.g(self.at_drawn_gain(inputs.x0, inputs.positions)).transpose(1, 2)
         losses_BN = self.quantizer(z_BNZ.flatten(0, 1)).unflatten(0, z_BNZ.shape[:2])
-        heard_BN = heard(inputs.mask, z_BNZ).to(losses_BN.dtype)
-        losses_B = (losses_BN * heard_BN).sum(1) / heard_BN.sum(1).clamp_min(1)
+        mask_BN = mask_of_z(inputs.mask, z_BNZ).to(losses_BN.dtype)
+        losses_B = (losses_BN * mask_BN).sum(1) / mask_BN.sum(1).clamp_min(1)
         return Losses({"quantization": losses_B}, torch.full_like(losses_B, 0.5))
 
-    def regained(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
+    def at_drawn_gain(self, x0_BCT: Tensor, positions_B: Tensor) -> Tensor:
         """Recompute x0 at another gain, which each sample's key draws."""
         if self.gain_db == 0 or not self.searches:
             return x0_BCT
@@ -159,12 +159,12 @@ class CodePrior(Objective):
         if not self.searches:
             bits_B = prior(z_BNZ.new_zeros(*z_BNZ.shape[:2], self.rates[0], dtype=torch.int64)).mean(dim=(1, 2))
             return Losses({"bits": bits_B}, torch.full_like(bits_B, 0.5))
-        heard_BN = heard(inputs.mask, z_BNZ).float()
+        mask_BN = mask_of_z(inputs.mask, z_BNZ).float()
         drawn_B = integers(keys(self.seed, f"{self.purpose}/rate", inputs.positions), len(self.rates))
         losses_B = z_BNZ.new_zeros(len(z_BNZ))
         for rate, books in enumerate(self.rates):
             # Call the prior even for an empty batch: under some strategies, ranks gather its weights together per call.
             chosen_B = drawn_B == rate
-            bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * heard_BN[chosen_B]
-            losses_B[chosen_B] = bits_BN.sum(1) / heard_BN[chosen_B].sum(1).clamp_min(1)
+            bits_BN = prior(quantizer.encode(z_BNZ[chosen_B], books=books)).mean(dim=2) * mask_BN[chosen_B]
+            losses_B[chosen_B] = bits_BN.sum(1) / mask_BN[chosen_B].sum(1).clamp_min(1)
         return Losses({"bits": losses_B}, torch.full_like(losses_B, 0.5))

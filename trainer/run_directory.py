@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.atomic_write import write_whole
-from models.documents import damaged, read_yaml, write_json
+from models.documents import damaged, write_json
+from models.yaml_document import read_yaml
 from trainer.checkpoints.names import checkpoints
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
@@ -22,7 +23,6 @@ from trainer.run_documents import read_optional, read_status
 from trainer.stages import STAGES
 
 logger = logging.getLogger(__name__)
-
 
 _MISSING = object()  # equal to no value
 
@@ -35,9 +35,9 @@ def stage_folder(config: Config, stage: str) -> Path:
 class RunDirectory:
     """Paths and records of a stage: `config.yaml`, `command.txt`, `environment.txt`, `status.json`, and folders."""
 
-    def __init__(self, path: Path, stage: str, *, permitted: Callable[[], None] = lambda: None) -> None:
-        """`permitted` is called before writing; it raises if a later start of this run has taken over."""
-        self.path, self.stage, self.permitted = path, stage, permitted
+    def __init__(self, path: Path, stage: str, *, require_ownership: Callable[[], None] = lambda: None) -> None:
+        """`require_ownership` is called before writing; it raises if a later start of this run has taken over."""
+        self.path, self.stage, self.require_ownership = path, stage, require_ownership
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
@@ -55,7 +55,7 @@ class RunDirectory:
                 message says how they differ and how to fix it.
         """
         self.require_same(config, inputs)
-        self.permitted()
+        self.require_ownership()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "inputs.json", inputs, indent=2)
         write_whole(self.path / "config.yaml", to_yaml(config))
@@ -135,7 +135,7 @@ class RunDirectory:
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json` with a state (running, stopped or done) and further facts."""
-        self.permitted()
+        self.require_ownership()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         write_json(self.path / "status.json", status, indent=2, durable=False)
 

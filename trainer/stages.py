@@ -32,7 +32,7 @@ class Stage:
     """Whether a recipe needs the stage."""
     builds_on: tuple[str, ...] = ()
     """Candidates for the previous stage, whose export this stage uses: the first one that the recipe needs."""
-    judges: tuple[str, ...] = ()
+    evaluates: tuple[str, ...] = ()
     """Trained stages whose exports this stage evaluates. All of them must be done before."""
     learned_from: tuple[str, ...] = ()
     """Keys of the recipe that decide what is learned, in addition to the stage's own key and those that all stages
@@ -43,7 +43,7 @@ class Stage:
     """Key of the recipe whose value must divide the stage's `crop_frames`."""
     makes_latents: bool = False
     """Whether the stage is skipped if `data.latents` holds latents that another run made."""
-    asks: Mapping[str, int] = field(default_factory=dict)
+    resources: Mapping[str, int] = field(default_factory=dict)
     """Resources that the stage's cluster jobs request instead of the recipe's: `nodes`, `tasks_per_node`, and
     `gpus_per_node`, which is limited to the recipe's value."""
     array: bool = False
@@ -85,13 +85,13 @@ STAGES: dict[str, Stage] = {
             "makes captioned sound effects, where you gave none",
             needed=lambda config: config.data.audio is None,
             makes_latents=True,
-            asks=_ONE_CPU_TASK,
+            resources=_ONE_CPU_TASK,
         ),
         Stage(
             "prepare",
             "sound files → latents x0, in plain tar shards; sets clips aside that no stage sees",
             makes_latents=True,
-            asks=_ONE_CPU_TASK,
+            resources=_ONE_CPU_TASK,
             array=True,
             array_by_default=True,
         ),
@@ -118,7 +118,7 @@ STAGES: dict[str, Stage] = {
             builds_on=("autoencode",),
             learned_from=("latent_encoder", "quantizer"),
             defaults={"samples": 0},
-            asks={"nodes": 1},
+            resources={"nodes": 1},
         ),
         Stage(
             "prior",
@@ -139,12 +139,12 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             "figures on the held-out clips",
-            judges=("autoencode", "quantize", "finetune"),
-            asks={"nodes": 1, "gpus_per_node": 1, "tasks_per_node": 1},
+            evaluates=("autoencode", "quantize", "finetune"),
+            resources={"nodes": 1, "gpus_per_node": 1, "tasks_per_node": 1},
             array=True,
             progress_files="pieces/*/*",
         ),
-        Stage("page", "a page to hear them", asks=_ONE_CPU_TASK, progress_files=""),
+        Stage("page", "a page to hear them", resources=_ONE_CPU_TASK, progress_files=""),
     )
 }
 """All stages, in the order in which a recipe runs them."""

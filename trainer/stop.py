@@ -10,13 +10,13 @@ class Stop:
         """Whether this rank was asked to stop."""
         return False
 
-    def step_begins(self, samples: int) -> None:
+    def before_step(self, samples: int) -> None:
         """Called before each step, with the samples seen before it."""
 
-    def hurried(self, seconds: float) -> bool:
+    def has_less_than(self, seconds: float) -> bool:
         """Whether less than `seconds` are left until this process is killed."""
         return False
 
 
-class Leaving(Exception):  # This is no error.
+class StopRequested(Exception):  # This is no error.
     """Raised on all ranks together, between the parts of an evaluation, if any rank was asked to stop."""

@@ -32,7 +32,7 @@ from models.weights import hash_state, save_weights
 from trainer.data.conditions import ConditionReader
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import TextReader
-from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, heard
+from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, mask_of_z
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
@@ -311,9 +311,9 @@ class Quantize(CodecTask):
         while sum(map(len, vectors)) < count:
             batch = next(batches)
             x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
-            z_BNZ = self.codec.g(self.quantization.regained(x0_BCT, positions_B)).transpose(1, 2)
+            z_BNZ = self.codec.g(self.quantization.at_drawn_gain(x0_BCT, positions_B)).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            vectors.append(gather(z_BNZ)[gather(heard(mask_BT, z_BNZ))])
+            vectors.append(gather(z_BNZ)[gather(mask_of_z(mask_BT, z_BNZ))])
         return torch.cat(vectors)[:count]
 
 
@@ -338,7 +338,7 @@ class FitPrior(CodecTask):
             batch = next(batches)
             z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
             mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(heard(mask_BT, z_BNZ))])
+            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(mask_of_z(mask_BT, z_BNZ))])
         prior.fit(torch.cat(codes))
 
 

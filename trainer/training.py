@@ -79,20 +79,20 @@ class Training:
 
 
 @contextmanager
-def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]) -> Iterator[Training]:
+def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[], None]) -> Iterator[Training]:
     """Build everything that a stage's training needs, and resume from a checkpoint if there is one. All ranks.
 
     Args:
         config: the whole recipe.
         stage: the name of a trained stage.
         stop: polled at each step.
-        permitted: called on rank 0 before each write; raises if a later start of this run has taken over.
+        require_ownership: called on rank 0 before each write; raises if a later start of this run has taken over.
 
     Raises:
         ValueError, OSError: see `trainer.loop.train`.
     """
     settings = config.stage(stage)
-    run = RunDirectory(stage_folder(config, stage), stage, permitted=permitted)
+    run = RunDirectory(stage_folder(config, stage), stage, require_ownership=require_ownership)
 
     # Join the process group. From here on, every failure is written to this rank's log.
     timeout = collective_timeout(config.health.hang_seconds)
@@ -135,7 +135,7 @@ def set_up(config: Config, stage: str, stop: Stop, permitted: Callable[[], None]
         facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
         with (
-            Saver(run.checkpoints, config.checkpoint, permitted=permitted) as saver,
+            Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
             closing(feed),
         ):
@@ -190,7 +190,7 @@ def _begin(t: Training, source: Path | None) -> None:
         t.save()
     t.task.module.train()
     t.feed.begin(t.state.position)
-    t.saver.took = t.run.status.get("save_seconds", 0.0)
+    t.saver.write_seconds = t.run.status.get("save_seconds", 0.0)
 
 
 def go_back(t: Training) -> None:
@@ -200,7 +200,7 @@ def go_back(t: Training) -> None:
         ValueError: there is no good checkpoint, or the run has already been rewound `health.max_rewinds` times.
     """
     t.saver.wait()
-    good = checkpoint.latest(t.run.checkpoints, wanted=lambda meta: meta.get("good", True))
+    good = checkpoint.newest_on_all_ranks(t.run.checkpoints, wanted=lambda meta: meta.get("good", True))
     if good is None or t.health.rewinds >= t.config.health.max_rewinds:
         raise ValueError(hopeless_run(t.health, t.task.stage, t.settings, t.state.samples, no_checkpoint=good is None))
     later = [path for path in checkpoints(t.run.checkpoints) if path.name > good.name]
@@ -217,15 +217,15 @@ def finish(t: Training) -> str:
     Returns:
         "done" or "stopped".
     """
-    with t.watchdog.patient():
-        if not t.parallel.any(t.stop.hurried(_SAVE_MARGIN * t.saver.took)):
+    with t.watchdog.allow_longer():
+        if not t.parallel.any(t.stop.has_less_than(_SAVE_MARGIN * t.saver.write_seconds)):
             t.save()
         t.saver.wait()
         if not t.ended or not t.log.listen(t.state.samples):
             t.strategy.close()
             if t.parallel.main:
                 saved = t.state.saved_at == t.state.samples
-                t.log.stopped(t.state.samples, saved=saved, took=t.saver.took)
+                t.log.stopped(t.state.samples, saved=saved, took=t.saver.write_seconds)
             t.parallel.wait()
             return "stopped"
         weights = t.state.averaged_weights()

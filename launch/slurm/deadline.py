@@ -82,7 +82,7 @@ class Notice(StopFlag):
         self.job, self.grace, self.leave, self.at_once = job, grace, leave, at_once
         self._deadline = float("inf")
 
-    def hurried(self, seconds: float) -> bool:
+    def has_less_than(self, seconds: float) -> bool:
         """Whether an action of so many seconds would end after the deadline."""
         return time.monotonic() + seconds > self._deadline
 

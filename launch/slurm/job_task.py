@@ -95,7 +95,7 @@ def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
     config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage
-    outcome = train(config, stage, stop=notice, permitted=lambda: owner.require(folder))
+    outcome = train(config, stage, stop=notice, require_ownership=lambda: owner.require(folder))
     import torch.distributed as dist
 
     if dist.is_initialized():

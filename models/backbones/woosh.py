@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models.autoencoder import VocosAE
 from models.dit import DiT
-from models.documents import Natural, Size, damaged, fits, read_yaml
+from models.documents import Natural, Size, damaged, fits
 from models.sizes import DiTConfig, VocosConfig
 from models.weights import Stored, Weights, filled, listed, open_safetensors, read
+from models.yaml_document import read_yaml
 
 _MEND = "download the release again"
 _DIT_PARTS = {

@@ -120,11 +120,15 @@ class QINCo2(Quantizer):
         """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
         books = self._resolve_books(books)
         flat = self.standardise(z).reshape(-1, self.width)
-        numbers = max(self.beam * (self.size + self.width), self.candidates * (self.hidden + 2 * self.embedding))
         with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
             tables = [step.embedded(self.codebooks[book]) for book, step in self._networks(books)]
-            codes = [self._search(part, tables) for part in flat.split(max(1, _SEARCH_NUMBERS // numbers))]
+            codes = [self._search(part, tables) for part in flat.split(self.vectors_at_once(books))]
         return torch.cat(codes).reshape(*z.shape[:-1], books)
+
+    def vectors_at_once(self, books: int) -> int:
+        """See :meth:`Quantizer.vectors_at_once`."""
+        numbers = max(self.beam * (self.size + self.width), self.candidates * (self.hidden + 2 * self.embedding))
+        return max(1, _SEARCH_NUMBERS // numbers)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
@@ -153,6 +157,7 @@ class QINCo2(Quantizer):
     def _estimates(self, codes: Tensor) -> list[Tensor]:
         """Decode each prefix of ``codes`` (..., m) to a vector (..., W) in standardised units."""
         books = self._resolve_books(codes.shape[-1])
+        codes = codes.long()
         estimates = [F.embedding(codes[..., 0], self.codebooks[0])]
         for book, step in self._networks(books):
             codewords = F.embedding(codes[..., book], self.codebooks[book])

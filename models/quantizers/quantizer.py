@@ -53,6 +53,10 @@ class Quantizer(nn.Module, ABC):
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
         """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
 
+    def vectors_at_once(self, books: int) -> int:
+        """Return how many vectors `encode` searches together; the codes of more don't depend on cuts at multiples."""
+        return 1
+
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""

@@ -70,10 +70,14 @@ class ResidualQuantizer(Quantizer):
         """Return codes ``(..., books)`` of ``z`` (..., width), optimised for that number of books; None uses all."""
         codebooks = self.codebooks[: self._resolve_books(books)].float()
         flat = self.standardise(z).reshape(-1, self.width)
-        at_once = max(1, _SEARCH_NUMBERS // (self.beam * (self.size + self.width)))
         with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
-            codes = [_beam_search(part, codebooks, self.beam) for part in flat.split(at_once)]
+            parts = flat.split(self.vectors_at_once(len(codebooks)))
+            codes = [_beam_search(part, codebooks, self.beam) for part in parts]
         return torch.cat(codes).reshape(*z.shape[:-1], len(codebooks))
+
+    def vectors_at_once(self, books: int) -> int:
+        """See :meth:`Quantizer.vectors_at_once`."""
+        return max(1, _SEARCH_NUMBERS // (self.beam * (self.size + self.width)))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
@@ -90,7 +94,7 @@ class ResidualQuantizer(Quantizer):
 
     def _codewords(self, codes: Tensor) -> Tensor:
         books = self._resolve_books(codes.shape[-1])
-        return self.codebooks[torch.arange(books, device=codes.device), codes]
+        return self.codebooks[torch.arange(books, device=codes.device), codes.long()]
 
     def _check_vectors(self, vectors: Tensor, limit: int) -> None:
         if vectors.dim() != 2 or vectors.shape[1] != self.width:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -18,11 +19,13 @@ from models.autoencoder import SpectralAE
 from models.backbones.pretrained import load_dit
 from models.codec import SPresso
 from models.dit import DiT
+from models.encoding import encode_sound
+from models.loudness import level
 from models.prior import Prior
 from models.quantizers.residual import ResidualQuantizer
 from models.sizes import CodecConfig, DiTConfig, LatentEncoderConfig, Sampling
 from models.weights import load_weights, save_weights
-from models.windows import Joint
+from models.windows import JointWindows
 
 SHAPES = LatentEncoderConfig(
     z_channels=8, pooling=9, patch_size=3, width=16, encoder_depth=1, upsampler_depth=1, heads=2
@@ -179,11 +182,71 @@ def test_what_is_silent_stays_unheard(codec):
 
 def test_a_stream_tells_of_the_sound_before_it_was_resampled(codec):
     """Its length and rate, from which that at the codec's rate follows."""
-    stream = codec.encode(noise(1)[:, :24_001], origin=(22_051, 44_100))
+    stream = codec.encode(noise(1)[:, :22_051], sample_rate=44_100)
     assert (stream.header.samples, stream.header.rate) == (22_051, 44_100)
     assert codec.samples(22_051, 44_100) == 24_002
     assert codec.decode(stream).shape == (1, 24_002)
     assert bitstream.read(bitstream.write(stream), frames_of=codec.z_frames).header == stream.header
+
+
+@pytest.mark.parametrize(("audio", "message"), [
+    (np.zeros((1, 100), np.float32), r"is a ndarray: give a float tensor .*torch\.from_numpy"),
+    (torch.zeros(1, 100, dtype=torch.int16), r"dtype torch\.int16: .* divide 16-bit numbers by 32768"),
+    (torch.zeros(100), r"shape \(100,\): give a float tensor \(channels, samples\)"),
+    (torch.zeros(1, 1, 100), r"shape \(1, 1, 100\)"),
+    (torch.zeros(2, 0), "at least one sample"),
+    (torch.zeros(24_000, 2), "24000 channels of 2 samples: .*transpose"),
+    (torch.tensor([[0.1, float("nan")]]), "not finite"),
+    (torch.tensor([[0.1, float("inf")]]), "not finite"),
+    (torch.full((1, 100), 32_000.0), "values up to 32000: .* divide"),
+])  # fmt: skip
+def test_audio_that_is_none_is_refused(codec, audio, message):
+    with pytest.raises(ValueError, match=message):
+        codec.encode(audio)
+
+
+@pytest.mark.parametrize("rate", [0, 44_100.0, -1, 10**9, "48000"])
+def test_a_rate_that_is_none_is_refused(codec, rate):
+    with pytest.raises(ValueError, match=r"sample_rate=.* must be a whole number of Hz"):
+        codec.encode(noise(1), sample_rate=rate)
+
+
+@pytest.mark.parametrize("frames_per_block", [40, 3000])
+@pytest.mark.parametrize("size", [1_001, 65_536])
+@pytest.mark.parametrize("books", [1, 3])
+def test_a_sound_in_blocks_gets_the_codes_of_the_whole(codec, monkeypatch, frames_per_block, size, books):
+    """x0 of the whole sound, z of all of x0, and codes of all z, as the stages compute them."""
+    monkeypatch.setattr("models.autoencoder.FRAMES_PER_BLOCK", frames_per_block)
+    monkeypatch.setattr("models.encoding._VECTORS", 10)
+    monkeypatch.setattr(type(codec.quantizer), "vectors_at_once", lambda self, books: 7)
+    audio = noise(4.3, channels=2)
+    blocks = audio.numpy().astype(np.float32)
+    stream = encode_sound(
+        codec, lambda: np.array_split(blocks, blocks.shape[1] // size + 1, axis=1), sample_rate=48_000, books=books
+    )
+    for row, part in enumerate((audio[:1] + audio[1:], audio[:1] - audio[1:])):
+        levelled = level(part / 2)[0][None]
+        with torch.inference_mode():
+            x0 = codec.autoencoder.encode_blocks(lambda first, last: levelled[..., first:last], audio.shape[1])  # noqa: B023
+            z = codec.x0_to_z(x0, codec.z_frames(audio.shape[1]))
+            codes = codec.quantizer.encode(z[0].T, books=books)
+        np.testing.assert_array_equal(stream.codes[row], codes.numpy())
+
+
+def test_encoding_tells_how_far_it_is(codec, monkeypatch):
+    monkeypatch.setattr("models.autoencoder.FRAMES_PER_BLOCK", 40)
+    told: list[float] = []
+    sound = noise(3).numpy()
+    encode_sound(codec, lambda: [sound], sample_rate=48_000, progress=told.append)
+    assert len(told) > 5
+    assert told == sorted(told)
+    assert told[-1] == 1
+
+
+def test_a_sound_without_samples_is_refused(codec):
+    for blocks in ([], [np.zeros((2, 0), np.float32)]):
+        with pytest.raises(ValueError, match="the sound has no samples"):
+            encode_sound(codec, lambda: blocks, sample_rate=48_000)  # noqa: B023
 
 
 def test_blocks_are_the_whole(codec, monkeypatch):
@@ -202,8 +265,8 @@ def test_long_sounds_are_decoded_jointly_and_short_ones_at_once(codec, seconds, 
     monkeypatch.setattr(
         codec.dit, "forward", lambda x, *rest, **more: lengths.add(x.shape[-1]) or forward(x, *rest, **more)
     )
-    steps, grids, starts = [], [], Joint.starts
-    monkeypatch.setattr(Joint, "starts", lambda self, frames: grids.append(self.step) or starts(self, frames))
+    steps, grids, starts = [], [], JointWindows.starts
+    monkeypatch.setattr(JointWindows, "starts", lambda self, frames: grids.append(self.step) or starts(self, frames))
     codec.decode(codec.encode(noise(seconds)), progress=lambda done, total: steps.append((done, total)))
     assert lengths == ({63} if seconds > 1 else {81})
     assert steps == [(1, 2), (2, 2)]

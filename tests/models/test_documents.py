@@ -13,7 +13,8 @@ from typing import Any, NotRequired, TypedDict
 import pytest
 
 from models import documents
-from models.documents import DamagedDocument, Lines, Moment, Natural, append_lines, build, fits, read_json, read_yaml
+from models.documents import DamagedDocument, Lines, Moment, Natural, append_lines, build, fits, read_json
+from models.yaml_document import read_yaml
 
 
 class Plan(TypedDict):

@@ -7,7 +7,7 @@ import torch
 from models import windows
 from models.diffusion import FlowMatching
 from models.samplers import sample
-from models.windows import Joint, starts
+from models.windows import JointWindows, starts
 
 
 @pytest.mark.parametrize(("frames", "expected"), [(5, [0]), (8, [0]), (9, [0, 1]), (20, [0, 6, 12])])
@@ -15,8 +15,8 @@ def test_windows_cover_all_frames(frames, expected):
     assert starts(frames, 8, 6) == expected
 
 
-def make_joint(dit, f=None, window: int = 12, pooling: int = 3) -> Joint:
-    return Joint(dit, f or (lambda z: z), window=window, pooling=pooling)
+def make_joint(dit, f=None, window: int = 12, pooling: int = 3) -> JointWindows:
+    return JointWindows(dit, f or (lambda z: z), window=window, pooling=pooling)
 
 
 def local(x, t, condition=None):
@@ -81,7 +81,7 @@ def throughout(x, t, condition=None):
     return (x0 - x) / sigma  # the velocity that leads there
 
 
-def sampled(network, noise: torch.Tensor, joint: Joint | None = None) -> torch.Tensor:
+def sampled(network, noise: torch.Tensor, joint: JointWindows | None = None) -> torch.Tensor:
     def stepped(done, _):
         if joint is not None:
             joint.step = done

@@ -138,7 +138,7 @@ def test_a_run_in_trouble_goes_back_and_passes_over_the_data(tiny, tmp_path, poi
     assert [incident["samples"] for incident in skipped] == [40, 48, 56]
     assert (back["what"], back["from_samples"], back["samples"], back["position"]) == ("went back", 64, 32, 64)
     stage = tmp_path / "run/pretrain"
-    last = checkpoint.latest(stage / "checkpoints")
+    last = checkpoint.newest_on_all_ranks(stage / "checkpoints")
     meta = checkpoint.read_manifest(last)["meta"]
     assert (meta["samples"], meta["passed_over"], meta["steps"]) == (128, 32, 16)
     assert meta["health"]["rewinds"] == 1
@@ -168,7 +168,9 @@ def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, ba
         status = RunDirectory(tmp_path / "run/pretrain", "pretrain").status
         assert checkpoint.newest(tmp_path / "run/pretrain/checkpoints").name == f"step_{status['samples']:012d}"
     assert train(config, "pretrain") == "done"
-    ours, theirs = (checkpoint.latest(tmp_path / run / "pretrain/checkpoints") for run in ("run", "straight"))
+    ours, theirs = (
+        checkpoint.newest_on_all_ranks(tmp_path / run / "pretrain/checkpoints") for run in ("run", "straight")
+    )
     assert all(torch.equal(value, tensors(theirs)[name]) for name, value in tensors(ours).items())
     what = [(incident["what"], incident["position"]) for incident in incidents(tmp_path / "run")]
     assert what == [(incident["what"], incident["position"]) for incident in incidents(tmp_path / "straight")]
@@ -185,4 +187,4 @@ def test_a_run_does_not_go_back_for_ever(tiny, tmp_path, poison):
     with pytest.raises(ValueError, match="after 2 rewinds"):
         train(tiny(*RUN, "health.max_rewinds=2"), "pretrain")
     assert [incident["what"] for incident in incidents(tmp_path / "run")].count("went back") == 2
-    assert checkpoint.latest(tmp_path / "run/pretrain/checkpoints").name == "step_000000000032"
+    assert checkpoint.newest_on_all_ranks(tmp_path / "run/pretrain/checkpoints").name == "step_000000000032"

@@ -28,7 +28,7 @@ class Asked(Stop):
     def __call__(self) -> bool:
         return self.now
 
-    def hurried(self, seconds: float) -> bool:
+    def has_less_than(self, seconds: float) -> bool:
         return self.in_a_hurry
 
 
@@ -116,7 +116,7 @@ def test_without_time_the_last_checkpoint_counts_and_the_log_says_so(tiny, tmp_p
         left = 7
         in_a_hurry = True
 
-        def step_begins(self, samples: int) -> None:
+        def before_step(self, samples: int) -> None:
             self.left -= 1
 
         def __call__(self) -> bool:
@@ -132,7 +132,7 @@ def test_without_time_the_last_checkpoint_counts_and_the_log_says_so(tiny, tmp_p
 
 def test_how_long_a_save_takes_is_known_after_a_restart(tiny):
     class Told(Asked):
-        def hurried(self, seconds: float) -> bool:
+        def has_less_than(self, seconds: float) -> bool:
             self.seconds = seconds
             return False
 
@@ -154,7 +154,7 @@ def test_who_was_replaced_writes_nothing_more(tiny, tmp_path, whole):
 
     calls, then = [], {}
 
-    def permitted() -> None:
+    def require_ownership() -> None:
         calls.append(1)
         if len(calls) > 8:
             then.setdefault("written", written())
@@ -162,7 +162,7 @@ def test_who_was_replaced_writes_nothing_more(tiny, tmp_path, whole):
 
     config = tiny(*PRETRAIN[:2], "checkpoint.every=1000")  # a save checks in a thread of its own
     with pytest.raises(Replaced):
-        train(config, "pretrain", permitted=permitted)
+        train(config, "pretrain", require_ownership=require_ownership)
     assert then["written"] == written()
     assert train(config, "pretrain") == "done"
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
@@ -172,11 +172,11 @@ def test_who_was_replaced_writes_nothing_more(tiny, tmp_path, whole):
 def test_a_save_of_who_was_replaced_does_not_appear(tmp_path, checks):
     left = iter(range(checks))
 
-    def permitted() -> None:
+    def require_ownership() -> None:
         if next(left, None) is None:
             raise RuntimeError("another start has taken over")
 
     tensors = whole_ranges({"weight": torch.ones(3)})
     with pytest.raises(OSError, match="taken over"):
-        checkpoint.save(tmp_path, 8, tensors, {}, permitted=permitted)
+        checkpoint.save(tmp_path, 8, tensors, {}, require_ownership=require_ownership)
     assert checkpoint.checkpoints(tmp_path) == []

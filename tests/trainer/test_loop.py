@@ -47,7 +47,7 @@ class stop_after(Stop):  # reads as what is asked for
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def step_begins(self, samples: int) -> None:
+    def before_step(self, samples: int) -> None:
         self.left -= 1
 
     def __call__(self) -> bool:

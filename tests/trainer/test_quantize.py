@@ -123,8 +123,8 @@ def test_a_clip_is_heard_at_the_gain_that_its_key_draws(start):
     module = make_task(start(), "quantize").module
     x0_BCT = 0.5 * torch.randn(8, 128, 63, generator=torch.Generator().manual_seed(0))
     positions_B = torch.arange(8)
-    heard = module.regained(x0_BCT, positions_B)
-    assert torch.equal(module.regained(x0_BCT[5:], positions_B[5:]), heard[5:])
+    heard = module.at_drawn_gain(x0_BCT, positions_B)
+    assert torch.equal(module.at_drawn_gain(x0_BCT[5:], positions_B[5:]), heard[5:])
     (autoencoder,) = module.frozen
 
     def level_db(x0: torch.Tensor) -> torch.Tensor:
@@ -138,4 +138,4 @@ def test_a_clip_is_heard_at_the_gain_that_its_key_draws(start):
 
 def test_without_other_gains_x0_is_left_alone(start):
     x0_BCT = torch.randn(2, 128, 63)
-    assert make_task(start("quantizer.gain_db=0"), "quantize").module.regained(x0_BCT, torch.arange(2)) is x0_BCT
+    assert make_task(start("quantizer.gain_db=0"), "quantize").module.at_drawn_gain(x0_BCT, torch.arange(2)) is x0_BCT

@@ -107,7 +107,7 @@ def test_keys_that_a_row_names_are_keys_of_the_schema():
     fields = {item.name for item in dataclasses.fields(recipe_schema())}
     for stage in STAGES.values():
         assert {key.partition(".")[0] for key in (*stage.learned_from, stage.crop_unit)} <= fields
-        assert {*stage.builds_on, *stage.judges} <= set(stages.trained_stages())
+        assert {*stage.builds_on, *stage.evaluates} <= set(stages.trained_stages())
 
 
 def test_the_readme_shows_the_rows():

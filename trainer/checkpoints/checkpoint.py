@@ -100,7 +100,7 @@ def save(
     meta: Mapping[str, Any],
     *,
     group: dist.ProcessGroup | None = None,
-    permitted: Callable[[], None] = lambda: None,
+    require_ownership: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `directory/step_{samples}`, replacing a checkpoint of that name. All ranks.
 
@@ -114,7 +114,7 @@ def save(
         meta: JSON-serializable metadata of the run (hashes, code version, …). Rank 0's is stored, with `samples`,
             `time` (seconds since 1970) and `world_size` added.
         group: see `collective`.
-        permitted: called on rank 0 before it writes; raises if a later start of this run has taken over.
+        require_ownership: called on rank 0 before it writes; raises if a later start of this run has taken over.
 
     Returns:
         The checkpoint's path, once the checkpoint is complete.
@@ -127,7 +127,7 @@ def save(
     final = directory / folder_name(samples)
     temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
-        collective.on_rank_0(lambda: _begin(temporary, permitted), group)
+        collective.on_rank_0(lambda: _begin(temporary, require_ownership), group)
         written = collective.together(lambda: _write(temporary, tensors), group)
         manifest = {
             "format": CHECKPOINT_FORMAT,
@@ -135,7 +135,7 @@ def save(
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
             "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
         }
-        collective.on_rank_0(lambda: _commit(temporary, final, manifest, permitted), group)
+        collective.on_rank_0(lambda: _commit(temporary, final, manifest, require_ownership), group)
     except OSError as error:
         if collective.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -148,7 +148,7 @@ def save(
 def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) -> dict[str, Any]:
     """Fills this rank's ranges from a checkpoint and returns its `meta`. All ranks.
 
-    Checks the files' sizes but not their checksums; `latest` and `verify` check those.
+    Checks the files' sizes but not their checksums; `newest` and `find_problems` check those.
 
     Args:
         path: a checkpoint's directory.
@@ -160,7 +160,7 @@ def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) 
             of its tensors differ from `tensors`. The message names them.
         OSError: on every rank, if any rank could not read.
     """
-    problems = verify(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors, partly=partly)
+    problems = find_problems(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors, partly=partly)
     of_all_ranks = list(
         dict.fromkeys(problem for rank_problems in collective.gather(problems) for problem in rank_problems)
     )
@@ -171,7 +171,7 @@ def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) 
     return manifest["meta"]
 
 
-def verify(path: Path, *, checksums: bool = True) -> list[str]:
+def find_problems(path: Path, *, checksums: bool = True) -> list[str]:
     """Returns the problems of a checkpoint; empty if it is complete and undamaged.
 
     Reads every file to compare its checksum, or without `checksums` only compares file sizes.
@@ -179,7 +179,7 @@ def verify(path: Path, *, checksums: bool = True) -> list[str]:
     return _problems(path, checksums=checksums)
 
 
-def latest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
+def newest_on_all_ranks(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
     """Calls `newest` on rank 0 and returns its result on all ranks. All ranks."""
     return collective.on_rank_0(lambda: newest(directory, wanted=wanted))
 
@@ -190,7 +190,7 @@ def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | Non
     Renames each damaged checkpoint that it finds to `damaged_…`, and logs a warning.
     """
     for path in reversed(checkpoints(directory)):
-        problems = verify(path)
+        problems = find_problems(path)
         if not problems and wanted(read_manifest(path)["meta"]):
             return path
         if problems:
@@ -267,9 +267,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _begin(temporary: Path, permitted: Callable[[], None]) -> None:
+def _begin(temporary: Path, require_ownership: Callable[[], None]) -> None:
     """Creates the temporary directory, and deletes those of earlier saves that were killed."""
-    permitted()
+    require_ownership()
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -307,9 +307,9 @@ def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, 
                 part.data[start - part.start : stop - part.start].copy_(stored)
 
 
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any], permitted: Callable[[], None]) -> None:
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_ownership: Callable[[], None]) -> None:
     """Writes the manifest and renames the complete checkpoint to its final name."""
-    permitted()
+    require_ownership()
     manifest = json.loads(json.dumps(manifest))  # The checksum must be that of the manifest as a reader parses it.
     (temporary / MANIFEST).write_text(to_json({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
     sync(temporary / MANIFEST)

@@ -34,7 +34,7 @@ def listing(paths: Iterable[Path]) -> str:
     """Format one line per checkpoint: samples seen, time, what wrote it, size, held-out loss."""
     rows = [["checkpoint", "samples", "written", "by", "size", "held-out loss", ""]]
     for path in paths:
-        problems = checkpoint.verify(path, checksums=False)
+        problems = checkpoint.find_problems(path, checksums=False)
         if problems:
             rows.append([str(path), f"{samples_of(path)}", "", "", "", "", f"DAMAGED: {problems[0]}"])
             continue
@@ -56,7 +56,7 @@ def listing(paths: Iterable[Path]) -> str:
 
 def verification(path: Path) -> tuple[str, bool]:
     """Compare a checkpoint with its checksums; returns a line that describes the result, and whether all are right."""
-    problems = checkpoint.verify(path)
+    problems = checkpoint.find_problems(path)
     if problems:
         return f"{path}: DAMAGED: {'; '.join(problems)}", False
     manifest = checkpoint.read_manifest(path)
@@ -69,7 +69,7 @@ def explanation(path: Path) -> str:
     Raises:
         ValueError: the checkpoint is damaged. The message says how.
     """
-    if problems := checkpoint.verify(path, checksums=False):
+    if problems := checkpoint.find_problems(path, checksums=False):
         raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
     manifest = checkpoint.read_manifest(path)
     meta = dict(manifest["meta"])

@@ -86,7 +86,7 @@ def was_followed(run: RunDirectory, choice: str) -> bool:
 
 
 def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
-    if problems := checkpoint.verify(path):
+    if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = checkpoint.read_manifest(path)["meta"]
     if meta.get("stage") != run.stage:
@@ -106,7 +106,7 @@ def start(task: Task, location: str) -> None:
     """
     path = Path(location)
     if (path / MANIFEST).exists():
-        if problems := checkpoint.verify(path):
+        if problems := checkpoint.find_problems(path):
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}

@@ -42,17 +42,17 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, settings: CheckpointConfig, *, permitted: Callable[[], None] = lambda: None
+        self, directory: Path, settings: CheckpointConfig, *, require_ownership: Callable[[], None] = lambda: None
     ) -> None:
         """Create the process group and the thread. All ranks.
 
-        `permitted` is called on rank 0 before a save writes; it raises if a later start of this run has taken over.
+        `require_ownership` is called on rank 0 before a save writes; it raises if a later start has taken the run over.
         """
         self.directory, self.settings = directory, settings
-        self.permitted = permitted
-        self.stalled = 0.0
+        self.require_ownership = require_ownership
+        self.waited_seconds = 0.0
         """Seconds that training stood still for the last save."""
-        self.took = 0.0
+        self.write_seconds = 0.0
         """Seconds from the start of the last save until its checkpoint was complete."""
         self._group = collective.own_group()
         self._host = _HostMemory()
@@ -76,14 +76,14 @@ class Saver:
         self._written.clear()
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self._requests.put(_Request(samples, tensors, dict(meta), ready))
-        self.stalled = time.perf_counter() - start
+        self.waited_seconds = time.perf_counter() - start
 
-    def copied(self) -> None:
+    def wait_for_copy(self) -> None:
         """Wait until the copy is made. Call this before any saved tensor changes."""
         if not self._copied.is_set():
             start = time.perf_counter()
             self._copied.wait()
-            self.stalled += time.perf_counter() - start
+            self.waited_seconds += time.perf_counter() - start
 
     @property
     def failed(self) -> bool:
@@ -108,7 +108,7 @@ class Saver:
             begun = time.perf_counter()
             try:
                 self._write(request)
-                self.took = time.perf_counter() - begun
+                self.write_seconds = time.perf_counter() - begun
             except Exception as error:  # `wait` raises it in the training thread.
                 self._error = error
             self._written.set()
@@ -124,7 +124,12 @@ class Saver:
 
         collective.together(copy, self._group)
         checkpoint.save(
-            self.directory, request.samples, copies, request.meta, group=self._group, permitted=self.permitted
+            self.directory,
+            request.samples,
+            copies,
+            request.meta,
+            group=self._group,
+            require_ownership=self.require_ownership,
         )
         keep = self.settings
         checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)

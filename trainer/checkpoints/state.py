@@ -31,7 +31,7 @@ class TrainState:
         """Samples seen. The schedule, the log and the names of checkpoints depend on this counter."""
         self.steps = 0
         """Steps that the optimizer took."""
-        self.passed_over = 0
+        self.skipped_samples = 0
         """Samples of the stream that the run skipped when it was rewound to an older checkpoint."""
         self.save_due = False
         """Whether a scheduled checkpoint is still to be saved, because steps were being skipped when its time came."""
@@ -41,7 +41,7 @@ class TrainState:
     @property
     def position(self) -> int:
         """The position in the stream at which the next global batch begins."""
-        return self.samples + self.passed_over
+        return self.samples + self.skipped_samples
 
     def advance(self, batch: int) -> None:
         """Count a step of `batch` samples. The samples of a skipped step count as seen."""
@@ -60,7 +60,7 @@ class TrainState:
         self.saved_at = self.samples
         return {
             "steps": self.steps,
-            "passed_over": self.passed_over,
+            "passed_over": self.skipped_samples,
             "health": self.health.state(),
             "good": good,
             "unsaved": self.save_due,
@@ -92,14 +92,14 @@ class TrainState:
         self.strategy.refresh()
         self.strategy.set_steps(meta["steps"])
         self.samples, self.steps = meta["samples"], meta["steps"]
-        self.passed_over, self.save_due = meta.get("passed_over", 0), meta.get("unsaved", False)
+        self.skipped_samples, self.save_due = meta.get("passed_over", 0), meta.get("unsaved", False)
         self.health.restore(meta.get("health"))
 
     def go_back(self, path: Path) -> None:
         """Load an older checkpoint of this run, but continue with the data at the current position."""
         position, rewinds, save_due = self.position, self.health.rewinds, self.save_due
         self.load(path)
-        self.passed_over = position - self.samples
+        self.skipped_samples = position - self.samples
         self.save_due, self.saved_at = save_due, -1
         self.health.rewound(rewinds)
 

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import soundfile
-import soxr
-from numpy.typing import NDArray
 
 from models.atomic_write import replacing
+from models.resampling import Audio, resample
+from trainer.data.sound_reader import SoundReader
 
-Audio = NDArray[np.float32]
-"""Audio as float32, (channels, samples) or (samples,), with full scale 1."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 _FORMATS = {".wav": ("WAV", "PCM_24"), ".flac": ("FLAC", "PCM_24"), ".ogg": ("OGG", "VORBIS")}
 _MAX_VORBIS_RATE = 192_000  # Hz; libvorbis refuses more, which crashes libsndfile
 _WRITE_BLOCK = 1 << 16  # samples; libsndfile overflows its stack if it encodes minutes of audio to Vorbis in one call
-_LARGEST_PAGE = 65307  # bytes; the maximum size of an Ogg page
-_UNKNOWN_LENGTH = 0x7FFF0000  # programs that write WAV to a pipe declare a length of this or more
 
 
 def find_audio(folder: Path) -> list[Path]:
@@ -47,14 +42,6 @@ def _refuse(error: OSError) -> NoReturn:
     raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
 
 
-def duration(path: Path) -> float:
-    """Return the seconds of sound in a file according to its header, or 0 if the header can't be read."""
-    try:
-        return soundfile.info(path).duration
-    except (soundfile.LibsndfileError, ZeroDivisionError):
-        return 0.0
-
-
 def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
     """Read a sound file of any sample rate, bit depth and number of channels.
 
@@ -63,92 +50,25 @@ def read_audio(path: Path, *, sample_rate: int, channels: int = 1) -> Audio:
         mean of the file's channels.
 
     Raises:
-        ValueError: the file can't be read, is truncated, or has no samples or values that are not finite.
+        ValueError, OSError: see `SoundReader`; also if there are no samples at this rate.
     """
-    audio, rate = _read(path)
-    if audio.shape[1] != channels:
-        audio = audio @ np.full((audio.shape[1], channels), 1 / audio.shape[1], np.float32)
-    if rate != sample_rate:
-        audio = soxr.resample(audio, rate, sample_rate)
-    if not len(audio):
+    with SoundReader(path) as reader:
+        blocks = mixed((block.T for block in reader.blocks()), channels=channels)
+        audio = np.concatenate(list(resample(blocks, reader.rate, sample_rate, channels=channels)), axis=1)
+    if not audio.size:
         raise ValueError(f"{path} has no samples at {sample_rate} Hz")
-    return np.ascontiguousarray(audio.T)
+    return np.ascontiguousarray(audio)
 
 
-def read_sound(path: Path) -> tuple[Audio, int]:
-    """Read a sound file at its own sample rate and number of channels.
-
-    Returns:
-        float32 (channels, samples), and the sample rate in Hz.
-
-    Raises:
-        ValueError: see `read_audio`.
-    """
-    audio, rate = _read(path)
-    if not len(audio):
-        raise ValueError(f"{path} has no samples")
-    return audio.T, rate
-
-
-def _read(path: Path) -> tuple[Audio, int]:
-    """Return the samples (samples, channels), and the sample rate in Hz."""
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, length = file.samplerate, file.frames
-            audio = file.read(dtype="float32", always_2d=True)
-            container, log = file.format, file.extra_info
-    except (soundfile.LibsndfileError, OSError) as error:
-        reason = "the file is empty" if path.is_file() and not path.stat().st_size else _reason(error)
-        raise ValueError(f"{path} can't be read as sound: {reason}") from error
-    if len(audio) < length or _chunk_is_cut(log) or (container == "OGG" and _last_page_is_missing(path)):
-        raise ValueError(f"{path} is truncated: its end is missing")
-    if not np.isfinite(audio).all():
-        raise ValueError(f"{path} has values that are not finite")
-    return audio, rate
-
-
-def resample(audio: Audio, rate: int, wanted: int, *, samples: int) -> Audio:
-    """Resample audio (channels, any length) from `rate` to `wanted` Hz, and cut or zero-pad it to `samples`."""
-    if rate != wanted:
-        audio = soxr.resample(audio.T, rate, wanted).T
-    missing = samples - audio.shape[1]
-    return np.pad(audio, ((0, 0), (0, missing))) if missing > 0 else audio[:, :samples]
-
-
-def resampled(blocks: Iterable[Audio], rate: int, wanted: int, *, channels: int, samples: int) -> Iterator[Audio]:
-    """Do what `resample` does for a stream of blocks (channels, any length); the blocks together have `samples`."""
-    stream = None if rate == wanted else soxr.ResampleStream(rate, wanted, channels, dtype="float32")
-    left = samples
+def mixed(blocks: Iterable[Audio], *, channels: int) -> Iterator[Audio]:
+    """Yield blocks (any number of channels, any length) with `channels`, each of which is the mean of the others."""
     for block in blocks:
-        part = block if stream is None else stream.resample_chunk(np.ascontiguousarray(block.T)).T
-        yield part[:, :left]
-        left -= min(left, part.shape[1])
-    if stream is not None:
-        part = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True).T
-        yield part[:, :left]
-        left -= min(left, part.shape[1])
-    yield np.zeros((channels, left), np.float32)
+        own = len(block)
+        yield block if own == channels else (block.T @ np.full((own, channels), 1 / own, np.float32)).T
 
 
 def _reason(error: Exception) -> str:
     return error.error_string.rstrip(".") if isinstance(error, soundfile.LibsndfileError) else str(error)
-
-
-def _chunk_is_cut(log: str) -> bool:
-    """Whether a WAV or AIFF header declares more data than the file has, which libsndfile only logs."""
-    declared = re.search(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    return declared is not None and int(declared[2]) < int(declared[1]) < _UNKNOWN_LENGTH
-
-
-def _last_page_is_missing(path: Path) -> bool:
-    """Whether an Ogg file's last page is incomplete or lacks the end-of-stream flag (RFC 3533, section 6)."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2 * _LARGEST_PAGE))
-        tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26]:
-        return True
-    return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def write_audio(path: Path, audio: Audio, sample_rate: int) -> None:

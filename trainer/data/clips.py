@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.loudness import is_silent, level
-from trainer.data.audio import encode_audio, read_audio
+from models.loudness import SilenceMeter, is_silent, level
+from models.resampling import Audio, resample
+from trainer.data.audio import encode_audio, mixed
+from trainer.data.clip_store import Clip, ClipStore
 from trainer.data.sound_files import SoundFile
+from trainer.data.sound_reader import SoundReader
 from trainer.data.text_embeddings import Embedder
-from trainer.data.workers import explained_death, follow_parent
+from trainer.data.workers import exit_with_parent, explain_dead_workers
 
 SHORTEST_SECONDS = 0.01
 _CLIPS_AT_ONCE = 8
 _AHEAD = 2  # files queued per worker
+_PAUSES = (0.5, 5.0)
+"""Seconds to wait before a file whose disk failed is read again."""
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EACCES,
+    errno.ENFILE,
+    errno.EMFILE,
+)
+"""Errors that network file systems give for a moment."""
 
 
 class AudioEncoder(Protocol):
@@ -46,25 +65,14 @@ class AudioEncoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A sample of a set; the fields are the arguments of `ShardWriter.write`."""
-
-    key: str
-    x0: NDArray[np.float16]
-    metadata: dict[str, Any]
-    flac: bytes
-    text: NDArray[np.float16] | None = None
-
-
-@dataclass(frozen=True)
 class EncodedFile:
     """The clips of a sound file."""
 
     seconds: float
     """Seconds of sound in the file; 0 if the file can't be used."""
-    clips: list[Clip]
+    clips: ClipStore
     problems: list[str]
-    """The reasons why the file, clips of it or its text were left out."""
+    """What was left out, and why: the file, a part of it, clips of it or its text; or what of it had to be guessed."""
 
 
 def clip_starts(samples: int, clip_samples: int) -> list[int]:
@@ -81,29 +89,56 @@ def clip_starts(samples: int, clip_samples: int) -> list[int]:
 
 
 class ClipEncoder:
-    """Cuts a file into clips of `clip_samples` and encodes them; a file that is shorter than a clip is repeated."""
+    """Cuts a file into clips of `clip_samples` and encodes them; a file that is shorter than a clip is repeated.
 
-    def __init__(self, ae: AudioEncoder, clip_samples: int, embedder: Embedder | None = None):
-        self.ae, self.clip_samples, self.embedder = ae, clip_samples, embedder
+    A file is read in blocks. The clips of a long one are kept in `spool`, a folder, until it is read to its end.
+    """
+
+    def __init__(
+        self, ae: AudioEncoder, clip_samples: int, embedder: Embedder | None = None, *, spool: Path | None = None
+    ) -> None:
+        self.ae, self.clip_samples, self.embedder, self.spool = ae, clip_samples, embedder, spool
 
     def __call__(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
-        """Return all clips of a file; with `keep_audio`, each clip has its audio at the normalized level."""
+        """Return all clips of a file; with `keep_audio`, each clip has its audio at the normalized level.
+
+        Raises:
+            OSError: the disk failed several times. Such a file is not a bad one, so the work has to stop.
+        """
+        for pause in _PAUSES:
+            try:
+                return self._encode(source, keep_audio)
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    raise
+                time.sleep(pause)
+        return self._encode(source, keep_audio)
+
+    def _encode(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
+        clips = ClipStore(self.spool and self.spool / f"{source.key}.clips")
+        meter = SilenceMeter()
         try:
-            audio_CS = self._read(source)
+            with SoundReader(source.path) as reader:
+                blocks = self._blocks(reader, meter)
+                problems = self._fill(clips, source, cut_clips(blocks, self.clip_samples), keep_audio)
         except ValueError as error:
-            return EncodedFile(0.0, [], [str(error).removeprefix(f"{source.path} ")])
-        text_NE, text_problems = self._text(source)
-        starts = clip_starts(audio_CS.shape[1], self.clip_samples)
-        clips: list[Clip] = []
-        left_out: Counter[str] = Counter()
-        for first in range(0, len(starts), _CLIPS_AT_ONCE):
-            numbers = range(first, min(first + _CLIPS_AT_ONCE, len(starts)))
-            made = self._clips(source, audio_CS, {n: starts[n] for n in numbers}, left_out, keep_audio)
-            clips += [replace(clip, text=text_NE) for clip in made]
-        problems = text_problems + [
-            f"{problem} in {count} of {len(starts)} clips" for problem, count in left_out.items() if count
-        ]
-        return EncodedFile(audio_CS.shape[1] / self.ae.sample_rate, clips, problems)
+            clips.clear()
+            return EncodedFile(0.0, clips, [str(error).removeprefix(f"{source.path} ")])
+        return EncodedFile(meter.samples / self.ae.sample_rate, clips, reader.notes + problems)
+
+    def _blocks(self, reader: SoundReader, meter: SilenceMeter) -> Iterator[Audio]:
+        """Yield the sound as the autoencoder takes it, measured by `meter`; at the end, refuse what is short or silent."""
+        own = SilenceMeter()
+        blocks = mixed(own.through(block.T for block in reader.blocks()), channels=self.ae.channels)
+        yield from meter.through(resample(blocks, reader.rate, self.ae.sample_rate, channels=self.ae.channels))
+        if meter.samples < SHORTEST_SECONDS * self.ae.sample_rate:
+            raise ValueError(f"is too short: {meter.samples / self.ae.sample_rate:.5f} s")
+        if own.silent:
+            raise ValueError("is silent")
+        if meter.silent:
+            raise ValueError(
+                f"is silent once its {reader.channels} channels are averaged: they cancel each other (opposite phase)"
+            )
 
     def _text(self, source: SoundFile) -> tuple[NDArray[np.float16] | None, list[str]]:
         """Return a file's text and its problems. A file whose text has a problem is used without text."""
@@ -114,48 +149,88 @@ class ClipEncoder:
         except ValueError as error:
             return np.zeros((0, self.embedder.width), np.float16), [str(error)]
 
-    def _read(self, source: SoundFile) -> Tensor:
-        rate = self.ae.sample_rate
-        audio = torch.from_numpy(read_audio(source.path, sample_rate=rate, channels=self.ae.channels))
-        if audio.shape[1] < SHORTEST_SECONDS * rate:
-            raise ValueError(f"is too short: {audio.shape[1] / rate:.5f} s")
-        if is_silent(audio):
-            raise ValueError("is silent")
-        return audio
+    def _fill(
+        self, clips: ClipStore, source: SoundFile, cuts: Iterator[tuple[int, Audio]], keep_audio: bool
+    ) -> list[str]:
+        """Encode all clips into `clips`; return the problems with them and with the text."""
+        left_out: Counter[str] = Counter()
+        count = 0
+        text_NE: NDArray[np.float16] | None = None
+        problems: list[str] = []
+        while batch := list(islice(cuts, _CLIPS_AT_ONCE)):
+            if not count:
+                text_NE, problems = self._text(source)
+            for clip in self._clips(source, count, batch, left_out, keep_audio):
+                clips.append(replace(clip, text=text_NE))
+            count += len(batch)
+        return problems + [f"{problem} in {times} of {count} clips" for problem, times in left_out.items() if times]
 
     def _clips(
-        self, source: SoundFile, audio_CS: Tensor, starts: dict[int, int], left_out: Counter[str], keep_audio: bool
+        self,
+        source: SoundFile,
+        first: int,
+        cuts: list[tuple[int, Audio]],
+        left_out: Counter[str],
+        keep_audio: bool,
     ) -> Iterator[Clip]:
-        """Yield the clips with these numbers and starts; unusable clips are counted in `left_out` by their problem."""
+        """Yield the clips numbered from `first`; unusable clips are counted in `left_out` by their problem."""
         rate = self.ae.sample_rate
-        sounding = {number: cut for number, start in starts.items() if not is_silent(cut := self._cut(audio_CS, start))}
-        left_out["is silent"] += len(starts) - len(sounding)
+        whole = [self._whole(torch.from_numpy(cut_CS)) for _, cut_CS in cuts]
+        sounding = [number for number, clip_CS in enumerate(whole) if not is_silent(clip_CS)]
+        left_out["is silent"] += len(cuts) - len(sounding)
         if not sounding:
             return
         # Encode all clips that are not silent in one batch.
-        levelled, gains = zip(*map(level, sounding.values()), strict=True)
+        levelled, gains = zip(*(level(whole[number]) for number in sounding), strict=True)
         with torch.inference_mode():
             latents = self.ae.encode(torch.stack(levelled)).to(torch.float16).cpu().numpy()
         for number, clip_CS, gain_db, x0_CT in zip(sounding, levelled, gains, latents, strict=True):
             if not np.isfinite(x0_CT).all():
                 left_out["has latents that exceed the range of float16"] += 1
                 continue
-            key = f"{source.key}-{number:04d}"
+            start, cut_CS = cuts[number]
+            key = f"{source.key}-{first + number:04d}"
             metadata = {
                 "key": key,
                 "caption": source.caption,
                 "source": source.name,
-                "start": starts[number] / rate,
-                "seconds": min(audio_CS.shape[1], self.clip_samples) / rate,
+                "start": start / rate,
+                "seconds": cut_CS.shape[1] / rate,
                 "sample_rate": rate,
                 "gain_db": gain_db,
             } | ({"facts": dict(source.facts)} if source.facts else {})
             flac = encode_audio(clip_CS.numpy(), rate, suffix=".flac") if keep_audio else b""
             yield Clip(key, x0_CT, metadata, flac)
 
-    def _cut(self, audio_CS: Tensor, start: int) -> Tensor:
-        cut_CS = audio_CS[:, start : start + self.clip_samples]
+    def _whole(self, cut_CS: Tensor) -> Tensor:
+        """Repeat a clip that is shorter than `clip_samples`."""
         return cut_CS.repeat(1, -(-self.clip_samples // cut_CS.shape[1]))[:, : self.clip_samples]
+
+
+def cut_clips(blocks: Iterable[Audio], clip_samples: int) -> Iterator[tuple[int, Audio]]:
+    """Cut sound in blocks (channels, any length) at `clip_starts`; yield (first sample, (channels, samples)).
+
+    Only a sound that is shorter than a clip gives fewer samples than `clip_samples`.
+    """
+    held: list[Audio] = []
+    waiting = start = 0
+    last: Audio | None = None
+    for block in blocks:
+        held.append(block)
+        waiting += block.shape[1]
+        if waiting < clip_samples:
+            continue
+        sound = np.concatenate(held, axis=1)
+        while sound.shape[1] >= clip_samples:
+            last, sound = sound[:, :clip_samples], sound[:, clip_samples:]
+            yield start, last
+            start += clip_samples
+        held, waiting = [sound], sound.shape[1]
+    if last is None:
+        if waiting:
+            yield 0, np.concatenate(held, axis=1)
+    elif 2 * waiting >= clip_samples:
+        yield start + waiting - clip_samples, np.concatenate([last, *held], axis=1)[:, -clip_samples:]
 
 
 def encode_in_order(
@@ -180,10 +255,11 @@ def encode_in_order(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # import torch once, not in each worker
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_ae, make_embedder, encode.clip_samples))
+    start = (make_ae, make_embedder, encode.clip_samples, encode.spool)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, start)
     pending: deque[Future[EncodedFile]] = deque()
     try:
-        with explained_death():
+        with explain_dead_workers():
             while True:
                 for task in islice(tasks, _AHEAD * workers - len(pending)):
                     pending.append(pool.submit(_encode_in_worker, *task))
@@ -209,12 +285,15 @@ _worker_encode: ClipEncoder
 
 
 def _start_worker(
-    make_ae: Callable[[], AudioEncoder], make_embedder: Callable[[], Embedder] | None, clip_samples: int
+    make_ae: Callable[[], AudioEncoder],
+    make_embedder: Callable[[], Embedder] | None,
+    clip_samples: int,
+    spool: Path | None,
 ) -> None:
     global _worker_encode
-    follow_parent()
+    exit_with_parent()
     torch.set_num_threads(1)
-    _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder())
+    _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder(), spool=spool)
 
 
 def _encode_in_worker(source: SoundFile, keep_audio: bool) -> EncodedFile:

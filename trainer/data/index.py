@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import SetInfo, find_members, index_rows, text_width, write_index
-from trainer.data.workers import explained_death, follow_parent
+from trainer.data.tar_members import is_apple_double, shown
+from trainer.data.workers import exit_with_parent, explain_dead_workers
 
 Result = TypeVar("Result")
 ProgressCallback = Callable[[int, int], None]
@@ -44,7 +45,7 @@ def index_folder(
         for key in keys:
             if key in shard_of:
                 raise ValueError(
-                    f"the key {key} is in both {shard_of[key]} and {path.name}: rename or remove one sample"
+                    f"the key {shown(key)} is in both {shard_of[key]} and {path.name}: rename or remove one sample"
                 )
             shard_of[key] = path.name
         shards[path.name] = rows
@@ -73,7 +74,7 @@ def verify_folder(folder: Path, *, workers: int = 1, progress: ProgressCallback 
     """
     shard_set = ShardSet(folder)
     problems = []
-    strays = {path.name for path in folder.glob("*.tar")} - {path.name for path in shard_set.paths}
+    strays = {path.name for path in _tars_in(folder)} - {path.name for path in shard_set.paths}
     if strays:
         problems.append(f"not in the index: {', '.join(sorted(strays))}; run `spresso index {folder}`")
     if shard_set.recomputed_fingerprint() != shard_set.fingerprint:
@@ -103,7 +104,7 @@ def _differences(path: Path, expected: NDArray[np.void], found: NDArray[np.void]
 
 
 def _tars(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.tar"))
+    paths = _tars_in(folder)
     if not paths:
         compressed = [path.name for path in folder.glob("*.tar.*")]
         hint = f"; {compressed[0]} is compressed, which rules out random access: unpack it" if compressed else ""
@@ -111,12 +112,16 @@ def _tars(folder: Path) -> list[Path]:
     return paths
 
 
+def _tars_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not is_apple_double(path))
+
+
 def _in_workers(scan: Callable[[Path], Result], paths: list[Path], workers: int) -> Iterator[Result]:
     if workers == 1 or len(paths) < 2:
         yield from map(scan, paths)
         return
-    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("forkserver"), follow_parent)
-    with pool, explained_death():
+    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("forkserver"), exit_with_parent)
+    with pool, explain_dead_workers():
         yield from pool.map(scan, paths)
 
 

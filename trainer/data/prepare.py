@@ -70,7 +70,7 @@ class PrepareReport:
     seconds: float
     """Seconds of sound in the files that could be used."""
     problems: list[dict[str, str]]
-    """{"file", "reason"} of each problem: a file, some of its clips or its text was left out."""
+    """{"file", "reason"} of each problem: a file, a part of it or its text was left out, or its length was guessed."""
 
 
 def prepare(
@@ -146,7 +146,7 @@ def prepare(
     missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
     # Encode the missing units of this part.
     tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-    encode = ClipEncoder(ae, clip_samples, embedder)
+    encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
     with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
         for unit in missing:
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)

@@ -13,9 +13,9 @@ from typing import Annotated
 import msgspec
 
 from models.documents import damaged, read_json, write_json
-from trainer.data.audio import duration
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.sound_files import SoundFile, held_out
+from trainer.data.sound_reader import duration
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers

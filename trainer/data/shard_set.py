@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,12 @@ from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, Sha
 from trainer.data.set_description import read_description
 from trainer.data.shards import (
     INDEX_ROWS,
+    LONGEST_METADATA,
     MAKE_AGAIN,
     DamagedSample,
     SetInfo,
+    member_at,
+    parse_metadata,
     pread,
     set_fingerprint,
     text_fits,
@@ -70,9 +72,9 @@ class ShardSet:
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
-        except DamagedDocument:
+        except (OSError, DamagedDocument):
             raise
-        except ValueError as error:
+        except Exception as error:  # numpy evaluates the header of the index as Python, whose errors are of many kinds
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
         shards = description.pop("shards")
         self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
@@ -228,16 +230,23 @@ class ShardSet:
         return [row[: channels * count].reshape(channels, count) for row, count in zip(values, frames, strict=True)]
 
     def metadata(self, id_: int) -> dict[str, Any]:
-        """Return the content of a sample's `KEY.json`, or an empty dict if the sample has none."""
+        """Return the content of a sample's `KEY.json`, or an empty dict if the sample has none.
+
+        Raises:
+            DamagedSample: the content is not a JSON object, or the shard is missing.
+        """
         row = self.index[id_]
         if not row["json_length"]:
             return {}
-        with self._file(row["shard"]) as file:
-            content = pread(file, row["json_offset"], row["json_length"])
+        if row["json_length"] > LONGEST_METADATA:
+            raise self._index_damaged()
+        content = self._content(row, "json")
         try:
-            return json.loads(content)
+            return parse_metadata(content)
         except ValueError as error:
-            raise self._damaged(row["shard"], row["json_offset"], f"its metadata is not JSON: {error}") from error
+            shard, offset = row["shard"], row["json_offset"]
+            name = member_at(self.paths[shard], offset) or f"the metadata of sample {id_}"
+            raise self._damaged(shard, offset, f"{name} {error}") from error
 
     def text(self, id_: int) -> NDArray[np.float16]:
         """Return a sample's caption as D reads it, (tokens, width), from a set that holds text.
@@ -249,29 +258,44 @@ class ShardSet:
         row = self.index[id_]
         if row["shard"] >= len(self.shards) or not text_fits(self.index[id_ : id_ + 1], self.info.text).all():
             raise self._index_damaged()
-        try:
-            with self._file(row["shard"]) as file:
-                content = pread(file, row["text_offset"], row["text_length"])
-        except (OSError, MissingFileError) as error:
-            raise self._damaged(row["shard"], row["text_offset"], str(error)) from error
+        content = self._content(row, "text")
         if crc32(content) != row["text_crc32"]:
             raise self._damaged(row["shard"], row["text_offset"], "the checksum of the text is wrong")
         return np.frombuffer(content, np.float16).reshape(-1, self.info.text["width"])
 
     def audio(self, id_: int) -> NDArray[np.float32]:
-        """Return a sample's audio, (channels, samples), from a set that holds audio."""
+        """Return a sample's audio, (channels, samples), from a set that holds audio.
+
+        Raises:
+            DamagedSample: the checksum is wrong, the audio can't be decoded, or the shard is missing.
+            ValueError: the set holds no audio.
+        """
         if not self.has_audio:
             raise ValueError(
                 f"{self.location} holds latents without their audio, which evaluation needs: add each sample's audio "
                 f"to the tars as KEY.flac and run `spresso index`"
             )
         row = self.index[id_]
-        with self._file(row["shard"]) as file:
-            content = pread(file, row["flac_offset"], row["flac_length"])
+        content = self._content(row, "flac")
         if crc32(content) != row["flac_crc32"]:
             raise self._damaged(row["shard"], row["flac_offset"], "the checksum is wrong")
-        audio, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        try:
+            audio, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        except (RuntimeError, MemoryError) as error:  # not enough memory: the header claims too many samples
+            reason = f"its audio can't be decoded: {error}"
+            raise self._damaged(row["shard"], row["flac_offset"], reason) from error
         return np.ascontiguousarray(audio.T)
+
+    def _content(self, row: np.void, kind: str) -> bytes:
+        """Return the content of a sample's member as the index locates it, without comparing its checksum."""
+        shard, offset, length = (int(row[name]) for name in ("shard", f"{kind}_offset", f"{kind}_length"))
+        if shard >= len(self.shards) or offset + length > self.shards[shard][1]:
+            raise self._index_damaged()
+        try:
+            with self._file(shard) as file:
+                return pread(file, offset, length)
+        except (OSError, MissingFileError) as error:
+            raise self._damaged(shard, offset, str(error)) from error
 
     @contextmanager
     def _file(self, shard: int) -> Iterator[io.FileIO]:

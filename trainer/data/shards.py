@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 
 from models.atomic_write import replacing
 from models.documents import write_json
+from trainer.data.npy_header import LONGEST_NPY_HEADER, float16_shape
+from trainer.data.tar_members import find_tar_members, shown
 
 # Offsets are bytes from the start of the shard. x0's offset and length leave out the .npy header.
 INDEX_ROW = np.dtype(
@@ -54,8 +56,12 @@ INDEX_ROWS = (
 )
 """Row types without audio and text, with audio, with text, and with both; all rows of a set have the same type."""
 _X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
+_KINDS = (_X0, _JSON, _FLAC, _TEXT)
+_LONGEST_MEMBER = 2**32 - 1  # bytes, by the index's columns of lengths
+LONGEST_METADATA = 16 << 20
+"""The maximum number of bytes in a sample's `KEY.json`."""
+_PIECE = 16 << 20  # bytes that are read at a time
 _BLOCK = tarfile.BLOCKSIZE
-_END = bytes(2 * _BLOCK)
 SET_VERSION = 2
 MAKE_AGAIN = "restore it and run `spresso index` on the folder, or remove the set and run `spresso prepare` again"
 
@@ -155,7 +161,8 @@ def scan_shard(path: Path) -> NDArray[np.void]:
     be missing; latents may not.
 
     Raises:
-        ValueError: the tar is broken, a sample is incomplete, or its x0 is not a float16 matrix in C order.
+        ValueError: the tar is broken, a sample is incomplete, its x0 is not a float16 matrix in C order, or its
+            metadata is not a JSON object.
     """
     return index_rows(path, find_members(path))
 
@@ -168,20 +175,52 @@ def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]])
     with path.open("rb") as file:
         for row, (key, members) in zip(rows, samples.items(), strict=True):
             if missing := [kind for kind in kinds if kind not in members]:
-                raise ValueError(f"{path} has no {key}.{missing[0]}")
-            name = f"{path}: {key}.{_X0}"
-            (_, row["frames"]), row["x0_offset"], row["x0_length"] = _find_values(file, name, *members[_X0])
-            row["x0_crc32"] = crc32(pread(file, row["x0_offset"], row["x0_length"]))
-            row["json_offset"], row["json_length"] = members.get(_JSON, (0, 0))
-            if _FLAC in kinds:
-                row["flac_offset"], row["flac_length"] = members[_FLAC]
-                row["flac_crc32"] = crc32(pread(file, *members[_FLAC]))
-            if _TEXT in kinds:
-                name = f"{path}: {key}.{_TEXT}"
-                (row["text_tokens"], _), offset, length = _find_values(file, name, *members[_TEXT])
-                row["text_offset"], row["text_length"] = offset, length
-                row["text_crc32"] = crc32(pread(file, offset, length))
+                raise ValueError(f"{path} has no {shown(key)}.{missing[0]}")
+            try:
+                _fill_row(row, file, members)
+            except ValueError as error:
+                raise ValueError(f"{path}: {shown(key)}.{error}") from error
     return rows
+
+
+def _fill_row(row: np.void, file: BinaryIO, members: Mapping[str, tuple[int, int]]) -> None:
+    """Fill the index row of a sample. The message of a ValueError begins with the kind of the member at fault."""
+    for kind in _KINDS:
+        if members.get(kind, (0, 0))[1] > _LONGEST_MEMBER:
+            raise ValueError(f"{kind} has {members[kind][1]} bytes, but the index can hold {_LONGEST_MEMBER}")
+    (_, row["frames"]), row["x0_offset"], row["x0_length"] = _find_values(file, _X0, *members[_X0])
+    row["x0_crc32"] = _checksum(file, row["x0_offset"], row["x0_length"])
+    if _JSON in members:
+        row["json_offset"], row["json_length"] = members[_JSON]
+        if row["json_length"] > LONGEST_METADATA:
+            raise ValueError(f"{_JSON} has {row['json_length']} bytes, but metadata may have {LONGEST_METADATA}")
+        try:
+            parse_metadata(pread(file, *members[_JSON]))
+        except ValueError as error:
+            raise ValueError(f"{_JSON} {error}") from error
+    if _FLAC in members:
+        row["flac_offset"], row["flac_length"] = members[_FLAC]
+        row["flac_crc32"] = _checksum(file, *members[_FLAC])
+    if _TEXT in members:
+        (row["text_tokens"], _), row["text_offset"], row["text_length"] = _find_values(file, _TEXT, *members[_TEXT])
+        row["text_crc32"] = _checksum(file, row["text_offset"], row["text_length"])
+
+
+def parse_metadata(content: bytes) -> dict[str, Any]:
+    """Return the content of a sample's `KEY.json`.
+
+    Raises:
+        ValueError: this is not a JSON object; the message is a predicate.
+    """
+    try:
+        metadata = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        kind = kinds.get(type(metadata), "a number")
+        raise ValueError(f'is {kind}, but metadata must be an object, such as {{"caption": "rain"}}')
+    return metadata
 
 
 def text_width(path: Path) -> int | None:
@@ -189,30 +228,42 @@ def text_width(path: Path) -> int | None:
     with path.open("rb") as file:
         for key, members in find_members(path).items():
             if _TEXT in members:
-                return _find_values(file, f"{path}: {key}.{_TEXT}", *members[_TEXT])[0][1]
+                return _find_values(file, f"{path}: {shown(key)}.{_TEXT}", *members[_TEXT])[0][1]
     return None
 
 
 def find_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return key → kind → (offset, length) in bytes for all files of a tar."""
+    """Return key → kind → (offset, length) in bytes for all files of a tar, and for the links between them.
+
+    Hidden files, whose names begin with a dot, have no key and are left out, as in WebDataset.
+
+    Raises:
+        ValueError: the tar is damaged (see `find_tar_members`), holds a member twice, or lacks the file of a link.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                members = samples.setdefault(f"{folder}{slash}{stem}", {})
-                if kind.lower() in members:
-                    raise ValueError(f"{path} holds {member.name} twice")
-                members[kind.lower()] = member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole tar file: {error}") from error
-    with path.open("rb") as file:  # tarfile accepts a tar that was truncated between two members
-        if pread(file, max(0, path.stat().st_size - len(_END)), len(_END)) != _END:
-            raise ValueError(f"{path} is not a whole tar file: its end-of-archive marker is missing")
+    for member in find_tar_members(path):
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, kind = name.partition(".")
+        kind = kind.lower()
+        if not stem and kind.endswith(_X0):
+            raise ValueError(f"{path}: {shown(member.name)} has no key before its first dot: rename it")
+        if not stem or (member.lack and kind not in _KINDS):
+            continue
+        if member.lack:
+            raise ValueError(f"{path}: {shown(member.name)} {member.lack}: pack the file itself, with `--dereference`")
+        members = samples.setdefault(f"{folder}{slash}{stem}", {})
+        if kind in members:
+            raise ValueError(f"{path} holds {shown(member.name)} twice")
+        members[kind] = member.offset, member.size
     return samples
+
+
+def member_at(path: Path, offset: int) -> str | None:
+    """Return the name of the member whose content begins at this byte of a tar, or None if there is none."""
+    try:
+        return next((shown(member.name) for member in find_tar_members(path) if member.offset == offset), None)
+    except (ValueError, OSError):
+        return None
 
 
 def _npy(values: NDArray[np.float16]) -> bytes:
@@ -223,17 +274,25 @@ def _npy(values: NDArray[np.float16]) -> bytes:
 
 def _find_values(file: BinaryIO, name: str, offset: int, length: int) -> tuple[tuple[int, int], int, int]:
     """Return the shape of the .npy member at `offset`, and the offset and length of its values in bytes."""
-    header = io.BytesIO(pread(file, offset, min(length, 512)))
     try:
-        if np.lib.format.read_magic(header) != (1, 0):
-            raise ValueError("its format version is not 1.0")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+        (rows, columns), header = float16_shape(pread(file, offset, min(length, LONGEST_NPY_HEADER)))
     except ValueError as error:
-        raise ValueError(f"{name} is not a .npy array: {error}") from error
-    values = length - header.tell()
-    if dtype != np.float16 or fortran_order or len(shape) != 2 or values != 2 * shape[0] * shape[1]:
-        raise ValueError(f"{name} is not a whole float16 matrix in C order: {dtype} {shape}, {values} bytes")
-    return (shape[0], shape[1]), offset + header.tell(), values
+        raise ValueError(f"{name} {error}") from error
+    values = length - header
+    if values != 2 * rows * columns:
+        shape = f"({rows}, {columns})"[:60]
+        raise ValueError(f"{name} is not a whole float16 matrix in C order: its shape is {shape}, in {values} bytes")
+    if not columns or not (rows or name.endswith(_TEXT)):  # only a text may be empty
+        raise ValueError(f"{name} holds no values: its shape is ({rows}, {columns})")
+    return (rows, columns), offset + header, values
+
+
+def _checksum(file: BinaryIO, offset: int, length: int) -> int:
+    """Return the CRC-32 of a part of a file, which is read piece by piece."""
+    checksum, end = 0, int(offset) + int(length)
+    for at in range(int(offset), end, _PIECE):
+        checksum = crc32(pread(file, at, min(_PIECE, end - at)), checksum)
+    return checksum
 
 
 def pread(file: BinaryIO | io.FileIO, offset: int, length: int) -> bytes:

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """In a worker: ignore Ctrl-C, which the parent handles, and exit once the parent is dead, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -25,7 +25,7 @@ def follow_parent() -> None:
 
 
 @contextmanager
-def explained_death() -> Iterator[None]:
+def explain_dead_workers() -> Iterator[None]:
     """Raise ValueError if a worker of a process pool dies in the block."""
     try:
         yield

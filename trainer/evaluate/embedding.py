@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.evaluate.baselines.baseline import lacks, offline, resample_mono
+from trainer.evaluate.baselines.baseline import offline, resample_mono, why_not_installed
 from trainer.evaluate.figures import EMBEDDING, mel_statistics
 
 CLAP = "clap:"
@@ -49,7 +49,7 @@ class Clap(Embedding):
 
     @functools.cached_property
     def _parts(self) -> tuple[Any, Any]:
-        if missing := lacks("transformers", "pip install 'spresso[baselines]'"):
+        if missing := why_not_installed("transformers", "pip install 'spresso[baselines]'"):
             raise ValueError(f"evaluate.embedding={CLAP}{self.where}: {missing}")
         from transformers import ClapFeatureExtractor, ClapModel
 

@@ -17,7 +17,7 @@ from trainer.data.audio import write_audio
 from trainer.evaluate.bootstrap import LEVEL
 from trainer.evaluate.embedding import make_embedding
 from trainer.evaluate.other_codecs import other_sources
-from trainer.evaluate.own_codecs import Export, Own, own_sources
+from trainer.evaluate.own_codecs import Export, OwnCodec, own_sources
 from trainer.evaluate.pieces import Piece, Pieces
 from trainer.evaluate.report import Gathered, results_of, systems_of, variability
 from trainer.evaluate.report_file import read_report, read_speed
@@ -116,7 +116,7 @@ class _Plan:
                 f"evaluate.codecs has titles that differ only in case or punctuation: {', '.join(chosen.codecs)}"
             )
         self._finetuned = next(
-            source.export for source in self.sources if isinstance(source, Own) and source.key.startswith("zq")
+            source.export for source in self.sources if isinstance(source, OwnCodec) and source.key.startswith("zq")
         )
         timed = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
         self.speed_name = f"speed-{hash_values(of_all | timed)[:8]}"
@@ -278,7 +278,7 @@ class _Plan:
 
 
 def _require_ended(config: Config) -> None:
-    for stage in STAGES["evaluate"].judges:
+    for stage in STAGES["evaluate"].evaluates:
         directory = RunDirectory(stage_folder(config, stage), stage)
         if directory.status.get("export") is None:
             raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run {stage} first")

@@ -129,7 +129,7 @@ class _File:
         return None if self.coded is None else 8 * bitstream.read_header(self.coded)[1]
 
 
-class Own(SystemUnderTest):
+class OwnCodec(SystemUnderTest):
     """One system of ours: an export, and which z D is conditioned on."""
 
     def __init__(
@@ -240,13 +240,13 @@ def own_sources(
     stages = ("autoencode", "finetune", "quantize")
     of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=config.sampling) for name in stages}
     continuous = of_stage["autoencode"]
-    rows = [Own(continuous, System("z", "Continuous z", "system"))]
+    rows = [OwnCodec(continuous, System("z", "Continuous z", "system"))]
     for stage in ("finetune", "quantize"):
         finetuned = stage == "finetune"
         for books in config.rates:
             key = f"zq{books}" + ("" if finetuned else "_before")
             title = _KBPS + ("" if finetuned else ", before finetuning")
-            rows.append(Own(of_stage[stage], System(key, title, "system", page=finetuned), books=books))
+            rows.append(OwnCodec(of_stage[stage], System(key, title, "system", page=finetuned), books=books))
     for title, folder in config.evaluate.codecs.items():
         rows += _of_codec(title, Path(folder), functools.partial(open_export, sampling=None))
     rows = _with_takes(rows, config.evaluate.decodes)
@@ -256,13 +256,13 @@ def own_sources(
     nothing = System("unconditional", "Unconditional", "floor", note=note)
     pairs = [source for row in rows for source in (row, *_control(row))]
     floors: list[SystemUnderTest] = [
-        Own(continuous, other, told="other", control_of="z"),
-        Own(continuous, nothing, told="nothing"),
+        OwnCodec(continuous, other, told="other", control_of="z"),
+        OwnCodec(continuous, nothing, told="nothing"),
     ]
     return [Original(clips), Ceiling(continuous), *pairs], floors
 
 
-def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[Own]:
+def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[OwnCodec]:
     """Yield the systems of another export: its continuous z and each of its rates.
 
     Continuous z is decoded by the run's `autoencode` export if there is one next to this export.
@@ -273,9 +273,9 @@ def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -
     own_rates = _rates(folder)
     before = open_export(autoencode) if own_rates and (autoencode / "codec.json").is_file() else export
     note = "" if before is not export or not own_rates else "z is decoded by the D that was finetuned on codes."
-    yield Own(before, System(f"{slug}_z", f"{title}, continuous z", "system", note=note))
+    yield OwnCodec(before, System(f"{slug}_z", f"{title}, continuous z", "system", note=note))
     for books in own_rates:
-        yield Own(export, System(f"{slug}_zq{books}", f"{title}, {_KBPS}", "system"), books=books)
+        yield OwnCodec(export, System(f"{slug}_zq{books}", f"{title}, {_KBPS}", "system"), books=books)
 
 
 def _rates(folder: Path) -> list[int]:
@@ -285,22 +285,24 @@ def _rates(folder: Path) -> list[int]:
     return sorted(read_config(folder).rates, reverse=True)
 
 
-def _with_takes(rows: list[Own], decodes: int) -> list[Own]:
+def _with_takes(rows: list[OwnCodec], decodes: int) -> list[OwnCodec]:
     """Set several decodes for up to `VARIABLE` systems of the page: quantized ones, evenly over the rates, first."""
     played = sorted((row for row in rows if row.system.page), key=lambda row: row.books is None)
     in_bits = [row for row in played if row.books is not None]
     if len(in_bits) > VARIABLE:
         played = [in_bits[round(n * (len(in_bits) - 1) / (VARIABLE - 1))] for n in range(VARIABLE)]
     chosen = {row.key for row in played[:VARIABLE]}
-    return [Own(row.export, row.system, books=row.books, takes=decodes if row.key in chosen else 1) for row in rows]
+    return [
+        OwnCodec(row.export, row.system, books=row.books, takes=decodes if row.key in chosen else 1) for row in rows
+    ]
 
 
-def _control(row: Own) -> list[Own]:
+def _control(row: OwnCodec) -> list[OwnCodec]:
     """Return the control of a system, decoded from another clip's codes; the control of `z` is one of the floors."""
     if row.key == "z":
         return []
     system = dataclasses.replace(row.system, key=f"{row.key}_other", page=False)
-    return [Own(row.export, system, books=row.books, told="other", control_of=row.key)]
+    return [OwnCodec(row.export, system, books=row.books, told="other", control_of=row.key)]
 
 
 def _windows(x_BCT: Tensor, length: int) -> Tensor:

@@ -106,7 +106,7 @@ class Metrics:
 
     def write(self, kind: str, samples: int, **values: Any) -> None:
         """Append a line to `metrics.jsonl`, and plot its numbers in TensorBoard against the samples seen."""
-        self.run.permitted()
+        self.run.require_ownership()
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}
         append_lines(self.path, [line])
         for name, value in values.items():

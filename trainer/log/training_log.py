@@ -23,7 +23,7 @@ from trainer.ranks.strategy import Strategy
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory
 from trainer.run_documents import Incident, read_optional
-from trainer.stop import Leaving, Stop
+from trainer.stop import Stop, StopRequested
 from trainer.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,6 @@ class TrainingLog:
                 for name, audio in self.clips.originals(self.task):
                     self.metrics.listen(name, audio, 0)
         self.progress.to(samples)
-        self.told_at = samples
         self.clock.restart()
 
     def line(self, samples: int, *, lr: float, grad_norm: float, feed: Feed, saver: Saver) -> None:
@@ -80,12 +79,16 @@ class TrainingLog:
                 grad_norm=grad_norm,
                 samples_per_second=round(1 / seconds, 2),
                 data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
-                save_stall_seconds=round(saver.stalled, 4),
+                save_stall_seconds=round(saver.waited_seconds, 4),
                 peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
                 **times,
             )
             self.run.write_status(
-                "running", samples=samples, of=self.settings.samples, loss=loss, save_seconds=round(saver.took, 2)
+                "running",
+                samples=samples,
+                of=self.settings.samples,
+                loss=loss,
+                save_seconds=round(saver.write_seconds, 2),
             )
             for slow in times["slow_ranks"]:
                 logger.warning(
@@ -100,7 +103,7 @@ class TrainingLog:
         try:
             with self.ema.applied():
                 loss = self.held_out(self.strategy, self._between)
-        except Leaving:
+        except StopRequested:
             return None
         if self.metrics is not None:
             self.metrics.write("held_out", samples, loss=loss)
@@ -111,7 +114,7 @@ class TrainingLog:
         try:
             with self.ema.applied():
                 decoded = self.clips.decoded(self.task, self.strategy, self._between)
-        except Leaving:
+        except StopRequested:
             return False
         if self.metrics is not None:
             for name, audio in decoded:
@@ -119,9 +122,9 @@ class TrainingLog:
         return True
 
     def _between(self) -> None:
-        """Raise Leaving on all ranks if any rank was asked to stop."""
+        """Raise StopRequested on all ranks if any rank was asked to stop."""
         if self.parallel.any(self.stop()):
-            raise Leaving
+            raise StopRequested
 
     def stopped(self, samples: int, *, saved: bool, took: float) -> None:
         """Record that the run stops before its end. On rank 0.

@@ -26,7 +26,7 @@ from trainer.data.text_embeddings import TextReader
 from trainer.inputs import Inputs
 from trainer.losses import Losses
 from trainer.memory.outline import outlined_task
-from trainer.ranks.strategy import DTYPES, Computed, blocks_of, recompute
+from trainer.ranks.strategy import DTYPES, PrecisionModule, blocks_of, recompute
 from trainer.recipes.schema import Config
 
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -119,7 +119,7 @@ def _of_depth(
                 _as_on_cuda(block)
             if how.recomputed:
                 recompute(block)
-        computed = Computed(module, torch.device("cpu"), dtype)
+        computed = PrecisionModule(module, torch.device("cpu"), dtype)
         if how.cuda:
             _as_on_cuda(computed)
         readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
@@ -128,7 +128,11 @@ def _of_depth(
 
 
 def measure(
-    computed: Computed, shape: Sequence[int], conditions: Mapping[str, Tensor] | None = None, *, backward: bool = True
+    computed: PrecisionModule,
+    shape: Sequence[int],
+    conditions: Mapping[str, Tensor] | None = None,
+    *,
+    backward: bool = True,
 ) -> Activations:
     """Measure a pass on x0 of shape (B, C, T), optionally forward only; in a FakeTensorMode all tensors are fake."""
     with _Living(computed.parameters()) as living:

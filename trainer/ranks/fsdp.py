@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.ranks.flat_ranges import FlatRange
-from trainer.ranks.strategy import MOMENTS, Computed, Held, TorchStrategy, blocks_of
+from trainer.ranks.strategy import MOMENTS, PrecisionModule, TorchStrategy, TrainedRange, blocks_of
 from trainer.recipes.schema import TrainConfig
 
 
@@ -26,7 +26,7 @@ class Sharded(TorchStrategy):
     """Applies `fully_shard` to every Transformer block, and to the module with all other weights."""
 
     def __init__(
-        self, computed: Computed, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
+        self, computed: PrecisionModule, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
     ) -> None:
         super().__init__(computed, settings)
         mesh = _mesh(computed.device_type, world_size, replicas)
@@ -53,14 +53,14 @@ class Sharded(TorchStrategy):
         self.root.set_requires_gradient_sync(last)
         yield
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""
         ranges = {}
         with torch.no_grad():
             for name, value in self.learned.items():
                 state, start = self.optimizer.state[value], self._starts[name]
                 moments = {kind: _local_range(state[kind], start) for kind in MOMENTS}
-                ranges[name] = Held(_local_range(value, start), moments)
+                ranges[name] = TrainedRange(_local_range(value, start), moments)
         return ranges
 
     @contextmanager

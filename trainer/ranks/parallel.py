@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from trainer.ranks.flat_ranges import FlatRange
-from trainer.ranks.strategy import DTYPES, Computed, Replicated, Strategy, blocks_of, recompute
+from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
 _BUCKET = 2**24  # numbers that one collective of `Parallel.whole` gathers
@@ -65,11 +65,11 @@ class Parallel:
         return self.rank == 0
 
     @property
-    def cuts_base(self) -> bool:
+    def shards_base(self) -> bool:
         """Whether the frozen base is sharded among ranks."""
         return self.config.strategy == "zero3" or (self.config.strategy == "fsdp2" and self.config.shard_base)
 
-    def parts(self, global_batch: int) -> int:
+    def micro_batches(self, global_batch: int) -> int:
         """Return the number of micro batches per step on each rank.
 
         Raises:
@@ -97,7 +97,7 @@ class Parallel:
                 recompute(block)
             if config.compile:
                 block.compile()
-        computed = Computed(module, self.device, dtype)
+        computed = PrecisionModule(module, self.device, dtype)
         if config.strategy == "ddp":
             return Replicated(computed, settings, rank=self.rank, world_size=self.world_size)
         if config.strategy == "fsdp2":
@@ -112,7 +112,7 @@ class Parallel:
             )
         from trainer.ranks.zero import Zero
 
-        parts = self.parts(settings.global_batch)
+        parts = self.micro_batches(settings.global_batch)
         return Zero(
             computed,
             settings,
@@ -127,7 +127,7 @@ class Parallel:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 held = parameter.data.to(dtype)
-                parameter.data = held if self.cuts_base else held.to(self.device)
+                parameter.data = held if self.shards_base else held.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over ranks."""

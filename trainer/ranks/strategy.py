@@ -32,14 +32,14 @@ Accept = Callable[[float], bool]
 
 
 @dataclass(frozen=True)
-class Held:
+class TrainedRange:
     """This rank's part of one trained parameter and of its Adam moments, as float32 views of the tensors in use."""
 
     value: FlatRange
     moments: dict[str, FlatRange]
 
 
-class Computed(nn.Module):
+class PrecisionModule(nn.Module):
     """A stage's module, run in the recipe's precision.
 
     It returns the losses as a dict and a tensor, because DDP and FSDP find tensors in dicts and tuples, but not in
@@ -73,7 +73,7 @@ class Strategy(ABC):
     scale = 1.0
     """Loss scale of the backward pass, for fp16. `step` unscales the gradients."""
 
-    def __init__(self, computed: Computed, settings: TrainConfig) -> None:
+    def __init__(self, computed: PrecisionModule, settings: TrainConfig) -> None:
         self.computed, self.settings = computed, settings
         self.wrapped: Callable[[Inputs], tuple[dict[str, Tensor], Tensor]] = computed
         """The module inside this strategy's wrapper, as training calls it."""
@@ -110,7 +110,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TrainedRange]:
         """Return this rank's part of every trained parameter, possibly empty.
 
         Training may replace the tensors: call this method again for each use.
@@ -190,7 +190,7 @@ class TorchStrategy(Strategy):
 class Replicated(TorchStrategy):
     """DDP: every rank holds all weights; the backward pass of a step's last micro batch averages the gradients."""
 
-    def __init__(self, computed: Computed, settings: TrainConfig, *, rank: int, world_size: int) -> None:
+    def __init__(self, computed: PrecisionModule, settings: TrainConfig, *, rank: int, world_size: int) -> None:
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
         if world_size > 1:
@@ -209,7 +209,7 @@ class Replicated(TorchStrategy):
             return nullcontext()
         return self.wrapped.no_sync()
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""
         learned = self.learned
         values = whole_ranges({name: value.data for name, value in learned.items()})
@@ -217,7 +217,7 @@ class Replicated(TorchStrategy):
             kind: whole_ranges({name: self.optimizer.state[value][kind] for name, value in learned.items()})
             for kind in MOMENTS
         }
-        return {name: Held(values[name], {kind: moments[kind][name] for kind in MOMENTS}) for name in learned}
+        return {name: TrainedRange(values[name], {kind: moments[kind][name] for kind in MOMENTS}) for name in learned}
 
 
 def make_optimizer(

@@ -41,7 +41,7 @@ class Watchdog:
         self._arm()
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def allow_longer(self) -> Iterator[None]:
         """Extend the timeout inside the `with`, for work that takes longer than a step, such as an evaluation."""
         before, self.patience = self.patience, max(self.patience, _PATIENT)
         self._arm()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.ranks.flat_ranges import FlatRange
-from trainer.ranks.strategy import MOMENTS, Accept, Computed, Held, Strategy, fill_state, make_optimizer
+from trainer.ranks.strategy import MOMENTS, Accept, PrecisionModule, Strategy, TrainedRange, fill_state, make_optimizer
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
 
@@ -27,7 +27,14 @@ class Zero(Strategy):
     """A DeepSpeed engine around the module."""
 
     def __init__(
-        self, computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
+        self,
+        computed: PrecisionModule,
+        settings: TrainConfig,
+        config: ParallelConfig,
+        *,
+        stage: int,
+        parts: int,
+        micro: int,
     ) -> None:
         super().__init__(computed, settings)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step, even with a single rank.
@@ -75,11 +82,11 @@ class Zero(Strategy):
         self.base.gate = _never
         return decision()[0]
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""
         ranges = self._range_3 if self.stage == 3 else self._range_12
         return {
-            name: Held(ranges(value, None), {kind: ranges(value, kind) for kind in MOMENTS})
+            name: TrainedRange(ranges(value, None), {kind: ranges(value, kind) for kind in MOMENTS})
             for name, value in self.learned.items()
         }
 
@@ -174,7 +181,7 @@ def _norm(value: Any) -> float:
     return norm if norm >= 0 else math.inf
 
 
-def _shard_weights(deepspeed: Any, computed: Computed, options: dict[str, Any]) -> None:
+def _shard_weights(deepspeed: Any, computed: PrecisionModule, options: dict[str, Any]) -> None:
     """Shard weights among ranks one by one as they move to the device: the engine would first move all of them."""
     for parameter in computed.parameters():
         parameter.data = parameter.data.to(computed.dtype)
@@ -210,7 +217,7 @@ def reduce_bucket(learned: int) -> int:
 
 
 def _settings(
-    computed: Computed, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
+    computed: PrecisionModule, settings: TrainConfig, config: ParallelConfig, *, stage: int, parts: int, micro: int
 ) -> dict[str, Any]:
     cuda = computed.device_type == "cuda"
     learned = sum(value.numel() for value in computed.parameters() if value.requires_grad)

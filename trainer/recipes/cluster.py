@@ -86,7 +86,7 @@ class ClusterConfig:
     def of(self, stage: str) -> ClusterConfig:
         """Return the settings for the job of one stage."""
         row = STAGES[stage]
-        chosen: dict[str, Any] = {**row.asks}
+        chosen: dict[str, Any] = {**row.resources}
         if "gpus_per_node" in chosen:
             chosen["gpus_per_node"] = min(chosen["gpus_per_node"], self.gpus_per_node)
         for key, value in self.stages.get(stage, {}).items():

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.documents import read_yaml
+from models.yaml_document import read_yaml
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
 

@@ -81,7 +81,7 @@ def test_it_leaves_for_a_rank_that_hangs_where_python_runs_no_handler():
 
 
 def test_it_does_not_where_the_loop_has_left_in_time():
-    ended = run("time.sleep(0.5); assert stop(); assert not stop.hurried(0.5); assert stop.hurried(60)")
+    ended = run("time.sleep(0.5); assert stop(); assert not stop.has_less_than(0.5); assert stop.has_less_than(60)")
     assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
 
 
@@ -92,7 +92,10 @@ def test_what_has_no_loop_leaves_at_once():
 
 def test_a_later_signal_may_shorten_the_time():
     later = "END, soon = (datetime.now() + timedelta(seconds=900)).isoformat(), END; "
-    body = later + "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.3); assert not stop.hurried(600); END = soon; "
+    body = (
+        later
+        + "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.3); assert not stop.has_less_than(600); END = soon; "
+    )
     body += "os.kill(os.getpid(), signal.SIGTERM); ctypes.CDLL(None).usleep(20_000_000)"
     ended = run(body)
     assert ended.returncode == 7, ended.stderr
@@ -118,7 +121,9 @@ def test_the_flag_is_set_while_python_runs_no_handler():
 
 def test_without_an_answer_it_reckons_with_what_is_usual():
     program = "def silent(job): raise deadline.scheduler.QueueError('down')\ndeadline.scheduler.show = silent\n"
-    body = "time.sleep(0.5); assert stop.hurried(29); assert not stop.hurried(20); print(stop.why, flush=True)"
+    body = (
+        "time.sleep(0.5); assert stop.has_less_than(29); assert not stop.has_less_than(20); print(stop.why, flush=True)"
+    )
     ended = run(body, before=program)
     assert "controller does not answer" in ended.stdout, ended.stderr
 

@@ -90,7 +90,7 @@ def test_who_has_left_in_time_is_not_left_later(job):
     job.preempted(1.5)
     with Notice("1", grace=5, leave=job.leave) as stop:
         send(signal.SIGTERM)
-        assert until(lambda: stop.hurried(60))  # the deadline is known
+        assert until(lambda: stop.has_less_than(60))  # the deadline is known
     assert until(lambda: not any(thread.name == "notice" for thread in threading.enumerate()), seconds=0.5)
     time.sleep(1.3)
     assert job.left == []
@@ -109,18 +109,18 @@ def test_signals_are_as_before_when_it_has_ended(job):
 def test_nobody_is_hurried_who_was_not_asked(job):
     with Notice("1", grace=5, leave=job.leave) as stop:
         assert not stop()
-        assert not stop.hurried(1e9)
+        assert not stop.has_less_than(1e9)
 
 
 def test_a_later_signal_lengthens_nothing(job):
     job.preempted(300)
     with Notice("1", grace=5, leave=job.leave) as stop:
         send(signal.SIGTERM)
-        assert until(lambda: stop.hurried(600))
+        assert until(lambda: stop.has_less_than(600))
         job.preempted(9000)
         send(signal.SIGUSR2)
         time.sleep(0.3)
-        assert stop.hurried(600)
+        assert stop.has_less_than(600)
 
 
 @pytest.mark.parametrize("error", [scheduler.QueueError("down"), ValueError("odd"), IndexError("nothing")])
@@ -131,8 +131,8 @@ def test_without_an_answer_it_leaves_within_the_grace(job, monkeypatch, error):
     monkeypatch.setattr(scheduler, "show", silent)
     with Notice("1", grace=100, leave=job.leave) as stop:
         send(signal.SIGUSR2)
-        assert until(lambda: stop.hurried(100))
-        assert not stop.hurried(60)
+        assert until(lambda: stop.has_less_than(100))
+        assert not stop.has_less_than(60)
         assert "does not answer" in stop.why
 
 

@@ -97,7 +97,7 @@ def test_round_trip_is_exact_and_carries_meta(tmp_path):
     assert same(tensors, state())
     assert abs(meta.pop("time") - time.time()) < 60
     assert meta == {**META, "samples": 1234, "world_size": 1}
-    assert checkpoint.verify(path) == []
+    assert checkpoint.find_problems(path) == []
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "rank_00000.safetensors"]
 
 
@@ -129,7 +129,7 @@ def test_a_part_of_a_tensor_can_be_loaded(tmp_path):
 def test_meta_of_every_json_kind_is_kept(tmp_path):
     meta = {"best": {10: 0.5, 9: 0.25}, "lr": 1e-4, "stages": ("a", "b"), "name": "σ \u2028"}
     path = checkpoint.save(tmp_path, 1, whole_ranges(state()), meta)
-    assert checkpoint.verify(path) == []
+    assert checkpoint.find_problems(path) == []
     assert checkpoint.read_manifest(path)["meta"]["best"] == {"10": 0.5, "9": 0.25}
 
 
@@ -252,12 +252,12 @@ def ways_to_damage(path: Path) -> dict[str, Callable[[], object]]:
 @pytest.mark.parametrize("problem", ways_to_damage(Path()))
 def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, caplog, problem):
     older, newer = save(tmp_path, 8, state(0)), save(tmp_path, 16, state(1))
-    assert checkpoint.latest(tmp_path) == newer
+    assert checkpoint.newest_on_all_ranks(tmp_path) == newer
     assert not caplog.records
     ways_to_damage(newer)[problem]()
-    assert len(checkpoint.verify(newer)) == 1
-    assert problem in checkpoint.verify(newer)[0]
-    assert checkpoint.latest(tmp_path) == older
+    assert len(checkpoint.find_problems(newer)) == 1
+    assert problem in checkpoint.find_problems(newer)[0]
+    assert checkpoint.newest_on_all_ranks(tmp_path) == older
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert newer.name in caplog.text
     assert problem in caplog.text
@@ -269,9 +269,9 @@ def test_a_flipped_byte_anywhere_in_the_tensors_is_found(tmp_path):
     file = path / "rank_00000.safetensors"
     for position in range(0, file.stat().st_size, 97):
         flip_a_byte(file, position)
-        assert checkpoint.verify(path), position
+        assert checkpoint.find_problems(path), position
         flip_a_byte(file, position)
-    assert checkpoint.verify(path) == []
+    assert checkpoint.find_problems(path) == []
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
@@ -282,13 +282,13 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
 
 
 def test_no_whole_checkpoint_gives_none(tmp_path):
-    assert checkpoint.latest(tmp_path / "not there") is None
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest_on_all_ranks(tmp_path / "not there") is None
+    assert checkpoint.newest_on_all_ranks(tmp_path) is None
     (tmp_path / "step_latest").mkdir()
     (tmp_path / "tmp_step_000000000008_0badcafe").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest_on_all_ranks(tmp_path) is None
     (save(tmp_path, 8) / "manifest.json").unlink()
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.newest_on_all_ranks(tmp_path) is None
 
 
 def test_checkpoints_are_ordered_by_samples_not_by_letters(tmp_path):
@@ -343,7 +343,7 @@ def test_a_kill_at_any_point_leaves_the_older_checkpoint(tmp_path, monkeypatch, 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     [leftover] = tmp_path.glob("tmp_*")
     assert sorted(file.name for file in leftover.iterdir()) == left
-    assert checkpoint.latest(tmp_path) == older
+    assert checkpoint.newest_on_all_ranks(tmp_path) == older
     newer = save(tmp_path, 24, state(2))
     assert sorted(tmp_path.iterdir()) == [older, newer]
 
@@ -356,7 +356,7 @@ def test_damaged_checkpoints_neither_count_nor_are_lost(tmp_path):
     for samples in (64, 96):
         [file] = save(tmp_path, samples, state(1)).glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert checkpoint.latest(tmp_path) == sound
+    assert checkpoint.newest_on_all_ranks(tmp_path) == sound
     save(tmp_path, 16, state(2))
     checkpoint.prune(tmp_path, last=2)
     assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(tmp_path)] == [8, 16]
@@ -431,8 +431,8 @@ def two_ranks(rank: int, root: str) -> None:
 
     with small_disk(256 if rank == 1 else resource.RLIM_INFINITY):
         results["full disk"] = message_of(checkpoint.save, directory / "equal", 16, equal, META)
-    results["latest"] = str(checkpoint.latest(directory / "equal"))
-    results["latest of damaged"] = str(checkpoint.latest(directory / "damaged"))
+    results["latest"] = str(checkpoint.newest_on_all_ranks(directory / "equal"))
+    results["latest of damaged"] = str(checkpoint.newest_on_all_ranks(directory / "damaged"))
 
     misfit = whole_ranges(blank()) | ({"param/new": FlatRange(torch.zeros(1), (1,))} if rank == 1 else {})
     results["misfit"] = message_of(checkpoint.load, directory / "equal" / "step_000000000008", misfit)
@@ -472,7 +472,7 @@ def test_two_ranks_load_what_one_or_two_saved(ranks, how):
 def test_one_process_loads_what_two_ranks_saved(ranks):
     path = ranks[0] / "uneven" / "step_000000000008"
     assert same(loaded(path), state())
-    assert checkpoint.verify(path) == []
+    assert checkpoint.find_problems(path) == []
     assert len(list(path.glob("*.safetensors"))) == 2
 
 

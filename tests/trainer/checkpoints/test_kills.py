@@ -74,7 +74,7 @@ def test_fifty_kills_change_nothing(whole, prepared, tmp_path):
         hit.append(killed(run, prepared, chance, inside_a_save=number % 3 == 0, world_size=1, overrides=()))
         newest = checkpoint.newest(run / "pretrain/checkpoints")
         if newest is not None:
-            assert checkpoint.verify(newest) == []
+            assert checkpoint.find_problems(newest) == []
             assert checkpoint.samples_of(newest) >= reached  # nothing that was whole is lost
             reached = checkpoint.samples_of(newest)
         if finished(run) and number < 49:  # more kills than the run is long: once more from where it was half-way

@@ -44,7 +44,7 @@ def test_what_training_changes_after_a_save_is_not_in_it(tmp_path, slow):
     tensors = state(0)
     with Saver(tmp_path, CheckpointConfig()) as saver:
         saver.save(8, whole_ranges(tensors), META)
-        saver.copied()
+        saver.wait_for_copy()
         for tensor in tensors.values():
             tensor.fill_(-1)
         assert checkpoint.checkpoints(tmp_path) == []  # training goes on, nothing is written yet
@@ -62,10 +62,10 @@ def test_a_copy_that_takes_long_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(saver_module._HostMemory, "copy", late)
     with Saver(tmp_path, CheckpointConfig()) as saver:
         saver.save(8, whole_ranges(tensors), META)
-        assert saver.stalled < 0.1
+        assert saver.waited_seconds < 0.1
         threading.Timer(0.3, gate.set).start()
-        saver.copied()
-        assert saver.stalled > 0.2
+        saver.wait_for_copy()
+        assert saver.waited_seconds > 0.2
         for tensor in tensors.values():
             tensor.fill_(-1)
     assert same(load(tmp_path / "step_000000000008"), state(0))
@@ -78,7 +78,7 @@ def test_one_save_waits_for_the_one_before(tmp_path, slow):
         start = time.perf_counter()
         saver.save(16, whole_ranges(state(1)), META)
         assert time.perf_counter() - start > 0.25
-        assert saver.stalled > 0.25
+        assert saver.waited_seconds > 0.25
         saver.save(24, whole_ranges(state(2)), META)
     assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(tmp_path)] == [16, 24]
     assert same(load(tmp_path / "step_000000000016"), state(1))
@@ -117,7 +117,7 @@ def two_ranks(rank: int, root: str) -> None:
             for tensor in tensors.values():
                 tensor.fill_(samples)
             saver.save(samples, equal_ranges(tensors, rank=rank, world_size=2), META)
-            saver.copied()
+            saver.wait_for_copy()
             for number in range(samples):
                 total = torch.tensor([float(number)])
                 dist.all_reduce(total)

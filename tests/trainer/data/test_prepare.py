@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
+from trainer.data.clip_store import ClipStore
 from trainer.data.prepare import PrepareReport, Tally, prepare
 from trainer.data.shard_set import ShardSet
 from trainer.data.sound_files import held_out
+from trainer.data.sound_reader import SoundReader
 
 RATE, HOP, CHANNELS = 8000, 80, 4
 REPOSITORY = Path(__file__).parents[3]
@@ -208,7 +211,7 @@ def test_odd_sounds(tmp_path):
         "one sample.wav": "is too short: 0.00013 s",
         "silence.wav": "is silent",
         "text.wav": "can't be read as sound: Format not recognised",
-        "truncated.flac": "can't be read as sound: Error : flac decoder lost sync",
+        "truncated.flac": "is truncated or damaged: only 0.00 s of it can be read",
     }
     about = all_metadata(tmp_path / "out")
     assert {item["source"] for item in about} == {
@@ -419,3 +422,65 @@ def test_files_of_one_base_name_are_held_out_together(tmp_path):
     assert not set(parts[0]) & set(parts[1])
     assert len(parts[0]) + len(parts[1]) == 60
     assert 4 < len(parts[1]) < 32
+
+
+def test_sounds_that_can_be_read_to_the_end_are_used_and_what_was_guessed_is_reported(tmp_path):
+    audio = tmp_path / "audio"
+    write_sounds(audio, {"good.wav": 1.0, "other.wav": 1.0})
+    left = noise("l", 1.0)
+    soundfile.write(audio / "phase.wav", np.concatenate([left, -left], axis=1), 8000, subtype="FLOAT")
+    soundfile.write(audio / "integers.wav", noise("i", 1.0) * 32768, 8000, subtype="FLOAT")
+    soundfile.write(audio / "live.wav", noise("u", 1.0), 8000)
+    content = bytearray((audio / "live.wav").read_bytes())
+    content[40:44] = bytes(4)
+    (audio / "live.wav").write_bytes(content)
+    report = run(audio, tmp_path / "out", holdout=0.4)
+    problems = {problem["file"]: problem["reason"] for problem in report.problems}
+    assert sorted(problems) == ["integers.wav", "live.wav", "phase.wav"]
+    assert problems["integers.wav"].startswith("has values up to ")
+    assert problems["live.wav"] == "has no length in its header: it is read to the end of the file"
+    assert "they cancel each other (opposite phase)" in problems["phase.wav"]
+    assert report.seconds == 3.0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_clips_that_wait_on_disk_give_the_same_sets(tmp_path, monkeypatch, workers):
+    audio = tmp_path / "audio"
+    write_sounds(audio, {f"{letter}.wav": 5.0 for letter in "abcdef"})
+    run(audio, tmp_path / "memory", holdout=0.4, workers=workers)
+    stores, original = [], ClipStore.__init__
+
+    def small(self: ClipStore, path: Path | None = None, *, limit: int = 0) -> None:
+        stores.append(path)
+        original(self, path, limit=1000)
+
+    monkeypatch.setattr(ClipStore, "__init__", small)
+    run(audio, tmp_path / "disk", holdout=0.4)
+    assert len(stores) == 6
+    assert all(path.parent == tmp_path / "disk/.prepare" for path in stores)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+
+
+def test_a_disk_that_fails_for_a_moment_changes_nothing_and_one_that_fails_on_stops_the_work(tmp_path, monkeypatch):
+    audio = tmp_path / "audio"
+    write_sounds(audio, {f"{letter}.wav": 1.0 for letter in "abcd"})
+    run(audio, tmp_path / "whole", holdout=0.4)
+    monkeypatch.setattr("trainer.data.clips._PAUSES", (0.0, 0.0))
+    failures, opened = [1], SoundReader.__init__
+
+    def failing(self: SoundReader, path: Path) -> None:
+        if path.name == "c.wav" and failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        opened(self, path)
+
+    monkeypatch.setattr(SoundReader, "__init__", failing)
+    run(audio, tmp_path / "moment", holdout=0.4)
+    assert failures == [0]
+    assert contents(tmp_path / "moment") == contents(tmp_path / "whole")
+    failures[0] = 100
+    with pytest.raises(OSError, match=r"Input/output error.*c\.wav"):
+        run(audio, tmp_path / "lasting", holdout=0.4)
+    failures[0] = 0
+    run(audio, tmp_path / "lasting", holdout=0.4)
+    assert contents(tmp_path / "lasting") == contents(tmp_path / "whole")

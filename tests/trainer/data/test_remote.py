@@ -21,7 +21,7 @@ from tests.nginx import Nginx
 from trainer.data.fetch_ahead import FetchAhead
 from trainer.data.remote import CacheSettings, MissingFileError, Remote, ShardCache
 from trainer.data.shard_set import ShardSet, open_set
-from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
+from trainer.data.shards import DamagedSample, SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.stream import LatentStream, Shuffle
 from trainer.stage_inputs import training_sets
 
@@ -213,6 +213,22 @@ def test_a_damaged_remote_shard_is_replaced_and_named(local, server, cache, tmp_
         assert_equal(found, first_batches(local))
     with pytest.raises(ValueError, match="max_damaged"):
         first_batches(remote, max_damaged=0.001)
+
+
+def test_metadata_of_a_missing_or_damaged_remote_shard_is_told(local, server, cache):
+    remote = open_set(f"{server.url}/plain/set", cache)
+    first, last = local.paths[0], local.paths[-1]
+    offset = int(local.index["json_offset"][0])
+    content = bytearray(first.read_bytes())
+    content[offset] = ord("[")
+    first.write_bytes(content)
+    with pytest.raises(
+        DamagedSample, match=f"/plain/set/{first.name} is damaged at byte {offset}: s0000.json is not JSON"
+    ):
+        remote.metadata(0)
+    last.unlink()
+    with pytest.raises(DamagedSample, match=f"/plain/set/{last.name} is missing"):
+        remote.metadata(SAMPLES - 1)
 
 
 def test_what_waiting_does_not_mend_is_told_at_once(server, cache):

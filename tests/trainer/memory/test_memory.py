@@ -27,7 +27,7 @@ from trainer.memory.estimate import (
 )
 from trainer.memory.ledger import ON_DEVICE, Parts, Sharing, held
 from trainer.memory.outline import outline
-from trainer.ranks.strategy import Computed, blocks_of, recompute
+from trainer.ranks.strategy import PrecisionModule, blocks_of, recompute
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import trained_stages
@@ -90,7 +90,7 @@ def test_the_outline_has_the_shapes_of_the_real_task(folder, stage):
     assert sum(map(len, found.blocks)) == sum(len(list(block.parameters())) for block in blocks_of(module))
 
 
-def real_saved(computed: Computed, shape: tuple[int, int, int]) -> int:
+def real_saved(computed: PrecisionModule, shape: tuple[int, int, int]) -> int:
     """Bytes that autograd saves of a forward pass on numbers, weights aside, by its own hooks."""
     weights = {value.untyped_storage().data_ptr() for value in computed.parameters()}
     kept = []
@@ -139,13 +139,13 @@ def test_fake_tensors_take_what_real_ones_take(folder, precision, recomputed):
         assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.002), name
 
 
-def real_module(config: Config, stage: str, precision: str) -> Computed:
+def real_module(config: Config, stage: str, precision: str) -> PrecisionModule:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     module = make_task(config, stage).module
     for value in module.parameters():
         if not value.requires_grad:
             value.data = value.data.to(dtype)
-    return Computed(module, torch.device("cpu"), dtype)
+    return PrecisionModule(module, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

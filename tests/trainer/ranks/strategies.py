@@ -118,7 +118,7 @@ class Trained:
             x0_BCT[-1, 0, 0] = float("nan")
         positions_B = torch.arange(self.samples, self.samples + BATCH)
         mine = slice(parallel.rank, None, parallel.world_size)
-        parts = parallel.parts(BATCH)
+        parts = parallel.micro_batches(BATCH)
         x0_BCT, positions_B = x0_BCT.to(parallel.device), positions_B.to(parallel.device)
         total = torch.zeros((), dtype=torch.float64, device=parallel.device)
         chunks = zip(x0_BCT[mine].chunk(parts), positions_B[mine].chunk(parts), strict=True)

@@ -74,7 +74,7 @@ def test_a_slow_rank_is_named(prepared, tmp_path, strategy):
 def sleep_watched(rank: int, log: str) -> None:
     with Watchdog(Path(log), 0.2) as watchdog:
         watchdog.beat()
-        with watchdog.patient():
+        with watchdog.allow_longer():
             time.sleep(0.6)
         for _ in range(60):
             time.sleep(0.01)

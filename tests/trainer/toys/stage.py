@@ -15,7 +15,7 @@ POLISH = Stage(
     builds_on=("finetune",),
     learned_from=("diffusion", "quantizer"),
     defaults={"samples": 0},
-    asks={"nodes": 1},
+    resources={"nodes": 1},
 )
 
 

@@ -23,7 +23,7 @@ from models.atomic_write import write_whole
 from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
-from trainer.data.workers import explained_death, follow_parent
+from trainer.data.workers import exit_with_parent, explain_dead_workers
 
 # Indoor sounds may get the reverberation of a room; outdoor sounds may be moved into the distance.
 INDOORS = sounds.INDOORS | signals.INDOORS
@@ -205,8 +205,8 @@ def _write_all(folder: Path, seed: int, indices: Sequence[int], workers: int) ->
         yield from map(write, indices)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(indices)), mp_context=context, initializer=follow_parent)
-    with pool, explained_death():
+    pool = ProcessPoolExecutor(min(workers, len(indices)), mp_context=context, initializer=exit_with_parent)
+    with pool, explain_dead_workers():
         yield from pool.map(write, indices, chunksize=4)
 
 

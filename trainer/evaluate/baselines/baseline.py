@@ -96,7 +96,7 @@ def padded(audio_S: Audio, unit: int, device: torch.device) -> torch.Tensor:
     return F.pad(torch.from_numpy(audio_S), (0, -len(audio_S) % unit))[None, None].to(device)
 
 
-def lacks(package: str, install: str) -> str:
+def why_not_installed(package: str, install: str) -> str:
     """Return one line that says how to install a missing package; empty if the package is installed."""
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed: {install}"

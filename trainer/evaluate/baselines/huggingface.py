@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from trainer.data.audio import Audio
-from trainer.evaluate.baselines.baseline import Baseline, lacks, offline, padded
+from trainer.evaluate.baselines.baseline import Baseline, offline, padded, why_not_installed
 
 _INSTALL = "pip install 'spresso[baselines]'"
 
@@ -24,7 +24,7 @@ class _FromHub(Baseline):
 
     def missing(self) -> str:
         """Return what is missing: a package, files of the folder, or the weights in the hub's cache."""
-        if missing := lacks(self.package, _INSTALL):
+        if missing := why_not_installed(self.package, _INSTALL):
             return missing
         if self.weights is not None:
             if (Path(self.weights) / "config.json").is_file() and any(Path(self.weights).glob("*.safetensors")):
@@ -43,7 +43,7 @@ class _FromHub(Baseline):
     @property
     def fetches(self) -> bool:
         """Whether `load` may download the weights from the hub."""
-        return self.weights is None and not offline() and not lacks(self.package, _INSTALL)
+        return self.weights is None and not offline() and not why_not_installed(self.package, _INSTALL)
 
     def _load(self, kind: Any, device: torch.device) -> None:
         from transformers.utils import logging

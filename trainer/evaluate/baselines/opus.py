@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trainer.data.audio import Audio
-from trainer.evaluate.baselines.baseline import Baseline, lacks
+from trainer.evaluate.baselines.baseline import Baseline, why_not_installed
 
 if TYPE_CHECKING:
     import av
@@ -24,7 +24,7 @@ class Opus(Baseline):
 
     def missing(self) -> str:
         """The package `av` cannot be imported."""
-        return lacks("av", "pip install av")
+        return why_not_installed("av", "pip install av")
 
     def load(self, device: torch.device) -> None:
         """Nothing to load."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainer.data.audio import Audio, write_audio
-from trainer.evaluate.baselines.baseline import Baseline, lacks
+from trainer.evaluate.baselines.baseline import Baseline, why_not_installed
 
 _ONLY_TENSORS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -33,7 +33,7 @@ class Music2Latent(Baseline):
 
     def missing(self) -> str:
         """Return how to install the package if it is missing."""
-        return lacks("music2latent", "pip install music2latent")
+        return why_not_installed("music2latent", "pip install music2latent")
 
     def load(self, device: torch.device) -> None:
         """Load the model from `weights` (a file music2latent.pt or its folder), or as the package does by default."""
@@ -65,7 +65,7 @@ class SemantiCodec(Baseline):
         install = (
             "pip install git+https://github.com/haoheliu/SemantiCodec-inference, and a torchaudio that matches torch"
         )
-        return lacks("semanticodec", install) or lacks("torchaudio", install)
+        return why_not_installed("semanticodec", install) or why_not_installed("torchaudio", install)
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -1,0 +1,111 @@
+"""Opens files that users name: a pipe is never waited for, and a bad file is told from a bad disk.
+
+`WatchedFile` is for decoders, which would take an error of the disk for the end of the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+_BUFFER = 1 << 18
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading and return its descriptor. Pipes and devices are never waited for.
+
+    Raises:
+        ValueError: the file is missing, is no regular file, or its permissions don't allow to read it.
+        OSError: the disk failed, or refuses access that the file's permissions grant.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if reason := _own_fault(path, error):
+            raise ValueError(f"{path} {reason}") from error
+        raise
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    what = "a folder" if stat.S_ISDIR(kind) else "a pipe" if stat.S_ISFIFO(kind) else "a device"
+    raise ValueError(f"{path} is {what}, not a file")
+
+
+def _own_fault(path: Path, error: OSError) -> str:
+    """Return what is wrong with the file itself; empty if its file system is at fault."""
+    if error.errno == errno.ENOENT and path.is_symlink():
+        return f"is a link to {path.readlink()}, which is missing"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "is missing"
+    if error.errno == errno.ELOOP:
+        return "is a link that leads back to itself"
+    if error.errno == errno.ENXIO:
+        return "is a socket, not a file"
+    if error.errno == errno.ENAMETOOLONG:
+        return "has too long a name for this file system"
+    if error.errno in (errno.EACCES, errno.EPERM) and not _permits(path):
+        return "can't be read: its permissions don't allow it (chmod a+r)"
+    return ""
+
+
+def _permits(path: Path) -> bool:
+    """Whether the permissions grant access, so that its refusal comes from elsewhere, such as a lapsed ticket."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    groups = {os.getegid(), *os.getgroups()}
+    owner, group = status.st_uid == os.geteuid(), status.st_gid in groups
+    return bool(status.st_mode & (stat.S_IRUSR if owner else stat.S_IRGRP if group else stat.S_IROTH))
+
+
+class WatchedFile(io.RawIOBase):
+    """A regular file, which remembers an error of its disk, because decoders would take it for the end of the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; raises the errors of `open_regular`."""
+        super().__init__()
+        self.path = path
+        self.error: OSError | None = None
+        self._descriptor = open_regular(path)
+        self.size = os.fstat(self._descriptor).st_size
+        self.buffer = io.BufferedReader(self, _BUFFER)
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def readinto(self, target: memoryview) -> int:  # type: ignore[override]
+        """Fill `target`; after an error, which `require_sound_disk` raises, claim that the file has ended."""
+        try:
+            return os.readv(self._descriptor, [target])
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """See `io.RawIOBase`."""
+        return os.lseek(self._descriptor, offset, whence)
+
+    def tell(self) -> int:
+        """See `io.RawIOBase`."""
+        return os.lseek(self._descriptor, 0, os.SEEK_CUR)
+
+    def close(self) -> None:
+        """See `io.RawIOBase`."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def require_sound_disk(self) -> None:
+        """Raise the error of the disk, if there was one."""
+        if self.error is not None:
+            raise OSError(self.error.errno, self.error.strerror, str(self.path)) from self.error
