@@ -301,7 +301,8 @@ def text_tokens(folder: str | Path) -> int:
 def _read_formulation(folder: str | Path) -> dict[str, Any]:
     """Read the diffusion formulation of the weights from the release's scheduler."""
     path = locate(folder) / "scheduler" / "scheduler_config.json"
-    given = fits(read_json(path), _SchedulerSettings, path, mend="download the release again")
+    given = read_json(path)
+    fits(given, _SchedulerSettings, path, mend="download the release again")
     require(
         path,
         {
