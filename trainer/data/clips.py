@@ -127,7 +127,7 @@ class ClipEncoder:
         return EncodedFile(meter.samples / self.ae.sample_rate, clips, reader.notes + problems)
 
     def _blocks(self, reader: SoundReader, meter: SilenceMeter) -> Iterator[Audio]:
-        """Yield the sound as the autoencoder takes it, measured by `meter`; at the end, refuse what is short or silent."""
+        """Yield the sound as the autoencoder takes it, measured by `meter`, and refuse what is short or silent."""
         own = SilenceMeter()
         blocks = mixed(own.through(block.T for block in reader.blocks()), channels=self.ae.channels)
         yield from meter.through(resample(blocks, reader.rate, self.ae.sample_rate, channels=self.ae.channels))

@@ -15,7 +15,7 @@ import soundfile
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from trainer.data.sound_headers import Header
+from trainer.data.sound_headers import SoundHeader
 
 Samples = NDArray[np.float32]
 """(samples, channels), with full scale 1."""
@@ -29,6 +29,8 @@ _COMPRESSED = ("FLAC", "MP3", "MPEG", "OGG")
 """Formats that libsndfile reads, but not to the end of every file."""
 LARGEST_LENGTH = 1 << 35
 """Samples; FLAC of unknown length promises more, which is 8 days at 48 kHz."""
+LARGEST_VALUE = 100.0
+"""40 dB above full scale. Larger values are those of whole numbers that were stored as floats undivided."""
 _BLOCK = 1 << 16  # samples
 
 
@@ -62,7 +64,7 @@ class Decoder(Protocol):
 class Libsndfile:
     """Reads uncompressed sound. Raises Undecodable for all else."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         try:
             self._sound = soundfile.SoundFile(file)
         except soundfile.LibsndfileError as error:
@@ -74,15 +76,28 @@ class Libsndfile:
 
     def blocks(self, notes: list[str]) -> Iterator[Samples]:
         """See `Decoder`."""
+        factor = self._factor(notes) if self._sound.subtype in ("FLOAT", "DOUBLE") else 1
         try:
             while len(block := self._sound.read(_BLOCK, dtype="float32", always_2d=True)):
-                yield block
+                yield block if factor == 1 else block * np.float32(factor)
         except soundfile.LibsndfileError as error:
             raise Damaged(f"is damaged: {error.error_string.rstrip('.')}") from error
 
     def least(self) -> int:
         """See `Decoder`."""
         return self._sound.frames
+
+    def _factor(self, notes: list[str]) -> float:
+        """Return what to multiply by: numbers in the range of integers were converted to floats without a division."""
+        largest = 0.0
+        while len(block := self._sound.read(_BLOCK, dtype="float32", always_2d=True)):
+            largest = max(largest, float(np.abs(block).max()))
+        self._sound.seek(0)
+        if not LARGEST_VALUE < largest < np.inf:
+            return 1
+        divisor = divisor_of(largest)
+        notes.append(f"has values up to {largest:.6g} in place of 1: they are divided by {divisor}")
+        return 1 / divisor
 
     def seconds(self) -> float:
         """See `Decoder`."""
@@ -99,7 +114,7 @@ class Ogg:
     FFmpeg loses the last samples of some streams.
     """
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         self._file, self._links = file, header.links
         if not header.links:
             raise Undecodable("it is no stream of sound alone")
@@ -174,7 +189,7 @@ class _Part(io.RawIOBase):
 class WrongWave:
     """Reads the samples of a WAV file whose length is wrong. Raises Undecodable for all else."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         if header.pcm is None:
             raise Undecodable("its length is right")
         self._file, self._pcm = file, header.pcm
@@ -204,6 +219,11 @@ class WrongWave:
 
     def close(self) -> None:
         """See `Decoder`."""
+
+
+def divisor_of(largest: float) -> int:
+    """Return the full scale of the whole numbers whose largest one is given: 16 bits, or 32 bits."""
+    return 2**15 if largest < 2**20 else 2**31
 
 
 def require_same(rate: int, channels: int, decoder: Decoder, seen: int) -> None:
@@ -239,7 +259,7 @@ def to_float(values: NDArray[Any]) -> NDArray[np.float32]:
 class Ffmpeg:
     """Reads any sound to its end. Raises Undecodable if there is none."""
 
-    def __init__(self, file: BinaryIO, header: Header) -> None:
+    def __init__(self, file: BinaryIO, header: SoundHeader) -> None:
         options = {"format_whitelist": _FORMATS}
         try:
             self._container = cast(InputContainer, av.open(file, metadata_errors="ignore", options=options))

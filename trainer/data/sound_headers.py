@@ -40,7 +40,7 @@ class Pcm:
 
 
 @dataclass(frozen=True)
-class Header:
+class SoundHeader:
     """What `read` found; the defaults are those of a file that it does not know."""
 
     compressed: bool = False
@@ -61,7 +61,7 @@ class Header:
     """What a user should know of the length."""
 
 
-def read(file: BinaryIO, size: int) -> Header:
+def read(file: BinaryIO, size: int) -> SoundHeader:
     """Return what the header of a file of `size` bytes promises. Damaged headers are left to the decoders."""
     file.seek(0)
     head = file.read(_HEAD)
@@ -74,10 +74,10 @@ def read(file: BinaryIO, size: int) -> Header:
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
         return _aiff(file, size)
     if head[:16] == _W64_RIFF and len(head) >= 24:
-        return Header(truncated=size < struct.unpack("<Q", head[16:24])[0])
+        return SoundHeader(truncated=size < struct.unpack("<Q", head[16:24])[0])
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         offset, length = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12])
-        return Header(truncated=offset + length > size and length < _UNKNOWN)
+        return SoundHeader(truncated=offset + length > size and length < _UNKNOWN)
     if head[:4] == b"caff":
         return _caf(file, size)
     if head[:4] == b"fLaC" and len(head) >= 42:
@@ -85,8 +85,8 @@ def read(file: BinaryIO, size: int) -> Header:
     if head[:4] == b"OggS":
         return _ogg(file, size)
     if len(head) > 3 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06:
-        return Header(compressed=True, samples=_samples_of_mp3(head))
-    return Header(compressed=bool(start))
+        return SoundHeader(compressed=True, samples=_samples_of_mp3(head))
+    return SoundHeader(compressed=bool(start))
 
 
 def _id3_length(head: bytes) -> int:
@@ -110,7 +110,7 @@ def _chunks(file: BinaryIO, size: int, start: int, order: str) -> list[tuple[byt
     return found
 
 
-def _wave(file: BinaryIO, size: int, order: str) -> Header:
+def _wave(file: BinaryIO, size: int, order: str) -> SoundHeader:
     data_64, pcm = 0, None
     for name, offset, length in _chunks(file, size, 12, order):
         file.seek(offset)
@@ -120,9 +120,9 @@ def _wave(file: BinaryIO, size: int, order: str) -> Header:
             pcm = _pcm(file.read(26).ljust(26, b"\0"), order)
         elif name == b"data":
             if data_64 and length >= _UNKNOWN:
-                return Header(truncated=offset + data_64 > size)
+                return SoundHeader(truncated=offset + data_64 > size)
             return _wave_data(file, size, order, offset, length, pcm)
-    return Header()
+    return SoundHeader()
 
 
 def _pcm(form: bytes, order: str) -> Pcm | None:
@@ -135,23 +135,23 @@ def _pcm(form: bytes, order: str) -> Pcm | None:
     return Pcm(rate, channels, dtype if dtype == "u1" else order + dtype)
 
 
-def _wave_data(file: BinaryIO, size: int, order: str, offset: int, length: int, pcm: Pcm | None) -> Header:
+def _wave_data(file: BinaryIO, size: int, order: str, offset: int, length: int, pcm: Pcm | None) -> SoundHeader:
     """Judge the data chunk."""
     there, end = size - offset, offset + length + length % 2
     if length > there:
-        return Header(truncated=length < _UNKNOWN)
+        return SoundHeader(truncated=length < _UNKNOWN)
     if _ends_properly(file, size, order, end):
-        return Header()
+        return SoundHeader()
     if pcm is not None:
         # A length of 32 bits has wrapped if it is right once multiples of 4 GiB are added.
         for wraps in range((there - length) // _WRAP, 0, -1):
             if _ends_properly(file, size, order, end + wraps * _WRAP):
                 whole = replace(pcm, offset=offset, length=length + wraps * _WRAP)
-                return Header(pcm=whole, note="has a length that wrapped at 4 GiB: it is read to its end")
+                return SoundHeader(pcm=whole, note="has a length that wrapped at 4 GiB: it is read to its end")
         if length == 0 or length >= _UNKNOWN:
             whole = replace(pcm, offset=offset, length=there)
-            return Header(pcm=whole, note="has no length in its header: it is read to the end of the file")
-    return Header(note=f"goes on after the end that its header says: the last {size - end} bytes are left out")
+            return SoundHeader(pcm=whole, note="has no length in its header: it is read to the end of the file")
+    return SoundHeader(note=f"goes on after the end that its header says: the last {size - end} bytes are left out")
 
 
 def _ends_properly(file: BinaryIO, size: int, order: str, end: int) -> bool:
@@ -167,14 +167,14 @@ def _ends_properly(file: BinaryIO, size: int, order: str, end: int) -> bool:
     return bool(chunks) and names_are_text and chunks[-1][1] + chunks[-1][2] <= size
 
 
-def _aiff(file: BinaryIO, size: int) -> Header:
+def _aiff(file: BinaryIO, size: int) -> SoundHeader:
     for name, offset, length in _chunks(file, size, 12, ">"):
         if name == b"SSND":
-            return Header(truncated=offset + length > size and length < _UNKNOWN)
-    return Header()
+            return SoundHeader(truncated=offset + length > size and length < _UNKNOWN)
+    return SoundHeader()
 
 
-def _caf(file: BinaryIO, size: int) -> Header:
+def _caf(file: BinaryIO, size: int) -> SoundHeader:
     """Look at the data chunk; its length is -1 where the recorder could not go back."""
     start = 8
     for _ in range(_MOST_CHUNKS):
@@ -184,16 +184,16 @@ def _caf(file: BinaryIO, size: int) -> Header:
             break
         name, length = struct.unpack(">4sq", head)
         if name == b"data" or length < 0:
-            return Header(truncated=start + 12 + length > size)
+            return SoundHeader(truncated=start + 12 + length > size)
         start += 12 + length
-    return Header()
+    return SoundHeader()
 
 
-def _flac(head: bytes) -> Header:
+def _flac(head: bytes) -> SoundHeader:
     """Read STREAMINFO (RFC 9639, section 8.2)."""
     (packed,) = struct.unpack(">Q", head[18:26])
     md5 = head[26:42]
-    return Header(
+    return SoundHeader(
         compressed=True,
         samples=(packed & (1 << 36) - 1) or None,
         bits=(packed >> 36 & 31) + 1,
@@ -201,7 +201,7 @@ def _flac(head: bytes) -> Header:
     )
 
 
-def _ogg(file: BinaryIO, size: int) -> Header:
+def _ogg(file: BinaryIO, size: int) -> SoundHeader:
     """Walk along the pages (RFC 3533, section 6); a stream begins where a page has the flag of the first."""
     begins: list[int] = []
     start, flags, in_head, mixed = 0, 0, False, False
@@ -216,7 +216,7 @@ def _ogg(file: BinaryIO, size: int) -> Header:
             continue
         length = 27 + page[26] + sum(file.read(page[26]))
         if start + length > size:
-            return Header(compressed=True, truncated=True)
+            return SoundHeader(compressed=True, truncated=True)
         flags = page[5]
         if flags & _OGG_FIRST:
             mixed = mixed or in_head  # two streams side by side, such as picture and sound
@@ -224,10 +224,10 @@ def _ogg(file: BinaryIO, size: int) -> Header:
         in_head = bool(flags & _OGG_FIRST)
         start += length
     if not begins:
-        return Header(compressed=True, truncated=True)
+        return SoundHeader(compressed=True, truncated=True)
     note = "" if flags & _OGG_LAST else "has no mark at its end: it may have been cut off between two pages"
     links = tuple(zip(begins, [*begins[1:], size], strict=True))
-    return Header(compressed=True, note=note, links=() if mixed else links)
+    return SoundHeader(compressed=True, note=note, links=() if mixed else links)
 
 
 def _next_page(file: BinaryIO, start: int) -> int | None:

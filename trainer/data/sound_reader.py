@@ -20,6 +20,7 @@ from models.regular_file import WatchedFile
 from trainer.data import sound_headers
 from trainer.data.sound_decoders import (
     LARGEST_LENGTH,
+    LARGEST_VALUE,
     Damaged,
     Decoder,
     Ffmpeg,
@@ -28,12 +29,11 @@ from trainer.data.sound_decoders import (
     Samples,
     Undecodable,
     WrongWave,
+    divisor_of,
 )
-from trainer.data.sound_headers import Header
+from trainer.data.sound_headers import SoundHeader
 
 _BLOCK = 1 << 16
-LARGEST_VALUE = 100.0
-"""40 dB above full scale. Larger values are those of whole numbers that were stored as floats undivided."""
 _BYTES_PER_SECOND = 100_000
 """What a second takes in a file without a length: stereo in FLAC."""
 
@@ -91,7 +91,7 @@ class SoundReader:
         if largest > LARGEST_VALUE:
             raise ValueError(
                 f"{self.path} has values up to {largest:.6g}, but the full scale of floating-point sound is 1: divide "
-                f"the values by {2**15 if largest < 2**20 else 2**31} if they were whole numbers"
+                f"the values by {divisor_of(largest)} if they were whole numbers"
             )
         if seen < self._decoder.least():
             raise ValueError(f"{self.path} is truncated or damaged: only {seen / self.rate:.2f} s of it can be read")
@@ -139,7 +139,7 @@ class SoundReader:
         return result
 
 
-def _decoders(header: Header) -> tuple[Callable[[BinaryIO, Header], Decoder], ...]:
+def _decoders(header: SoundHeader) -> tuple[Callable[[BinaryIO, SoundHeader], Decoder], ...]:
     """Return the decoders that read all of such a file, the best one first."""
     if header.pcm:
         return (WrongWave,)

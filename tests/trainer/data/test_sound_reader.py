@@ -264,12 +264,24 @@ def test_a_playlist_is_not_followed(sound, tmp_path):
             read(sound("list.wav", content))
 
 
-@pytest.mark.parametrize(("largest", "divisor"), [(32_767, 32_768), (2.0**31, 2**31)])
-def test_floats_in_the_range_of_whole_numbers_are_refused_with_the_divisor(sound, largest, divisor):
-    content = encoded(NOISE / np.abs(NOISE).max() * largest, format="WAV", subtype="FLOAT")
-    with pytest.raises(ValueError, match=f"a.wav has values up to .*is 1: divide the values by {divisor}"):
-        read(sound("a.wav", content))
-    assert np.abs(read(sound("b.wav", encoded(NOISE * 100, format="WAV", subtype="FLOAT")))[0]).max() > 20
+@pytest.mark.parametrize(("largest", "divisor"), [(32_767, 32_768), (163_840, 32_768), (2.0**31, 2**31)])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_floats_in_the_range_of_whole_numbers_are_divided_and_noted(sound, largest, divisor, subtype):
+    audio = NOISE / np.abs(NOISE).max()
+    samples, notes = read(sound("a.wav", encoded(audio * largest, format="WAV", subtype=subtype)))
+    np.testing.assert_allclose(samples, audio * largest / divisor, rtol=1e-6)
+    assert notes == [f"has values up to {largest:.6g} in place of 1: they are divided by {divisor}"]
+    content = bytearray(encoded(audio * largest, format="WAV", subtype=subtype))
+    place = content.index(b"data")
+    content[place + 4 : place + 8] = bytes(4)
+    with pytest.raises(ValueError, match=rf"b\.wav has values up to .*is 1: divide the values by {divisor}"):
+        read(sound("b.wav", bytes(content)))
+
+
+def test_loud_floats_are_left_as_they_are(sound):
+    samples, notes = read(sound("b.wav", encoded(NOISE * 100, format="WAV", subtype="FLOAT")))
+    np.testing.assert_array_equal(samples, NOISE * 100)
+    assert notes == []
 
 
 def test_it_is_said_what_a_file_is_that_is_none(tmp_path):
