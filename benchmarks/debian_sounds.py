@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.loudness import level  # noqa: E402
-from trainer.data.audio import find_audio, read_audio, write_audio  # noqa: E402
+from trainer.data.audio import read_audio, write_audio  # noqa: E402
+from trainer.data.find_sounds import find_audio  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 
 PACKAGES = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.signals import INTERRUPTED
+from trainer.file_names import printable
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     synth = _add_command(
         subs, "synth", "on_sounds:synth", "synthesize captioned sound effects, to try training without a data set"
     )
-    synth.add_argument("folder", type=Path, help="folder to write the sounds to")
+    synth.add_argument("folder", type=_path, help="folder to write the sounds to")
     synth.add_argument("--hours", type=float, default=0.5, help="hours of sound to make (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="random seed of the sounds (default: %(default)s)")
     synth.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
@@ -117,7 +118,7 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
         subs, "checkpoint", "on_files:checkpoint", "list the checkpoints of a run, or describe one"
     )
     checkpoint.add_argument(
-        "folder", type=Path, metavar="DIR", help="directory of a run; or of one checkpoint, step_…, to describe"
+        "folder", type=_path, metavar="DIR", help="directory of a run; or of one checkpoint, step_…, to describe"
     )
     checkpoint.add_argument(
         "--verify",
@@ -140,12 +141,12 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
         choices=("spectral", "woosh", "oobleck"),
         help="autoencoder that made the latents (default: the one that the existing index names)",
     )
-    index.add_argument("--autoencoder-folder", type=Path, help="folder with its weights, for woosh and oobleck")
+    index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh and oobleck")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
 
     data = _add_command(subs, "data", "on_files:data", "summarize a set of latents")
     data.add_argument("location", metavar="DIR", help="folder or URL of a set, or of its parent with train/ and test/")
-    data.add_argument("--play-to", type=Path, metavar="FOLDER", help="decode some samples to wav files in this folder")
+    data.add_argument("--play-to", type=_path, metavar="FOLDER", help="decode some samples to wav files in this folder")
     data.add_argument("--samples", type=int, default=5, help="number of samples to decode (default: %(default)s)")
 
 
@@ -154,8 +155,8 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     encode = _add_command(
         subs, "encode", "on_sounds:encode", "encode a sound file, or all sound files in a folder, into .spr streams"
     )
-    encode.add_argument("input", type=Path, metavar="IN.wav", help="sound file, or folder of sound files")
-    encode.add_argument("output", type=Path, metavar="OUT.spr", help="stream to write, or folder of streams")
+    encode.add_argument("input", type=_path, metavar="IN.wav", help="sound file, or folder of sound files")
+    encode.add_argument("output", type=_path, metavar="OUT.spr", help="stream to write, or folder of streams")
     encode.add_argument("--books", type=int, help="codebooks to use; fewer give a lower bit rate (default: all)")
     encode.add_argument(
         "--channels",
@@ -173,8 +174,8 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     decode = _add_command(
         subs, "decode", "on_sounds:decode", "decode an .spr stream, or all streams in a folder, into sound files"
     )
-    decode.add_argument("input", type=Path, metavar="IN.spr", help="stream, or folder of streams")
-    decode.add_argument("output", type=Path, metavar="OUT.wav", help="sound file to write, or folder of sound files")
+    decode.add_argument("input", type=_path, metavar="IN.spr", help="stream, or folder of streams")
+    decode.add_argument("output", type=_path, metavar="OUT.wav", help="sound file to write, or folder of sound files")
     decode.add_argument(
         "--seed",
         type=int,
@@ -192,8 +193,10 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     _add_codec_options(decode)
 
     info = _add_command(subs, "info", "on_sounds:info", "show the contents and the bit rate of a stream")
-    info.add_argument("input", type=Path, metavar="FILE.spr", help="stream to read")
-    info.add_argument("--codec", type=Path, help="export folder of the codec that made it (default: found under runs/)")
+    info.add_argument("input", type=_path, metavar="FILE.spr", help="stream to read")
+    info.add_argument(
+        "--codec", type=_path, help="export folder of the codec that made it (default: found under runs/)"
+    )
 
 
 def _add_listening_test(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -207,7 +210,7 @@ def _add_listening_test(subs: argparse._SubParsersAction[argparse.ArgumentParser
     test.add_argument("recipe", help=_RECIPE)
     test.add_argument(
         "out",
-        type=Path,
+        type=_path,
         metavar="OUT",
         help="folder to write, for webMUSHRA; keep OUT.key.json, which names the systems, from the listeners",
     )
@@ -261,13 +264,18 @@ def _add_codec_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that `encode` and `decode` share."""
     sub.add_argument(
         "--codec",
-        type=Path,
+        type=_path,
         help="export folder of the codec (default: the newest under runs/; for decode, the one that made the stream)",
     )
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)"
     )
     sub.add_argument("--force", action="store_true", help="in a folder, also redo files that are already converted")
+
+
+def _path(text: str) -> Path:
+    """Return a path with `~` expanded, which the shell leaves as it is after a `=`."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (pathlib raises RuntimeError for an unknown home)
 
 
 class _Version(argparse.Action):
@@ -292,7 +300,12 @@ def _describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" for {error.filename}" if error.filename else ""
         return f"no space left on the disk{where}: free some space or set another run_dir, and repeat the command"
-    return str(error)
+    text = str(error)
+    if isinstance(error, OSError):
+        from models.readable import describe_os_error  # imported here, so that `--help` is fast
+
+        text = describe_os_error(error)
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def command() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,20 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch.local import train_here
-from models.atomic_write import write_whole
 from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.resume import was_followed
+from trainer.data.find_sounds import summary_of
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.synth.dataset import write_sounds
 from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
-from trainer.page import write_page
+from trainer.file_names import printable
+from trainer.page import clear_page, write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
-from trainer.run_directory import RunDirectory, stage_folder
+from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES, trained_stages
 
@@ -34,7 +34,7 @@ def run(config: Config) -> str:
     _require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
-    write_whole(Path(config.run_dir) / "config.yaml", to_yaml(config))
+    write_config(Path(config.run_dir), config)
     for number, stage in enumerate(config.stages, start=1):
         say(f"[{number}/{len(config.stages)}] {stage}")
         if run_stage(config, stage) == "stopped":
@@ -129,6 +129,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             shard_mb=config.data.shard_mb,
             part=part,
             parts=parts,
+            own=[Path(config.run_dir)],
             progress=show,
         )
     if report is None:
@@ -137,6 +138,10 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     say(f"  {report.files} files, {report.clips['train']} clips for training, {report.clips['test']} held out")
     if report.problems:
         say(f"  {len(report.problems)} files left out, see {config.data.latents}/report.json")
+    if report.passed_over:
+        say(f"  passed over: {summary_of(report.passed_over)}, see {config.data.latents}/report.json")
+    for kind, entries in report.captions.items():
+        say(f"  {kind} ({entries['count']:,}), such as {printable(', '.join(entries['names'][:3]))}")
 
 
 def train(config: Config, stage: str, how: Callable[[Config, str], str] | None = None) -> str:
@@ -179,8 +184,7 @@ def page(config: Config) -> Path:
     folder = stage_folder(config, "evaluate")
     report = evaluation.evaluate(config)
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
-    for name in ("audio", "images"):  # these may be of an older evaluation
-        shutil.rmtree(stage_folder(config, "page") / name, ignore_errors=True)
+    clear_page(stage_folder(config, "page"))
     index = write_page(
         report,
         stage_folder(config, "page"),

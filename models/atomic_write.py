@@ -7,19 +7,30 @@ readers still never see such a file in part.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from models.readable import kind_of
+
+_LONGEST = 255  # bytes of a file name on all common file systems
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
-    The hidden name contains the host and the process id, so several processes may write the same file.
+    The hidden name contains the host and the process id, so several processes may write the same file. If it would be
+    too long for the file system, a hash stands for the file's name.
+
+    Raises:
+        ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    require_no_special_file(path)
+    partial = path.with_name(_hidden_name(path.name, f".{os.uname().nodename}-{os.getpid()}.partial"))
     try:
         yield partial
         if durable:
@@ -27,6 +38,23 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _hidden_name(name: str, ending: str) -> str:
+    hidden = f".{name}{ending}"
+    if len(os.fsencode(hidden)) <= _LONGEST:
+        return hidden
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{ending}"
+
+
+def require_no_special_file(path: Path) -> None:
+    """Raise ValueError if a path that is to be written is a folder, a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # the path is free, or the write itself will say why it fails
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {kind_of(mode)}, which can't be written as a file: give another name")
 
 
 def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> None:

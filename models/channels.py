@@ -18,8 +18,9 @@ from models.loudness import GainMeter
 
 SAMPLES_PER_BLOCK = 2**20
 """Samples per channel that are measured at once."""
+_FAR_QUIETER = 0.1  # -10 dB
 LAYOUT_CHOICES = ("auto", "separate", "mid_side")
-"""The user's choices; for stereo, `auto` is mid and side unless one channel is quieter than the side."""
+"""The user's choices; for stereo, `auto` is mid and side unless one channel is 10 dB quieter than the side."""
 
 
 class Rows:
@@ -52,7 +53,7 @@ class Rows:
             for each, of_rows in meters.items():
                 for row, meter in enumerate(of_rows):
                     meter.add(_row(block_CS, each, row))
-        self.layout = _quietest(meters)
+        self.layout = _choose(meters)
         gains = [meter.gain_db() for meter in meters[self.layout]]
         self.gains_db = tuple(GAIN_RANGE_DB[1] if gain is None else gain for gain in gains)
         self._factors = [1.0 if gain is None else 10 ** (gain / 20) for gain in gains]
@@ -88,15 +89,18 @@ def _meters(layout: str, channels: int) -> list[GainMeter]:
     return [GainMeter() for _ in range(rows_of(layout, channels))]
 
 
-def _quietest(meters: dict[str, list[GainMeter]]) -> str:
-    """Return the layout that isolates the quietest row; `mid` if the side is nothing at all.
+def _choose(meters: dict[str, list[GainMeter]]) -> str:
+    """Return the layout to use, of those that were measured.
 
-    What the codec adds to a row is in proportion to that row's level. If a channel is quieter than the side, mid and
-    side would put more into that channel than it has.
+    What the codec adds to a row is in proportion to that row's level, and mid and side put it into both channels. So a
+    channel that is far quieter than the side is coded by itself. A side that is nothing at all is left out.
     """
-    if len(meters) > 1 and meters["mid_side"][1].largest == 0.0:
+    if len(meters) == 1:
+        return next(iter(meters))
+    if meters["mid_side"][1].largest == 0.0:
         return "mid"
-    return min(meters, key=lambda each: min(meter.power for meter in meters[each]))
+    channel, side = (min(meter.power for meter in meters[each]) for each in ("separate", "mid_side"))
+    return "separate" if channel < side * _FAR_QUIETER else "mid_side"
 
 
 def _layouts(channels: int, wanted: str, ae_channels: int) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class SPresso(nn.Module):
             sample_rate: of the audio in Hz, which is resampled if needed; None: the AudioAE's.
             books: number of codebooks to use, counted from the first; None uses all of them.
             channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2; `auto`
-                takes for stereo what isolates the quietest, and `separate` otherwise.
+                takes `mid_side` for stereo, unless one channel is far quieter than the side, and `separate` otherwise.
 
         Raises:
             ValueError: the audio is not like this, the codec has no quantizer or fewer books, or these channels can't

@@ -24,6 +24,7 @@ from typing import Annotated, Any, BinaryIO, Generic, TypeVar, get_args, get_typ
 import msgspec
 
 from models.atomic_write import write_whole
+from models.readable import kind_of
 
 T = TypeVar("T")
 
@@ -51,13 +52,6 @@ _NAMES = {
     "object": "an object",
     "array": "a list",
 }
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 class DamagedDocument(ValueError):
@@ -89,8 +83,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def _require_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
-        raise ValueError(f"it is {kind}, not a file")
+        raise ValueError(f"it is {kind_of(mode)}, not a file")
 
 
 def read_bytes(path: Path, *, mend: str, most: int = LARGEST) -> bytes:

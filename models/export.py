@@ -7,6 +7,7 @@ base model by its hash. This module only handles the files; `models.codec` assem
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from models.decoder import Decoder
 from models.documents import build, damaged, fits, read_json, to_json
 from models.latent_encoder import LatentEncoder, Upsampler
+from models.readable import folder_trouble, require_file
 from models.sizes import CodecConfig, LatentEncoderConfig
 from models.weights import load_weights, open_safetensors, open_weights, outlined, save_weights, write_safetensors
 
@@ -71,6 +73,8 @@ def write_export(
 ) -> None:
     """Write an export's folder, which appears whole or not at all; an older export at that path is replaced.
 
+    Other files in the older export's folder are kept. Raises ValueError if there is something other than an export.
+
     Args:
         folder: the export's folder.
         parts: the modules to write, each to a file of its own.
@@ -82,6 +86,7 @@ def write_export(
             `base_hash`, `autoencoder_identity` and `config`.
         card: text of the model card.
     """
+    foreign = _foreign_files(folder)
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -100,8 +105,34 @@ def write_export(
     }
     (making / _DESCRIPTION).write_text(to_json(described, indent=2))
     (making / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
+    _exchange(folder, making, kept=foreign)
+
+
+def _exchange(folder: Path, making: Path, *, kept: list[Path]) -> None:
+    """Replace a folder by the one that was made, and move the files `kept`, such as a user's notes, into it."""
+    if not folder.exists():
+        making.rename(folder)
+        return
+    older = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.older"))
     making.rename(folder)
+    for path in kept:
+        (older / path.name).rename(folder / path.name)
+    shutil.rmtree(older)
+
+
+def _foreign_files(folder: Path) -> list[Path]:
+    """Return the entries of an export's folder that no export wrote; empty if there is no folder.
+
+    Raises:
+        ValueError: it is a file, or a folder without an export.
+    """
+    if not folder.exists():
+        return []
+    entries = list(folder.iterdir()) if folder.is_dir() else [folder]
+    if entries and not (folder / _DESCRIPTION).is_file():
+        raise ValueError(f"{folder} is no export, which would replace it: give another folder, or move it away")
+    ours = (_DESCRIPTION, "README.md", "adapter_config.json")
+    return [path for path in entries if path.name not in ours and path.suffix != ".safetensors"]
 
 
 def read_description(folder: Path) -> ExportDescription:
@@ -114,7 +145,8 @@ def read_description(folder: Path) -> ExportDescription:
     try:
         description = read_json(path, _Format, mend=_MEND, finite=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} holds no codec: give an export folder, such as runs/demo/finetune/export") from None
+        trouble = folder_trouble(folder) or "holds no codec"
+        raise ValueError(f"{folder} {trouble}: give an export folder, such as runs/demo/finetune/export") from None
     if description["format"] != EXPORT_FORMAT:
         raise ValueError(
             f"{folder} was written in format {description['format']}, but this version reads format "
@@ -171,17 +203,20 @@ def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
 
 
 def fill_parts(folder: Path, parts: Parts) -> None:
-    """Load each part's weights from its file."""
+    """Load each part's weights from its file; raise ValueError if a file is missing or can't be opened."""
     for name, (module, _) in parts.items():
-        module.load_state_dict(load_weights(folder / f"{name}.safetensors")[1])
+        path = folder / f"{name}.safetensors"
+        require_file(path)
+        module.load_state_dict(load_weights(path)[1])
 
 
 def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the LoRA's weights into D's parameters.
 
     Raises:
-        ValueError: the file's LoRA adapts other layers than `parameters`.
+        ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
     """
+    require_file(folder / _ADAPTER_FILE)
     state = {name: value.read() for name, value in open_safetensors(folder / _ADAPTER_FILE)[1].items()}
     if set(state) != {_peft_name(name) for name in parameters}:
         raise ValueError(

@@ -11,7 +11,11 @@ import os
 import stat
 from pathlib import Path
 
+from models.readable import describe_os_error, kind_of
+
 _BUFFER = 1 << 18
+_OWN_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
+"""Errors of opening that come from the path itself, not from its disk."""
 
 
 def open_regular(path: Path) -> int:
@@ -24,32 +28,14 @@ def open_regular(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if reason := _own_fault(path, error):
-            raise ValueError(f"{path} {reason}") from error
+        if error.errno in _OWN_FAULTS or (error.errno in (errno.EACCES, errno.EPERM) and not _permits(path)):
+            raise ValueError(describe_os_error(OSError(error.errno, error.strerror, str(path)))) from error
         raise
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
     os.close(descriptor)
-    what = "a folder" if stat.S_ISDIR(kind) else "a pipe" if stat.S_ISFIFO(kind) else "a device"
-    raise ValueError(f"{path} is {what}, not a file")
-
-
-def _own_fault(path: Path, error: OSError) -> str:
-    """Return what is wrong with the file itself; empty if its file system is at fault."""
-    if error.errno == errno.ENOENT and path.is_symlink():
-        return f"is a link to {path.readlink()}, which is missing"
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "is missing"
-    if error.errno == errno.ELOOP:
-        return "is a link that leads back to itself"
-    if error.errno == errno.ENXIO:
-        return "is a socket, not a file"
-    if error.errno == errno.ENAMETOOLONG:
-        return "has too long a name for this file system"
-    if error.errno in (errno.EACCES, errno.EPERM) and not _permits(path):
-        return "can't be read: its permissions don't allow it (chmod a+r)"
-    return ""
+    raise ValueError(f"{path} is {kind_of(kind)}, not a file")
 
 
 def _permits(path: Path) -> bool:
@@ -93,7 +79,9 @@ class WatchedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """See `io.RawIOBase`."""
-        return os.lseek(self._descriptor, offset, whence)
+        base = 0 if whence == os.SEEK_SET else self.tell() if whence == os.SEEK_CUR else self.size
+        # damaged headers send decoders before the beginning and far behind the end
+        return os.lseek(self._descriptor, min(max(base + offset, 0), self.size), os.SEEK_SET)
 
     def tell(self) -> int:
         """See `io.RawIOBase`."""

@@ -111,7 +111,7 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a safetensors file in it")
     try:
-        with opened(path):  # a pipe would hold up the reader of safetensors
+        with opened(path):  # a pipe would hold up the library, and its errors do not name a file that can't be opened
             pass
     except ValueError as error:
         raise damaged(path, error, _MEND) from None

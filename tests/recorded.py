@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 
 from tests.system_packages import SOUNDS, require
-from trainer.data.audio import find_audio
 
 _FOLDERS = (
     Path("/usr/share/sonic-pi/samples"),
@@ -14,6 +13,7 @@ _FOLDERS = (
     Path("/usr/share/sounds/freedesktop"),
     Path("/usr/share/sounds/alsa"),
 )
+_SUFFIXES = (".wav", ".ogg", ".oga", ".flac")
 _ARCHIVE = Path("/usr/share/games/ufoai/base/0snd.pk3")
 
 
@@ -31,4 +31,4 @@ def recorded_sounds(cache: Path) -> list[Path]:
         with zipfile.ZipFile(_ARCHIVE) as archive:
             archive.extractall(cache / "ufoai.partial")
         (cache / "ufoai.partial").rename(unpacked)
-    return [path for folder in (*_FOLDERS, unpacked) for path in find_audio(folder)]
+    return [path for folder in (*_FOLDERS, unpacked) for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES]

@@ -171,7 +171,7 @@ def is_decoded() -> None:
 
 def is_prepared() -> None:
     settings = json.loads((OLD / "latents/report.json").read_text())["settings"]
-    if report := prepare._finished(RUN / "latents", settings):
+    if report := prepare._finished(RUN / "latents", settings, Path("sounds")):
         assert report.clips["train"] + report.clips["test"] >= 0
 
 
@@ -249,13 +249,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         write(
             {
                 Path("work/.prepare/settings.json"): {"ae": "x", "seed": 0},
-                Path("work/.prepare/durations.json"): {"a.wav": 1.5},
-                Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["0.tar"]},
+                Path("work/.prepare/durations.json"): {"a": 1.5},
+                Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["00000-00000.tar"]},
                 Path("release/vae/config.json"): oobleck_settings(),
             }
         )
         Path("work/train").mkdir()
-        Path("work/train/0.tar").touch()
+        Path("work/train/00000-00000.tar").touch()
         Path("damaged.jsonl").write_text('{"set": "set", "sample": 1, "reason": "x"}\n' * 3)
         write_sounds(Path("sounds"), hours=1e-9, seed=0)
         Path("woosh").mkdir()

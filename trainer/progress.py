@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from trainer.file_names import printable
+
 LINE_EVERY = 10.0  # seconds between two lines if stderr is not a terminal
 
 
@@ -15,6 +17,7 @@ class Progress:
     """Shows progress on stderr: `with Progress("prepare", total=12, unit="files") as progress: progress.to(3)`."""
 
     def __init__(self, title: str, *, total: float, unit: str, shown: bool = True) -> None:
+        title = printable(title)
         self.title, self.total, self.unit = title, total, unit
         self.start, self.line = time.monotonic(), 0.0
         self.done = 0.0

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.atomic_write import write_whole
-from models.documents import damaged, write_json
+from models.documents import damaged, read_bytes, write_json
+from models.readable import require_file
 from models.yaml_document import read_yaml
 from trainer.checkpoints.names import checkpoints
 from trainer.provenance import environment
@@ -25,6 +26,8 @@ from trainer.stages import STAGES
 logger = logging.getLogger(__name__)
 
 _MISSING = object()  # equal to no value
+_SECTIONS = {"name", "run_dir", "seed", "data", "quantizer", "parallel", "cluster", "checkpoint", "evaluate"}
+"""Keys that the config of every run has, of any version."""
 
 
 def stage_folder(config: Config, stage: str) -> Path:
@@ -56,9 +59,9 @@ class RunDirectory:
         """
         self.require_same(config, inputs)
         self.require_ownership()
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "inputs.json", inputs, indent=2)
+        # The config comes first, because it shows that the other files are a run's.
         write_whole(self.path / "config.yaml", to_yaml(config))
+        write_json(self.path / "inputs.json", inputs, indent=2)
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
@@ -82,9 +85,15 @@ class RunDirectory:
         }
 
     def require_same(self, config: Config, inputs: dict[str, str] | None = None) -> None:
-        """Raise ValueError if the directory holds a run with another config, or with other inputs if any are given."""
-        if not (self.path / "config.yaml").exists() or not checkpoints(self.checkpoints):
+        """Raise ValueError if the directory holds a run with another config, or with other inputs if any are given.
+
+        It is also raised if the directory holds files that a run would replace, but that no run wrote.
+        """
+        if not checkpoints(self.checkpoints):
+            self._require_ours()
             return  # The directory holds no trained weights yet.
+        if not (self.path / "config.yaml").exists():
+            return
         relevant = self._relevant(config)
         known = flatten(config)
         if config.checkpoint.start_from is None:
@@ -104,6 +113,17 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} holds a run with other settings: {shown}. Take another run_dir=…, or remove {self.path}"
             )
+
+    def _require_ours(self) -> None:
+        require_own_config(self.path)
+        if (self.path / "config.yaml").exists():
+            return
+        for name in ("command.txt", "environment.txt", "export"):
+            if (self.path / name).exists():
+                raise ValueError(
+                    f"{self.path / name} is no run's, because there is no config.yaml beside it, and a run would "
+                    f"replace it: take another run_dir=…, or move {self.path} away"
+                )
 
     def _stored_config(self) -> dict[Any, Any]:
         path = self.path / "config.yaml"
@@ -143,6 +163,33 @@ class RunDirectory:
         """Whether this stage is done, with at least as many samples as the config says."""
         status = self.status
         return status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write the resolved config as `config.yaml` into a run's or a stage's directory; raises ValueError as below."""
+    require_own_config(folder)
+    write_whole(folder / "config.yaml", to_yaml(config))
+
+
+def require_own_config(folder: Path) -> None:
+    """Raise ValueError if the `config.yaml` of a run's or a stage's directory was not written by a run.
+
+    A run writes all sections and no comment. A recipe by hand has comments, or only the settings that differ.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    require_file(path)
+    try:
+        complete = read_yaml(path, mend="").keys() >= _SECTIONS
+        text = read_bytes(path, mend="")
+    except ValueError:
+        complete, text = False, b""
+    if not complete or any(line.lstrip().startswith(b"#") for line in text.splitlines()):
+        raise ValueError(
+            f"{path} was not written by a run, which keeps its settings there: rename that file, or take another "
+            "run_dir=…"
+        )
 
 
 def _append(path: Path, line: str) -> None:

@@ -21,7 +21,7 @@ from trainer.recipes.cluster import ClusterConfig
 from trainer.recipes.reading import RECIPES
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
-from trainer.run_directory import RunDirectory, stage_folder
+from trainer.run_directory import RunDirectory, require_own_config, stage_folder, write_config
 from trainer.stages import STAGES
 
 _PACKAGES = ("models", "trainer", "launch", "configs")
@@ -38,6 +38,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
         say("all stages are done")
         return []
     root = Path(config.run_dir).resolve()
+    require_own_config(root)
     require_idle(root, stages)
     submission = _copy_code_and_config(config, root)
     preflight.check(config, stages, submission, _jobs(config, stages, root, submission))
@@ -54,7 +55,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
             scheduler.cancel(*(item.job for item in handed_over))
         raise
     keep(root, handed_over)
-    (root / "config.yaml").write_text(to_yaml(config))
+    write_config(root, config)
     say(f"`spresso status {config.run_dir}` shows the progress, `spresso logs {config.run_dir} -f` the log")
     return handed_over
 
@@ -69,11 +70,12 @@ def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]
 def whole_script(config: Config, *, only: str | None = None) -> str:
     """Return one batch script for all stages, or for `only` one; copy the code and the config that it uses."""
     root = Path(config.run_dir).resolve()
+    require_own_config(root)
     stages = [only] if only else config.stages
     submission = _copy_code_and_config(config, root)
     job = _job(config, stages, root, submission, [])
     job.make_folders()
-    (root / "config.yaml").write_text(to_yaml(config))
+    write_config(root, config)
     return job.text
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.documents import fits
 from models.documents import read_json as read_document
+from models.readable import folder_trouble
 from models.weights import Stored, listed, open_safetensors
 
 _MEND = "download the release again"
@@ -45,7 +46,7 @@ def is_hub_name(folder: str | Path) -> bool:
 def missing(folder: str | Path) -> str:
     """Return the error message for a folder that `locate` did not find."""
     if not is_hub_name(folder):
-        return f"{folder} is not a folder"
+        return f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}"
     return (
         f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
         f"with  hf download {folder}  (for a gated model, first accept its licence on huggingface.co and run  "

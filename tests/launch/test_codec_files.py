@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -11,32 +11,15 @@ import pytest
 import soundfile
 import torch
 
-from launch.cli import main
 from models import bitstream
-from models.backbones.pretrained import load_dit
 from models.codec import SPresso
-from models.dit import DiT
-from models.prior import Prior
-from models.weights import save_weights
-from tests.models.test_codec import DIT, make_codec
+from tests.launch.codecs import content, export_codec, sound, spresso
 
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory) -> Path:
     """An export with a prior that expects what it gets."""
-    folder = tmp_path_factory.mktemp("codec")
-    torch.manual_seed(1)
-    save_weights(folder / "dit.safetensors", DiT(DIT).state_dict(), dataclasses.asdict(DIT))
-    made = make_codec(load_dit(folder / "dit.safetensors"))
-    made.prior = Prior(3, 16)
-    codes = made.encode(torch.from_numpy(sound(2.0)[:, 0])[None].float()).codes
-    made.prior.fit(torch.from_numpy(codes[0]))
-    made.save_pretrained(folder / "export", base=folder / "dit.safetensors", card="")
-    return folder / "export"
-
-
-def sound(seconds: float, channels: int = 1, rate: int = 48_000) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(round(seconds * rate), channels)) * 0.1
+    return export_codec(tmp_path_factory.mktemp("codec"))
 
 
 @pytest.fixture
@@ -48,15 +31,6 @@ def sounds(tmp_path) -> Path:
     soundfile.write(folder / "deep" / "deeper" / "fast.wav", sound(0.2, 1, 96_000)[:-1], 96_000)
     (folder / ".hidden.wav").write_bytes(b"not looked at")
     return folder
-
-
-def spresso(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_a_folder_there_and_back(codec, sounds, tmp_path, capsys):
@@ -79,17 +53,19 @@ def test_what_is_there_is_not_done_again_unless_forced(codec, sounds, tmp_path, 
     spresso("encode", sounds, out, "--codec", codec)
     spresso("decode", out, back, "--codec", codec)
     (out / "mono.wav.spr").write_bytes((out / "mono.wav.spr").read_bytes()[:-1])
-    soundfile.write(back / "deep" / "stereo.flac", sound(0.1, 2), 44_100)
-    os.utime(sounds / "deep" / "deeper" / "fast.wav")  # it was changed since
+    (back / "deep" / "stereo.flac").unlink()
+    os.utime(sounds / "deep" / "deeper" / "fast.wav")  # its date is new, its content is not
+    soundfile.write(sounds / "deep" / "stereo.flac", sound(0.2, 2, 44_100), 44_100)
     capsys.readouterr()
     spresso("encode", sounds, out, "--codec", codec)
     assert "2 done, 1 already there" in capsys.readouterr().err
     spresso("decode", out, back, "--codec", codec)
-    assert "3 done, 0 already there" in capsys.readouterr().err  # two streams are newer, and one sound was cut
-    written = {path: path.stat().st_mtime_ns for path in back.rglob("*.*")}
+    assert "1 done, 2 already there" in capsys.readouterr().err  # the cut stream is again what it was
+    assert soundfile.info(back / "deep" / "stereo.flac").frames == 8820
+    written = {path: path.stat().st_mtime_ns for path in back.rglob("*.[wf]*")}
     spresso("decode", out, back, "--codec", codec)
     assert "0 done, 3 already there" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in back.rglob("*.*")} == written
+    assert {path: path.stat().st_mtime_ns for path in back.rglob("*.[wf]*")} == written
     spresso("encode", sounds, out, "--codec", codec, "--books", 2)
     assert "3 done, 0 already there" in capsys.readouterr().err
     spresso("encode", sounds, out, "--codec", codec, "--books", 2, "--force")
@@ -111,8 +87,11 @@ def test_faults_are_named_and_the_rest_goes_on(codec, sounds, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "cut.spr: the .spr file is cut short" in told
     assert "would both be written to" in told
-    assert "3 done, 0 already there, 2 failed" in told
-    assert not (tmp_path / "back" / "cut.wav").exists()
+    assert "2 done, 0 already there, 3 failed" in told
+    assert set(content(tmp_path / "back")) == {"deep/stereo.flac", "deep/deeper/fast.wav"}
+    report = json.loads((tmp_path / "back" / "decode.report.json").read_text())
+    assert (report["files"], report["done"], report["failed"], report["finished"]) == (5, 2, 3, True)
+    assert {Path(problem["file"]).name for problem in report["problems"]} == {"cut.spr", "mono.spr", "mono.wav.spr"}
 
 
 def test_a_file_is_the_same_alone_and_in_a_folder(codec, sounds, tmp_path):

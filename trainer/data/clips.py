@@ -27,6 +27,7 @@ from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import SoundReader
 from trainer.data.text_embeddings import Embedder
 from trainer.data.workers import exit_with_parent, explain_dead_workers
+from trainer.file_names import as_unicode
 
 SHORTEST_SECONDS = 0.01
 _CLIPS_AT_ONCE = 8
@@ -123,7 +124,7 @@ class ClipEncoder:
                 problems = self._fill(clips, source, cut_clips(blocks, self.clip_samples), keep_audio)
         except ValueError as error:
             clips.clear()
-            return EncodedFile(0.0, clips, [str(error).removeprefix(f"{source.path} ")])
+            return EncodedFile(0.0, clips, [as_unicode(str(error).removeprefix(f"{source.path} "))])
         return EncodedFile(meter.samples / self.ae.sample_rate, clips, reader.notes + problems)
 
     def _blocks(self, reader: SoundReader, meter: SilenceMeter) -> Iterator[Audio]:

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.audio import write_audio
+from trainer.data.audio import sound_mark, write_audio
 from trainer.data.shard_set import ShardSet
+from trainer.file_names import printable
 
+_MARK = "spresso data --play-to"
+"""The mark in the sounds that are written, by which they are known and may be replaced."""
 _ROWS, _WIDTH = 12, 40  # of the histogram, in lines and characters
 _DESCRIBED = 400  # samples whose metadata is read
 _AT_ONCE = 1 << 20  # rows of the index that are counted at once
@@ -43,12 +46,16 @@ def describe(shard_set: ShardSet, *, captions: int = 5) -> str:
     metadata = [shard_set.metadata(int(id_)) for id_ in _spread(candidates, _DESCRIBED)]
     lines += ["", *_sources(metadata, complete=len(metadata) == len(shard_set))]
     shown = [metadata[int(index)] for index in _spread(len(metadata), captions)]
-    lines += ["", "captions", *(f"  {entry.get('caption') or '(none)'}" for entry in shown)]
+    lines += ["", "captions", *(f"  {printable(str(entry.get('caption') or '(none)'))}" for entry in shown)]
     return "\n".join(lines)
 
 
 def play_to(shard_set: ShardSet, folder: Path, *, samples: int) -> Iterator[Path]:
-    """Decode `samples` samples, spread evenly over the set, to wav files; yields each path once it is written."""
+    """Decode `samples` samples, spread evenly over the set, to wav files; yields each path once it is written.
+
+    Raises:
+        ValueError: the autoencoder is unknown or has changed, or a file is in the way that was not written so.
+    """
     from models.backbones.pretrained import load_autoencoder
 
     info = shard_set.info
@@ -59,15 +66,28 @@ def play_to(shard_set: ShardSet, folder: Path, *, samples: int) -> Iterator[Path
         raise ValueError(
             f"the autoencoder {info.ae_options} has changed since it made {shard_set.location}: restore its weights"
         )
-    for id_ in _spread(len(shard_set), samples).tolist():
+    paths = _sound_paths(shard_set, folder, _spread(len(shard_set), samples).tolist())
+    for path in paths.values():
+        if path.exists() and not sound_mark(path).startswith(_MARK):
+            raise ValueError(f"{path} was not written by `{_MARK}`, so it is kept: give another folder")
+    for id_, path in paths.items():
         x0_CT = torch.from_numpy(shard_set.latents([id_])[0]).float()
         with torch.inference_mode():
             audio = autoencoder.decode(x0_CT[None])[0].clamp(-1, 1)
-        key = Path(str(shard_set.metadata(id_).get("key") or f"{id_:08d}")).name
-        path = folder / f"{key}.wav"
         folder.mkdir(parents=True, exist_ok=True)
-        write_audio(path, audio.numpy(), info.sample_rate)
+        write_audio(path, audio.numpy(), info.sample_rate, mark=_MARK)
         yield path
+
+
+def _sound_paths(shard_set: ShardSet, folder: Path, ids: list[int]) -> dict[int, Path]:
+    """Return the file of each sample: its key without folders, and its number if an earlier sample has that name."""
+    paths: dict[int, Path] = {}
+    for id_ in ids:
+        number = f"{id_:08d}"
+        name = Path(str(shard_set.metadata(id_).get("key") or number)).name
+        path = folder / f"{name}.wav"
+        paths[id_] = path if path not in paths.values() else folder / f"{name}.{number}.wav"
+    return paths
 
 
 def _spread(size: int, count: int) -> NDArray[np.int64]:
@@ -98,7 +118,7 @@ def _sources(metadata: list[dict[str, Any]], *, complete: bool) -> list[str]:
     folders = Counter(name.rpartition("/")[0] or "." for name in names)
     summary = f"{len(names):,} files in {len(folders)} folder(s)"
     head = summary if complete else f"{summary} among {len(metadata)} samples"
-    return [f"sources     {head}", *(f"  {count:>6,}  {folder}" for folder, count in folders.most_common(5))]
+    return [f"sources     {head}", *(f"  {count:>6,}  {printable(folder)}" for folder, count in folders.most_common(5))]
 
 
 def _text(shard_set: ShardSet) -> str:

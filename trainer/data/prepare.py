@@ -9,10 +9,11 @@ sets.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -23,13 +24,18 @@ import numpy as np
 from models.atomic_write import replacing
 from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
+from trainer.data.groups import groups
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.data.sound_files import list_sources
+from trainer.data.sound_files import SoundFile, Sources, find_sources
+from trainer.data.sources_before import list_sources_as_before
 from trainer.data.text_embeddings import Embedder
+from trainer.file_names import printable
 from trainer.files import locked
 
 _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
+_OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
+"""Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
 
 
@@ -71,6 +77,10 @@ class PrepareReport:
     """Seconds of sound in the files that could be used."""
     problems: list[dict[str, str]]
     """{"file", "reason"} of each problem: a file, a part of it or its text was left out, or its length was guessed."""
+    passed_over: dict[str, Any] = field(default_factory=dict)
+    """Suffix or reason → {"count", "names"} of what lies in the folder and is no sound file; the first 1,000 names."""
+    captions: dict[str, Any] = field(default_factory=dict)
+    """The same for captions that name no sound, and for others that were not used as they stand."""
 
 
 def prepare(
@@ -87,6 +97,7 @@ def prepare(
     shard_mb: float = 64,
     part: int = 0,
     parts: int = 1,
+    own: Iterable[Path] = (),
     progress: Callable[[Tally], None] | None = None,
 ) -> PrepareReport | None:
     """Make the sets, or finish an earlier attempt; return at once if the sets are complete.
@@ -101,14 +112,15 @@ def prepare(
         make_ae: makes the autoencoder, in this process and in each worker; must be picklable.
         make_embedder: makes the embedder of captions, likewise; None makes sets without text.
         clip_seconds: a clip's length.
-        holdout: the fraction of the files in the test set, in [0, 1), chosen by a hash of their base names. The test
-            set also holds the clips' audio.
+        holdout: the fraction of the files in the test set, in [0, 1), chosen by a hash of the names of their groups
+            (`groups`). The test set also holds the clips' audio.
         seed: the seed of that choice.
         ae_options: the options that load the autoencoder, to be stored in the sets' `set.json`.
         workers: worker processes; 1 means this process.
         shard_mb: the maximum size of a shard in MiB; only a single clip that is larger may exceed it.
         part: the part of the job to do, 0 … parts - 1.
         parts: the number of parts of the job, which may run at the same time.
+        own: directories of the run, in which no sounds are looked for, besides `out`.
         progress: called after each file.
 
     Returns:
@@ -122,7 +134,8 @@ def prepare(
     ae, embedder = make_ae(), make_embedder and make_embedder()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
-    sources = list_sources(audio)
+    found = find_sources(audio, own=[*own, out])
+    sources = found.files
     settings: dict[str, Any] = {
         "ae": ae.identity(),
         "clip_seconds": clip_seconds,
@@ -131,14 +144,14 @@ def prepare(
         "shard_mb": shard_mb,
         "files": sources_fingerprint(sources),
     } | ({"text": embedder.identity()} if embedder else {})
-    if report := _finished(out, settings):
+    if report := _finished(out, settings, audio):
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / _LOCK):
-        if report := _finished(out, settings):
+        if report := _finished(out, settings, audio):
             return report
-        _begin(out, settings)
+        _begin(out, settings | _division(sources))
         seconds = durations(sources, out / _WORK / "durations.json")
     units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
     mine = units[part::parts]
@@ -152,11 +165,11 @@ def prepare(
             _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
     # If all parts are done, make the sets.
     with locked(out / _LOCK):
-        if report := _finished(out, settings):
+        if report := _finished(out, settings, audio):
             return report
         if parts > 1 and not all(_is_done(out, unit) for unit in units):
             return None
-        return _finish(out, units, _set_info(ae, embedder, dict(ae_options or {}), settings))
+        return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings))
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -189,8 +202,11 @@ def _set_info(
 # ---- Earlier attempts ------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
-    """Return the report of finished sets, or None; raises ValueError if the sets have other settings."""
+def _finished(out: Path, settings: dict[str, Any], audio: Path) -> PrepareReport | None:
+    """Return the report of finished sets, or None; raises ValueError if the sets have other settings.
+
+    Sets of release 0.1.0 are finished too if that release would find the same files and captions now.
+    """
     if not (out / _REPORT).is_file():
         return None
     mend = "it was not written by `spresso prepare`, or has changed since: give another folder"
@@ -198,12 +214,28 @@ def _finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     if report.clips.keys() != set(SPLITS):
         raise damaged(out / _REPORT, f"`clips` has not the names {' and '.join(SPLITS)}", mend)
     if report.settings != settings:
-        other = ", ".join(sorted(key for key in settings if report.settings.get(key) != settings[key]))
-        raise ValueError(f"{out} was prepared with other settings ({other}): remove it, or give another folder")
+        other = sorted(key for key in settings if report.settings.get(key) != settings[key])
+        if other != ["files"] or report.settings.get("files") != _fingerprint_as_before(audio):
+            raise ValueError(
+                f"{out} was prepared with other settings ({', '.join(other)}): remove it, or give another folder"
+            )
     if not all((out / split / "set.json").is_file() for split, clips in report.clips.items() if clips):
         return None
     shutil.rmtree(out / _WORK, ignore_errors=True)
     return report
+
+
+def _fingerprint_as_before(audio: Path) -> str | None:
+    try:
+        return sources_fingerprint(list_sources_as_before(audio))
+    except ValueError:
+        return None
+
+
+def _division(sources: list[SoundFile]) -> dict[str, str]:
+    """Return the entry of `settings.json` that tells apart how an attempt divides these files into the two sets."""
+    places = [source.place for source in sources]
+    return {} if groups(places) == [name for _, name in places] else {"groups": "folders"}
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> None:
@@ -215,10 +247,22 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
         return
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
+    for folder in (out / split for split in SPLITS):
+        _require_shards_alone(folder)
     for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(record, settings)
+
+
+def _require_shards_alone(folder: Path) -> None:
+    """Raise ValueError if the folder of an earlier attempt holds something that `prepare` did not write."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in names if not _OWN_NAME.fullmatch(name)]:
+        raise ValueError(
+            f"{folder / foreign[0]} was not written by `spresso prepare`, which would make the folder anew: move it "
+            "away, or give another folder"
+        )
 
 
 # ---- Units and sets -------------------------------------------------------------------------------------------------
@@ -269,7 +313,7 @@ def _count_if_done(out: Path, unit: Unit, tally: Tally) -> bool:
     return True
 
 
-def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
+def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> PrepareReport:
     """Make the sets from the shards of all units, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
@@ -278,7 +322,7 @@ def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
     for unit, record in zip(units, records, strict=True):
         shards[unit.split] |= {name: np.load(_rows_path(out, unit, name)) for name in record["shards"]}
     if not any(shards.values()):
-        reasons = "; ".join(f"{problem['file']} {problem['reason']}" for problem in problems[:3])
+        reasons = "; ".join(printable(f"{problem['file']} {problem['reason']}") for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
     clips = {split: sum(len(rows) for rows in shards.get(split, {}).values()) for split in SPLITS}
     wanted = {
@@ -293,7 +337,8 @@ def _finish(out: Path, units: list[Unit], info: SetInfo) -> PrepareReport:
     for split in shards:
         write_index(out / split, info, shards[split])
     seconds = sum(record["seconds"] for record in records)
-    report = PrepareReport(info.prepared, files, clips, seconds, problems)
+    besides = {"passed_over": found.passed_over.report(), "captions": found.captions.report()}
+    report = PrepareReport(info.prepared, files, clips, seconds, problems, **besides)
     write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
     for leftover in out.glob("*/.*.partial"):  # from processes that were killed
         leftover.unlink(missing_ok=True)

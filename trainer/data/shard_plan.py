@@ -12,13 +12,15 @@ from typing import Annotated
 
 import msgspec
 
-from models.documents import damaged, read_json, write_json
+from models.documents import read_json, write_json
 from trainer.data.clips import AudioEncoder, clip_starts
-from trainer.data.sound_files import SoundFile, held_out
+from trainer.data.groups import groups, held_out
+from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import duration
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
+_MEND = "remove it, and the lengths are read again"
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _THREADS = 8  # threads that read headers; on a network file system they mostly wait
 
@@ -47,17 +49,13 @@ def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
 
 def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
-    if memory.exists():
-        mend = "remove it, and the lengths are read again"
-        known = read_json(memory, dict[str, _Seconds], mend=mend, finite=True)
-        if missing := next((source.name for source in sources if source.name not in known), None):
-            raise damaged(memory, f"it lacks {missing}", mend)
-    else:
+    known = read_json(memory, dict[str, _Seconds], mend=_MEND, finite=True) if memory.exists() else {}
+    if not all(source.key in known for source in sources):
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda source: duration(source.path), sources)
-            known = {source.name: seconds for source, seconds in zip(sources, found, strict=True)}
+            known = {source.key: seconds for source, seconds in zip(sources, found, strict=True)}
         write_json(memory, known)
-    return {source: known[source.name] for source in sources}
+    return {source: known[source.key] for source in sources}
 
 
 def plan_units(
@@ -67,7 +65,8 @@ def plan_units(
 
     Unreadable files have length 0. They are not held out; encoding them reports the reason.
     """
-    tested = held_out((source.base_name for source in seconds if seconds[source]), fraction=holdout, seed=seed)
+    group_of = dict(zip(seconds, groups([source.place for source in seconds]), strict=True))
+    tested = held_out((group_of[source] for source in seconds if seconds[source]), fraction=holdout, seed=seed)
     units = []
     for split in SPLITS:
         clip_bytes = _SAMPLE_OVERHEAD + 2 * ae.latent_channels * ae.frames(clip_samples)
@@ -75,7 +74,7 @@ def plan_units(
             clip_bytes += 3 * ae.channels * clip_samples
         number, room = -1, 0
         for source in seconds:
-            if (source.base_name in tested) != (split == "test"):
+            if (group_of[source] in tested) != (split == "test"):
                 continue
             size = clip_bytes * len(clip_starts(round(seconds[source] * ae.sample_rate), clip_samples))
             if number < 0 or size > room:

@@ -125,7 +125,9 @@ class ShardWriter:
             raise ValueError(f"{key}: x0 must be float16 (C, T), not {x0_CT.dtype} {x0_CT.shape}")
         if text_NE is not None and (text_NE.dtype != np.float16 or text_NE.ndim != 2):
             raise ValueError(f"{key}: text must be float16 (tokens, width), not {text_NE.dtype} {text_NE.shape}")
-        members = {_X0: _npy(x0_CT), _JSON: json.dumps(metadata, ensure_ascii=False).encode()}
+        # Half a surrogate pair, which a manifest may hold, stays the escape that JSON has for it.
+        about = json.dumps(metadata, ensure_ascii=False).encode(errors="backslashreplace")
+        members = {_X0: _npy(x0_CT), _JSON: about}
         members |= {_TEXT: _npy(text_NE)} if text_NE is not None else {}
         members |= {_FLAC: flac} if flac else {}
         tar = self._tar_with_room_for(sum(_BLOCK - (-len(content) // _BLOCK) * _BLOCK for content in members.values()))

@@ -268,6 +268,9 @@ class Ffmpeg:
                 raise Undecodable("it holds no sound")
             self._stream = self._container.streams.audio[0]
             self._context = self._stream.codec_context
+            if self._context is None:
+                self._container.close()
+                raise Undecodable("its codec is not known")
         except av.error.FFmpegError as error:
             raise Undecodable(f"{error.strerror or error}".lower()) from error
         self._context.thread_count = 1

@@ -178,10 +178,10 @@ def _caf(file: BinaryIO, size: int) -> SoundHeader:
     """Look at the data chunk; its length is -1 where the recorder could not go back."""
     start = 8
     for _ in range(_MOST_CHUNKS):
+        if start + 12 > size:
+            break
         file.seek(start)
         head = file.read(12)
-        if len(head) < 12:
-            break
         name, length = struct.unpack(">4sq", head)
         if name == b"data" or length < 0:
             return SoundHeader(truncated=start + 12 + length > size)

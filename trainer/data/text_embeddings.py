@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.conditions import ConditionReader, Note
+from trainer.data.find_sounds import find_files
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
 
@@ -141,7 +142,8 @@ class TextFiles:
 
     def __init__(self, folder: Path, *, tokens: int) -> None:
         self.folder, self.tokens = folder, tokens
-        self._paths = sorted(folder.rglob("*.npy")) if folder.is_dir() else []
+        # Files in linked folders come with the same order as all others, on which the identity depends.
+        self._paths = sorted({*folder.rglob("*.npy"), *find_files(folder, (".npy",)).files}) if folder.is_dir() else []
         if not self._paths:
             raise ValueError(
                 f"text.folder={folder} holds no .npy: give a folder with NAME.npy for each sound file NAME"

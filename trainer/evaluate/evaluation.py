@@ -20,7 +20,7 @@ from trainer.evaluate.other_codecs import other_sources
 from trainer.evaluate.own_codecs import Export, OwnCodec, own_sources
 from trainer.evaluate.pieces import Piece, Pieces
 from trainer.evaluate.report import Gathered, results_of, systems_of, variability
-from trainer.evaluate.report_file import read_report, read_speed
+from trainer.evaluate.report_file import read_report, read_speed, require_own_report
 from trainer.evaluate.scored_clips import load_clips
 from trainer.evaluate.scores import Scorer, figures_of
 from trainer.evaluate.systems import RATE_RANGES
@@ -70,6 +70,7 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
     if not 0 <= part < parts:
         raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
+    require_own_report(plan.folder, _REPORT)
     if (report := plan.finished()) is not None:
         return report
     with torch.inference_mode():

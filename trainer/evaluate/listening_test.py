@@ -14,13 +14,16 @@ import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import yaml
 
-from models.documents import to_json
+from models.atomic_write import write_whole
+from models.documents import read_json, to_json
+from models.readable import require_file
 from trainer.data.audio import Audio, read_audio, write_audio
 
 MOST_CONDITIONS = 12
@@ -63,7 +66,7 @@ def write_listening_test(
     Args:
         report: the report of an evaluation.
         audio_root: folder to which the report's audio paths are relative.
-        out: folder to create; an older test in this folder is removed.
+        out: folder to create; an older test in this folder is replaced, and its key renamed to OUT.key.N.json.
         systems: keys of the systems; None: all systems that the page plays, except floors.
         clips: number of the page's clips to use; None: all of them.
         seed: seed of the file names and of the order of versions.
@@ -77,7 +80,11 @@ def write_listening_test(
         raise ValueError("--clips must be at least 1, and the evaluation needs clips that the page plays")
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in report["recipe"])
     sounds = Path("configs") / "resources" / name
-    _clear(out, sounds)
+    key_file = out.with_name(f"{out.name}.key.json")
+    _require_own(out, key_file)
+    making = out.with_name(f".{out.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    (making / sounds).mkdir(parents=True)
     pages, key = [], {}
     for number, clip in enumerate(trials, start=1):
         versions = _versions(clip, chosen, audio_root, report["sample_rate"])
@@ -86,16 +93,21 @@ def write_listening_test(
         stimuli = {f"C{place}": version for place, version in enumerate(shuffled, start=1)}
         files = {version: str(sounds / f"{_blind(seed, clip['key'], version)}.wav") for version in versions}
         for version, audio_1S in versions.items():
-            write_audio(out / files[version], audio_1S, report["sample_rate"])
+            write_audio(making / files[version], audio_1S, report["sample_rate"])
         trial = f"trial{number}"
         pages.append(_page(trial, number, files, stimuli))
         key[trial] = {"clip": clip["key"], "conditions": stimuli, "files": {file: v for v, file in files.items()}}
-    config, key_file = out / "configs" / f"{name}.yaml", out.with_name(f"{out.name}.key.json")
+    config = Path("configs") / f"{name}.yaml"
     text = yaml.safe_dump(_test(name, pages), sort_keys=False, allow_unicode=True)
-    config.write_text(text, encoding="utf-8")
+    (making / config).write_text(text, encoding="utf-8")
     known = {"seed": seed, "model": report.get("model_hash"), "identity": report.get("identity"), "trials": key}
-    key_file.write_text(to_json(known, indent=1, ascii=False) + "\n", encoding="utf-8")
-    return ListeningTest(config, key_file, len(trials), len(chosen) + len(ANCHORS))
+    _keep_other_key(key_file, content := to_json(known, indent=1, ascii=False) + "\n")
+    write_whole(key_file, content)
+    shutil.rmtree(out / "configs", ignore_errors=True)
+    out.mkdir(exist_ok=True)
+    (making / "configs").rename(out / "configs")
+    making.rmdir()
+    return ListeningTest(out / config, key_file, len(trials), len(chosen) + len(ANCHORS))
 
 
 def anchor_filter(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
@@ -124,11 +136,52 @@ def _chosen(report: Mapping[str, Any], systems: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(systems))
 
 
-def _clear(out: Path, sounds: Path) -> None:
-    if out.exists() and any(path.name != "configs" for path in out.iterdir()):
-        raise ValueError(f"{out} holds files that are not of a listening test: give another folder")
-    shutil.rmtree(out / "configs", ignore_errors=True)
-    (out / sounds).mkdir(parents=True)
+def _require_own(out: Path, key_file: Path) -> None:
+    """Raise ValueError if the folder, or the place of its key, holds anything but an older listening test."""
+    key = _key_in(key_file)
+    if key is None:
+        raise ValueError(f"{key_file} is not the key of a listening test, which would replace it: give another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder")
+    entries = {path.name for path in out.iterdir() if path.name[0] != "."} if out.exists() else set()
+    # A killed command may have left the older test beside the new key, so the older keys count, too.
+    older = [
+        _key_in(path) or {} for path in out.parent.glob("*.key.*.json") if path.name.startswith(f"{out.name}.key.")
+    ]
+    trials = [trial for each in (key, *older) for trial in each.get("trials", {}).values()]
+    known = {out / file for trial in trials for file in trial["files"]}
+    known |= {path.parent.parent.parent / f"{path.parent.name}.yaml" for path in known}
+    files = {path for path in out.rglob("[!.]*") if not path.is_dir()} if entries == {"configs"} else set()
+    if entries - {"configs"} or files - known:
+        raise ValueError(
+            f"{out} holds files that are not of a listening test with the key {key_file}: give another folder"
+        )
+
+
+def _key_in(path: Path) -> dict[str, Any] | None:
+    """Return the content of a key; {} if there is no file, None if it is not a key."""
+    try:
+        return dict(read_json(path, _Key, mend=""))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return None
+
+
+class _Trial(TypedDict):
+    files: dict[str, str]
+
+
+class _Key(TypedDict):
+    trials: dict[str, _Trial]
+
+
+def _keep_other_key(path: Path, content: str) -> None:
+    """Rename the key of another test, by which answers to that test can still be read."""
+    if not path.exists() or path.read_text("utf-8") == content:
+        return
+    numbered = (path.with_name(f"{path.name.removesuffix('.json')}.{number}.json") for number in count(1))
+    path.rename(next(place for place in numbered if not place.exists()))
 
 
 def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sample_rate: int) -> dict[str, Audio]:
@@ -136,6 +189,8 @@ def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sampl
     files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
     if missing := [key for key, takes in files.items() if not takes]:
         raise ValueError(f"no audio of {', '.join(missing)} for {clip['key']}: choose others with --systems")
+    for takes in files.values():
+        require_file(root / (takes or [""])[0])
     versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
     versions |= {key: anchor_filter(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
     samples = versions["reference"].shape[1]

@@ -8,6 +8,7 @@ baseline costs only its own decodes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -106,8 +107,8 @@ class Pieces:
         save_weights(path, {**piece.figures, "embedding": piece.embedding}, facts)
 
     def keep(self, names: set[str]) -> None:
-        """Remove the pieces and the audio of all other names, which older evaluations left."""
+        """Remove the pieces and the audio of other names with a hash, which older evaluations left."""
         for kind in ("pieces", "audio"):
             for path in (self.folder / kind).glob("*/"):
-                if path.name not in names:
+                if path.name not in names and re.fullmatch(r".+-[0-9a-f]{8}", path.name):
                     shutil.rmtree(path, ignore_errors=True)

@@ -111,6 +111,19 @@ def read_report(path: Path, identity: str) -> dict[str, Any] | None:
     return report
 
 
+def require_own_report(folder: Path, name: str) -> None:
+    """Raise ValueError if the folder holds a report called `name`, or tables, that no evaluation wrote."""
+    report = read_optional(folder / name, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
+    foreign = [name] if report and "systems" not in report else []
+    if not report:
+        foreign = [path.name for path in sorted(folder.glob("table.*")) if path.suffix in (".txt", ".md", ".tex")]
+    if foreign:
+        raise ValueError(
+            f"{folder / foreign[0]} is of no evaluation, which would replace it: move it away, or take another "
+            "run_dir=…"
+        )
+
+
 def _contradiction(report: Mapping[str, Any]) -> str:
     """Return which parts of a report do not fit each other; empty if all do."""
     keys = [system["key"] for system in report["systems"]]

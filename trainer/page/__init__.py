@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.atomic_write import write_whole
 from trainer.page import figure_table, listening
 from trainer.page.curves import loss_chart, read_curve
 from trainer.page.header import header
 from trainer.page.html import Html, document, element, section
-from trainer.page.recordings import gather_takes
+from trainer.page.recordings import foreign_recordings, gather_takes, remove_recordings
 from trainer.page.system_cells import ROLES, EvaluationReport
 
 _ASSETS = Path(__file__).with_name("assets")
@@ -61,8 +62,23 @@ def write_page(
         script=_read(_SCRIPTS),
         data_sample_rate=report["sample_rate"],
     )
-    index.write_text(text, encoding="utf-8")
+    write_whole(index, text)
     return index
+
+
+def clear_page(folder: Path) -> None:
+    """Remove the recordings of an older page from its folder.
+
+    Raises:
+        ValueError: the folder holds an index.html, or recordings, that no page wrote.
+    """
+    index = folder / "index.html"
+    foreign = [index] if index.exists() and _PAPER not in index.read_text("utf-8", errors="replace") else []
+    if foreign := [*foreign, *foreign_recordings(folder)]:
+        raise ValueError(
+            f"{foreign[0]} is of no listening page, which would replace it: move it away, or take another run_dir=…"
+        )
+    remove_recordings(folder)
 
 
 def _require_complete(report: EvaluationReport) -> None:

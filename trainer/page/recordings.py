@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from trainer.page.system_cells import EvaluationReport
 from trainer.spectrogram import log_mel_image, save_png
 
+_FOLDERS = {"audio": ".js", "images": ".png"}
+"""Folders of recordings → suffix of their files."""
 IMAGE_SIZE = {"width": 440, "height": 112}
 """Size in pixels, twice what the page shows, for high-density displays."""
 
@@ -46,12 +49,30 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
     Raises:
         ValueError: a recording can't be read.
     """
-    for name in ("audio", "images"):
+    for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     takes: dict[tuple[str, str], list[Take]] = {}
     for clip, system, source, name in _recordings(report):
         takes.setdefault((clip, system), []).append(_add_take(audio_root / source, folder, name))
     return takes
+
+
+def foreign_recordings(folder: Path) -> list[Path]:
+    """Return what is in the page's folders of recordings, but was not written by `gather_takes`."""
+    return [
+        path
+        for name, suffix in _FOLDERS.items()
+        if (folder / name).exists()
+        for path in ((folder / name).iterdir() if (folder / name).is_dir() else [folder / name])
+        if not path.name.startswith(".")  # such as a desktop leaves in every folder that it shows
+        if not re.fullmatch(rf"\d{{3,}}-\d{{2,}}-\d+-.*\{suffix}", path.name)
+    ]
+
+
+def remove_recordings(folder: Path) -> None:
+    """Remove the folders of recordings of an older page."""
+    for name in _FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _recordings(report: EvaluationReport) -> Iterator[tuple[str, str, str, str]]:

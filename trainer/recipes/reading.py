@@ -10,13 +10,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models.readable import file_trouble, require_file
 from models.yaml_document import read_yaml
+from trainer.recipes.paths import expand_homes, expanded, names_path
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)
 """Keys whose value may be a name: the name stands for the content of `configs/KEY/NAME.yaml`."""
+_NONE = ("", "null", "Null", "NULL")
 _MODEL = "model"
 """Key whose value names a file in `configs/model/` with all settings of a pretrained model, under several keys."""
 
@@ -42,6 +45,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
+    expand_homes(config)
     if found := problems(config, released=released):
         raise ValueError("\n".join(found))
     return config
@@ -49,11 +53,18 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
 
 def find_recipe(recipe: str) -> Path:
     """Return the path of a recipe that is given by path or by its name in `configs/`; raises ValueError."""
-    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+    for path in (Path(expanded(recipe)), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ValueError(f"no recipe {recipe!r}: give a YAML file, or one of {', '.join(known)}")
+    raise ValueError(f"no recipe {recipe!r}{_what_is_there(recipe)}: give a YAML file, or one of {', '.join(known)}")
+
+
+def _what_is_there(name: str) -> str:
+    """Return what is wrong with a path that was given for a YAML file; empty for a mere name such as `demo`."""
+    path = Path(name)
+    is_path = path.suffix in (".yaml", ".yml") or path.name != name or path.exists() or path.is_symlink()
+    return f", because {name} {file_trouble(path)}" if is_path else ""
 
 
 def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
@@ -90,14 +101,15 @@ def _with_model(
 
 def find_choice(key: str, name: str) -> Path:
     """Return the file that `key=name` stands for: the path itself, or `configs/key/name.yaml`; raises ValueError."""
-    for path in (Path(name), RECIPES / key / f"{name}.yaml"):
+    for path in (Path(expanded(name)), RECIPES / key / f"{name}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
-    raise ValueError(f"there is no {key}={name}: give a YAML file, or one of {', '.join(known)}")
+    raise ValueError(f"there is no {key}={name}{_what_is_there(name)}: give a YAML file, or one of {', '.join(known)}")
 
 
 def _read_recipe(path: Path) -> DictConfig:
+    require_file(path)
     return read_yaml(path, mend="a recipe is a YAML file with keys such as `name: demo`")
 
 
@@ -107,6 +119,12 @@ def _parse(overrides: list[str]) -> DictConfig:
             raise ValueError(f"{override!r} is not an override: write key=value, such as autoencode.lr=1e-4")
     parsed = []
     for override in overrides:
+        key, _, value = override.partition("=")
+        if (names_path(key) or (key == "name" and " #" in value)) and value not in _NONE and value[0] not in "'\"":
+            # A path is not YAML, in which ` #` begins a comment and `~` is nothing.
+            parsed.append(OmegaConf.create({}))
+            OmegaConf.update(parsed[-1], key, value)
+            continue
         try:
             parsed.append(OmegaConf.from_dotlist([override]))
         except yaml.YAMLError as error:

@@ -22,7 +22,7 @@ class DataConfig:
     """Where the sounds and latents are, and the order in which training reads them."""
 
     audio: str | None = None
-    """Folder of sound files (wav, flac, ogg, mp3), or a manifest (.jsonl or .csv with `file` and `caption`). None: the
+    """Folder of sound files, or a manifest (.jsonl or .csv with `file` and `caption`). None: the
     `synth` stage makes sounds under the run directory."""
     synth_hours: float = 0.5
     """Hours of sound that `synth` makes if `audio` is None."""
@@ -34,7 +34,8 @@ class DataConfig:
     clip_seconds: float = 5.0
     """Length of a clip in seconds; 5 as in the paper."""
     holdout: float = 0.1
-    """Fraction of the files that no stage trains on and that `evaluate` scores. A hash of the name selects them."""
+    """Fraction of the files that no stage trains on and that `evaluate` scores. A hash of the name selects them, or
+    of the folder's name where many folders hold the same names."""
     workers: int = 2
     """Processes that `synth` and `prepare` use. The result does not depend on their number."""
     shard_mb: float = 64.0

@@ -9,10 +9,12 @@ from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, mis
 from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
+from models.readable import file_trouble
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sound_files import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
+from trainer.file_names import as_unicode, printable
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.stages import STAGES
@@ -295,7 +297,8 @@ def _folders(config: Config) -> list[str]:
         found.append("there is no sound to train on: set data.audio=FOLDER or data.synth_hours=0.5")
     audio = None if config.data.audio is None else Path(config.data.audio)
     if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
-        found.append(f"data.audio={audio} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+        trouble = "is neither: " if audio.exists() else f"{file_trouble(audio)}: "
+        found.append(f"data.audio={audio} {trouble}give a folder or a manifest ({', '.join(MANIFESTS)})")
     if config.data.audio is not None and is_url(config.data.latents):
         found.append(
             f"data.latents={config.data.latents} is a URL, to which `prepare` cannot write: remove data.audio, or set "
@@ -305,6 +308,11 @@ def _folders(config: Config) -> list[str]:
         f"data.mix: {folder} is not a set and has no train/"
         for folder in config.data.mix
         if not is_url(folder) and not any((Path(folder) / name).exists() for name in ("train", "set.json"))
+    ]
+    found += [
+        f"{key}={printable(value)} is not UTF-8, which config.yaml has to be: rename it, or make a link to it"
+        for key, value in flatten(config).items()
+        if isinstance(value, str) and as_unicode(value) != value
     ]
     latents = Path(config.data.latents)
     if latents.is_dir() and any(latents.glob("*.tar")):

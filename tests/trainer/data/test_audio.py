@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 
 from tests.recorded import recorded_sounds
-from trainer.data.audio import encode_audio, find_audio, read_audio, write_audio
+from trainer.data.audio import encode_audio, read_audio, sound_mark, write_audio, write_blocks
 from trainer.data.sound_reader import duration
 
 RATE = 48_000
@@ -77,7 +78,6 @@ def test_one_sample_is_read(tmp_path):
 def test_odd_names_are_read(tmp_path):
     path = tmp_path / "Tür öffnet – 門が開く 🚪.v2.WAV"
     soundfile.write(path, tone(440, 0.1), RATE, format="WAV")
-    assert find_audio(tmp_path) == [path]
     assert read_audio(path, sample_rate=RATE).shape == (1, 4800)
 
 
@@ -189,24 +189,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_find_audio_is_recursive_sorted_and_passes_over_hidden_files(tmp_path):
-    for name in ["b.wav", "a/z.FLAC", "a/b/c.ogg", "a.mp3", "notes.txt", ".hidden.wav", ".git/x.wav", "a/._b.wav"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "link.oga").symlink_to(tmp_path / "b.wav")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_audio(tmp_path)]
-    assert found == ["a.mp3", "a/b/c.ogg", "a/z.FLAC", "b.wav", "link.oga"]
-
-
-def test_a_folder_without_sound_is_refused(tmp_path):
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(ValueError, match=r"holds no sound: .*\.wav, \.flac"):
-        find_audio(tmp_path)
-    for path in (tmp_path / "missing", tmp_path / "a.txt"):
-        with pytest.raises(ValueError, match=f"{path.name} is not a folder"):
-            find_audio(path)
-
-
 def test_recorded_sounds_are_read(tmp_path_factory):
     sounds = recorded_sounds(Path(tmp_path_factory.getbasetemp()))
     assert len(sounds) > 500
@@ -214,3 +196,34 @@ def test_recorded_sounds_are_read(tmp_path_factory):
         audio = read_audio(path, sample_rate=RATE)
         assert audio.shape == (1, pytest.approx(duration(path) * RATE, abs=1))
         assert 0 < np.abs(audio).max() < 1.5, path
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 50,000 bytes: writing more is an error, as it is on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_sound_that_the_disk_does_not_take_is_an_os_error_and_leaves_nothing(tmp_path, small_files, suffix):
+    noise = np.random.default_rng(0).normal(size=(1, 10 * RATE)).astype(np.float32)
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_blocks(tmp_path / f"a{suffix}", [noise], RATE, 1)
+    assert caught.value.filename == str(tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
+def test_a_mark_changes_no_sample_and_is_read_back(tmp_path, suffix):
+    marked, plain = tmp_path / f"marked{suffix}", tmp_path / f"plain{suffix}"
+    write_blocks(marked, [tone(1000, 0.1).T], RATE, 1, mark="spresso: seed=0")
+    write_blocks(plain, [tone(1000, 0.1).T], RATE, 1)
+    assert (sound_mark(marked), sound_mark(plain)) == ("spresso: seed=0", "")
+    np.testing.assert_array_equal(soundfile.read(marked)[0], soundfile.read(plain)[0])
+    write_audio(plain, tone(1000, 0.1).T, RATE, mark="another")
+    assert sound_mark(plain) == "another"
+    (tmp_path / "text.wav").write_text("no sound")
+    assert sound_mark(tmp_path / "text.wav") == ""

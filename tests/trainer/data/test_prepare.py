@@ -23,9 +23,9 @@ from torch import Tensor
 from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
 from trainer.data.clip_store import ClipStore
+from trainer.data.groups import held_out
 from trainer.data.prepare import PrepareReport, Tally, prepare
 from trainer.data.shard_set import ShardSet
-from trainer.data.sound_files import held_out
 from trainer.data.sound_reader import SoundReader
 
 RATE, HOP, CHANNELS = 8000, 80, 4

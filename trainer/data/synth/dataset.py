@@ -7,6 +7,7 @@ workers, and resumed after a kill, always with the same bytes.
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,8 @@ from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import exit_with_parent, explain_dead_workers
+
+logger = logging.getLogger(__name__)
 
 # Indoor sounds may get the reverberation of a room; outdoor sounds may be moved into the distance.
 INDOORS = sounds.INDOORS | signals.INDOORS
@@ -125,8 +128,9 @@ def write_sounds(
     """Fill a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
 
     A line of captions.jsonl is {"file", "caption", "kind", "seconds"}. The file is written last, so its presence means
-    that the folder is complete. A repeated call makes only the missing sounds. The bytes depend neither on the workers
-    nor on interruptions. `progress` is called with the sounds done and the number of sounds.
+    that the folder is complete; one that was edited is kept. A repeated call makes only the missing sounds. The bytes
+    depend neither on the workers nor on interruptions. `progress` is called with the sounds done and the number of
+    sounds.
 
     Returns:
         The number of sounds in the folder.
@@ -149,7 +153,11 @@ def write_sounds(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
-    write_whole(folder / CAPTIONS, "".join(to_json(line) + "\n" for line in lines))
+    text = "".join(to_json(line) + "\n" for line in lines)
+    if not (folder / CAPTIONS).exists():
+        write_whole(folder / CAPTIONS, text)
+    elif (folder / CAPTIONS).read_bytes() != text.encode():
+        logger.warning("%s differs from what was synthesized, and is kept as it is", folder / CAPTIONS)
     return len(lengths)
 
 

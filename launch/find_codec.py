@@ -1,0 +1,66 @@
+"""Finds the codec for `spresso encode`, `decode` and `info`: the export that --codec names, or one under runs/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from launch.find_exports import find_exports
+from models.codec import SPresso
+from models.export import read_description
+from models.readable import folder_trouble
+from trainer.file_names import printable
+
+
+def newest_codec() -> Path:
+    """Return the newest export under runs/ that can encode. Raises ValueError if there is none."""
+    exports = [path for path in _exports() if (path / "quantizer.safetensors").exists()]
+    if not exports:
+        raise ValueError("there is no codec under runs/: train one with `spresso run demo`, or give --codec FOLDER")
+    return max(exports, key=lambda path: (path / "codec.json").stat().st_mtime)
+
+
+def fitting_codec(model: str, source: Path) -> Path:
+    """Return the export under runs/ whose model made a stream. Raises ValueError if there is none."""
+    for path in exports_of(model):
+        return path
+    raise ValueError(
+        f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER"
+    )
+
+
+def exports_of(model: str) -> Iterable[Path]:
+    """Yield the exports under runs/ of a model, which is given by the first digits of its hash."""
+    for path in _exports():
+        try:
+            found = read_description(path)["model"].startswith(model)
+        except (OSError, ValueError) as error:  # a damaged export must not hide the others
+            print(f"spresso: {printable(str(error))}; it is passed over", file=sys.stderr)
+            continue
+        if found:
+            yield path
+
+
+def _exports() -> list[Path]:
+    return find_exports(Path("runs"))
+
+
+def require_codec_folder(folder: Path) -> None:
+    """Raise ValueError unless --codec names a folder that can be read."""
+    if trouble := folder_trouble(folder):
+        raise ValueError(f"--codec {folder} {trouble}: give an export folder, such as runs/demo/finetune/export")
+
+
+def load_codec(folder: Path, device: str) -> SPresso:
+    """Load a codec to `auto`, `cpu` or `cuda`, and name it on stderr. Raises ValueError."""
+    require_codec_folder(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    spresso = SPresso.from_pretrained(folder, device=device)
+    print(f"codec {printable(str(folder))}, model {spresso.model_hash[:8]}", file=sys.stderr)
+    return spresso
