@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from launch import owner, pipeline
 from launch.cli import main
+from launch.conversions import _require_report
+from launch.encode_record import EncodeRecord
 from launch.slurm import begin_end
 from launch.slurm.attempt import Attempt, history, record
 from launch.slurm.requeue_policy import judge
@@ -35,7 +37,7 @@ from trainer.data.shards import DamagedSample
 from trainer.data.sound_files import SoundFile
 from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
-from trainer.evaluate.listening_test import write_listening_test
+from trainer.evaluate.listening_test import _key_in, write_listening_test
 from trainer.log.metrics import Metrics
 from trainer.log.training_log import TrainingLog
 from trainer.page import write_page
@@ -195,6 +197,12 @@ def has_an_incident() -> None:
     TrainingLog._incident(log, "went back", position=8)  # type: ignore[arg-type]
 
 
+def is_remembered() -> None:
+    records = EncodeRecord()
+    records.checksum(Path("streams/a.spr"))
+    records.holds(Path("damaged.jsonl"), Path("streams/a.spr"), "codec")
+
+
 KINDS: dict[str, Kind] = {
     "codec.json": Kind("finetune/export/codec.json", is_decoded),
     **{
@@ -224,6 +232,12 @@ KINDS: dict[str, Kind] = {
     "train-00000.json": Kind("../../work/.prepare/train-00000.json", goes_on_preparing),
     "damaged.jsonl": Kind("../../damaged.jsonl", is_noted, LinesDocument),
     "synth.json": Kind("../../sounds/synth.json", lambda: write_sounds(Path("sounds"), hours=1e-9, seed=0)),
+    ".encoded.jsonl": Kind("../../streams/.encoded.jsonl", is_remembered, LinesDocument),
+    "encode.report.json": Kind(
+        "../../streams/encode.report.json",
+        lambda: _require_report(Path("streams/encode.report.json"), "spresso encode"),
+    ),
+    "key of a listening test": Kind("../../test.key.json", lambda: _key_in(Path("test.key.json"))),
     "config.yaml of Woosh": Kind("../../woosh/config.yaml", lambda: read_woosh_sizes("woosh"), YamlDocument),
     "config.json of a release": Kind("../../release/vae/config.json", lambda: read_oobleck_config("release")),
 }
@@ -252,10 +266,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
                 Path("work/.prepare/durations.json"): {"a": 1.5},
                 Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["00000-00000.tar"]},
                 Path("release/vae/config.json"): oobleck_settings(),
+                Path("streams/encode.report.json"): {"written_by": "spresso encode", "source": "a", "problems": []},
+                Path("test.key.json"): {"seed": 0, "trials": {"trial1": {"clip": "a", "files": {"a.wav": "z"}}}},
             }
         )
         Path("work/train").mkdir()
         Path("work/train/00000-00000.tar").touch()
+        EncodeRecord().add(Path("streams/a.spr"), "c0ffee00", [1, 2, 3], "c0ffee", "codec")
         Path("damaged.jsonl").write_text('{"set": "set", "sample": 1, "reason": "x"}\n' * 3)
         write_sounds(Path("sounds"), hours=1e-9, seed=0)
         Path("woosh").mkdir()
