@@ -27,7 +27,7 @@ from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, Enco
 from trainer.data.groups import groups
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.data.sound_files import SoundFile, Sources, find_sources
+from trainer.data.sources import SoundFile, Sources, find_sources
 from trainer.data.sources_before import list_sources_as_before
 from trainer.data.text_embeddings import Embedder
 from trainer.file_names import printable

@@ -15,8 +15,8 @@ import msgspec
 from models.documents import read_json, write_json
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.groups import groups, held_out
-from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import duration
+from trainer.data.sources import SoundFile
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
