@@ -7,11 +7,12 @@ import sys
 
 from launch.status import logs as log_files
 from launch.status import table
+from trainer.file_names import printable_lines
 
 
 def status(options: argparse.Namespace) -> None:
     """Print the state and progress of runs."""
-    print(table.report(table.resolve(options.run) if options.run else None))
+    print(printable_lines(table.report(table.resolve(options.run) if options.run else None)))
 
 
 def logs(options: argparse.Namespace) -> None:

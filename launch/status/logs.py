@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from trainer.file_names import printable_lines
 from trainer.stages import STAGES
 
 _LINES = 60  # lines of a rank's log to show
@@ -194,5 +195,5 @@ def _text(line: bytes) -> str:
 
 def _show(*lines: str) -> None:
     for line in lines:
-        print(line)
+        print(printable_lines(line))
     sys.stdout.flush()
