@@ -96,7 +96,9 @@ class Remote:
         import fsspec  # imported here because the import is slow and most sets are local
 
         if _is_http(url) and "#" in url:
-            raise ValueError(f"{url} is cut off at its #, which no server is sent: write %23 for a # of a folder's name")
+            raise ValueError(
+                f"{url} is cut off at its #, which no server is sent: write %23 for a # of a folder's name"
+            )
         self.url, self.patience = url.rstrip("/"), patience
         self.interrupted = threading.Event()
         """While this event is set, failed requests are not retried."""

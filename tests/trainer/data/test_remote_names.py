@@ -13,7 +13,17 @@ from trainer.data.remote import CacheSettings, MissingFileError, Remote
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import scan_shard, write_index
 
-NAMES = ("50%.tar", "a%23b.tar", "a#b.tar", "a?b=c.tar", "a b+c&d.tar", "a\nb.tar", "ünï→.tar", "%0A;'\"<>.tar", "::[x].tar")
+NAMES = (
+    "50%.tar",
+    "a%23b.tar",
+    "a#b.tar",
+    "a?b=c.tar",
+    "a b+c&d.tar",
+    "a\nb.tar",
+    "ünï→.tar",
+    "%0A;'\"<>.tar",
+    "::[x].tar",
+)
 
 
 @pytest.fixture
