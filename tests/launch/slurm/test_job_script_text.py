@@ -66,7 +66,21 @@ def test_what_is_no_value_of_a_variable_is_refused(value: object):
 @pytest.mark.parametrize(
     "value",
     [
-        *("two words", "$(touch x)", "`touch x`", "a;touch x", "it's", '"', "\\", "a\\nb", "", "é→", "#x", "!x", "{a,b}"),
+        *(
+            "two words",
+            "$(touch x)",
+            "`touch x`",
+            "a;touch x",
+            "it's",
+            '"',
+            "\\",
+            "a\\nb",
+            "",
+            "é→",
+            "#x",
+            "!x",
+            "{a,b}",
+        ),
         *("one\ntwo", "one\n#SBATCH --exclusive\ntwo", "it's\n\\n'$(touch x)'\r\t\x1b\x7f1", "\n"),
     ],
 )
