@@ -172,8 +172,8 @@ class Remote:
                 now = time.monotonic()
                 if now - start > self.patience:
                     raise ValueError(
-                        f"{self._named(name)} could not be fetched for {self.patience:g} s; the last error was {reason}. "
-                        f"Run the same command again once the server responds: all that was fetched is kept"
+                        f"{self._named(name)} could not be fetched for {self.patience:g} s; the last error was "
+                        f"{reason}. Run the same command again once the server responds: all that was fetched is kept"
                     ) from error
             if now - warned > _WARNING_INTERVAL:
                 left = start + self.patience - now

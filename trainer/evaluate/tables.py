@@ -136,7 +136,8 @@ def markdown(report: EvaluationReport) -> str:
     parts.append(
         "Each cell shows the mean ± half of the 95 % interval (bootstrap over clips), and in brackets the mean of the "
         "same system decoded from another clip's z. The best system of each table and all that do not differ "
-        f"significantly from it are bold. Set distances are computed over {in_markdown(report['embedding'])} embeddings."
+        "significantly from it are bold. Set distances are computed over "
+        f"{in_markdown(report['embedding'])} embeddings."
     )
     return "\n\n".join(parts) + "\n"
 

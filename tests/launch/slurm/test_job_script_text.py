@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -130,9 +131,8 @@ def test_a_percent_sign_of_the_folder_is_none_of_slurm_s_patterns(tmp_path: Path
     ],
 )
 def test_a_name_that_no_script_can_hold_is_refused(name: str, run: str, told: str):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}"):
         require_writable(name, Path(run))
-    assert str(error.value).startswith(told)
     require_writable("a b; 'c' $(d) %j", Path("/runs/a b; 'c' $(d) %j"))
 
 
