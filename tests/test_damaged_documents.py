@@ -34,7 +34,7 @@ from trainer.data.reader import Damage
 from trainer.data.set_description import info_of
 from trainer.data.shard_set import open_set
 from trainer.data.shards import DamagedSample
-from trainer.data.sound_files import SoundFile
+from trainer.data.sources import SoundFile
 from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test
