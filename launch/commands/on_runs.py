@@ -22,7 +22,7 @@ def logs(options: argparse.Namespace) -> None:
 
 def cancel(options: argparse.Namespace) -> None:
     """Cancel the jobs of a run."""
-    print(table.cancel(table.resolve(options.run)), file=sys.stderr)
+    print(printable_lines(table.cancel(table.resolve(options.run))), file=sys.stderr)
 
 
 def requeue(options: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def requeue(options: argparse.Namespace) -> None:
     run = table.resolve(options.run)
     message = table.requeue(run)
     if message is not None:
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)
         return
     # These imports need torch, which the other commands of this module do without.
     from launch.slurm import submit
