@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.signals import INTERRUPTED
-from trainer.file_names import printable
+from trainer.file_names import printable_lines
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
@@ -305,7 +305,7 @@ def _describe_error(error: Exception) -> str:
         from models.readable import describe_os_error  # imported here, so that `--help` is fast
 
         text = describe_os_error(error)
-    return "\n".join(printable(line) for line in text.split("\n"))
+    return printable_lines(text)
 
 
 def command() -> None:

@@ -15,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 from launch import owner
 from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from launch.slurm.attempt import TOKEN
+from trainer.file_names import printable, printable_lines
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 
@@ -81,7 +82,8 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
         if error.exit_code not in (MISTAKE, INTERRUPTED):  # the rank has printed the reason of these itself
             how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
             log = stage_folder(config, stage) / "logs" / f"rank_{error.error_index}.log"
-            print(f"spresso: rank {error.error_index} {how}, so the other ranks were ended; see {log}", file=sys.stderr)
+            told = f"rank {error.error_index} {how}, so the other ranks were ended; see {log}"
+            print(f"spresso: {printable(told)}", file=sys.stderr)
         raise SystemExit(max(1, error.exit_code)) from None
     finally:
         for number, handler in before.items():
@@ -114,7 +116,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"spresso: rank {rank}: {error}", file=sys.stderr)
+        print(f"spresso: rank {rank}: {printable_lines(str(error))}", file=sys.stderr)
         _leave(MISTAKE)
     # every rank ends with the same status, by which the parent knows that the checkpoint was saved
     dist.destroy_process_group()

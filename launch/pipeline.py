@@ -19,7 +19,7 @@ from trainer.data.synth.dataset import write_sounds
 from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
-from trainer.file_names import printable
+from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
@@ -198,7 +198,7 @@ def page(config: Config) -> Path:
 
 def say(text: str) -> None:
     """Print a line to stderr, which keeps stdout free for tables."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 UNTRAINED: dict[str, Callable[..., object]] = {

@@ -21,6 +21,7 @@ from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
 from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
+from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES
@@ -60,9 +61,9 @@ def main() -> None:
             outcome, status = _classify(error, folder)
             note(outcome, type=type(error).__name__, message=str(error))
             if outcome != "mistake":
-                traceback.print_exc()
+                print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
             elif task.rank == 0:
-                print(f"spresso: {error}", file=sys.stderr)
+                print(f"spresso: {printable_lines(str(error))}", file=sys.stderr)
     _exit(status)
 
 

@@ -21,6 +21,7 @@ from trainer.checkpoints import checkpoint
 from trainer.checkpoints.disk_space import checkpoint_bytes
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import size
+from trainer.recipes.cluster import option_name
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
@@ -95,7 +96,7 @@ def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 def _accepted(job: Job) -> Iterator[str]:
     """Yield why sbatch refuses a job, without starting the job. Raises ValueError if sbatch gives no answer."""
-    lines = [line for line in job.text.splitlines() if not line.startswith("#SBATCH --dependency")]
+    lines = [line for line in job.text.split("\n") if not line.startswith("#SBATCH --dependency")]
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write("\n".join(lines))
         file.flush()
@@ -114,7 +115,7 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
-    given = {key.replace("_", "-"): value for key, value in cluster.options.items()}
+    given = {option_name(key): value for key, value in cluster.options.items()}
     options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")

@@ -320,7 +320,9 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> Prep
     files = sum(len(unit.sources) for unit in units)
     shards: dict[str, dict[str, np.ndarray]] = {unit.split: {} for unit in units}
     for unit, record in zip(units, records, strict=True):
-        shards[unit.split] |= {name: np.load(_rows_path(out, unit, name)) for name in record["shards"]}
+        shards[unit.split] |= {
+            name: np.load(_rows_path(out, unit, name), allow_pickle=False) for name in record["shards"]
+        }
     if not any(shards.values()):
         reasons = "; ".join(printable(f"{problem['file']} {problem['reason']}") for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
