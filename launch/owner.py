@@ -227,8 +227,10 @@ def training(folder: Path) -> Iterator[None]:
 @contextmanager
 def holding(
     folder: Path, *, part: int = 0, parts: int = 1, wait: Callable[[str], object] | None = None
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Own a directory within the block, or one part of the work in it; the other parts may have other owners.
+
+    Yields a function that raises ValueError if another part has a living owner.
 
     Args:
         folder: the directory, which is made if it is missing.
@@ -243,8 +245,7 @@ def holding(
     name = ".owner.json" if parts == 1 else f".owner-{part}{siblings}"
 
     def is_rival(other: str) -> bool:
-        ours = other.startswith(".owner") and other.endswith(".json")
-        return ours and (other == name or parts == 1 or not other.endswith(siblings))
+        return _is_record(other) and (other == name or parts == 1 or not other.endswith(siblings))
 
     while True:
         try:
@@ -259,10 +260,20 @@ def holding(
     over = Event()
     Thread(target=_beat, args=(folder / name, over), daemon=True).start()
     try:
-        yield
+        yield lambda: _require_alone(folder, owner)
     finally:
         over.set()
         _release(folder / name, owner.token)
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith(".owner") and name.endswith(".json")
+
+
+def _require_alone(folder: Path, owner: Owner) -> None:
+    for path in sorted(folder.iterdir()):
+        if _is_record(path.name):
+            _require_free(path, owner)
 
 
 def _quiet(line: str) -> None:

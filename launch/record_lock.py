@@ -10,11 +10,12 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 _PATIENCE = 60.0  # seconds; whoever holds a turn asks SLURM at most
+_STALE = 30.0  # seconds after which, on a file system without locks, a turn counts as that of a killed process
 _PAUSE = 0.02  # seconds between two tries
 
 
@@ -43,7 +44,7 @@ def is_locked(path: Path) -> bool:
 def turn(path: Path) -> Iterator[None]:
     """Let one process at a time into the block; `path` is a file that exists meanwhile.
 
-    On a file system without locks, several processes may be in the block.
+    On a file system without locks, who creates the file has the turn.
 
     Raises:
         ValueError: another process has been in its block for a minute.
@@ -62,16 +63,27 @@ def turn(path: Path) -> Iterator[None]:
 
 def _entered(path: Path) -> BinaryIO | None:
     """Return the locked file; None if another process holds its lock, or has removed it."""
-    file = path.open("ab")
+    try:
+        created, file = True, path.open("xb")
+    except FileExistsError:
+        created, file = False, path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        entered = _is_there(file, path)
     except BlockingIOError:
-        file.close()
-        return None
+        entered = False
     except OSError:  # a file system without locks
+        entered = created
+        if not created and time.time() - os.fstat(file.fileno()).st_mtime > _STALE:
+            path.unlink(missing_ok=True)
+    if entered:
         return file
-    with suppress(FileNotFoundError):
-        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            return file
     file.close()
     return None
+
+
+def _is_there(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -90,7 +90,7 @@ def prepare(
     parts: int = 1,
     own: Iterable[Path] = (),
     progress: Callable[[Tally], None] | None = None,
-    sole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    sole: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext,
 ) -> PrepareReport | None:
     """Make the sets, or finish an earlier attempt; return at once if the sets are complete.
 
@@ -114,7 +114,8 @@ def prepare(
         parts: the number of parts of the job, which may run at the same time.
         own: directories of the run, in which no sounds are looked for, besides `out`.
         progress: called after each file.
-        sole: gives this part of the work in `out` to this process alone for as long as it writes.
+        sole: gives this part of the work in `out` to this process alone for as long as it writes; the function that it
+            yields raises ValueError if another process is at another part.
 
     Returns:
         The report, or None if other parts of the job are unfinished.
@@ -141,11 +142,11 @@ def prepare(
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
-    with sole():
+    with sole() as require_alone:
         with locked(out / _LOCK):
             if report := _finished(out, settings, audio):
                 return report
-            _begin(out, settings | _division(sources))
+            _begin(out, settings | _division(sources), require_alone)
             seconds = durations(sources, out / _WORK / "durations.json")
         units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
         mine = units[part::parts]
@@ -232,12 +233,17 @@ def _division(sources: list[SoundFile]) -> dict[str, str]:
     return {} if groups(places) == [name for _, name in places] else {"groups": "folders"}
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings."""
+def _begin(out: Path, settings: dict[str, Any], require_alone: Callable[[], None] | None) -> None:
+    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings.
+
+    An attempt with other settings is removed, unless `require_alone` raises ValueError because a process is at it.
+    """
     work = out / _WORK
     record = work / "settings.json"
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return
+    if require_alone is not None and work.exists():
+        require_alone()
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
     for folder in (out / split for split in SPLITS):

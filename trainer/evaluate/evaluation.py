@@ -59,7 +59,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def evaluate_part(
-    config: Config, *, part: int, parts: int, sole: Callable[[], AbstractContextManager[None]] = nullcontext
+    config: Config, *, part: int, parts: int, sole: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> dict[str, Any] | None:
     """Score every `parts`-th block of clips, starting with block `part`; the last part to end merges the results.
 

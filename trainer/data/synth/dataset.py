@@ -115,7 +115,7 @@ def write_sounds(
     seed: int,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-    sole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    sole: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> int:
     """Fill a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
 
