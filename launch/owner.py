@@ -31,6 +31,7 @@ _TURN = ".owner.lock"
 _SILENCE = 900.0  # seconds without a sign of life after which an owner that can't be looked at counts as dead
 _BEAT = 60.0  # seconds between two signs of life
 _SETTLING = 1.0  # seconds after which all machines see who wrote last, on a file system without locks
+_SHOWN = 160  # characters of a command line in a message; the record has them all
 _RETRY = 1.0  # seconds between two looks at an owner that is waited for
 
 _locked: dict[Path, BinaryIO] = {}
@@ -82,7 +83,8 @@ class Owner:
         if not self.began:
             return ""
         since = datetime.fromtimestamp(self.began).astimezone().isoformat(" ", "seconds")
-        return f" (since {since}, `{self.command}`)"
+        command = self.command if len(self.command) <= _SHOWN else f"{self.command[:_SHOWN]}…"
+        return f" (since {since}, `{command}`)"
 
     @property
     def how_to_end(self) -> str:

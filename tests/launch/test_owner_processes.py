@@ -94,7 +94,7 @@ def test_the_loser_is_told_who_owns_it_since_when_with_which_command_and_what_en
         owner.take(tmp_path, owner.by_hand())
     year = time.strftime("%Y")
     assert f"process {child.pid} on {owner.by_hand().host}, which is alive (since {year}-" in str(told.value)
-    assert f"{tmp_path} train 'with locks'`)" in str(told.value)
+    assert f"`-c {tmp_path} train 'with locks'`)" in str(told.value)
     assert str(told.value).endswith(f"wait for it, or end it with `kill {child.pid}`")
 
 
