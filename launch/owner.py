@@ -9,13 +9,12 @@ Everything else that writes into a directory (a whole run, `synth`, `prepare`, `
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -25,6 +24,7 @@ from launch import record_lock, this_process
 from launch.slurm import scheduler
 from launch.slurm.attempt import TOKEN, Attempt
 from models.atomic_write import replacing
+from models.documents import Moment, Natural, Positive, read_json, to_json
 
 _FILE = "owner.json"
 _TURN = ".owner.lock"
@@ -53,19 +53,19 @@ class Owner:
 
     token: str
     host: str
-    pid: int
+    pid: Positive
     born: str
     """Start time of the process in kernel ticks, which tells it from a later process with the same pid."""
     job: str = ""
     """SLURM's job id, if the job's script has taken the directory for all ranks; else empty."""
-    restart: int = 0
+    restart: Natural = 0
     boot: str = ""
     """Boot of the machine in which the process runs; a pid of another boot says nothing."""
     pids: str = ""
     """Namespace of the pid; the same pid in another container is another process."""
     locked: bool = False
     """Whether the process holds the lock of its record for as long as it lives."""
-    began: float = 0.0
+    began: Moment = 0.0
     """When the owner took the directory, in seconds since the epoch."""
     command: str = ""
     """Command line of the process."""
@@ -167,7 +167,7 @@ def _write(record: Path, owner: Owner) -> bool:
     with replacing(record) as partial:
         file = partial.open("wb")
         locked = mine and record_lock.lock(file)
-        file.write(json.dumps(asdict(replace(owner, locked=locked)), indent=1).encode())
+        file.write(to_json(replace(owner, locked=locked), indent=1).encode())
         file.flush()
     if locked:
         _locked[record.absolute()] = file
@@ -188,11 +188,9 @@ def holder(folder: Path) -> Owner | None:
 
 def _read(record: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(record.read_text("utf-8")))
+        return read_json(record, Owner, mend="remove it if nothing trains there or writes there")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        raise ValueError(f"{record} is damaged: remove it if nothing trains there or writes there") from None
 
 
 def release(folder: Path, token: str) -> None:

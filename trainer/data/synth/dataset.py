@@ -7,7 +7,6 @@ workers, and resumed after a kill, always with the same bytes.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
@@ -16,11 +15,13 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import soundfile
 
-from models.atomic_write import write_whole
+from models.atomic_write import remove_leftovers, write_whole
+from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import exit_with_parent, explain_dead_workers
@@ -38,6 +39,14 @@ SHORTEST, LONGEST = 1.5, 5.0  # seconds
 PEAK = 0.9
 CAPTIONS = "captions.jsonl"
 PLAN = "synth.json"
+
+
+class _Purpose(TypedDict):
+    """The content of `synth.json`: what a folder's sounds are made from."""
+
+    hours: float
+    seed: int
+    version: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +162,8 @@ def _write_missing(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    remove_leftovers(folder)
+    text = "".join(to_json(line) + "\n" for line in lines)
     if not (folder / CAPTIONS).exists():
         write_whole(folder / CAPTIONS, text)
     elif (folder / CAPTIONS).read_bytes() != text.encode():
@@ -170,17 +180,18 @@ def _check(*, hours: float, seed: int, workers: int) -> None:
         raise ValueError(f"workers must be at least 1, not {workers}")
 
 
-def _purpose(hours: float, seed: int) -> str:
-    return json.dumps({"hours": float(hours), "seed": seed, "version": SYNTH_VERSION})
+def _purpose(hours: float, seed: int) -> _Purpose:
+    return {"hours": float(hours), "seed": seed, "version": SYNTH_VERSION}
 
 
-def _is_claimed(folder: Path, purpose: str) -> bool:
+def _is_claimed(folder: Path, purpose: _Purpose) -> bool:
     """Whether a folder is for these sounds; False if it is new. Raises ValueError if it holds anything else."""
     plan = folder / PLAN
     if plan.exists():
-        held = plan.read_text()
+        mend = "name another folder or delete it"
+        held = read_json(plan, _Purpose, mend=mend)
         if held != purpose:
-            raise ValueError(f"{folder} holds the sounds of {held}, not of {purpose}: name another folder or delete it")
+            raise ValueError(f"{folder} holds the sounds of {to_json(held)}, not of {to_json(purpose)}: {mend}")
         return True
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         if plan.exists():  # another process has claimed the folder meanwhile
@@ -189,11 +200,11 @@ def _is_claimed(folder: Path, purpose: str) -> bool:
     return False
 
 
-def _claim(folder: Path, purpose: str) -> None:
+def _claim(folder: Path, purpose: _Purpose) -> None:
     """Record the settings in a new or empty folder. Raises ValueError if the folder holds anything else."""
     if not _is_claimed(folder, purpose):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PLAN, purpose)
+        write_json(folder / PLAN, purpose)
 
 
 def _lengths(seed: int, hours: float) -> list[int]:
