@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 from typing import NoReturn
 
@@ -25,18 +26,15 @@ _GRACE = 5.0  # seconds for the other ranks to end by themselves after one has f
 def train_here(config: Config, stage: str) -> str:
     """Train a stage; return "done", or "stopped" if a signal asked the run to stop, even during the last step.
 
-    If a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks. Otherwise this
-    function starts `parallel.processes` ranks.
+    If a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks, and rank 0 owns the
+    stage's directory for all of them. Otherwise this function starts `parallel.processes` ranks.
 
     Raises:
         ValueError: another process or job trains in the stage's directory.
     """
-    folder = stage_folder(config, stage)
-    launched = "RANK" in os.environ  # a launcher starts several ranks, so no single one of them may own the directory
-    if not launched:
-        owner.take(folder, owner.by_hand())
-    try:
-        if not launched and config.parallel.processes > 1:
+    rank = os.environ.get("RANK")
+    with owner.training(stage_folder(config, stage)) if rank in (None, "0") else nullcontext():
+        if rank is None and config.parallel.processes > 1:
             return _train_ranks(config, stage, config.parallel.processes)
         with StopFlag() as stop:
             # imported under the flag: importing torch takes seconds, during which a signal may arrive
@@ -44,9 +42,6 @@ def train_here(config: Config, stage: str) -> str:
 
             outcome = train(config, stage, stop=stop, require_ownership=_ownership_check(config, stage))
             return "stopped" if stop() else outcome
-    finally:
-        if not launched:
-            owner.release(folder, os.environ.pop(TOKEN))
 
 
 def _ownership_check(config: Config, stage: str) -> Callable[[], None]:

@@ -24,14 +24,15 @@ _LONGEST = 255  # bytes of a file name on all common file systems
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
-    The hidden name contains the host and the process id, so several processes may write the same file. If it would be
-    too long for the file system, a hash stands for the file's name.
+    The hidden name contains the host, the namespace of the process id and that id, so several processes may write the
+    same file, also from containers that share a host name. If it would be too long for the file system, a hash stands
+    for the file's name.
 
     Raises:
         ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
     require_no_special_file(path)
-    partial = path.with_name(_hidden_name(path.name, f".{os.uname().nodename}-{os.getpid()}.partial"))
+    partial = path.with_name(_hidden_name(path.name, f".{_namespace()}-{os.getpid()}.partial"))
     try:
         yield partial
         if durable:
@@ -42,11 +43,23 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden files of processes of this host that were killed while they wrote into a folder."""
-    ending = re.compile(rf"\..*\.{re.escape(os.uname().nodename)}-(\d+)\.partial", re.DOTALL)
+    """Remove the hidden files of processes of this host that were killed while they wrote into a folder.
+
+    Those of processes in other containers stay, because their process ids say nothing here.
+    """
+    ending = re.compile(rf"\..*\.{re.escape(_namespace())}-(\d+)\.partial", re.DOTALL)
     for path in folder.iterdir():
         if (match := ending.fullmatch(path.name)) and not _lives(int(match[1])):
             path.unlink(missing_ok=True)
+
+
+def _namespace() -> str:
+    """Return the host, and the number of the namespace in which this process has its id: 0 if the system has none."""
+    try:
+        number = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        number = 0
+    return f"{os.uname().nodename}-{number}"
 
 
 def _lives(pid: int) -> bool:

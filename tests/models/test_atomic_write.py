@@ -52,9 +52,14 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (left,) = tmp_path.iterdir()
     assert left.name.endswith(".partial")
     elsewhere = left.with_name(left.name.replace(os.uname().nodename, "another-host"))
-    for path in (elsewhere, tmp_path / ".hidden", tmp_path / "x.partial"):
+    host, namespace, pid = left.name.removesuffix(".partial").rsplit("-", 2)
+    contained = left.with_name(f"{host}-{int(namespace) + 1}-{pid}.partial")
+    for path in (elsewhere, contained, tmp_path / ".hidden", tmp_path / "x.partial"):
         path.touch()
     with replacing(tmp_path / "b.flac") as mine:
         mine.write_text("b")
         remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, ".hidden", "x.partial", "b.flac"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(elsewhere.name, contained.name),
+        *(".hidden", "x.partial", "b.flac"),
+    }
