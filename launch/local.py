@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch.multiprocessing as multiprocessing
 
 from launch import owner
+from launch.error_line import describe_error
 from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from launch.slurm.attempt import TOKEN
 from trainer.recipes.schema import Config
@@ -114,7 +115,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"spresso: rank {rank}: {error}", file=sys.stderr)
+        print(f"spresso: rank {rank}: {describe_error(error)}", file=sys.stderr)
         _leave(MISTAKE)
     # every rank ends with the same status, by which the parent knows that the checkpoint was saved
     dist.destroy_process_group()
