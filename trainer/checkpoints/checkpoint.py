@@ -34,7 +34,14 @@ from models.atomic_write import sync
 from models.disk_errors import NO_FILE, mend_words, room_words, with_number
 from models.readable import describe_os_error
 from models.weights import write_safetensors
-from trainer.checkpoints.manifest import CHECKPOINT_FORMAT, OtherFormatError, read_manifest, signed, uncovered
+from trainer.checkpoints.manifest import (
+    CHECKPOINT_FORMAT,
+    OtherFormatError,
+    misfits,
+    read_manifest,
+    signed,
+    uncovered,
+)
 from trainer.checkpoints.names import MANIFEST, checkpoints, folder_name, samples_of
 from trainer.checkpoints.rank_file import RankFile
 from trainer.files import file_digest
@@ -300,7 +307,7 @@ def _unfit(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool) -> lis
     if problems := find_problems(path, checksums=False):
         return problems
     manifest = read_manifest(path)
-    if problems := _misfits(manifest["tensors"], tensors, partly=partly):
+    if problems := misfits(manifest["tensors"], tensors, partly=partly):
         return problems
     needed = [path / name for name, entry in manifest["files"].items() if _shared(entry["ranges"], tensors)]
     return [problem for file in needed if (problem := _header_problem(file, manifest["files"][file.name]["ranges"]))]
@@ -388,17 +395,3 @@ def _header_problem(file: Path, ranges: Mapping[str, list[int]]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
-    """Returns how the tensors of a checkpoint differ from those to be loaded."""
-    missing = [f"it has no {name}" for name in wanted if name not in stored]
-    unexpected = [
-        f"it has {name}, which this run does not have" for name in stored if name not in wanted and not partly
-    ]
-    misshaped = [
-        f"its {name} has shape {tuple(stored[name])}, not {part.shape}"
-        for name, part in wanted.items()
-        if name in stored and stored[name] != list(part.shape)
-    ]
-    return missing + unexpected + misshaped

@@ -10,15 +10,63 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
+
+from models.documents import Moment, Natural, Positive, damaged, fits, read_json, to_json
 from trainer.checkpoints.names import MANIFEST
+from trainer.ranks.flat_ranges import FlatRange
 
 CHECKPOINT_FORMAT = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+
+_MEND = "resume from another checkpoint"
+_LARGEST = 1 << 30
+"""Bytes of a manifest, which lists the ranges of all tensors on all ranks; its checksum vouches for it."""
+
+
+class _Health(TypedDict):
+    """The state of `trainer.health.Health`."""
+
+    norms: list[float]
+    skipped: list[dict[str, Any]]
+    rewinds: Natural
+    scaled: NotRequired[bool]
+    scale: NotRequired[float]
+    steps_at_scale: NotRequired[Natural]
+
+
+class _Meta(TypedDict):
+    samples: Natural
+    world_size: Positive
+    time: NotRequired[Moment]
+    stage: NotRequired[str]
+    config: NotRequired[str]
+    base: NotRequired[str]
+    strategy: NotRequired[str]
+    steps: NotRequired[Natural]
+    passed_over: NotRequired[int]
+    health: NotRequired[_Health | None]
+    good: NotRequired[bool]
+    unsaved: NotRequired[bool]
+    held_out_loss: NotRequired[float | None]
+
+
+class _File(TypedDict):
+    bytes: Natural
+    sha256: str
+    ranges: dict[str, Annotated[list[Natural], msgspec.Meta(min_length=2, max_length=2)]]
+
+
+class _Manifest(TypedDict):
+    format: int
+    meta: _Meta
+    tensors: dict[str, list[Natural]]
+    files: dict[str, _File]
 
 
 class OtherFormatError(ValueError):
@@ -34,27 +82,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: if it can't be read now. It may be whole.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        right = isinstance(manifest, dict) and manifest.pop("sha256", None) == digest(manifest)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=_LARGEST)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
-    if not right:
-        raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
+    if manifest.pop("sha256", None) != digest(manifest):
+        raise damaged(path / MANIFEST, "its checksum is wrong", _MEND)
     if manifest.get("format") != CHECKPOINT_FORMAT:
         raise OtherFormatError(
             f"{path} has format {manifest.get('format')}, but this version of the program reads {CHECKPOINT_FORMAT}"
         )
-    if wrong := next(_malformed(manifest), None):
-        raise ValueError(f"{path / MANIFEST} is damaged: {wrong}")
+    fits(manifest, _Manifest, path / MANIFEST, mend=_MEND)
+    if stray := next((file for file in manifest["files"] if not _FILE_NAME.fullmatch(file)), None):
+        raise damaged(path / MANIFEST, f"{stray!a} is not the name of a rank's file", _MEND)
     return manifest
 
 
 def signed(manifest: Mapping[str, Any]) -> str:
     """Returns the text of a manifest file, with its checksum added."""
     plain = json.loads(json.dumps(manifest))  # The checksum must be that of the manifest as a reader parses it.
-    return json.dumps({**plain, "sha256": digest(plain)}, indent=1)
+    return to_json({**plain, "sha256": digest(plain)}, indent=1)
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -68,7 +114,9 @@ def uncovered(manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     for file, entry in manifest["files"].items():
         for name, (start, stop) in entry["ranges"].items():
-            if name not in ranges:
+            if start > stop:
+                problems.append(f"{file} holds {name} from {start} to {stop}, which is no range")
+            elif name not in ranges:
                 problems.append(f"{file} holds {name}, which is not among the tensors")
             elif start < stop:
                 ranges[name].append((start, stop, file))
@@ -90,34 +138,15 @@ def _step_problem(name: str, numel: int, left: tuple[int, int, str], right: tupl
     return f"both {left[2]} and {right[2]} hold the elements {right[0]} to {min(left[1], right[1])} of {name}"
 
 
-def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what a manifest lacks of the form that every reader relies on."""
-    for key in ("meta", "tensors", "files"):
-        if not isinstance(manifest.get(key), dict):
-            yield f"it has no {key}"
-    meta = manifest["meta"]
-    for key in ("samples", "world_size"):
-        if not _is_count(meta.get(key)):
-            yield f"its meta has no whole number {key}"
-    for name, shape in manifest["tensors"].items():
-        if not isinstance(shape, list) or not all(map(_is_count, shape)):
-            yield f"the shape of {name} is not a list of whole numbers"
-    for file, entry in manifest["files"].items():
-        if not _FILE_NAME.fullmatch(file):
-            yield f"{file!a} is not the name of a rank's file"
-        if not isinstance(entry, dict) or not _is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
-            yield f"{file} has no size or no checksum"
-        elif not isinstance(entry.get("ranges"), dict):
-            yield f"{file} has no ranges"
-        else:
-            yield from (
-                f"{file} has a bad range of {name}" for name, cut in entry["ranges"].items() if not _is_range(cut)
-            )
-
-
-def _is_range(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
+    """Returns how the tensors of a checkpoint differ from those to be loaded."""
+    missing = [f"it has no {name}" for name in wanted if name not in stored]
+    unexpected = [
+        f"it has {name}, which this run does not have" for name in stored if name not in wanted and not partly
+    ]
+    misshaped = [
+        f"its {name} has shape {tuple(stored[name])}, not {part.shape}"
+        for name, part in wanted.items()
+        if name in stored and stored[name] != list(part.shape)
+    ]
+    return missing + unexpected + misshaped

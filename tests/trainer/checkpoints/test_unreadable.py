@@ -24,15 +24,23 @@ FILES = ["rank_00000.safetensors", "manifest.json"]
 @pytest.fixture
 def fail_to_open(monkeypatch):
     """Return a function after whose call files of a name can't be opened."""
-    real = io.open
+    real, real_descriptor = io.open, os.open
 
     def fail(name: str, number: int, *, folder: str = "") -> None:
-        def open_(file, *arguments, **options):
+        def refuse(file) -> None:
             if not isinstance(file, int) and Path(file).name == name and folder in str(file):
                 raise OSError(number, os.strerror(number), str(file))
+
+        def open_(file, *arguments, **options):
+            refuse(file)
             return real(file, *arguments, **options)
 
+        def open_descriptor(file, *arguments, **options):
+            refuse(file)
+            return real_descriptor(file, *arguments, **options)
+
         monkeypatch.setattr(pathlib.io, "open", open_)
+        monkeypatch.setattr(os, "open", open_descriptor)
 
     return fail
 
