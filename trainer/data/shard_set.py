@@ -328,7 +328,8 @@ class ShardSet:
                 pause = next(pauses, None)
                 if pause is None or error.errno not in PASSING:
                     path = str(self.paths[shard])
-                    reason = describe_os_error(OSError(error.errno, error.strerror, path))
+                    named = OSError(error.errno, error.strerror, path) if error.strerror else error
+                    reason = describe_os_error(named)
                     raise with_number(
                         error.errno, f"{reason}. No sample is replaced for that: repeat the command once it can be read"
                     ) from error

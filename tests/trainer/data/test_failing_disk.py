@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tests.trainer.data.test_shards import SAMPLES, latents, write_set
+from trainer.data import index
 from trainer.data import shard_set as shard_set_module
+from trainer.data.remote import CacheSettings, ShardCache
 from trainer.data.stream import LatentStream
 from trainer.data.text_embeddings import TextFiles
 
@@ -127,3 +129,27 @@ def test_an_embedding_that_is_no_array_is_a_bad_one(tmp_path):
         (tmp_path / "a.npy").write_bytes(content)
         with pytest.raises(ValueError, match=r"not a complete \.npy"):
             files.embed("a.wav", "")
+
+
+def test_verifying_does_not_call_a_failing_disk_damage(shards, monkeypatch):
+    def fail(path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(index, "find_members", fail)
+    told = index.verify_folder(shards.folder)
+    assert len(told) == len(shards.shards)
+    assert all("can't be read now, which is no sign of damage" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, OSError), (errno.EMFILE, OSError), (errno.EDQUOT, ValueError)]
+)
+def test_a_cache_on_a_failing_disk_is_told_from_a_full_one(tmp_path, monkeypatch, number, kind):
+    def fail(*arguments) -> None:
+        raise OSError(number, os.strerror(number))
+
+    cache = ShardCache.__new__(ShardCache)
+    cache._all_sets, cache.settings = tmp_path, CacheSettings()
+    with pytest.raises(kind, match=r"the cache .* can't be written") as error, cache._disk_errors_explained():
+        fail()
+    assert getattr(error.value, "errno", None) == (number if kind is OSError else None)
