@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,24 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files of processes of this host that were killed while they wrote into a folder."""
+    ending = re.compile(rf"\..*\.{re.escape(os.uname().nodename)}-(\d+)\.partial", re.DOTALL)
+    for path in folder.iterdir():
+        if (match := ending.fullmatch(path.name)) and not _lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _hidden_name(name: str, ending: str) -> str:

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trainer.data.sound_files import SoundFile
 
 from launch import owner, pipeline
 from launch.cli import main
@@ -35,6 +34,7 @@ from trainer.data.reader import Damage
 from trainer.data.set_description import info_of
 from trainer.data.shard_set import open_set
 from trainer.data.shards import DamagedSample
+from trainer.data.sources import SoundFile
 from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test

@@ -70,7 +70,7 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
     if not 0 <= part < parts:
         raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
-    require_own_report(plan.folder, _REPORT)
+    require_own_report(plan.folder)
     if (report := plan.finished()) is not None:
         return report
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from typing import TypedDict
 import numpy as np
 import soundfile
 
-from models.atomic_write import write_whole
+from models.atomic_write import remove_leftovers, write_whole
 from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
@@ -153,6 +153,7 @@ def write_sounds(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
+    remove_leftovers(folder)
     text = "".join(to_json(line) + "\n" for line in lines)
     if not (folder / CAPTIONS).exists():
         write_whole(folder / CAPTIONS, text)
