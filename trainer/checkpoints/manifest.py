@@ -17,7 +17,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from models.documents import Moment, Natural, Positive, damaged, fits, read_json, to_json
+from models.documents import LARGEST_LIST, Moment, Natural, Positive, damaged, fits, read_json, to_json
 from trainer.checkpoints.names import MANIFEST
 from trainer.ranks.flat_ranges import FlatRange
 
@@ -82,7 +82,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: if it can't be read now. It may be whole.
     """
     try:
-        manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=_LARGEST)
+        most = min(_LARGEST, max(LARGEST_LIST, (path / MANIFEST).stat().st_size))
+        manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=most)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
     if manifest.pop("sha256", None) != digest(manifest):
