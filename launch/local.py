@@ -14,9 +14,10 @@ from typing import NoReturn
 import torch.multiprocessing as multiprocessing
 
 from launch import owner
+from launch.error_line import describe_error
 from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from launch.slurm.attempt import TOKEN
-from trainer.file_names import printable, printable_lines
+from trainer.file_names import printable
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 
@@ -111,7 +112,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"spresso: rank {rank}: {printable_lines(str(error))}", file=sys.stderr)
+        print(f"spresso: rank {rank}: {describe_error(error)}", file=sys.stderr)
         _leave(MISTAKE)
     # every rank ends with the same status, by which the parent knows that the checkpoint was saved
     dist.destroy_process_group()

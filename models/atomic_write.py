@@ -7,6 +7,7 @@ readers still never see such a file in part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from models.readable import kind_of
 
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""How file systems say that they can't flush a folder."""
 _LONGEST = 255  # bytes of a file name on all common file systems
 
 
@@ -97,9 +100,15 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to disk."""
+    """Flush a file's content, or a folder's list of names, to disk.
+
+    Some network and FUSE file systems can't flush a folder. This is passed over, because they keep names themselves.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)

@@ -29,6 +29,7 @@ from models.backbones.oobleck import read_oobleck_config
 from models.backbones.woosh import read_woosh_sizes
 from tests.damage import Document, Folder, LinesDocument, YamlDocument, watched
 from trainer.checkpoints import checkpoint, inventory, resume
+from trainer.checkpoints.manifest import digest
 from trainer.data import prepare, shard_plan
 from trainer.data.reader import Damage
 from trainer.data.set_description import info_of
@@ -62,7 +63,7 @@ class Sealed(Document):
             return super().dump(value)
         value.pop("sha256", None)
         value = json.loads(json.dumps(value))
-        return super().dump({**value, "sha256": checkpoint._digest(value)})
+        return super().dump({**value, "sha256": digest(value)})
 
 
 class Header(Document):

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from launch.pipeline import say
 from launch.slurm.job_script import Job, flags
+from models.readable import describe_os_error
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.disk_space import checkpoint_bytes
+from trainer.checkpoints.manifest import OtherFormatError
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import size
 from trainer.recipes.cluster import option_name
@@ -75,9 +77,19 @@ def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
         if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
-        there = checkpoints(directory.checkpoints)
-        if there and checkpoint.newest(directory.checkpoints) is None:
-            yield f"no checkpoint of {directory.path} is intact: see `spresso checkpoint {directory.path} --verify`"
+        try:
+            there = checkpoints(directory.checkpoints)
+            checkpoint.newest(directory.checkpoints)
+        except checkpoint.NoWholeCheckpointError:
+            if config.checkpoint.resume == "auto":
+                yield f"no checkpoint of {directory.path} is intact: see `spresso checkpoint {directory.path} --verify`"
+            continue
+        except OtherFormatError as error:
+            yield str(error)
+            continue
+        except OSError as error:
+            yield f"the checkpoints of {directory.path} can't be read now: {describe_os_error(error)}"
+            continue
         if there and config.checkpoint.resume == "never":
             yield f"{directory.path} holds a run, and checkpoint.resume=never: set another run_dir, or remove it"
 

@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import quote
 
 from models.atomic_write import write_whole
+from models.disk_errors import LASTING, PASSING, with_number
 from trainer.file_names import printable
 
 logger = logging.getLogger(__name__)
@@ -317,14 +318,20 @@ class ShardCache:
 
     @contextmanager
     def _disk_errors_explained(self) -> Iterator[None]:
-        """Turn an OSError in the block, which comes from the cache's disk, into a ValueError."""
+        """Explain an OSError in the block, which comes from the cache's disk.
+
+        One that lasts until a person acts becomes a ValueError. One that may pass stays an OSError of its number.
+        """
         try:
             yield
         except OSError as error:
-            raise ValueError(
+            message = (
                 f"the cache {self._all_sets} can't be written: {error.strerror}; give another data.cache.folder, or "
                 f"lower data.cache.gib={self.settings.gib:g}"
-            ) from error
+            )
+            if error.errno in PASSING - LASTING:
+                raise with_number(error.errno, message) from error
+            raise ValueError(message) from error
 
 
 def _options(url: str) -> dict[str, Any]:
