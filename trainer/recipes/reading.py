@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.readable import file_trouble, require_file
+from models.sizes import DiTConfig
 from trainer.recipes.paths import expand_homes, expanded, names_path
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
@@ -35,19 +37,35 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
             the message has a line for every problem.
     """
-    from trainer.recipes.validation import problems
+    from trainer.recipes.validation import problems, value_problems
 
     schema = OmegaConf.structured(recipe_schema())
     try:
         merged = OmegaConf.merge(schema, *_layers(_read_recipe(find_recipe(recipe)), overrides))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+        if found := value_problems(values):
+            raise ValueError("\n".join(found))
+        if sizes := _problems_of_dit(values["dit"]):
+            merged.dit = OmegaConf.structured(
+                DiTConfig
+            )  # wrong sizes cannot be built; the default ones fit to all others
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
     expand_homes(config)
-    if found := problems(config, released=released):
+    if found := [*sizes, *problems(config, released=released)]:
         raise ValueError("\n".join(found))
     return config
+
+
+def _problems_of_dit(sizes: dict[str, Any]) -> list[str]:
+    """Return why no D has these sizes, each of which is in its range; empty if one has."""
+    try:
+        DiTConfig(**sizes)
+    except ValueError as error:
+        return [f"dit: {problem}" for problem in str(error).split("; ")]
+    return []
 
 
 def find_recipe(recipe: str) -> Path:

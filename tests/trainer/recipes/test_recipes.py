@@ -67,17 +67,17 @@ def test_all_problems_are_found_at_once():
 @pytest.mark.parametrize(
     ("overrides", "mend"),
     [
-        (["sampling.sampler=magic", "latent_encoder.pooling=0"], "dpmpp\nlatent_encoder.pooling=0 must be above zero"),
-        (["latent_encoder.heads=0"], "latent_encoder.heads=0 must be above"),
+        (["sampling.sampler=magic", "latent_encoder.pooling=0"], "dpmpp\nlatent_encoder.pooling=0 must be at least 1"),
+        (["latent_encoder.heads=0"], "latent_encoder.heads=0 must be at least 1"),
         (["diffusion.options={log_mean: 1"], "'diffusion.options={log_mean: 1' is not valid YAML"),
-        (["log.clips=0"], "log.clips=0 must be above zero"),
+        (["log.clips=0"], "log.clips=0 must be at least 1"),
         (["pretrain.betas=[0.9]"], "two numbers"),
         (["evaluate.clips=1"], "at least 2"),
-        (["evaluate.page_clips=0"], "page_clips=0 must be above"),
+        (["evaluate.page_clips=0"], "page_clips=0 must be at least 1"),
         (["quantizer.vectors=100"], "at least 10240"),
         (["data.clip_seconds=1"], "autoencode.crop_frames=126 is longer .* 100 frames: set 99"),
         (["data.window=10"], "at least 4096"),
-        (["data.mix={/nowhere: 0}"], "share 0 of /nowhere"),
+        (["data.mix={/nowhere: 0}"], "data.mix: /nowhere=0 must be at least 1"),
         (["data.mix={/nowhere: 1}"], "/nowhere is not a set and has no train/"),
     ],
 )
