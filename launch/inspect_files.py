@@ -29,7 +29,8 @@ def index(location: str, *, kind: str | None, weights: Path | None, workers: int
 
 def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
     from models.backbones.pretrained import load_autoencoder
-    from trainer.data.index import index_folder, info_of, require_own_index
+    from trainer.data.index import index_folder, require_own_index
+    from trainer.data.set_description import info_of
 
     require_own_index(folder)
     info = info_of(folder)

@@ -6,16 +6,15 @@ has given up, but that still run on a node cut off from it, find another owner t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm import scheduler
 from launch.slurm.attempt import TOKEN, Attempt
-from models.atomic_write import write_whole
+from models.documents import Natural, Positive, read_json, write_json
 
 _FILE = "owner.json"
 _SILENCE = 900.0  # seconds without a new status.json after which an owner on another machine counts as dead
@@ -31,12 +30,12 @@ class Owner:
 
     token: str
     host: str
-    pid: int
+    pid: Positive
     born: str
     """Start time of the process in kernel ticks, which tells it from a later process with the same pid."""
     job: str = ""
     """SLURM's job id; empty for a run without SLURM."""
-    restart: int = 0
+    restart: Natural = 0
 
     @property
     def told(self) -> str:
@@ -67,18 +66,16 @@ def take(folder: Path, owner: Owner) -> None:
             f"{folder} is in use by {held.told}, which is alive: wait for it, or end it"
             + (f" with `scancel {held.job}`" if held.job else "")
         )
-    write_whole(folder / _FILE, json.dumps(asdict(owner), indent=1))
+    write_json(folder / _FILE, owner, indent=1)
     os.environ[TOKEN] = owner.token
 
 
 def holder(folder: Path) -> Owner | None:
     """Return the owner of a stage's directory; None if it has none. Raises ValueError if the file is damaged."""
     try:
-        return Owner(**json.loads((folder / _FILE).read_text("utf-8")))
+        return read_json(folder / _FILE, Owner, mend="remove it if nothing trains there")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder / _FILE} is damaged: remove it if nothing trains there") from None
 
 
 def release(folder: Path, token: str) -> None:

@@ -308,18 +308,17 @@ class SPresso(nn.Module):
             ValueError: the export is missing or damaged, or the codec was trained on another base model or autoencoder.
         """
         folder = Path(folder)
-        description = export.read_description(folder)
-        config = CodecConfig.from_dict(description["config"])
+        description, config = export.read_description(folder), export.read_config(folder)
         base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
-        codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=load_dit(base_path))
+        dit = load_dit(base_path)
+        export.require_sizes(folder, config, dit)
+        codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=dit)
         _require_same("the base model", base_path, codec.base_hash, description["base"]["hash"])
         _require_same(
             "the autoencoder", config.autoencoder, codec.autoencoder.identity(), description["autoencoder_identity"]
         )
-        if (quantizer := export.read_part_config(folder, "quantizer")) is not None:
-            codec.quantizer = make_quantizer(quantizer)
-        if (prior := export.read_part_config(folder, "prior")) is not None:
-            codec.prior = Prior(**prior)
+        codec.quantizer = export.read_part(folder, "quantizer", make_quantizer)
+        codec.prior = export.read_part(folder, "prior", lambda config: Prior(**config))
         export.fill_parts(folder, codec.parts())
         export.fill_adapter(folder, codec.adapter_parameters())
         codec.model_hash = description["model"]
@@ -344,8 +343,8 @@ class SPresso(nn.Module):
 
 def read_frames_of(folder: Path) -> FramesOf:
     """Return the `z_frames` function of an export's codec without loading its weights."""
-    config = export.read_description(folder)["config"]
-    return partial(_count_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
+    config = export.read_config(folder)
+    return partial(_count_z_frames, outline_autoencoder(**config.autoencoder), config.latent_encoder.pooling)
 
 
 def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:

@@ -6,19 +6,22 @@ base model by its hash. This module only handles the files; `models.codec` assem
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
-from safetensors.torch import load_file
+import msgspec
 from torch import Tensor, nn
 
+from models.decoder import Decoder
+from models.documents import build, damaged, fits, read_json, to_json
+from models.latent_encoder import LatentEncoder, Upsampler
 from models.readable import folder_trouble, require_file
-from models.weights import load_weights, save_weights, write_safetensors
+from models.sizes import CodecConfig, LatentEncoderConfig
+from models.weights import load_weights, open_safetensors, open_weights, outlined, save_weights, write_safetensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,8 +31,34 @@ ADAPTER = "default"
 """PEFT's name for the one adapter that D has."""
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
+_MEND = "export it again"
+
+Part = TypeVar("Part", bound=nn.Module)
 Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
 """Maps the name of a part's file, without its suffix, to the module and its config."""
+
+
+Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Format(TypedDict):
+    format: int
+
+
+class _Base(TypedDict):
+    path: str | None
+    hash: str
+
+
+class ExportDescription(TypedDict):
+    """The content of `codec.json`."""
+
+    format: int
+    model: Hash
+    base: _Base
+    autoencoder_identity: str
+    config: dict[str, Any]
+    """The fields of a `CodecConfig`, which `CodecConfig.from_dict` checks."""
 
 
 def write_export(
@@ -74,7 +103,7 @@ def write_export(
         "autoencoder_identity": description["autoencoder_identity"],
         "config": description["config"],
     }
-    (making / _DESCRIPTION).write_text(json.dumps(described, indent=2))
+    (making / _DESCRIPTION).write_text(to_json(described, indent=2))
     (making / "README.md").write_text(card)
     _exchange(folder, making, kept=foreign)
 
@@ -106,33 +135,71 @@ def _foreign_files(folder: Path) -> list[Path]:
     return [path for path in entries if path.name not in ours and path.suffix != ".safetensors"]
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read an export's `codec.json`: `format`, `model`, `base`, `autoencoder_identity` and `config`.
+def read_description(folder: Path) -> ExportDescription:
+    """Read an export's `codec.json`.
 
     Raises:
         ValueError: the folder holds no export, a damaged one, or one in another format.
     """
+    path = folder / _DESCRIPTION
     try:
-        description = json.loads((folder / _DESCRIPTION).read_text())
+        description = read_json(path, _Format, mend=_MEND, finite=True)
     except (FileNotFoundError, NotADirectoryError):
         trouble = folder_trouble(folder) or "holds no codec"
         raise ValueError(f"{folder} {trouble}: give an export folder, such as runs/demo/finetune/export") from None
-    except ValueError:
-        description = None
-    if not isinstance(description, dict):
-        raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again")
-    if description.get("format") != EXPORT_FORMAT:
+    if description["format"] != EXPORT_FORMAT:
         raise ValueError(
-            f"{folder} was written in format {description.get('format')}, but this version reads format "
+            f"{folder} was written in format {description['format']}, but this version reads format "
             f"{EXPORT_FORMAT}: export it again"
         )
-    return description
+    return fits(description, ExportDescription, path, mend=_MEND)
 
 
-def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read the config in the header of a part's file; return None if the export has no such part."""
+def read_config(folder: Path) -> CodecConfig:
+    """Read the config of an export's codec; raises as `read_description` does."""
+    return CodecConfig.from_dict(read_description(folder)["config"], folder / _DESCRIPTION)
+
+
+def read_part(folder: Path, name: str, kind: Callable[[dict[str, Any]], Part]) -> Part | None:
+    """Build a part by its kind from the config in the header of its file; None if the export has no such part.
+
+    The part is first outlined without memory, so that no config can ask for more weights than the file holds.
+
+    Raises:
+        ValueError: the config is not one of the part's, or the file's weights have other shapes.
+    """
     path = folder / f"{name}.safetensors"
-    return load_weights(path)[0] if path.exists() else None
+    if not path.exists():
+        return None
+    config, stored = open_weights(path)
+    try:
+        outlined(lambda: kind(config), stored, str(path))
+        return kind(config)
+    except TypeError as error:
+        raise damaged(path, f"its config builds no {name}: {error}", _MEND) from None
+
+
+def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
+    """Check the config of an export by the weights in its files, before anything of that size is built.
+
+    Raises:
+        ValueError: g or f has other weights or another config, or the adapter has another rank.
+    """
+    shapes, width, patch = config.latent_encoder, dit.config.width, dit.config.patch_size
+    outlines: dict[str, Callable[[], nn.Module]] = {
+        "latent_encoder": lambda: LatentEncoder(shapes),
+        "upsampler": lambda: Upsampler(shapes, dit_width=width, dit_patch_size=patch),
+    }
+    for name, outline in outlines.items():
+        path = folder / f"{name}.safetensors"
+        stored_config, stored = open_weights(path)
+        if build(LatentEncoderConfig, stored_config, path, mend=_MEND) != shapes:
+            raise damaged(folder / _DESCRIPTION, f"`config.latent_encoder` is not the config of {path.name}", _MEND)
+        outlined(outline, stored, str(path))
+    adapter = open_safetensors(folder / _ADAPTER_FILE)[1]
+    ranks = {value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}
+    if ranks != {config.lora["rank"]}:
+        raise damaged(folder / _DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
 
 
 def fill_parts(folder: Path, parts: Parts) -> None:
@@ -150,7 +217,7 @@ def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
     """
     require_file(folder / _ADAPTER_FILE)
-    state = load_file(str(folder / _ADAPTER_FILE))
+    state = {name: value.read() for name, value in open_safetensors(folder / _ADAPTER_FILE)[1].items()}
     if set(state) != {_peft_name(name) for name in parameters}:
         raise ValueError(
             f"{folder / _ADAPTER_FILE} does not fit this base model: it adapts other layers; "

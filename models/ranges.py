@@ -22,12 +22,14 @@ class Range:
     most: float | None = None
     note: str = ""
     """What a special value means, such as "null turns clipping off"."""
+    unlimited: bool = False
+    """Whether the number may also be infinite, which stands for no limit."""
 
     def __str__(self) -> str:
         """Return the range in words, such as "at least 0 and below 1"."""
         ends = (("above", self.above), ("at least", self.least), ("below", self.below), ("at most", self.most))
         words = " and ".join(f"{word} {end}" for word, end in ends if end is not None) or "a finite number"
-        return f"{words}; {self.note}" if self.note else words
+        return "; ".join(filter(None, (words, self.note, ".inf: no limit" if self.unlimited else "")))
 
     def __contains__(self, value: float) -> bool:
         """Whether a number is finite and between the ends."""
@@ -35,7 +37,7 @@ class Range:
             if self.most is None and not -_END_OF_INTEGERS <= value < _END_OF_INTEGERS:
                 return False
         elif not math.isfinite(value):
-            return False
+            return self.unlimited and value == math.inf
         return (
             (self.above is None or value > self.above)
             and (self.least is None or value >= self.least)
@@ -47,6 +49,8 @@ class Range:
         """Return a line that refuses the value of a setting; empty if the value is in the range."""
         if value in self:
             return ""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name}={value} must be a finite number"
         too_large = isinstance(value, int) and value >= _END_OF_INTEGERS and self.most is None
         return f"{name}={value} must be {'below 2^63 and ' if too_large else ''}{self}"
 
@@ -59,6 +63,7 @@ def ranged(
     below: float | None = None,
     most: float | None = None,
     note: str = "",
+    unlimited: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the field of a number with its range, or of a list or table of numbers, each of which has that range.
@@ -67,9 +72,10 @@ def ranged(
         default: default of the field; a function that returns it, for a list or a table.
         above, least, below, most: ends of the range.
         note: what a special value means.
+        unlimited: whether the number may also be infinite.
         metadata: further metadata of the field.
     """
-    described = {**(metadata or {}), _KEY: Range(above, least, below, most, note)}
+    described = {**(metadata or {}), _KEY: Range(above, least, below, most, note, unlimited)}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=described)
     return dataclasses.field(default=default, metadata=described)

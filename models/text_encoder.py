@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.released import find_part, locate, missing, open_part, read_config, require_package
-from models.backbones.stable_audio import PROJECTION_SETTINGS, text_tokens
+from models.backbones.stable_audio import ProjectionSettings, text_tokens
 from models.weights import hash_state, listed, read
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -131,7 +131,7 @@ def _load_tokenizer(path: Path) -> tuple[Any, str]:
 
 def _load_projection(path: Path) -> nn.Linear | None:
     """Load the projection from the text encoder's width to D's; return None if both widths are equal."""
-    sizes = read_config(path, "StableAudioProjectionModel", PROJECTION_SETTINGS)
+    sizes = read_config(path, "StableAudioProjectionModel", ProjectionSettings)
     if sizes["text_encoder_dim"] == sizes["conditioning_dim"]:
         return None
     stored = open_part(path)

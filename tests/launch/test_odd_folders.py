@@ -56,6 +56,14 @@ def test_any_name_goes_there_and_back(codec, tmp_path, capsys):
     assert there_and_back(codec, tmp_path / "sounds", tmp_path, capsys) == sorted(names)
 
 
+def test_names_that_are_not_utf8_are_said(codec, tmp_path, capsys):
+    for name in (b"caf\xe9.wav", b"plain.wav"):
+        write(os.fsencode(tmp_path / "sounds") + b"/" + name)
+    assert main(["encode", str(tmp_path / "sounds"), str(tmp_path / "streams"), "--codec", str(codec)]) == 0
+    said = capsys.readouterr().err
+    assert r"spresso: 1 name is not UTF-8, which some programs can't open: caf\xe9.wav" in said
+
+
 def test_linked_folders_go_there_and_back(codec, tmp_path, capsys):
     write(tmp_path / "disk/a.wav")
     (tmp_path / "sounds").mkdir()

@@ -27,12 +27,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import torch.distributed as dist
 from safetensors import safe_open
 
 from models.atomic_write import sync
+from models.documents import LARGEST_LIST, Moment, Natural, Positive, damaged, fits, read_json, to_json
 from models.weights import write_safetensors
 from trainer.checkpoints.names import MANIFEST, checkpoints, folder_name, samples_of
 from trainer.files import file_digest
@@ -42,6 +44,49 @@ from trainer.ranks.flat_ranges import FlatRange
 
 CHECKPOINT_FORMAT = 1
 _TEMPORARY = "tmp_"
+
+_MEND = "resume from another checkpoint"
+
+
+class _Health(TypedDict):
+    """The state of `trainer.health.Health`."""
+
+    norms: list[float]
+    skipped: list[dict[str, Any]]
+    rewinds: Natural
+    scaled: NotRequired[bool]
+    scale: NotRequired[float]
+    steps_at_scale: NotRequired[Natural]
+
+
+class _Meta(TypedDict):
+    samples: Natural
+    world_size: Positive
+    time: NotRequired[Moment]
+    stage: NotRequired[str]
+    config: NotRequired[str]
+    base: NotRequired[str]
+    strategy: NotRequired[str]
+    steps: NotRequired[Natural]
+    passed_over: NotRequired[int]
+    health: NotRequired[_Health | None]
+    good: NotRequired[bool]
+    unsaved: NotRequired[bool]
+    held_out_loss: NotRequired[float | None]
+
+
+class _File(TypedDict):
+    bytes: Natural
+    sha256: str
+    ranges: dict[str, Annotated[list[Natural], msgspec.Meta(min_length=2, max_length=2)]]
+
+
+class _Manifest(TypedDict):
+    format: int
+    meta: _Meta
+    tensors: dict[str, list[Natural]]
+    files: dict[str, _File]
+
 
 Wanted = Callable[[dict[str, Any]], bool]
 
@@ -209,17 +254,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: if the manifest is missing, damaged, or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except FileNotFoundError:
+        manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
-    if manifest["format"] != CHECKPOINT_FORMAT:
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise damaged(path / MANIFEST, "its checksum is wrong", _MEND)
+    if manifest.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{path} has format {manifest['format']}, but this version of the program reads {CHECKPOINT_FORMAT}"
+            f"{path} has format {manifest.get('format')}, but this version of the program reads {CHECKPOINT_FORMAT}"
         )
+    fits(manifest, _Manifest, path / MANIFEST, mend=_MEND)
     return manifest
 
 
@@ -267,7 +311,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_owne
     """Writes the manifest and renames the complete checkpoint to its final name."""
     require_ownership()
     manifest = json.loads(json.dumps(manifest))  # The checksum must be that of the manifest as a reader parses it.
-    (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
+    (temporary / MANIFEST).write_text(to_json({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
     sync(temporary / MANIFEST)
     sync(temporary)
     replaced = _rename_for_deletion(final) if final.exists() else None

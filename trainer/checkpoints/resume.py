@@ -6,7 +6,6 @@ restarted with the same command resumes from its own newest checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 
 import torch
 
-from models.atomic_write import write_whole
+from models.documents import write_json
 from trainer.checkpoints import checkpoint, inventory
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
-from trainer.files import read_json
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory
+from trainer.run_documents import read_optional
 from trainer.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -76,22 +75,23 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
         if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is renamed to %s, because the run resumes from %s", other.name, left.name, path)
-    write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
+    write_json(run.path / _FOLLOWED, {"path": str(path)})
     return path_here
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:
     """Whether the run has resumed from this path before."""
-    return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
+    followed = read_optional(run.path / _FOLLOWED, dict[str, str], mend="remove it to resume from that path again")
+    return followed is not None and followed.get("path") == str(Path(choice).resolve())
 
 
 def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
     if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = checkpoint.read_manifest(path)["meta"]
-    if meta["stage"] != run.stage:
-        raise ValueError(f"checkpoint.resume={path} is of the stage {meta['stage']}, not {run.stage}")
-    if meta["config"] != identity:
+    if meta.get("stage") != run.stage:
+        raise ValueError(f"checkpoint.resume={path} is of the stage {meta.get('stage')}, not {run.stage}")
+    if meta.get("config") != identity:
         raise ValueError(
             f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "
             f"new run from its weights alone"

@@ -23,8 +23,8 @@ from models.loudness import SilenceMeter, is_silent, level
 from models.resampling import Audio, resample
 from trainer.data.audio import encode_audio, mixed
 from trainer.data.clip_store import Clip, ClipStore
-from trainer.data.sound_files import SoundFile
 from trainer.data.sound_reader import SoundReader
+from trainer.data.sources import SoundFile
 from trainer.data.text_embeddings import Embedder
 from trainer.data.workers import exit_with_parent, explain_dead_workers
 from trainer.file_names import as_unicode

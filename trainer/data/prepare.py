@@ -9,24 +9,25 @@ sets.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 
-from models.atomic_write import replacing, write_whole
+from models.atomic_write import replacing
+from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.groups import groups
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
-from trainer.data.sound_files import SoundFile, Sources, find_sources
+from trainer.data.sources import SoundFile, Sources, find_sources
 from trainer.data.sources_before import list_sources_as_before
 from trainer.data.text_embeddings import Embedder
 from trainer.file_names import printable
@@ -36,6 +37,14 @@ _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
 _OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
 """Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
+
+
+class _Record(TypedDict):
+    """The record that marks a unit as done."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    problems: list[dict[str, str]]
+    shards: list[str]
 
 
 @dataclass
@@ -60,9 +69,9 @@ class PrepareReport:
 
     settings: dict[str, Any]
     """Everything that the sets depend on."""
-    files: int
+    files: Natural
     """The number of sound files found."""
-    clips: dict[str, int]
+    clips: dict[str, Natural]
     """The number of clips in each set."""
     seconds: float
     """Seconds of sound in the files that could be used."""
@@ -200,10 +209,10 @@ def _finished(out: Path, settings: dict[str, Any], audio: Path) -> PrepareReport
     """
     if not (out / _REPORT).is_file():
         return None
-    try:
-        report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / _REPORT} was not written by `spresso prepare`: give another folder") from error
+    mend = "it was not written by `spresso prepare`, or has changed since: give another folder"
+    report = read_json(out / _REPORT, PrepareReport, mend=mend, finite=True)
+    if report.clips.keys() != set(SPLITS):
+        raise damaged(out / _REPORT, f"`clips` has not the names {' and '.join(SPLITS)}", mend)
     if report.settings != settings:
         other = sorted(key for key in settings if report.settings.get(key) != settings[key])
         if other != ["files"] or report.settings.get("files") != _fingerprint_as_before(audio):
@@ -233,7 +242,8 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings."""
     work = out / _WORK
     record = work / "settings.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
+    mend = f"remove {work} to begin again"
+    if record.exists() and read_json(record, dict[str, Any], mend=mend) == settings:
         return
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
@@ -242,7 +252,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
-    write_whole(record, json.dumps(settings))
+    write_json(record, settings)
 
 
 def _require_shards_alone(folder: Path) -> None:
@@ -282,11 +292,11 @@ def _write_unit(
     for name in writer.names:
         with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
             np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
-    write_whole(_record_path(out, unit), json.dumps(record | {"shards": writer.names}))
+    write_json(_record_path(out, unit), record | {"shards": writer.names})
 
 
 def _is_done(out: Path, unit: Unit) -> bool:
-    return _record_path(out, unit).is_file() and all(
+    return _record_path(out, unit).exists() and all(
         (out / unit.split / name).is_file() for name in _record(out, unit)["shards"]
     )
 
@@ -329,7 +339,7 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> Prep
     seconds = sum(record["seconds"] for record in records)
     besides = {"passed_over": found.passed_over.report(), "captions": found.captions.report()}
     report = PrepareReport(info.prepared, files, clips, seconds, problems, **besides)
-    write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
     for leftover in out.glob("*/.*.partial"):  # from processes that were killed
         leftover.unlink(missing_ok=True)
     shutil.rmtree(out / _WORK)
@@ -344,5 +354,5 @@ def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
     return out / _WORK / f"{unit.split}-{shard}.npy"
 
 
-def _record(out: Path, unit: Unit) -> dict[str, Any]:
-    return json.loads(_record_path(out, unit).read_text(encoding="utf-8"))
+def _record(out: Path, unit: Unit) -> _Record:
+    return read_json(_record_path(out, unit), _Record, mend="remove it, and its files are encoded again", finite=True)

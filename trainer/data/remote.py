@@ -62,7 +62,7 @@ class CacheSettings:
     """A folder on a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or the system's temporary folder."""
     gib: float = ranged(50.0, above=0)
     """The size limit of all shards in the cache, in GiB."""
-    patience: float = ranged(600.0, above=0)
+    patience: float = ranged(600.0, above=0, unlimited=True)
     """Seconds to retry a failing request for."""
     fetchers: int = ranged(4, least=1)
     """Shards that each rank fetches at the same time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,13 @@ import soundfile
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
+from models.documents import DamagedDocument, opened
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
+from trainer.data.set_description import read_description
 from trainer.data.shards import (
     INDEX_ROWS,
     LONGEST_METADATA,
     MAKE_AGAIN,
-    SET_VERSION,
     DamagedSample,
     SetInfo,
     member_at,
@@ -65,32 +65,25 @@ class ShardSet:
             self.location, self._cache, folder = folder.url, folder, folder.folder
         self.folder = folder
         try:
-            description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+            description = read_description(folder, self.location)
+            with opened(folder / "index.npy"):  # a pipe would hold up numpy
+                pass
             self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
-        except OSError:
+        except (OSError, DamagedDocument):
             raise
         except Exception as error:  # numpy evaluates the header of the index as Python, whose errors are of many kinds
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
-        if not isinstance(description, dict):
-            raise ValueError(f"{self.location}/set.json is damaged: {MAKE_AGAIN}")
-        if description.pop("version", None) != SET_VERSION:
-            raise ValueError(f"{self.location}/set.json was written by another version of spresso: {MAKE_AGAIN}")
-        try:
-            shards = description.pop("shards")
-            self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
-            self.fingerprint: str = description.pop("fingerprint")
-            samples: int = description.pop("samples")
-            self.total_frames: int = description.pop("total_frames")
-            self.shortest_frames: int = description.pop("shortest_frames")
-            self.longest_frames: int = description.pop("longest_frames")
-            self.info = SetInfo(**description)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.location}/set.json is damaged ({error!r}): {MAKE_AGAIN}") from error
-        if strays := [name for name, _ in self.shards if Path(name).name != name]:
-            raise ValueError(f"{self.location}/set.json names a shard outside of the set's folder: {strays[0]}")
+        shards = description.pop("shards")
+        self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
+        self.fingerprint: str = description.pop("fingerprint")
+        samples: int = description.pop("samples")
+        self.total_frames: int = description.pop("total_frames")
+        self.shortest_frames: int = description.pop("shortest_frames")
+        self.longest_frames: int = description.pop("longest_frames")
+        self.info = SetInfo(**description)
         columns = self.index.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
         if (

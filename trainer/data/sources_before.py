@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.data.captions import CaptionFile, captions_of, read_manifest, sidecar_captions
 from trainer.data.find_sounds import CAPTIONS, Counts
-from trainer.data.sound_files import MANIFESTS, SoundFile
+from trainer.data.sources import MANIFESTS, SoundFile
 
 _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 

@@ -176,7 +176,7 @@ class TrainConfig:
     """Weight decay of AdamW, applied to matrices alone."""
     betas: list[float] = ranged(lambda: [0.9, 0.99], least=0, below=1)
     """The two betas of AdamW."""
-    clip_norm: float | None = ranged(1.0, above=0, note="null turns clipping off")
+    clip_norm: float | None = ranged(1.0, above=0, note="null turns clipping off", unlimited=True)
     """Global gradient norm above which gradients are clipped; None: they are never clipped."""
     ema_halflife: float = ranged(2_000.0, least=0, note="0 turns averaging off")
     """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds;
@@ -266,7 +266,7 @@ class CheckpointConfig:
 class HealthConfig:
     """How a run reacts to losses that are not finite, to gradient spikes, and to ranks that hang."""
 
-    spike: float = ranged(10.0, least=0, note="0: never")
+    spike: float = ranged(10.0, least=0, note="0: never", unlimited=True)
     """Skip a step whose gradient norm exceeds this many times the running median of the accepted steps; 0: never."""
     spike_window: int = ranged(128, least=1)
     """Steps over which the median is taken. No step counts as a spike before a quarter of the window is filled."""

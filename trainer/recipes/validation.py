@@ -13,7 +13,7 @@ from models.quantizers.quantizer import QUANTIZER_KINDS
 from models.readable import file_trouble
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
-from trainer.data.sound_files import MANIFESTS
+from trainer.data.sources import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
 from trainer.file_names import as_unicode, printable
 from trainer.recipes.ranges import out_of_range, value_at

@@ -371,7 +371,7 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"dit\.safetensors.*missing: blocks\.1\."):
         load_dit(path)
     save_weights(path, dit.state_dict(), {"kind": "quantizer"})
-    with pytest.raises(ValueError, match=r"dit\.safetensors is not an export of a DiT"):
+    with pytest.raises(ValueError, match=r"dit\.safetensors is damaged \(it has an unknown field `kind`\)"):
         load_dit(path)
 
 

@@ -116,7 +116,7 @@ def test_what_is_no_file_is_told_without_waiting_for_it(tmp_path):
         "broken.wav": "is a link to nowhere.wav, which is missing",
         "pipe.wav": "is a pipe, not a file",
         "round.wav": "is a link that leads back to itself",
-        "socket.wav": "is a socket, not a file",
+        "socket.wav": "is a socket or a device, not a file",
         "zero.wav": "is a device, not a file",
     }
     assert {"empty.wav", "inside.wav"} < {path.name for path in found.files}

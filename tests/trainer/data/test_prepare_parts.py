@@ -19,7 +19,7 @@ from tests.trainer.data.test_prepare import (
     run,
     write_sounds,
 )
-from trainer.data.sound_files import list_sources
+from trainer.data.sources import list_sources
 
 
 @pytest.fixture

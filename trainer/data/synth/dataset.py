@@ -7,7 +7,6 @@ workers, and resumed after a kill, always with the same bytes.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
@@ -16,11 +15,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import soundfile
 
 from models.atomic_write import write_whole
+from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import exit_with_parent, explain_dead_workers
@@ -38,6 +39,14 @@ SHORTEST, LONGEST = 1.5, 5.0  # seconds
 PEAK = 0.9
 CAPTIONS = "captions.jsonl"
 PLAN = "synth.json"
+
+
+class _Purpose(TypedDict):
+    """The content of `synth.json`: what a folder's sounds are made from."""
+
+    hours: float
+    seed: int
+    version: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +153,7 @@ def write_sounds(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = "".join(to_json(line) + "\n" for line in lines)
     if not (folder / CAPTIONS).exists():
         write_whole(folder / CAPTIONS, text)
     elif (folder / CAPTIONS).read_bytes() != text.encode():
@@ -163,17 +172,18 @@ def _check(*, hours: float, seed: int, workers: int) -> None:
 
 def _claim(folder: Path, *, hours: float, seed: int) -> None:
     """Record the settings in a new or empty folder; raises ValueError if the folder holds anything else."""
-    purpose = json.dumps({"hours": float(hours), "seed": seed, "version": SYNTH_VERSION})
+    purpose = {"hours": float(hours), "seed": seed, "version": SYNTH_VERSION}
     plan = folder / PLAN
     if plan.exists():
-        held = plan.read_text()
+        mend = "name another folder or delete it"
+        held = read_json(plan, _Purpose, mend=mend)
         if held != purpose:
-            raise ValueError(f"{folder} holds the sounds of {held}, not of {purpose}: name another folder or delete it")
+            raise ValueError(f"{folder} holds the sounds of {to_json(held)}, not of {to_json(purpose)}: {mend}")
         return
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ValueError(f"{folder} holds something other than synthesized sounds: name a new or an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(plan, purpose)
+    write_json(plan, purpose)
 
 
 def _lengths(seed: int, hours: float) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.sound_files import SoundFile, find_sources, list_sources
+from trainer.data.sources import SoundFile, find_sources, list_sources
 from trainer.data.sources_before import list_sources_as_before
 
 
