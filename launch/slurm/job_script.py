@@ -71,9 +71,12 @@ class Job(SlurmExecutor):
 
     @property
     def log(self) -> Path:
-        """Path of the script's output, with the placeholders of sbatch."""
-        stage = self.stages[0] if len(self.stages) == 1 else ""
-        return self.run / stage / "logs" / ("job_%A_%a.out" if self.array else "job_%j.out")
+        """Path of the script's output, with the placeholders of sbatch in its name alone."""
+        return self._logs / ("job_%A_%a.out" if self.array else "job_%j.out")
+
+    @property
+    def _logs(self) -> Path:
+        return self.run / (self.stages[0] if len(self.stages) == 1 else "") / "logs"
 
     @property
     def text(self) -> str:
@@ -97,7 +100,7 @@ class Job(SlurmExecutor):
 
     def make_folders(self) -> None:
         """Create the folders of the logs: SLURM creates none, and a job without them fails without a message."""
-        for folder in (self.log.parent, *(self.run / stage / "logs" for stage in self.stages)):
+        for folder in (self._logs, *(self.run / stage / "logs" for stage in self.stages)):
             folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
@@ -125,7 +128,7 @@ class Job(SlurmExecutor):
 
     def _options(self, after: Sequence[str]) -> dict[str, Any]:
         options = {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.options.items()}
-        options |= {"requeue": True, "output": str(self.log), "chdir": str(Path.cwd())}
+        options |= {"requeue": True, "output": _pattern(self.log), "chdir": str(Path.cwd())}
         if self.elastic:
             # with --ntasks-per-node, SLURM 22.05 makes a requeued job wait for as many nodes as it had before
             options["mincpus"] = self.cluster.ranks_per_node * (self.cluster.cpus_per_task or 1)
@@ -148,7 +151,7 @@ class Job(SlurmExecutor):
         yield f"{python} -m launch.slurm.begin_end end {stage} $? || exit $?"
 
     def _srun(self, stage: str) -> list[str]:
-        log = str(self.run / stage / "logs" / self.log.name).replace(".out", "_%t.out")
+        log = _pattern(self.run / stage / "logs" / self.log.name.replace(".out", "_%t.out"))
         options: dict[str, Any] = {"unbuffered": True, "kill-on-bad-exit": 1, "wait": 0, "open-mode": "append"}
         # srun does not inherit --cpus-per-task from sbatch
         options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}
@@ -157,6 +160,11 @@ class Job(SlurmExecutor):
         elif self.elastic:
             options["ntasks-per-node"] = self.cluster.ranks_per_node
         return flags(options | self.cluster.srun)
+
+
+def _pattern(path: Path) -> str:
+    """Return the path of an output for sbatch and srun, which replace placeholders such as %j in its folders too."""
+    return str(path.parent).replace("%", "%%") + f"/{path.name}"
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from models.readable import file_trouble, require_file
 from models.sizes import DiTConfig
 from models.yaml_document import read_yaml
-from trainer.recipes.paths import expand_homes, expanded, names_path
+from trainer.recipes.paths import expand_homes, expanded
 from trainer.recipes.schema import Config, recipe_schema
+from trainer.recipes.text import is_text, may_be_none, quote_text
 from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
@@ -98,7 +100,7 @@ def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
         for override in [item for item in overrides if item.startswith(f"{key}=")]:
             chosen[key] = override.partition("=")[2]
             overrides = [item for item in overrides if item != override]
-    files = [OmegaConf.create({key: _read_recipe(find_choice(key, name))}) for key, name in chosen.items()]
+    files = [OmegaConf.create({key: _read_recipe(find_choice(key, name), key)}) for key, name in chosen.items()]
     return [*before, *files, recipe, *after, _parse(overrides)]
 
 
@@ -126,9 +128,11 @@ def find_choice(key: str, name: str) -> Path:
     raise ValueError(f"there is no {key}={name}{_what_is_there(name)}: give a YAML file, or one of {', '.join(known)}")
 
 
-def _read_recipe(path: Path) -> DictConfig:
+def _read_recipe(path: Path, key: str = "") -> DictConfig:
+    """Read a recipe, or what belongs under a key of one."""
     require_file(path)
-    return read_yaml(path, mend="a recipe is a YAML file with keys such as `name: demo`")
+    mend = "a recipe is a YAML file with keys such as `name: demo`"
+    return read_yaml(path, mend=mend, prepare=functools.partial(quote_text, key=key))
 
 
 def _parse(overrides: list[str]) -> DictConfig:
@@ -138,13 +142,13 @@ def _parse(overrides: list[str]) -> DictConfig:
     parsed = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if (names_path(key) or (key == "name" and " #" in value)) and value not in _NONE and value[0] not in "'\"":
-            # A path is not YAML, in which ` #` begins a comment and `~` is nothing.
+        if is_text(key) and value[:1] not in ("'", '"') and not (value in _NONE and may_be_none(key)):
+            # Text is not YAML, in which ` #` begins a comment, `~` is nothing, and `007` and `on` are other values.
             parsed.append(OmegaConf.create({}))
             OmegaConf.update(parsed[-1], key, value)
             continue
         try:
-            parsed.append(OmegaConf.from_dotlist([override]))
+            parsed.append(OmegaConf.from_dotlist([f"{key}={quote_text(value, key=key)}"]))
         except yaml.YAMLError as error:
             raise ValueError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
     merged = OmegaConf.merge(*parsed) if parsed else OmegaConf.create()

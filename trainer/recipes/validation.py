@@ -32,7 +32,8 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
         for key, known in _CHOICES.items()
         if (value := value_at(values, key)) not in known
     ]
-    return [*choices, *out_of_range(values)]
+    empty = [f"{key} is empty: give {key}=…" for key in ("name", "run_dir") if not values[key]]
+    return [*empty, *choices, *out_of_range(values)]
 
 
 def problems(config: Config, *, released: bool = True) -> list[str]:
