@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import owner
+from launch.output import survive_readers
 from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
 from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
+from trainer.cpus import usable_threads
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES
@@ -32,6 +34,7 @@ _PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 
 def main() -> None:
     """Run one task, which its environment describes; does not return."""
+    survive_readers()
     stage = sys.argv[1]
     folder = Path(os.environ[RUN]) / stage
     attempt, task = Attempt.here(folder), SlurmTask.here()
@@ -92,7 +95,7 @@ def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
     config.parallel.processes, config.parallel.micro_batch = ranks, micro
     if "SLURM_RESTART_COUNT" in os.environ and config.checkpoint.resume == "never":
         config.checkpoint.resume = "auto"  # the checkpoints are from an earlier start of this job
-    config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
+    config.parallel.threads = config.parallel.threads or usable_threads(1)
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage
     outcome = train(config, stage, stop=notice, require_ownership=lambda: owner.require(folder))

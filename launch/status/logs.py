@@ -88,7 +88,7 @@ def follow_lines(
         files: files that were read before; other files are read from their beginning.
         told: file whose lines were shown last.
     """
-    while True:
+    while not reader_is_gone():
         paths = _all(run, stage, rank)
         for path in paths:
             lines = files.setdefault(path, _File(path)).new()
