@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.own_files import file_ids, refusal
+from models.atomic_write import remove_leftovers
 from models.documents import read_json, write_json
 from models.readable import describe_os_error, require_file
 from trainer.data.find_sounds import Counts
@@ -96,6 +97,8 @@ def convert_folder(
     report.write(place)
     try:
         _convert_all([job for job in jobs if job.source not in refused], inputs, converter, report)
+        for folder_of_some in {job.target.parent for job in jobs if job.target.parent.is_dir()}:
+            remove_leftovers(folder_of_some)
         report.finished = True
     finally:
         report.write(place)

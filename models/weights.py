@@ -23,6 +23,7 @@ from models.documents import damaged, opened, parse_json
 
 _MEND = "download or export it again"
 
+_SYSTEM_ERROR = r"os error (\d+)"  # how safetensors gives the number of a system error
 State = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +42,7 @@ class Stored:
         try:
             return self.file.get_tensor(self.name)
         except SafetensorError as error:
-            raise _damaged_error(self.path, error) from error
+            raise _read_error(self.path, error) from error
 
 
 Weights = Mapping[str, Tensor | Stored]
@@ -70,7 +71,7 @@ def write_safetensors(path: str | Path, state: State, metadata: Mapping[str, str
             save_file(dict(state), partial, metadata=dict(metadata))
             partial.chmod(0o666 & ~_umask())  # safetensors creates files that the group can't read
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(_SYSTEM_ERROR, str(error))
         raise OSError(int(number[1]) if number else 0, f"could not be written ({error})", str(path)) from error
 
 
@@ -119,12 +120,15 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
     except SafetensorError as error:
-        raise _damaged_error(path, error) from error
+        raise _read_error(path, error) from error
     shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
 
 
-def _damaged_error(path: Path, error: SafetensorError) -> ValueError:
+def _read_error(path: Path, error: SafetensorError) -> ValueError | OSError:
+    """Return the error of a damaged file, or of a disk that failed while the file was read."""
+    if number := re.search(_SYSTEM_ERROR, str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
     return ValueError(f"{path} is not a complete safetensors file ({error}): {_MEND}")
 
 

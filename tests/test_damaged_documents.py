@@ -29,12 +29,13 @@ from models.backbones.oobleck import read_oobleck_config
 from models.backbones.woosh import read_woosh_sizes
 from tests.damage import Document, Folder, LinesDocument, YamlDocument, watched
 from trainer.checkpoints import checkpoint, inventory, resume
+from trainer.checkpoints.manifest import digest
 from trainer.data import prepare, shard_plan
 from trainer.data.reader import Damage
 from trainer.data.set_description import info_of
 from trainer.data.shard_set import open_set
 from trainer.data.shards import DamagedSample
-from trainer.data.sound_files import SoundFile
+from trainer.data.sources import SoundFile
 from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test
@@ -62,7 +63,7 @@ class Sealed(Document):
             return super().dump(value)
         value.pop("sha256", None)
         value = json.loads(json.dumps(value))
-        return super().dump({**value, "sha256": checkpoint._digest(value)})
+        return super().dump({**value, "sha256": digest(value)})
 
 
 class Header(Document):

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.output import reader_is_gone
 from models.documents import opened
+from trainer.file_names import printable_lines
 from trainer.stages import STAGES
 
 _LINES = 60  # lines of a rank's log to show
@@ -195,5 +197,5 @@ def _text(line: bytes) -> str:
 
 def _show(*lines: str) -> None:
     for line in lines:
-        print(line)
+        print(printable_lines(line))
     sys.stdout.flush()

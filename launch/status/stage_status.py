@@ -117,7 +117,7 @@ class StageStatus:
     def array(self) -> bool:
         """Whether the job is an array."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
-        return self.job is not None and ("%a" in self.job.log or any("_" in number for number in numbers))
+        return self.job is not None and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
 
     def _written(self, *names: str) -> float:
         """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""

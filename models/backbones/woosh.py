@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -273,13 +274,13 @@ def _open_weights(folder: Path) -> dict[str, Stored]:
         return open_safetensors(weights)[1]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".bin"))
     if pickles:
-        convert = (
+        convert = shlex.quote(
             "import torch, safetensors.torch as s; "
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'weights.safetensors')"
+            f"s.save_file(torch.load({pickles[0]!r}, weights_only=True), 'weights.safetensors')"
         )
         raise ValueError(
             f"{folder / pickles[0]} is a pickle, which can run code and is not opened: "
-            f'if you trust it, convert it in its folder with  python -c "{convert}"'
+            f"if you trust it, convert it in its folder with  python -c {convert}"
         )
     raise ValueError(f"{weights} does not exist: download the release's weights into this folder")
 

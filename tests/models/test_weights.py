@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbones.pretrained import load_dit
@@ -113,3 +115,15 @@ def test_a_narrower_file_fills_a_model_in_float32(tmp_path):
         assert parameter.is_contiguous()
         assert parameter.requires_grad
         assert (parameter == 0.5).all()
+
+
+def test_a_disk_that_fails_is_no_damaged_file(tmp_path):
+    class Failing:
+        def get_tensor(self, name: str) -> None:
+            raise SafetensorError(f"Could not read tensor {name}: Input/output error (os error 5)")
+
+    stored = Stored(tmp_path / "g.safetensors", "w", torch.Size((3,)), Failing())
+    with pytest.raises(OSError, match="Input/output error") as error:
+        stored.read()
+    assert error.value.errno == errno.EIO
+    assert error.value.filename == str(tmp_path / "g.safetensors")

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from models.disk_errors import with_number
 from models.documents import write_json
+from models.readable import describe_os_error
 from trainer.checkpoints import checkpoint, inventory
+from trainer.checkpoints.manifest import OtherFormatError, read_manifest
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
@@ -38,16 +41,26 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
             names must have the same hash.
 
     Raises:
-        ValueError: on every rank, if `checkpoint.resume` cannot be followed. The message says why and how to fix it.
+        ValueError: on every rank, if `checkpoint.resume` cannot be followed, or if there are checkpoints and none of
+            them is whole. The message says why and how to fix it.
+        OSError: on every rank, if a checkpoint can't be read now.
     """
 
-    def decide() -> tuple[Path | None, str]:
+    def decide() -> tuple[Path | None, str, int | None]:
         try:
-            return _decide(config.checkpoint.resume, run, identity), ""
+            return _decide(config.checkpoint.resume, run, identity), "", None
         except ValueError as error:
-            return None, str(error)
+            return None, str(error), None
+        except OSError as error:
+            problem = (
+                f"{describe_os_error(error)}: the checkpoints of {run.path} can't be read now. None was renamed or "
+                f"passed over: mend the disk or the permissions, then repeat the command"
+            )
+            return None, problem, error.errno or 0
 
-    path, problem = collective.on_rank_0(decide)
+    path, problem, number = collective.on_rank_0(decide)
+    if number is not None:
+        raise with_number(number, problem)
     if problem:
         raise ValueError(problem)
     return path
@@ -55,7 +68,16 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
 
 def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     """Find the checkpoint to resume from, as `find_start` does. On rank 0."""
-    newest = checkpoint.newest(run.checkpoints)
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+    except (checkpoint.NoWholeCheckpointError, OtherFormatError) as error:
+        if choice == "auto" or (choice != "never" and was_followed(run, choice)):
+            raise
+        newest = None
+        if choice == "never":
+            if isinstance(error, OtherFormatError):
+                raise
+            checkpoint.set_all_aside(run.checkpoints)
     if choice == "auto":
         return newest
     if choice == "never":
@@ -88,7 +110,7 @@ def was_followed(run: RunDirectory, choice: str) -> bool:
 def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
     if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
-    meta = checkpoint.read_manifest(path)["meta"]
+    meta = read_manifest(path)["meta"]
     if meta.get("stage") != run.stage:
         raise ValueError(f"checkpoint.resume={path} is of the stage {meta.get('stage')}, not {run.stage}")
     if meta.get("config") != identity:
@@ -106,11 +128,11 @@ def start(task: Task, location: str) -> None:
     """
     path = Path(location)
     if (path / MANIFEST).exists():
-        if problems := checkpoint.find_problems(path):
+        if problems := collective.together(lambda: checkpoint.find_problems(path))[collective.rank()]:
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
-        _require_base(task, path, checkpoint.read_manifest(path)["meta"].get("base", ""))
+        _require_base(task, path, read_manifest(path)["meta"].get("base", ""))
         checkpoint.load(path, whole_ranges(wanted), partly=True)
     elif path.is_dir():
         _copy_export(task, path)
@@ -144,7 +166,7 @@ def _require_base(task: Task, path: Path, base_hash: str) -> None:
 
 def describe_resumed(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
     """Return the log message that says where the run resumes, with a table of the restored tensors."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_manifest(path)
     meta: dict[str, Any] = manifest["meta"]
     now = inventory.writer({"strategy": strategy, "world_size": world_size})
     base = f"\n  the frozen base is not in it: {base_hash[:12]}, the same as when it was saved" if base_hash else ""

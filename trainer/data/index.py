@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.documents import LARGEST_LIST, opened, read_json
+from models.readable import describe_os_error
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import INDEX_ROWS, MAKE_AGAIN, SetInfo, find_members, index_rows, text_width, write_index
 from trainer.data.tar_members import is_apple_double, shown
@@ -134,7 +135,9 @@ def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
 def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
     try:
         return _scan(path)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return f"{describe_os_error(error)}: it can't be read now, which is no sign of damage"
+    except ValueError as error:
         return str(error)
 
 

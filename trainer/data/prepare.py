@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -99,6 +99,7 @@ def prepare(
     parts: int = 1,
     own: Iterable[Path] = (),
     progress: Callable[[Tally], None] | None = None,
+    sole: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext,
 ) -> PrepareReport | None:
     """Make the sets, or finish an earlier attempt; return at once if the sets are complete.
 
@@ -122,6 +123,8 @@ def prepare(
         parts: the number of parts of the job, which may run at the same time.
         own: directories of the run, in which no sounds are looked for, besides `out`.
         progress: called after each file.
+        sole: gives this part of the work in `out` to this process alone for as long as it writes; the function that it
+            yields raises ValueError if another process is at another part.
 
     Returns:
         The report, or None if other parts of the job are unfinished.
@@ -148,28 +151,29 @@ def prepare(
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / _LOCK):
-        if report := _finished(out, settings, audio):
-            return report
-        _begin(out, settings | _division(sources))
-        seconds = durations(sources, out / _WORK / "durations.json")
-    units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
-    mine = units[part::parts]
-    tally = Tally(sum(len(unit.sources) for unit in mine))
-    missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
-    # Encode the missing units of this part.
-    tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-    encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
-    with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
-        for unit in missing:
-            _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
-    # If all parts are done, make the sets.
-    with locked(out / _LOCK):
-        if report := _finished(out, settings, audio):
-            return report
-        if parts > 1 and not all(_is_done(out, unit) for unit in units):
-            return None
-        return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings))
+    with sole() as require_alone:
+        with locked(out / _LOCK):
+            if report := _finished(out, settings, audio):
+                return report
+            _begin(out, settings | _division(sources), require_alone)
+            seconds = durations(sources, out / _WORK / "durations.json")
+        units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
+        mine = units[part::parts]
+        tally = Tally(sum(len(unit.sources) for unit in mine))
+        missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
+        # Encode the missing units of this part.
+        tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
+        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
+        with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
+            for unit in missing:
+                _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
+        # If all parts are done, make the sets.
+        with locked(out / _LOCK):
+            if report := _finished(out, settings, audio):
+                return report
+            if parts > 1 and not all(_is_done(out, unit) for unit in units):
+                return None
+            return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings))
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -238,13 +242,18 @@ def _division(sources: list[SoundFile]) -> dict[str, str]:
     return {} if groups(places) == [name for _, name in places] else {"groups": "folders"}
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings."""
+def _begin(out: Path, settings: dict[str, Any], require_alone: Callable[[], None] | None) -> None:
+    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings.
+
+    An attempt with other settings is removed, unless `require_alone` raises ValueError because a process is at it.
+    """
     work = out / _WORK
     record = work / "settings.json"
     mend = f"remove {work} to begin again"
     if record.exists() and read_json(record, dict[str, Any], mend=mend) == settings:
         return
+    if require_alone is not None and work.exists():
+        require_alone()
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
     for folder in (out / split for split in SPLITS):
@@ -320,7 +329,9 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> Prep
     files = sum(len(unit.sources) for unit in units)
     shards: dict[str, dict[str, np.ndarray]] = {unit.split: {} for unit in units}
     for unit, record in zip(units, records, strict=True):
-        shards[unit.split] |= {name: np.load(_rows_path(out, unit, name)) for name in record["shards"]}
+        shards[unit.split] |= {
+            name: np.load(_rows_path(out, unit, name), allow_pickle=False) for name in record["shards"]
+        }
     if not any(shards.values()):
         reasons = "; ".join(printable(f"{problem['file']} {problem['reason']}") for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")

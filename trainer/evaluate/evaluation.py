@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def evaluate(config: Config) -> dict[str, Any]:
     return report
 
 
-def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | None:
+def evaluate_part(
+    config: Config, *, part: int, parts: int, sole: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> dict[str, Any] | None:
     """Score every `parts`-th block of clips, starting with block `part`; the last part to end merges the results.
+
+    `sole` gives this part of the work to this process alone for as long as it writes.
 
     Returns:
         The report, or None if other parts have not ended yet. Except for `speed` and `created`, the report is
@@ -70,10 +75,10 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
     if not 0 <= part < parts:
         raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
-    require_own_report(plan.folder, _REPORT)
+    require_own_report(plan.folder)
     if (report := plan.finished()) is not None:
         return report
-    with torch.inference_mode():
+    with torch.inference_mode(), sole():
         plan.work(part, parts)
         if not plan.complete():
             return None

@@ -111,8 +111,9 @@ def read_report(path: Path, identity: str) -> dict[str, Any] | None:
     return report
 
 
-def require_own_report(folder: Path, name: str) -> None:
-    """Raise ValueError if the folder holds a report called `name`, or tables, that no evaluation wrote."""
+def require_own_report(folder: Path) -> None:
+    """Raise ValueError if the folder holds a report or tables that no evaluation wrote."""
+    name = "evaluation.json"
     report = read_optional(folder / name, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
     foreign = [name] if report and "systems" not in report else []
     if not report:

@@ -25,15 +25,15 @@ def test_a_name_is_what_was_typed(name, tmp_path):
 
 @pytest.mark.parametrize("text", CASTS)
 def test_text_in_a_recipe_is_what_was_typed(text, tmp_path):
-    recipe = tmp_path / "mine.yaml"
+    recipe, name = tmp_path / "mine.yaml", text if text.isidentifier() else "B"
     recipe.write_text(
         f"name: {text}\ndata: {{latents: /x/{text}}}\ntext: {{folder: {text}}}\n"
         f"evaluate:\n  weights: {{dac: {text}, opus: /y}}\n"
-        f"cluster:\n  environment: {{A: {text}, {text if text != '<<' else 'B'}: b}}\n  setup: [{text}]\n"
+        f"cluster:\n  environment: {{A: {text}, {name}: b}}\n  setup: [{text}]\n"
     )
     config = load_recipe(str(recipe), [])
     assert (config.name, config.text.folder, config.evaluate.weights["dac"]) == (text, text, text)
-    assert config.cluster.environment == {"A": text, text if text != "<<" else "B": "b"}
+    assert config.cluster.environment == {"A": text, name: "b"}
     assert config.cluster.setup == [text]
 
 
