@@ -49,9 +49,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
         if found := value_problems(values):
             raise ValueError("\n".join(found))
         if sizes := _problems_of_dit(values["dit"]):
-            merged.dit = OmegaConf.structured(
-                DiTConfig
-            )  # wrong sizes cannot be built; the default ones fit to all others
+            merged.dit = OmegaConf.structured(DiTConfig)  # wrong sizes can't be built; the default ones fit
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
