@@ -15,14 +15,16 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from launch.output import survive_readers
 from launch.signals import INTERRUPTED
+from trainer.cpus import usable_cpus
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
     "settings that replace those of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` "
     "lists all settings"
 )
-_WORKERS = "number of processes (default: the number of CPUs, %(default)s)"
+_WORKERS = "number of processes (default: the number of CPUs that may be used, %(default)s)"
 _RECIPE = "a YAML file, or the name of a recipe in configs/, such as demo"
 
 
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     synth.add_argument("folder", type=_path, help="folder to write the sounds to")
     synth.add_argument("--hours", type=float, default=0.5, help="hours of sound to make (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="random seed of the sounds (default: %(default)s)")
-    synth.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
+    synth.add_argument("--workers", type=int, default=usable_cpus(), help=_WORKERS)
 
     _add_recipe_commands(subs)
     _add_listening_test(subs)
@@ -142,7 +144,7 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
         help="autoencoder that made the latents (default: the one that the existing index names)",
     )
     index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh and oobleck")
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=_WORKERS)
+    index.add_argument("--workers", type=int, default=usable_cpus(), help=_WORKERS)
 
     data = _add_command(subs, "data", "on_files:data", "summarize a set of latents")
     data.add_argument("location", metavar="DIR", help="folder or URL of a set, or of its parent with train/ and test/")
@@ -301,6 +303,7 @@ def command() -> None:
     If torch was imported, the process runs its exit handlers and then ends without the interpreter's own shutdown:
     threads of torch do not always survive that shutdown and would abort a command that has succeeded.
     """
+    survive_readers()
     status = main()
     if "torch" in sys.modules:
         atexit._run_exitfuncs()

@@ -15,8 +15,10 @@ import torch.multiprocessing as multiprocessing
 
 from launch import owner
 from launch.error_line import describe_error
-from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
+from launch.output import survive_readers
+from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag, heeded
 from launch.slurm.attempt import TOKEN
+from trainer.cpus import usable_threads
 from trainer.file_names import printable
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
@@ -66,7 +68,7 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    before = {number: signal.signal(number, forward) for number in heeded(SIGNALS)}
     try:
         while not context.join(grace_period=_GRACE):
             pass
@@ -101,7 +103,8 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ["OMP_NUM_THREADS"] = str(usable_threads(ranks))
+    survive_readers()
     try:
         with StopFlag() as stop:
             import torch.distributed as dist

@@ -11,6 +11,7 @@ from models.backbones.pretrained import latent_timing
 from trainer.checkpoints.disk_space import checkpoint_bytes
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import size
+from trainer.recipes.ranges import with_ranges
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
@@ -19,7 +20,8 @@ from trainer.stages import STAGES
 
 def plan(config: Config) -> Iterator[str]:
     """Yield lines: the resolved config, batch sizes, bit rates, memory per rank, the run directory, job scripts."""
-    yield from ("# resolved config", to_yaml(config), "# stages", *_stages(config), "", "# codec", *_codec(config), "")
+    yield from ("# resolved config, and the range of each number", with_ranges(to_yaml(config)))
+    yield from ("# stages", *_stages(config), "", "# codec", *_codec(config), "")
     yield from memory(config)
     yield from ("# run directory", *_run_directory(config), "")
     if config.cluster.kind == "slurm":

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Self
 
 from trainer.stop import Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 MISTAKE = 2  # exit status: a user's mistake, which the message explains
 INTERRUPTED = 130  # exit status: interrupted by a second Ctrl-C
 STOPPED = 75  # exit status (EX_TEMPFAIL of sysexits): saved, and the same command resumes
 _ONE_PRESS = 1.0  # seconds: one Ctrl-C reaches each rank twice, from the terminal and from its parent process
+
+
+def heeded(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return the signals without SIGHUP if the process ignores that one, as `nohup` arranges."""
+    return [number for number in signals if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class StopFlag(Stop):
@@ -27,7 +33,7 @@ class StopFlag(Stop):
         """Reason for which the flag was set, for people."""
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+        self._before = {number: signal.signal(number, self._handle) for number in heeded(self.signals)}
         return self
 
     def __exit__(

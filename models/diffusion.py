@@ -16,6 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from models.ranges import range_of, range_problems, ranged
+
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -26,6 +28,18 @@ class Diffusion(ABC):
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if an option is out of its range."""
+        options = [(field, range_of(field)) for field in fields(self)]  # type: ignore[arg-type]  # all are dataclasses
+        found = [
+            line
+            for field, allowed in options
+            if allowed is not None
+            for line in range_problems(f"{self.name}: {field.name}", getattr(self, field.name), allowed)
+        ]
+        if found:
+            raise ValueError("; ".join(found))
 
     @abstractmethod
     def noise_level(self, u: Tensor) -> Tensor:
@@ -119,15 +133,12 @@ class FlowMatching(Diffusion):
     training, t is logit-normal (Esser et al. 2024, arXiv 2403.03206, section 3.1).
     """
 
-    logit_mean: float = 0.0
+    logit_mean: float = ranged(0.0)
     """Mean of logit(t) in training; a mean above 0 draws high noise levels more often than low ones."""
-    logit_std: float = 1.0
+    logit_std: float = ranged(1.0, above=0)
     """Standard deviation of logit(t) in training."""
 
     name: ClassVar[str] = "flow_matching"
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "logit_std")
 
     def noise_level(self, u: Tensor) -> Tensor:
         """Return ``sigmoid(logit_mean + logit_std · probit(u))``."""
@@ -171,7 +182,7 @@ class VarianceExploding(Diffusion):
     sigma_max: float
 
     def __post_init__(self) -> None:
-        _require_positive(self, "sigma_data", "sigma_min")
+        super().__post_init__()
         if self.sigma_max <= self.sigma_min:
             raise ValueError(f"{self.name}: sigma_max={self.sigma_max} must be above sigma_min={self.sigma_min}")
 
@@ -223,24 +234,20 @@ class VarianceExploding(Diffusion):
 class EDM(VarianceExploding):
     """The formulation of Karras et al. 2022, with their noise levels for training and for sampling."""
 
-    sigma_data: float = 1.0
+    sigma_data: float = ranged(1.0, above=0)
     """Standard deviation of x0; latents are standardised, so 1."""
-    log_mean: float = -0.5
+    log_mean: float = ranged(-0.5)
     """Mean of ln σ in training: the paper's -1.2 for σ_data = 0.5, shifted by ln 2 for σ_data = 1."""
-    log_std: float = 1.2
+    log_std: float = ranged(1.2, above=0)
     """Standard deviation of ln σ in training."""
-    sigma_min: float = 0.002
+    sigma_min: float = ranged(0.002, above=0)
     """Lowest noise level of sampling above 0."""
-    sigma_max: float = 80.0
+    sigma_max: float = ranged(80.0, above=0)
     """Noise level at which sampling starts."""
-    rho: float = 7.0
+    rho: float = ranged(7.0, above=0)
     """Exponent of sampling's schedule: the higher, the denser the levels near sigma_min (equation 5)."""
 
     name: ClassVar[str] = "edm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_positive(self, "log_std", "rho")
 
     def noise_level(self, u: Tensor) -> Tensor:
         """Return the log-normal ``exp(log_mean + log_std · probit(u))``."""
@@ -267,11 +274,11 @@ class VPrediction(VarianceExploding):
     ``σ = tan φ`` and σ_data = 1; c_in undoes the division, and v = -F.
     """
 
-    sigma_data: float = 1.0
+    sigma_data: float = ranged(1.0, above=0)
     """Standard deviation of x0."""
-    sigma_min: float = 0.3
+    sigma_min: float = ranged(0.3, above=0)
     """Lowest noise level of sampling above 0, as in the release."""
-    sigma_max: float = 500.0
+    sigma_max: float = ranged(500.0, above=0)
     """Noise level at which sampling starts, and the highest in training; as in the release."""
 
     name: ClassVar[str] = "v_prediction"
@@ -358,10 +365,3 @@ def _require_steps(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"sampling needs at least 1 step, not {steps}")
     return steps
-
-
-def _require_positive(diffusion: Diffusion, *names: str) -> None:
-    for name in names:
-        value = getattr(diffusion, name)
-        if not value > 0:
-            raise ValueError(f"{diffusion.name}: {name}={value} must be above 0")

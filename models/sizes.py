@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from models.documents import Positive, build, damaged, fits
+from models.ranges import ranged
 
 _LARGEST = 2**24
 """The largest size that a config may name, see `models.documents.Size`."""
@@ -21,37 +22,37 @@ _MEND = "export it again"
 class DiTConfig:
     """Size and shape of a `DiT`."""
 
-    channels: int = 128
+    channels: int = ranged(128, least=1)
     """Channels of the latents that the DiT takes and returns."""
-    width: int = 384
+    width: int = ranged(384, least=1)
     """Features of a token."""
-    depth: int = 8
+    depth: int = ranged(8, least=1)
     """Total number of Transformer blocks, multi-stream and single-stream."""
-    multistream_depth: int = 4
+    multistream_depth: int = ranged(4, least=0)
     """Number of blocks, counted from the first, that are multi-stream; there are none if `text_width` is None."""
-    heads: int = 6
+    heads: int = ranged(6, least=1)
     """Attention heads; each head has width / heads features."""
-    hidden_width: int = 1536
+    hidden_width: int = ranged(1536, least=1)
     """Features of the MLPs' hidden layer, usually 4 × width."""
-    text_width: int | None = None
+    text_width: int | None = ranged(None, least=1)
     """Features of a text token from the text encoder; None builds a DiT without a text stream."""
-    text_tokens: int = 77
+    text_tokens: int = ranged(77, least=1)
     """Text tokens per caption; learned pad tokens fill up shorter captions."""
-    patch_size: int = 1
+    patch_size: int = ranged(1, least=1)
     """Latent frames per token."""
-    memory_tokens: int = 1
+    memory_tokens: int = ranged(1, least=0)
     """Extra tokens in the latent stream for information that belongs to no frame; they share one learned vector."""
-    rotary_width: int | None = None
+    rotary_width: int | None = ranged(None, least=0)
     """Features of a head that RoPE rotates; the other features carry no position. None rotates all features."""
-    rotary_base: float = 10000.0
+    rotary_base: float = ranged(10000.0, above=0)
     """RoPE's base: the slowest feature makes one turn in about 2π · base tokens."""
-    rotary_span: int = 501
+    rotary_span: int = ranged(501, least=1)
     """Tokens over which the memory tokens are spread evenly; longer inputs work, too."""
-    yarn_trained_tokens: int | None = None
+    yarn_trained_tokens: int | None = ranged(None, least=1)
     """Tokens that RoPE spanned before YaRN stretched it to `rotary_span` (arXiv 2309.00071); None does not stretch."""
-    yarn_factor: float = 40.0
+    yarn_factor: float = ranged(40.0, above=0)
     """Factor by which YaRN slows down RoPE's slowest frequencies."""
-    time_features: int = 256
+    time_features: int = ranged(256, least=2)
     """Fourier features of the noise level."""
     gated_skip: bool = False
     """Whether the DiT predicts `output(h) + skip(h) · x`, where the tokens h gate each number of the input x. The skip
@@ -189,21 +190,21 @@ def with_blocks(config: DecoderConfig, counts: tuple[int, int]) -> DecoderConfig
 class LatentEncoderConfig:
     """Sizes of the latent encoder g and the upsampler f."""
 
-    latent_channels: int = 128
+    latent_channels: int = ranged(128, least=1)
     """Channels of the AudioAE's latents x0."""
-    z_channels: int = 64
+    z_channels: int = ranged(64, least=1)
     """Channels of z; the paper uses 64 at every rate."""
-    pooling: int = 9
+    pooling: int = ranged(9, least=1)
     """Frames of x0 per vector z. At 100 Hz, 4 gives 25 Hz (30×), 9 gives 11.1 Hz (68×) and 100 gives 1 Hz (750×)."""
-    patch_size: int = 1
+    patch_size: int = ranged(1, least=1)
     """Frames of x0 per token of g and f. The paper uses 1; more is cheaper. It must divide `pooling`."""
-    width: int = 512
+    width: int = ranged(512, least=1)
     """Features of a token in the Transformer blocks."""
-    encoder_depth: int = 4
+    encoder_depth: int = ranged(4, least=0)
     """Number of Transformer blocks in g."""
-    upsampler_depth: int = 2
+    upsampler_depth: int = ranged(2, least=0)
     """Number of Transformer blocks in f."""
-    heads: int = 8
+    heads: int = ranged(8, least=1)
     """Attention heads; `width / heads` must be even."""
     magnitudes: bool = False
     """Whether g sees |x0| in addition to x0. In signed spectra, such as the latents of `spectral`, the sound is in the
@@ -280,11 +281,11 @@ class Sampling:
 
     sampler: str = "dpmpp"
     """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
-    steps: int = 16
+    steps: int = ranged(16, least=1)
     """Steps of the sampler; `heun` calls D twice per step, the others once."""
-    guidance: float = 1.0
+    guidance: float = ranged(1.0)
     """Scale of classifier-free guidance by z; 1 turns guidance off."""
-    temperature: float = 1.0
+    temperature: float = ranged(1.0, above=0)
     """Factor on the noise that sampling starts from. Below 1, decodes of the same codes differ less and stay closer to
     the most likely sound."""
 

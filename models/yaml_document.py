@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -16,8 +17,13 @@ _DEEPEST = 32
 _MOST_VALUES = 50_000  # with every alias expanded: a short document can stand for billions of values
 
 
-def read_yaml(path: Path, *, mend: str) -> DictConfig:
+def read_yaml(path: Path, *, mend: str, prepare: Callable[[str], str] = str) -> DictConfig:
     """Read a YAML document that is a mapping.
+
+    Args:
+        path: the document.
+        mend: what a user can do about a damaged document, as a phrase that follows a colon.
+        prepare: changes the YAML before its values are read.
 
     Raises:
         DamagedDocument: the path is no regular file, or its content is not YAML, not a mapping, nested too deeply, or
@@ -29,7 +35,7 @@ def read_yaml(path: Path, *, mend: str) -> DictConfig:
     try:
         text = content.decode("utf-8-sig")
         _require_small(text)
-        read = OmegaConf.load(io.StringIO(text))
+        read = OmegaConf.load(io.StringIO(prepare(text)))
     except RecursionError:
         raise damaged(path, "it is nested too deeply", mend) from None
     except Exception as error:  # the errors of the YAML library share no useful base class

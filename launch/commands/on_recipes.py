@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from launch import pipeline
+from launch.launcher_variables import require_whole_launch
 from launch.plan import plan as plan_lines
 from launch.signals import STOPPED
 from launch.slurm import submit
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, _overrides(options))
     if config.cluster.kind == "slurm":
         return _submit(config, None, dry=options.dry_run)
+    require_whole_launch()
     return _exit_status(pipeline.run(config))
 
 
@@ -40,6 +42,7 @@ def train(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, overrides)
     if config.cluster.kind == "slurm":
         return _submit(config, stage, dry=options.dry_run)
+    require_whole_launch()
     return _exit_status(pipeline.train(config, stage))
 
 

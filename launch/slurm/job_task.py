@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from launch import owner
 from launch.error_line import describe_error
+from launch.output import survive_readers
 from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
@@ -22,6 +23,7 @@ from launch.slurm.deadline import Notice
 from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
 from models.disk_errors import LASTING
+from trainer.cpus import usable_threads
 from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
@@ -32,6 +34,7 @@ _FAILED = 1
 
 def main() -> None:
     """Run one task, which its environment describes; does not return."""
+    survive_readers()
     stage = sys.argv[1]
     folder = Path(os.environ[RUN]) / stage
     attempt, task = Attempt.here(folder), SlurmTask.here()
@@ -93,7 +96,7 @@ def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
     config.parallel.processes, config.parallel.micro_batch = ranks, micro
     if "SLURM_RESTART_COUNT" in os.environ and config.checkpoint.resume == "never":
         config.checkpoint.resume = "auto"  # the checkpoints are from an earlier start of this job
-    config.parallel.threads = config.parallel.threads or int(os.environ["OMP_NUM_THREADS"])
+    config.parallel.threads = config.parallel.threads or usable_threads(1)
     task.join(ranks)
     folder = Path(os.environ[RUN]) / stage
     outcome = train(config, stage, stop=notice, require_ownership=lambda: owner.require(folder))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from launch.output import reader_is_gone
 from models.documents import opened
 from trainer.file_names import printable_lines
 from trainer.stages import STAGES
@@ -89,7 +90,7 @@ def follow_lines(
         files: files that were read before; other files are read from their beginning.
         told: file whose lines were shown last.
     """
-    while True:
+    while not reader_is_gone():
         paths = _all(run, stage, rank)
         for path in paths:
             lines = files.setdefault(path, _File(path)).new()

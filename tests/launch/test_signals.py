@@ -19,6 +19,16 @@ def test_a_signal_sets_the_flag_and_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_one_press_of_ctrl_c_may_come_twice_and_a_second_press_interrupts(monkeypatch):
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -403,7 +403,7 @@ def test_formulations_are_made_by_name():
         ("edm", {"sigma": 1}, "no option 'sigma': its options are sigma_data"),
         ("flow_matching", {"logit_std": 0}, "logit_std=0 must be above 0"),
         ("edm", {"sigma_data": -1}, "sigma_data=-1 must be above 0"),
-        ("edm", {"log_std": math.nan}, "log_std=nan must be above 0"),
+        ("edm", {"log_std": math.nan}, "log_std=nan must be a finite number"),
         ("edm", {"log_mean": "low"}, "log_mean='low' must be a number"),
         ("edm", {"sigma_min": 90}, "sigma_max=80.0 must be above sigma_min=90"),
         ("v_prediction", {"sigma_min": 0}, "sigma_min=0 must be above 0"),

@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 from models.atomic_write import write_whole
 from models.disk_errors import LASTING, PASSING, with_number
+from models.ranges import ranged
 from trainer.file_names import printable
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,11 @@ class CacheSettings:
 
     folder: str | None = None
     """A folder on a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or the system's temporary folder."""
-    gib: float = 50.0
+    gib: float = ranged(50.0, above=0)
     """The size limit of all shards in the cache, in GiB."""
-    patience: float = 600.0
+    patience: float = ranged(600.0, above=0, unlimited=True)
     """Seconds to retry a failing request for."""
-    fetchers: int = 4
+    fetchers: int = ranged(4, least=1)
     """Shards that each rank fetches at the same time."""
 
     @property

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
+from trainer.cpus import usable_threads
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
@@ -39,9 +40,9 @@ class Parallel:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if on_cpu:
-            torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size))
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+            torch.set_num_threads(config.threads or usable_threads(here))
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes

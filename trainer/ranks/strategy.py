@@ -167,7 +167,8 @@ class TorchStrategy(Strategy):
         norm = self._whole(torch.nn.utils.get_total_norm(gradients))
         value = float(norm)
         if accept(value):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
+            if self.settings.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

@@ -235,7 +235,7 @@ def _settings(
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": parts,
-        "gradient_clipping": settings.clip_norm,
+        "gradient_clipping": settings.clip_norm or 0.0,  # 0 turns clipping off in DeepSpeed
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.ranges import range_of, range_problems, ranged
 from trainer.file_names import printable
 from trainer.stages import STAGES
 
@@ -33,11 +34,11 @@ class ClusterConfig:
     """`local`: stages run on this machine; `slurm`: each stage is a job that waits for the previous one."""
     nodes: str = "1"
     """Nodes of each job: `4`, or a range such as `2-8`, from which each start of the job takes what is available."""
-    gpus_per_node: int = 0
+    gpus_per_node: int = ranged(0, least=0)
     """GPUs per node; 0: the ranks compute on CPUs."""
-    tasks_per_node: int | None = None
+    tasks_per_node: int | None = ranged(None, least=1)
     """Ranks per node; None: one per GPU, or one without GPUs."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = ranged(None, least=1)
     """CPU cores per rank; None: the cluster's default."""
     mem: str | None = None
     """Host memory per node, such as `200G`; None: the cluster's default."""
@@ -62,10 +63,10 @@ class ClusterConfig:
     """Environment variables of the job."""
     python: str | None = None
     """Command that starts Python in the job; None: the Python that submits the job."""
-    grace_seconds: int = 120
+    grace_seconds: int = ranged(120, least=1)
     """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
     them. SLURM may send the signal up to a minute early."""
-    array: int = 1
+    array: int = ranged(1, least=1)
     """Jobs among which the sound files of `prepare` are divided. To divide the clips of `evaluate`, set
     `stages.evaluate.array`."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -155,12 +156,9 @@ def _problems_of(cluster: ClusterConfig, where: str) -> list[str]:
         found.append(f"{where}.nodes={cluster.nodes} is neither a number like 4 nor a range like 2-8")
     if cluster.time is not None and not _TIME.fullmatch(str(cluster.time)):
         found.append(f"{where}.time={cluster.time} is not a time limit: write 24:00:00, 2-12 (days-hours) or minutes")
-    for key in ("tasks_per_node", "cpus_per_task", "array", "grace_seconds"):
-        value = getattr(cluster, key)
-        if value is not None and value < 1:
-            found.append(f"{where}.{key}={value} must be at least 1")
-    if cluster.gpus_per_node < 0:
-        found.append(f"{where}.gpus_per_node={cluster.gpus_per_node} must be at least 0")
+    for item in dataclasses.fields(cluster):
+        if (allowed := range_of(item)) is not None:
+            found += range_problems(f"{where}.{item.name}", getattr(cluster, item.name), allowed)
     for key in _ONE_LINE:
         if not _is_option_value(value := getattr(cluster, key)):
             found.append(f"{where}.{key}={printable(str(value))} must be one line without control characters")

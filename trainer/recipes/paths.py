@@ -11,12 +11,6 @@ PATHS = (
     *("pretrained.folder", "checkpoint.resume", "checkpoint.start_from"),
 )
 """Keys whose value is a path, or may be one."""
-_TABLES_OF_PATHS = ("evaluate.codecs.", "evaluate.weights.")
-
-
-def names_path(key: str) -> bool:
-    """Whether the value of a key is a path, or may be one."""
-    return key in PATHS or key.startswith(_TABLES_OF_PATHS)
 
 
 def expanded(path: str) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.readable import file_trouble, require_file
+from models.sizes import DiTConfig
 from models.yaml_document import read_yaml
-from trainer.recipes.paths import expand_homes, expanded, names_path
+from trainer.recipes.paths import expand_homes, expanded
 from trainer.recipes.schema import Config, recipe_schema
+from trainer.recipes.text import is_text, may_be_none, quote_text
 from trainer.recipes.values import flatten
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
@@ -36,19 +40,33 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
             the message has a line for every problem.
     """
-    from trainer.recipes.validation import problems
+    from trainer.recipes.validation import problems, value_problems
 
     schema = OmegaConf.structured(recipe_schema())
     try:
         merged = OmegaConf.merge(schema, *_layers(_read_recipe(find_recipe(recipe)), overrides))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+        if found := value_problems(values):
+            raise ValueError("\n".join(found))
+        if sizes := _problems_of_dit(values["dit"]):
+            merged.dit = OmegaConf.structured(DiTConfig)  # wrong sizes can't be built; the default ones fit
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
     expand_homes(config)
-    if found := problems(config, released=released):
+    if found := [*sizes, *problems(config, released=released)]:
         raise ValueError("\n".join(found))
     return config
+
+
+def _problems_of_dit(sizes: dict[str, Any]) -> list[str]:
+    """Return why no D has these sizes, each of which is in its range; empty if one has."""
+    try:
+        DiTConfig(**sizes)
+    except ValueError as error:
+        return [f"dit: {problem}" for problem in str(error).split("; ")]
+    return []
 
 
 def find_recipe(recipe: str) -> Path:
@@ -80,7 +98,7 @@ def _layers(recipe: DictConfig, overrides: list[str]) -> list[DictConfig]:
         for override in [item for item in overrides if item.startswith(f"{key}=")]:
             chosen[key] = override.partition("=")[2]
             overrides = [item for item in overrides if item != override]
-    files = [OmegaConf.create({key: _read_recipe(find_choice(key, name))}) for key, name in chosen.items()]
+    files = [OmegaConf.create({key: _read_recipe(find_choice(key, name), key)}) for key, name in chosen.items()]
     return [*before, *files, recipe, *after, _parse(overrides)]
 
 
@@ -108,9 +126,11 @@ def find_choice(key: str, name: str) -> Path:
     raise ValueError(f"there is no {key}={name}{_what_is_there(name)}: give a YAML file, or one of {', '.join(known)}")
 
 
-def _read_recipe(path: Path) -> DictConfig:
+def _read_recipe(path: Path, key: str = "") -> DictConfig:
+    """Read a recipe, or what belongs under a key of one."""
     require_file(path)
-    return read_yaml(path, mend="a recipe is a YAML file with keys such as `name: demo`")
+    mend = "a recipe is a YAML file with keys such as `name: demo`"
+    return read_yaml(path, mend=mend, prepare=functools.partial(quote_text, key=key))
 
 
 def _parse(overrides: list[str]) -> DictConfig:
@@ -120,13 +140,13 @@ def _parse(overrides: list[str]) -> DictConfig:
     parsed = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if (names_path(key) or (key == "name" and " #" in value)) and value not in _NONE and value[0] not in "'\"":
-            # A path is not YAML, in which ` #` begins a comment and `~` is nothing.
+        if is_text(key) and value[:1] not in ("'", '"') and not (value in _NONE and may_be_none(key)):
+            # Text is not YAML, in which ` #` begins a comment, `~` is nothing, and `007` and `on` are other values.
             parsed.append(OmegaConf.create({}))
             OmegaConf.update(parsed[-1], key, value)
             continue
         try:
-            parsed.append(OmegaConf.from_dotlist([override]))
+            parsed.append(OmegaConf.from_dotlist([f"{key}={quote_text(value, key=key)}"]))
         except yaml.YAMLError as error:
             raise ValueError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
     merged = OmegaConf.merge(*parsed) if parsed else OmegaConf.create()

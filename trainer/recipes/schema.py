@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.ranges import ranged
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
@@ -24,43 +25,43 @@ class DataConfig:
     audio: str | None = None
     """Folder of sound files, or a manifest (.jsonl or .csv with `file` and `caption`). None: the
     `synth` stage makes sounds under the run directory."""
-    synth_hours: float = 0.5
+    synth_hours: float = ranged(0.5, least=0)
     """Hours of sound that `synth` makes if `audio` is None."""
     latents: str = "${run_dir}/latents"
     """Folder that holds the shards in `train/` and `test/`, or its URL (http(s)://, s3://, gs:// …). Several runs may
     share one folder."""
     cache: CacheSettings = field(default_factory=CacheSettings)
     """Local cache in which each node keeps the shards that it downloads from a URL."""
-    clip_seconds: float = 5.0
+    clip_seconds: float = ranged(5.0, above=0)
     """Length of a clip in seconds; 5 as in the paper."""
-    holdout: float = 0.1
+    holdout: float = ranged(0.1, above=0, below=1)
     """Fraction of the files that no stage trains on and that `evaluate` scores. A hash of the name selects them, or
     of the folder's name where many folders hold the same names."""
-    workers: int = 2
+    workers: int = ranged(2, least=1)
     """Processes that `synth` and `prepare` use. The result does not depend on their number."""
-    shard_mb: float = 64.0
+    shard_mb: float = ranged(64.0, above=0)
     """Size in MiB at which a new shard begins."""
-    mix: dict[str, int] = field(default_factory=dict)
+    mix: dict[str, int] = ranged(dict, least=1)
     """Sets of latents to train on instead of `latents`: folder or URL → its share of a batch, a whole number. A folder
     holds `train/` and `test/`, or is a set itself. `evaluate` still uses the `test/` of `latents`. Empty: `latents`
     alone."""
     shuffle: str = "windowed"
     """`windowed`: shuffle the blocks of the whole set, then the samples within windows of many blocks, so that reads
     stay sequential; `global`: shuffle all samples; `none`: keep the order on disk."""
-    block: int = 64
+    block: int = ranged(64, least=1)
     """Consecutive samples that `windowed` moves together into a window."""
-    window_mib: float = 2048.0
+    window_mib: float = ranged(2048.0, above=0)
     """MiB of latents in a shuffle window, from which each batch is drawn."""
-    window: int | None = None
+    window: int | None = ranged(None, least=1)
     """Samples in a shuffle window; None: as many as fit into `window_mib`."""
-    lanes: int = 64
+    lanes: int = ranged(64, least=1)
     """Parts of the order that share no block. If the number of nodes divides it, each node reads only its own parts."""
-    readers: int = 1
+    readers: int = ranged(1, least=0, note="0: no thread")
     """Threads of each rank that read and check batches ahead; 0: read each batch when it is needed."""
-    buckets: list[int] = field(default_factory=list)
+    buckets: list[int] = ranged(list, least=1)
     """Lengths in x0 frames, below a stage's `crop_frames`, to which batches of shorter clips are padded; no loss counts
     the padding. Empty: no clip may be shorter than a crop."""
-    max_damaged: float = 0.01
+    max_damaged: float = ranged(0.01, least=0, most=1)
     """Largest fraction of damaged samples in a set: the run logs and replaces each, and stops beyond this fraction."""
 
 
@@ -83,9 +84,9 @@ class TextConfig:
     package); `files` (embeddings made elsewhere: `door.npy` for the sound file `door.wav`)."""
     folder: str | None = None
     """Folder of the encoder or the embeddings. `stable_audio` and `transformers` also take a Hugging Face name."""
-    tokens: int = 77
+    tokens: int = ranged(77, least=1)
     """Text tokens that D reads; longer captions are cut. `stable_audio` uses its own number instead."""
-    layer: int = -1
+    layer: int = ranged(-1)
     """`transformers` only: index of the layer whose hidden states are used; -1 is the last layer, -2 the one before."""
 
 
@@ -105,7 +106,7 @@ class DiffusionConfig:
     name: str = "flow_matching"
     """`flow_matching` (rectified flow, as Woosh), `edm` (Karras et al. 2022, as the S-PRESSO paper) or `v_prediction`
     (as Stable Audio Open)."""
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, float] = ranged(dict)
     """Fields of the formulation's class in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
 
 
@@ -113,9 +114,9 @@ class DiffusionConfig:
 class LoraConfig:
     """Low-rank adapters on D (arXiv 2106.09685)."""
 
-    rank: int = 32
+    rank: int = ranged(32, least=1)
     """Rank r of the adapters."""
-    alpha: float = 32.0
+    alpha: float = ranged(32.0, above=0)
     """The adapters' output is scaled by alpha / rank."""
 
 
@@ -127,27 +128,27 @@ class QuantizerConfig:
     """`residual`: plain residual codebooks, fitted by faiss; `qinco2`: codebooks that start as `residual` and that
     networks then adapt to the preceding codes, trained for `quantize.samples` (arXiv 2501.03078); `fsq`: rounds each
     number of z and fits nothing (arXiv 2309.15505)."""
-    books: int = 15
+    books: int = ranged(15, least=1)
     """Number of codebooks M. The bit rate is (z rate) · M · log2 K."""
-    size: int = 256
+    size: int = ranged(256, least=2)
     """Vectors per codebook K, a power of two."""
-    rates: list[int] = field(default_factory=list)
+    rates: list[int] = ranged(list, least=1)
     """Numbers of codebooks for which the codec is finetuned and evaluated, as any prefix of the codes can be decoded.
     Empty: `books` alone."""
-    vectors: int = 65_536
+    vectors: int = ranged(65_536, least=2)
     """At most so many z vectors are used to fit the codebooks, before any training by gradient."""
-    gain_db: float = 0.0
+    gain_db: float = ranged(0.0, least=0, note="0: none")
     """Gain augmentation in `quantize`: each clip's gain is uniform between minus and plus this many dB, which gives
     more z vectors from few sounds but decodes and encodes each clip with the autoencoder. 0: none."""
-    beam: int = 16
+    beam: int = ranged(16, least=1)
     """Code sequences that the beam search keeps, in training and in encoding; not for `fsq`."""
-    candidates: int = 32
+    candidates: int = ranged(32, least=1)
     """`qinco2`: candidates per codebook, over the whole beam, that the networks evaluate; at least `beam`."""
-    depth: int = 2
+    depth: int = ranged(2, least=0)
     """`qinco2`: residual MLPs in the network of each codebook."""
-    embedding: int = 128
+    embedding: int = ranged(128, least=1)
     """`qinco2`: width between the residual MLPs."""
-    hidden: int = 256
+    hidden: int = ranged(256, least=1)
     """`qinco2`: width inside the residual MLPs."""
 
     def description(self, width: int) -> dict[str, Any]:
@@ -161,32 +162,33 @@ class QuantizerConfig:
 class TrainConfig:
     """How one stage is trained. All lengths are in samples, so they hold for any batch size."""
 
-    samples: int = 100_000
+    samples: int = ranged(100_000, least=0)
     """Length of the stage: clips that it trains on."""
-    global_batch: int = 32
+    global_batch: int = ranged(32, least=1)
     """Clips per optimizer step, over all ranks and gradient accumulation steps."""
-    lr: float = 3e-4
+    lr: float = ranged(3e-4, above=0)
     """Peak learning rate of AdamW."""
-    warmup: int = 1_000
+    warmup: int = ranged(1_000, least=0)
     """Samples over which the learning rate rises from zero."""
-    decay: float = 0.3
+    decay: float = ranged(0.3, least=0, most=1)
     """Last fraction of the samples, over which the learning rate falls linearly to zero; 0: it stays constant."""
-    weight_decay: float = 0.01
+    weight_decay: float = ranged(0.01, least=0)
     """Weight decay of AdamW, applied to matrices alone."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    betas: list[float] = ranged(lambda: [0.9, 0.99], least=0, below=1)
     """The two betas of AdamW."""
-    clip_norm: float = 1.0
-    """Global gradient norm above which gradients are clipped."""
-    ema_halflife: float = 2_000.0
-    """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds."""
-    condition_dropout: float = 0.1
+    clip_norm: float | None = ranged(1.0, above=0, note="null turns clipping off", unlimited=True)
+    """Global gradient norm above which gradients are clipped; None: they are never clipped."""
+    ema_halflife: float = ranged(2_000.0, least=0, note="0 turns averaging off")
+    """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds;
+    0: no averaging."""
+    condition_dropout: float = ranged(0.1, least=0, below=1)
     """Fraction of the clips whose z is dropped, which classifier-free guidance and unconditional sampling need."""
-    text_dropout: float = 0.9
+    text_dropout: float = ranged(0.9, least=0, most=1)
     """Fraction of the clips whose text is dropped, if the set holds text and D reads it. The default is high because
     the codec has no text at inference; the paper gives no value. In `pretrain`, where D learns to read, it is 0.1."""
-    crop_frames: int = 495
+    crop_frames: int = ranged(495, least=1)
     """Length of a training crop in x0 frames, a multiple of `latent_encoder.pooling`."""
-    loss_weights: dict[str, float] = field(default_factory=dict, metadata=ADDED_LATER)
+    loss_weights: dict[str, float] = ranged(dict, least=0, metadata=ADDED_LATER)
     """Name of a loss term → its weight; 1 for a term that is not named. The log has a curve for each term."""
 
 
@@ -197,12 +199,12 @@ class ParallelConfig:
     strategy: str = "ddp"
     """`ddp`: each rank holds everything; `zero1`, `zero2`, `zero3` (DeepSpeed): moments, then also gradients, then also
     weights are sharded; `fsdp2` (torch): all three are sharded."""
-    processes: int = 1
+    processes: int = ranged(1, least=1)
     """Ranks to start on this machine. Under torchrun or SLURM, their number of ranks is used instead."""
-    replicas: int = 1
+    replicas: int = ranged(1, least=1)
     """`fsdp2` only: number of groups of ranks. Each group holds a full copy of the trained weights, sharded within the
     group (HSDP). With one group per node, weights are gathered within a node alone."""
-    micro_batch: int | None = None
+    micro_batch: int | None = ranged(None, least=1, note="null: no accumulation")
     """Clips per forward pass of one rank; gradients are accumulated up to the global batch. None: no accumulation."""
     precision: str = "fp32"
     """Data type of the computation: `fp32`, `bf16` or `fp16` (with loss scaling). The trained weights stay float32; a
@@ -218,9 +220,9 @@ class ParallelConfig:
     """Compile each block with torch.compile: the first step is slow, later steps are faster."""
     device: str = "auto"
     """`auto` (CUDA if available), `cpu` or `cuda`."""
-    threads: int | None = None
-    """CPU threads per rank; None: cores / ranks."""
-    gpu_gib: float = 80.0
+    threads: int | None = ranged(None, least=1)
+    """CPU threads per rank; None: OMP_NUM_THREADS, or the cores that the process may use / ranks on this machine."""
+    gpu_gib: float = ranged(80.0, above=0)
     """Memory of a GPU in GiB that `spresso plan` assumes on a machine without one."""
 
 
@@ -228,15 +230,15 @@ class ParallelConfig:
 class LogConfig:
     """What training logs. Intervals are in samples."""
 
-    every: int = 1_000
+    every: int = ranged(1_000, least=1)
     """Samples between two lines of the log."""
-    samples_every: int = 20_000
+    samples_every: int = ranged(20_000, least=0, note="0: only at the end")
     """Samples between two decodings of held-out clips (audio and spectrograms in TensorBoard); 0: only at the end."""
-    clips: int = 3
+    clips: int = ranged(3, least=1)
     """Number of held-out clips to decode, the same each time."""
-    held_out: int = 64
+    held_out: int = ranged(64, least=1)
     """Held-out clips whose loss is computed at each checkpoint, with the same noise each time."""
-    bins: int = 8
+    bins: int = ranged(8, least=1)
     """Noise level bins, equally populated, for each of which the loss is logged."""
 
 
@@ -244,13 +246,13 @@ class LogConfig:
 class CheckpointConfig:
     """Checkpoints. Each is written atomically, and a killed run resumes from the last one."""
 
-    every: int = 20_000
+    every: int = ranged(20_000, least=1)
     """Samples between two checkpoints."""
-    keep_last: int = 2
+    keep_last: int = ranged(2, least=1)
     """Number of newest checkpoints to keep."""
-    keep_best: int = 0
+    keep_best: int = ranged(0, least=0)
     """Number of checkpoints with the lowest held-out loss to keep in addition."""
-    keep_every: int | None = None
+    keep_every: int | None = ranged(None, least=0, note="null: no others")
     """Also keep the checkpoints at multiples of this many samples; None: no others."""
     resume: str = "auto"
     """`auto`: resume from the run's newest complete checkpoint, if there is one; `never`: refuse a folder that already
@@ -264,16 +266,16 @@ class CheckpointConfig:
 class HealthConfig:
     """How a run reacts to losses that are not finite, to gradient spikes, and to ranks that hang."""
 
-    spike: float = 10.0
+    spike: float = ranged(10.0, least=0, note="0: never", unlimited=True)
     """Skip a step whose gradient norm exceeds this many times the running median of the accepted steps; 0: never."""
-    spike_window: int = 128
+    spike_window: int = ranged(128, least=1)
     """Steps over which the median is taken. No step counts as a spike before a quarter of the window is filled."""
-    rewind_after: int = 5
+    rewind_after: int = ranged(5, least=1)
     """Consecutive skipped steps after which the run rewinds to the last checkpoint and leaves out the data that it has
     read since."""
-    max_rewinds: int = 3
+    max_rewinds: int = ranged(3, least=0)
     """Rewinds that a run may make; it then ends with an error instead of rewinding forever."""
-    hang_seconds: float = 600.0
+    hang_seconds: float = ranged(600.0, least=0, most=10**9, note="0: never")
     """Seconds after which a step counts as hung: the job ends, and each rank's log shows its stack. 0: never."""
 
 
@@ -281,16 +283,16 @@ class HealthConfig:
 class EvaluateConfig:
     """The scores and the listening page, on held-out clips."""
 
-    clips: int = 24
+    clips: int = ranged(24, least=0, note="0: all")
     """Held-out clips to score, spread evenly over the set; 0: all."""
-    page_clips: int = 10
+    page_clips: int = ranged(10, least=1)
     """Number of the scored clips that the page plays."""
-    decodes: int = 5
+    decodes: int = ranged(5, least=1)
     """Times that the same codes are decoded with different seeds, to hear and measure the variability; for the page's
     clips, at up to four rates. 5 as on the paper's page."""
-    seconds: float | None = None
+    seconds: float | None = ranged(None, above=0, note="null: whole clips")
     """Seconds of each clip to use, from its start; None: whole clips."""
-    batch: int = 8
+    batch: int = ranged(8, least=1)
     """Clips per batch. The parts of an array job take batches in turn."""
     codecs: dict[str, str] = field(default_factory=dict)
     """Title → `export/` of another run's `finetune`, scored next to this run: continuous z and each of its rates."""
@@ -313,7 +315,7 @@ class Config:
     """Name of the run: of its directory, its jobs and its page."""
     run_dir: str = "runs/${name}"
     """Run directory: everything that a run writes, in one folder per stage."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=2**64 - 1)
     """Seed of the initial weights, the data order, the crops and the noise."""
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, missing
 from models.diffusion import make_diffusion
@@ -15,17 +16,35 @@ from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
 from trainer.file_names import as_unicode, printable
+from trainer.recipes.ranges import out_of_range, value_at
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.stages import STAGES
 
 
+def value_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value that is wrong by itself; `values` are a recipe's as nested tables.
+
+    The checks of `problems` compute with these values, and some values make the models' sizes raise.
+    """
+    choices = [
+        f"{key}={value} is none of {', '.join(known)}"
+        for key, known in _CHOICES.items()
+        if (value := value_at(values, key)) not in known
+    ]
+    empty = [f"{key} is empty: give {key}=…" for key in ("name", "run_dir") if not values[key]]
+    return [*empty, *choices, *out_of_range(values)]
+
+
 def problems(config: Config, *, released: bool = True) -> list[str]:
-    """Return every problem as a line. `released`: whether to check that the folders of pretrained weights exist."""
-    if found := [*_choices(config), *_finite(config), *_above_zero(config)]:
-        return found  # the checks below compute with these values
+    """Return a line for each problem of a recipe whose values are right by themselves.
+
+    Args:
+        config: the recipe.
+        released: whether to check that the folders of pretrained weights exist.
+    """
     return [
-        *_ranges(config),
+        *_contradictions(config),
         *_strategy(config),
         *config.cluster.problems(),
         *config.latent_encoder.problems(),
@@ -53,121 +72,18 @@ _CHOICES = {
 _RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
 """Sample rate in Hz and hop in samples of the public releases, used if their folder is missing."""
 
-_POSITIVE = (
-    "data.clip_seconds",
-    "data.workers",
-    "data.shard_mb",
-    "data.block",
-    "data.window_mib",
-    "data.lanes",
-    "data.cache.gib",
-    "data.cache.patience",
-    "data.cache.fetchers",
-    "text.tokens",
-    "latent_encoder.pooling",
-    "latent_encoder.patch_size",
-    "latent_encoder.width",
-    "latent_encoder.heads",
-    "latent_encoder.z_channels",
-    "dit.patch_size",
-    "dit.width",
-    "dit.heads",
-    "lora.rank",
-    "quantizer.books",
-    "quantizer.beam",
-    "quantizer.candidates",
-    "quantizer.embedding",
-    "quantizer.hidden",
-    "parallel.processes",
-    "parallel.replicas",
-    "parallel.gpu_gib",
-    "health.spike_window",
-    "health.rewind_after",
-    "log.every",
-    "log.bins",
-    "log.clips",
-    "log.held_out",
-    "checkpoint.every",
-    "checkpoint.keep_last",
-    "sampling.steps",
-    "sampling.temperature",
-    "evaluate.batch",
-    "evaluate.decodes",
-    "evaluate.page_clips",
-)
 
-
-_NOT_NEGATIVE = (
-    "quantizer.gain_db",
-    "quantizer.depth",
-    "health.spike",
-    "health.max_rewinds",
-    "health.hang_seconds",
-    "checkpoint.keep_best",
-    "checkpoint.keep_every",
-    "log.samples_every",
-)
-
-
-_WITHOUT_LIMIT = (".clip_norm", "health.spike", "health.hang_seconds", "data.cache.patience")
-"""Ends of keys that may be `.inf`, which stands for no limit."""
-
-
-def _choices(config: Config) -> list[str]:
-    flat = flatten(config)
-    return [
-        f"{key}={flat[key]} is none of {', '.join(known)}" for key, known in _CHOICES.items() if flat[key] not in known
-    ]
-
-
-def _finite(config: Config) -> list[str]:
+def _contradictions(config: Config) -> list[str]:
+    """Return the problems of numbers that are in their ranges, but do not fit to another number."""
     found = []
-    for key, value in flatten(config).items():
-        for number in value if isinstance(value, list) else [value]:
-            without_limit = number == math.inf and key.endswith(_WITHOUT_LIMIT)
-            if isinstance(number, float) and not math.isfinite(number) and not without_limit:
-                found.append(f"{key}={number} must be a finite number")
-    return found
-
-
-def _above_zero(config: Config) -> list[str]:
-    flat = flatten(config)
-    return [f"{key}={flat[key]} must be above zero" for key in _POSITIVE if flat[key] <= 0]
-
-
-def _ranges(config: Config) -> list[str]:
-    found = []
-    if not 0 < config.data.holdout < 1:
-        found.append(f"data.holdout={config.data.holdout} must be between 0 and 1, such as 0.1")
     if config.evaluate.clips == 1:
         found.append("evaluate.clips=1 must be at least 2, because each clip is also decoded from another clip's z")
-    if not 0 <= config.data.max_damaged <= 1:
-        found.append(f"data.max_damaged={config.data.max_damaged} must be a fraction, such as 0.01")
-    if config.data.readers < 0:
-        found.append(f"data.readers={config.data.readers} must be a number of threads, or 0")
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
         found.append(f"data.window={config.data.window} must hold a block in each lane: set at least {least}")
-    found += [
-        f"data.mix: the share {share} of {folder} must be at least 1"
-        for folder, share in config.data.mix.items()
-        if share < 1
-    ]
-    found += [
-        f"{key}={value} must not be below zero"
-        for key, value in flatten(config).items()
-        if key in _NOT_NEGATIVE and value is not None and value < 0
-    ]
     for name in _trained(config):
-        stage = config.stage(name)
-        if stage.samples < 0 or stage.global_batch <= 0:
-            found.append(f"{name}: samples={stage.samples} must be >= 0, global_batch={stage.global_batch} >= 1")
-        if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
-            found.append(f"{name}.betas={stage.betas} must be two numbers in [0, 1), such as [0.9, 0.99]")
-        if not 0 <= stage.condition_dropout < 1:
-            found.append(f"{name}.condition_dropout={stage.condition_dropout} must be in [0, 1)")
-        if not 0 <= stage.text_dropout <= 1:
-            found.append(f"{name}.text_dropout={stage.text_dropout} must be in [0, 1]; 1 drops all text")
+        if len(config.stage(name).betas) != 2:
+            found.append(f"{name}.betas={config.stage(name).betas} must be two numbers, such as [0.9, 0.99]")
         found += _cut(config, name)
     return found
 

@@ -224,6 +224,17 @@ def let_go(rank: int, folder: str) -> None:
     _write(folder, "let_go", rank, left)
 
 
+def unclipped(rank: int, folder: str) -> None:
+    """Train each strategy with clipping at a norm that no gradient has, and without; write the losses."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    with group():
+        for name in STRATEGIES:
+            for clip in ("1e9", "null"):
+                trained = Trained.begin(recipe(Path(folder), *VARIANTS[name], f"autoencode.clip_norm={clip}"))
+                curves.setdefault(name, {})[clip] = trained.steps()
+    _write(folder, "unclipped", rank, curves)
+
+
 @contextmanager
 def group() -> Iterator[None]:
     """Let DeepSpeed use fp16 on any CPU, and destroy the process group at the end.

@@ -10,7 +10,18 @@ import pytest
 
 from tests.system_packages import COMPILER, require
 from tests.trainer import rank_processes
-from tests.trainer.ranks.strategies import LOWER, STEPS, STRATEGIES, VARIANTS, first, let_go, make_base, recipe, resumed
+from tests.trainer.ranks.strategies import (
+    LOWER,
+    STEPS,
+    STRATEGIES,
+    VARIANTS,
+    first,
+    let_go,
+    make_base,
+    recipe,
+    resumed,
+    unclipped,
+)
 from trainer.tasks import make_task
 
 WORLD_SIZES = (1, 2, 4)
@@ -120,6 +131,14 @@ def test_an_engine_that_is_closed_lets_go_of_its_memory(folder):
     assert left.keys() == set(STRATEGIES)
     for name, after in left.items():
         assert after[-1] <= after[0] + 100_000, (name, after)  # one of them holds more than two million bytes
+
+
+def test_null_turns_clipping_off_under_every_strategy(folder):
+    assert rank_processes.run(unclipped, 1, str(folder)) == [0]
+    curves = json.loads((folder / "unclipped.json").read_text())
+    assert curves.keys() == set(STRATEGIES)
+    for name, by_clip in curves.items():
+        assert by_clip["null"] == pytest.approx(curves["ddp"]["1e9"], rel=1e-6), name
 
 
 @pytest.mark.parametrize("loaded_on", WORLD_SIZES)

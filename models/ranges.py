@@ -1,0 +1,99 @@
+"""The range of a number, which stands beside the number's field in a dataclass. This module needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_KEY = "range"
+_END_OF_INTEGERS = 2**63  # files and tensors hold integers below it
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have: all finite ones between its ends. An end that is None does not exist."""
+
+    above: float | None = None
+    least: float | None = None
+    below: float | None = None
+    most: float | None = None
+    note: str = ""
+    """What a special value means, such as "null turns clipping off"."""
+    unlimited: bool = False
+    """Whether the number may also be infinite, which stands for no limit."""
+
+    def __str__(self) -> str:
+        """Return the range in words, such as "at least 0 and below 1"."""
+        ends = (("above", self.above), ("at least", self.least), ("below", self.below), ("at most", self.most))
+        words = " and ".join(f"{word} {end}" for word, end in ends if end is not None) or "a finite number"
+        return "; ".join(filter(None, (words, self.note, ".inf: no limit" if self.unlimited else "")))
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a number is finite and between the ends."""
+        if isinstance(value, int):
+            if self.most is None and not -_END_OF_INTEGERS <= value < _END_OF_INTEGERS:
+                return False
+        elif not math.isfinite(value):
+            return self.unlimited and value == math.inf
+        return (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
+
+    def problem(self, name: str, value: float) -> str:
+        """Return a line that refuses the value of a setting; empty if the value is in the range."""
+        if value in self:
+            return ""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name}={value} must be a finite number"
+        too_large = isinstance(value, int) and value >= _END_OF_INTEGERS and self.most is None
+        return f"{name}={value} must be {'below 2^63 and ' if too_large else ''}{self}"
+
+
+def ranged(
+    default: Any | Callable[[], Any],
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    note: str = "",
+    unlimited: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the field of a number with its range, or of a list or table of numbers, each of which has that range.
+
+    Args:
+        default: default of the field; a function that returns it, for a list or a table.
+        above, least, below, most: ends of the range.
+        note: what a special value means.
+        unlimited: whether the number may also be infinite.
+        metadata: further metadata of the field.
+    """
+    described = {**(metadata or {}), _KEY: Range(above, least, below, most, note, unlimited)}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=described)
+    return dataclasses.field(default=default, metadata=described)
+
+
+def range_of(field: dataclasses.Field[Any]) -> Range | None:
+    """Return the range that stands beside a field; None if it has none."""
+    return field.metadata.get(_KEY)
+
+
+def range_problems(name: str, values: Any, allowed: Range) -> list[str]:
+    """Return a line for each number out of a range: the value of a setting, or the numbers in its list or table."""
+    if values is None:
+        return []
+    if isinstance(values, Mapping):
+        named = [(f"{name}: {key}", value) for key, value in values.items()]
+    elif isinstance(values, list | tuple):
+        named = [(f"{name}[{number}]", value) for number, value in enumerate(values)]
+    else:
+        named = [(name, values)]
+    return [line for key, value in named if value is not None and (line := allowed.problem(key, value))]

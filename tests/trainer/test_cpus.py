@@ -1,0 +1,42 @@
+"""The cores and threads that a process may use."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from trainer.cpus import usable_cpus, usable_threads
+
+
+@pytest.fixture(autouse=True)
+def six_of_64_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def test_cores_are_those_that_the_process_may_use():
+    assert usable_cpus() == 6
+    assert [usable_threads(ranks) for ranks in (1, 2, 4, 8)] == [6, 3, 1, 1]
+
+
+@pytest.mark.parametrize(("text", "threads"), [("3", 3), ("4,2", 4), ("0", 6), ("many", 6), ("", 6)])
+def test_the_number_that_was_asked_for_counts(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert usable_threads(1) == threads
+
+
+def test_training_takes_no_more(monkeypatch):
+    import torch
+
+    from trainer.ranks.parallel import Parallel
+    from trainer.recipes.schema import ParallelConfig
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    Parallel(ParallelConfig(device="cpu"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    Parallel(ParallelConfig(device="cpu"))
+    Parallel(ParallelConfig(device="cpu", threads=5))
+    assert asked == [6, 2, 5]
