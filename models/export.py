@@ -14,11 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor, nn
 
+from models.prior import Prior
 from models.readable import folder_trouble, require_file
-from models.weights import load_weights, save_weights, write_safetensors
+from models.sizes import CodecConfig
+from models.weights import (
+    open_safetensors,
+    open_weights,
+    require_fit,
+    save_weights,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 EXPORT_FORMAT = 1
 ADAPTER = "default"
 """PEFT's name for the one adapter that D has."""
+COPY_AGAIN = "copy it again from where it was made, or export it again"
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
 Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
@@ -54,7 +63,7 @@ def write_export(
         base: D's pretrained weights. A file is linked or copied into the export; the folder or the hub name of a
             release is only written down.
         description: the values that `codec.json` stores in addition to the format and the base's path: `model`,
-            `base_hash`, `autoencoder_identity` and `config`.
+            `base_hash`, `autoencoder_identity`, `config` and `parts`.
         card: text of the model card.
     """
     foreign = _foreign_files(folder)
@@ -73,6 +82,7 @@ def write_export(
         "base": {"path": _stored_path(base), "hash": description["base_hash"]},
         "autoencoder_identity": description["autoencoder_identity"],
         "config": description["config"],
+        "parts": description["parts"],
     }
     (making / _DESCRIPTION).write_text(json.dumps(described, indent=2))
     (making / "README.md").write_text(card)
@@ -109,6 +119,8 @@ def _foreign_files(folder: Path) -> list[Path]:
 def read_description(folder: Path) -> dict[str, Any]:
     """Read an export's `codec.json`: `format`, `model`, `base`, `autoencoder_identity` and `config`.
 
+    Exports since 0.2.0 also have `parts`, the hashes of what is not in the model's hash (`models.codec`).
+
     Raises:
         ValueError: the folder holds no export, a damaged one, or one in another format.
     """
@@ -120,44 +132,89 @@ def read_description(folder: Path) -> dict[str, Any]:
     except ValueError:
         description = None
     if not isinstance(description, dict):
-        raise ValueError(f"{folder / _DESCRIPTION} is damaged: export it again")
+        raise ValueError(f"{folder / _DESCRIPTION} is damaged: {COPY_AGAIN}")
     if description.get("format") != EXPORT_FORMAT:
         raise ValueError(
             f"{folder} was written in format {description.get('format')}, but this version reads format "
             f"{EXPORT_FORMAT}: export it again"
         )
+    base = description.get("base")
+    whole = isinstance(base, dict) and {"path", "hash"} <= base.keys() and isinstance(description.get("config"), dict)
+    if not whole or not {"model", "autoencoder_identity"} <= description.keys():
+        raise ValueError(f"{folder / _DESCRIPTION} is damaged: {COPY_AGAIN}")
     return description
 
 
 def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
     """Read the config in the header of a part's file; return None if the export has no such part."""
     path = folder / f"{name}.safetensors"
-    return load_weights(path)[0] if path.exists() else None
+    return open_weights(path)[0] if path.exists() else None
 
 
+@torch.no_grad()
 def fill_parts(folder: Path, parts: Parts) -> None:
-    """Load each part's weights from its file; raise ValueError if a file is missing or can't be opened."""
+    """Load each part's weights; raise ValueError if a file is missing, can't be opened or has other tensors."""
     for name, (module, _) in parts.items():
         path = folder / f"{name}.safetensors"
         require_file(path)
-        module.load_state_dict(load_weights(path)[1])
+        stored, state = open_weights(path)[1], module.state_dict()
+        require_fit(state, stored, f"the weights in {path}")
+        for key, value in state.items():
+            value.copy_(stored[key].read())
+
+
+def parse_config(folder: Path, values: dict[str, Any]) -> CodecConfig:
+    """Rebuild a codec's config; raise ValueError if the description lacks a value, or has one that is unknown."""
+    try:
+        return CodecConfig.from_dict(values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _DESCRIPTION} has a config that can't be read ({error}): {COPY_AGAIN}") from error
+
+
+def make_prior(folder: Path, config: dict[str, Any]) -> Prior:
+    """Build the prior from the config in its file, without its weights; raise ValueError if it is damaged."""
+    try:
+        return Prior(**config)
+    except TypeError as error:
+        raise ValueError(f"{folder / 'prior.safetensors'} is no prior ({error}): {COPY_AGAIN}") from error
 
 
 def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the LoRA's weights into D's parameters.
 
     Raises:
-        ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
+        ValueError: the file is missing or damaged, or its LoRA adapts other layers than `parameters`.
     """
-    require_file(folder / _ADAPTER_FILE)
-    state = load_file(str(folder / _ADAPTER_FILE))
-    if set(state) != {_peft_name(name) for name in parameters}:
+    path = folder / _ADAPTER_FILE
+    require_file(path)
+    stored = open_safetensors(path)[1]
+    if set(stored) != {_peft_name(name) for name in parameters}:
         raise ValueError(
-            f"{folder / _ADAPTER_FILE} does not fit this base model: it adapts other layers; "
+            f"{path} does not fit this base model: it adapts other layers; "
             "give the base model that the codec was trained on"
         )
+    require_fit(parameters, stored, f"the weights in {path}", _peft_name)
     for name, parameter in parameters.items():
-        parameter.data.copy_(state[_peft_name(name)])
+        parameter.data.copy_(stored[_peft_name(name)].read())
+
+
+def require_hashes(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise ValueError if the weights that were loaded are not those that an export was written with.
+
+    Args:
+        folder: the export.
+        found: the hash of each thing that was loaded, by the words for it in the message.
+        expected: the hashes on record, likewise.
+    """
+    differing = [
+        f"{what} has the hash {str(found.get(what))[:8]}, not {str(expected.get(what))[:8]}"
+        for what in {**expected, **found}
+        if found.get(what) != expected.get(what)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} is damaged, or holds files of another export ({'; '.join(differing)}): {COPY_AGAIN}"
+        )
 
 
 def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

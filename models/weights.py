@@ -20,6 +20,8 @@ from models.atomic_write import replacing
 
 State = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+_UNREADABLE = (SafetensorError, RuntimeError, OverflowError, TypeError, KeyError)
+"""Errors of the library and of torch about a header whose types or shapes do not go with the data."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Stored:
         """Read the tensor into newly allocated memory; raise `ValueError` if the file was damaged after opening."""
         try:
             return self.file.get_tensor(self.name)
-        except SafetensorError as error:
+        except _UNREADABLE as error:
             raise _damaged_error(self.path, error) from error
 
 
@@ -94,8 +96,10 @@ def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         raise ValueError(f"{path} has no config in its header: it was not written by this program")
     try:
         config = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the config in its header is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the config in its header is no JSON object: export it again")
     return config, stored
 
 
@@ -113,13 +117,13 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
     try:
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
-    except SafetensorError as error:
+        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except _UNREADABLE as error:
         raise _damaged_error(path, error) from error
-    shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
 
 
-def _damaged_error(path: Path, error: SafetensorError) -> ValueError:
+def _damaged_error(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is not a complete safetensors file ({error}): download or export it again")
 
 
@@ -143,7 +147,15 @@ def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Call
     """
     with torch.device("meta"):
         model = build()
-    shapes = {name_of(name): value.shape for name, value in model.state_dict().items()}
+    require_fit(model.state_dict(), state, where, name_of)
+    for name, value in model.to_empty(device="cpu").state_dict().items():
+        value.copy_(read(state[name_of(name)]))
+    return model
+
+
+def require_fit(wanted: State, state: Weights, where: str, name_of: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless `state` has the names and shapes of `wanted`; see `filled`."""
+    shapes = {name_of(name): value.shape for name, value in wanted.items()}
     problems = {
         "missing": sorted(shapes.keys() - state.keys()),
         "unknown": sorted(state.keys() - shapes.keys()),
@@ -156,9 +168,6 @@ def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Call
     found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
     if found:
         raise ValueError(f"{where} do not fit the config; {'; '.join(found)}")
-    for name, value in model.to_empty(device="cpu").state_dict().items():
-        value.copy_(read(state[name_of(name)]))
-    return model
 
 
 def listed(names: list[str], most: int = 5) -> str:
