@@ -16,6 +16,7 @@ from yaml import YAMLError
 from models.atomic_write import write_whole
 from models.readable import require_file
 from trainer.checkpoints.names import checkpoints
+from trainer.exported import missing_export
 from trainer.files import read_json
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
@@ -145,9 +146,10 @@ class RunDirectory:
         write_whole(self.path / "status.json", json.dumps(status, indent=2), durable=False)
 
     def done(self, config: Config) -> bool:
-        """Whether this stage is done, with at least as many samples as the config says."""
+        """Whether this stage is done, with at least as many samples as the config says, and its export is there."""
         status = self.status
-        return status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+        enough = status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+        return enough and not missing_export(self.path, status)
 
 
 def write_config(folder: Path, config: Config) -> None:

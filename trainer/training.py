@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer import formulation
 from trainer.checkpoints import checkpoint, resume
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.names import checkpoints
@@ -134,6 +135,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
 
         facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
+        facts |= {"formulation": formulation.of_recipe(config)}
         with (
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
@@ -241,7 +243,8 @@ def _export(t: Training, weights: dict[str, torch.Tensor]) -> None:
     finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)
-    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported)
+    files = sorted(path.name for path in t.run.export.iterdir() if path.suffix in (".json", ".safetensors"))
+    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files)
     logger.info("%s: done, exported to %s", t.task.stage, t.run.export)
 
 

@@ -16,6 +16,7 @@ from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
+from trainer.exported import missing_export
 
 SILENT_AFTER = 900.0
 """Seconds without a new line after which a training that claims to run may not be running."""
@@ -51,6 +52,11 @@ class StageStatus:
         except (OSError, ValueError):
             return {}
         return status if isinstance(status, dict) else {}
+
+    @cached_property
+    def missing_export(self) -> str:
+        """What is missing of the export of a stage that was done, and the mend; empty if nothing is missing."""
+        return missing_export(self.folder, self.status)
 
     @cached_property
     def line(self) -> dict[str, Any]:
@@ -134,6 +140,8 @@ class StageStatus:
     @cached_property
     def state(self) -> str:
         """State in one word. `running?` and `silent` are guesses from the time of the last sign of life."""
+        if self.missing_export and not self.living and not self._alive_by_hand:
+            return "no export"
         saved, last = self.status.get("state"), (self.of_this_job or [{}])[-1]
         if self.by_hand:
             return "running" if self._alive_by_hand else "done" if saved == "done" else "died"

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.atomic_write import write_whole
+from trainer import formulation
 from trainer.checkpoints import checkpoint, inventory
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
 from trainer.files import read_json
+from trainer.objectives import Denoiser
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
@@ -110,13 +113,21 @@ def start(task: Task, location: str) -> None:
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
-        _require_base(task, path, checkpoint.read_manifest(path)["meta"].get("base", ""))
+        meta = checkpoint.read_manifest(path)["meta"]
+        _require_base(task, path, meta.get("base", ""))
+        _require_formulation(task, path, formulation.of_checkpoint(path, meta))
         checkpoint.load(path, whole_ranges(wanted), partly=True)
     elif path.is_dir():
         _copy_export(task, path)
     else:
         raise ValueError(f"checkpoint.start_from={path} is neither a checkpoint nor an export/ folder")
     logger.info("%s: starts with the weights of %s", task.stage, path)
+
+
+def _require_formulation(task: Task, path: Path, trained: Mapping[str, Any]) -> None:
+    if isinstance(task.module, Denoiser):
+        has_lora = any(".lora_" in name for name in task.learned)
+        formulation.require_same(task.config, trained, f"checkpoint.start_from={path}", lora=has_lora)
 
 
 @torch.no_grad()
