@@ -24,6 +24,9 @@ from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
 from trainer.stages import STAGES
 
 _MISSING = object()  # equal to no value
+_BY_CONTENT = ("pretrained.folder", "autoencoder.folder")
+"""Keys whose value is the path of a release. The hash of its files is an input of the stage, or decides the latents and
+is compared with theirs, so that the release may move."""
 _SECTIONS = {"name", "run_dir", "seed", "data", "quantizer", "parallel", "cluster", "checkpoint", "evaluate"}
 """Keys that the config of every run has, of any version."""
 
@@ -63,10 +66,15 @@ class RunDirectory:
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
-    def identity(self, config: Config, inputs: dict[str, str]) -> str:
-        """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash."""
+    def identity(self, config: Config, inputs: dict[str, str], *, with_paths: bool = False) -> str:
+        """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash.
+
+        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0.
+        """
         later = added_later()
         relevant = self._relevant(config)
+        if not with_paths:
+            relevant = {key: value for key, value in relevant.items() if key not in _BY_CONTENT or value is None}
         return hash_values(
             {key: value for key, value in relevant.items() if value != later.get(key, _MISSING)} | inputs
         )
@@ -105,6 +113,7 @@ class RunDirectory:
             for key in sorted(before.keys() | relevant.keys())
             if not (key == "checkpoint.start_from" and key not in relevant)
             if before.get(key) != relevant.get(key)
+            if not _is_same_place(key, before.get(key), relevant.get(key))
         ]
         if differing:
             shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
@@ -150,6 +159,15 @@ class RunDirectory:
         status = self.status
         enough = status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
         return enough and not missing_export(self.path, status)
+
+
+def _is_same_place(key: str, before: object, now: object) -> bool:
+    """Whether two values of a setting are paths of the same thing, or of things that are compared by their content."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    if key == "checkpoint.start_from":
+        return Path(before).resolve() == Path(now).resolve()
+    return key in _BY_CONTENT
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -215,7 +215,7 @@ class CodecTask(Task):
         before = stage_before(self.config, self.stage)
         assert before is not None, f"the stage {self.stage} builds on no other stage"
         codec = models.codec(before)
-        quantizer = codec.quantizer and codec.quantizer.config()
+        quantizer = None if codec.quantizer is None else codec.quantizer.config()
         where = stage_folder(self.config, before) / "export"
         formulation.require_same_codec(self.config, codec.config, where, quantizer=quantizer)
         return codec

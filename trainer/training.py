@@ -108,6 +108,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
+        older = run.identity(config, inputs, with_paths=True)
         torch.manual_seed(config.seed)
         task = make_task(config, stage)
         task.to(parallel.device)
@@ -118,7 +119,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         if parallel.main:
             run.claim(config, inputs)
         parallel.wait()
-        source = resume.find_start(config, run, identity)
+        source = resume.find_start(config, run, {identity, older})
         if source is None:
             _start_weights(task, config, feed, parallel)
 
@@ -133,7 +134,12 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             state.load(source)
             logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
 
-        facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
+        facts: dict[str, Any] = {
+            "stage": stage,
+            "run": str(run.path.absolute()),
+            "config": identity,
+            "base": task.base_hash,
+        }
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
         facts |= {"formulation": formulation.of_recipe(config)}
         with (

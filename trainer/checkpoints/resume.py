@@ -19,7 +19,7 @@ from models.atomic_write import write_whole
 from trainer import formulation
 from trainer.checkpoints import checkpoint, inventory
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
-from trainer.files import read_json
+from trainer.files import file_digest, read_json
 from trainer.objectives import Denoiser
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 _FOLLOWED = "resumed_from.json"
 
 
-def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
+def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path | None:
     """Find the checkpoint to resume from; None for a fresh run. All ranks.
 
     Args:
         config: the recipe, whose `checkpoint.resume` is `auto`, `never` or a path.
         run: the stage's run directory.
-        identity: the hash of the settings and inputs that the stage learns from. A checkpoint that `checkpoint.resume`
-            names must have the same hash.
+        identities: the hash of the settings and inputs that the stage learns from, and the same as older versions made
+            it. A checkpoint that `checkpoint.resume` names must have one of them.
 
     Raises:
         ValueError: on every rank, if `checkpoint.resume` cannot be followed. The message says why and how to fix it.
@@ -47,7 +47,7 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
 
     def decide() -> tuple[Path | None, str]:
         try:
-            return _decide(config.checkpoint.resume, run, identity), ""
+            return _decide(config.checkpoint.resume, run, identities), ""
         except ValueError as error:
             return None, str(error)
 
@@ -57,7 +57,7 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
     return path
 
 
-def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
+def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None:
     """Find the checkpoint to resume from, as `find_start` does. On rank 0."""
     newest = checkpoint.newest(run.checkpoints)
     if choice == "auto":
@@ -72,29 +72,32 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     if newest is not None and was_followed(run, choice):
         return newest
     path = Path(choice).resolve()
-    _require_fit(path, run, identity)
+    _require_fit(path, run, identities)
     ours = {other.resolve(): other for other in checkpoints(run.checkpoints)}
     path_here = ours.get(path, path)
     for other in ours.values():
         if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is renamed to %s, because the run resumes from %s", other.name, left.name, path)
-    write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path)}))
+    write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path), "manifest": file_digest(path / MANIFEST)}))
     return path_here
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:
-    """Whether the run has resumed from this path before."""
-    return read_json(run.path / _FOLLOWED).get("path") == str(Path(choice).resolve())
+    """Whether the run has resumed from this checkpoint before, which may lie elsewhere now."""
+    followed, path = read_json(run.path / _FOLLOWED), Path(choice).resolve()
+    if followed.get("path") == str(path):
+        return True
+    return (path / MANIFEST).is_file() and followed.get("manifest") == file_digest(path / MANIFEST)
 
 
-def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
+def _require_fit(path: Path, run: RunDirectory, identities: set[str]) -> None:
     if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = checkpoint.read_manifest(path)["meta"]
     if meta["stage"] != run.stage:
         raise ValueError(f"checkpoint.resume={path} is of the stage {meta['stage']}, not {run.stage}")
-    if meta["config"] != identity:
+    if meta["config"] not in identities:
         raise ValueError(
             f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "
             f"new run from its weights alone"
