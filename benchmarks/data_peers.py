@@ -91,7 +91,7 @@ class Npy:
                 return SAMPLES
 
             def __getitem__(self, number: int) -> torch.Tensor:
-                return torch.from_numpy(np.load(folder / f"{number:06d}.npy"))
+                return torch.from_numpy(np.load(folder / f"{number:06d}.npy", allow_pickle=False))
 
         accelerator = Accelerator(cpu=True)
         loader = accelerator.prepare(DataLoader(Files(), BATCH, shuffle=True, num_workers=workers))
@@ -135,7 +135,7 @@ class Wids:
 
 
 def _npy(sample: dict[str, Any]) -> np.ndarray:
-    return np.load(sample[".x0.npy"])
+    return np.load(sample[".x0.npy"], allow_pickle=False)
 
 
 class LitData:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import errno
 import importlib
 import os
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.signals import INTERRUPTED
-from trainer.file_names import printable
 from trainer.stages import STAGES, trained_stages
 
 _OVERRIDES = (
@@ -41,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if "SPRESSO_DEBUG" in os.environ:
             raise
-        print(textwrap.indent(_describe_error(error), "spresso: "), file=sys.stderr)
+        from launch.error_line import describe_error  # imported here, so that `--help` is fast
+
+        print(textwrap.indent(describe_error(error), "spresso: "), file=sys.stderr)
         return 2
 
 
@@ -293,19 +293,6 @@ class _Version(argparse.Action):
         python = sys.version.partition(" ")[0]
         print(f"spresso {metadata.version('spresso')}, code {code_version()[:12]}, Python {python}")
         parser.exit()
-
-
-def _describe_error(error: Exception) -> str:
-    """Return the message of an error for the user; a full disk names what to do."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" for {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}: free some space or set another run_dir, and repeat the command"
-    text = str(error)
-    if isinstance(error, OSError):
-        from models.readable import describe_os_error  # imported here, so that `--help` is fast
-
-        text = describe_os_error(error)
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def command() -> None:

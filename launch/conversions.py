@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.own_files import file_ids, refusal
-from models.atomic_write import write_whole
+from models.atomic_write import remove_leftovers
+from models.documents import read_json, write_json
 from models.readable import describe_os_error, require_file
 from trainer.data.find_sounds import Counts
 from trainer.file_names import as_unicode, printable
@@ -58,7 +58,7 @@ class ConversionReport:
 
     def write(self, path: Path) -> None:
         """Write the report."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, self, indent=1, end="\n")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def convert_folder(
     report.write(place)
     try:
         _convert_all([job for job in jobs if job.source not in refused], inputs, converter, report)
+        for folder_of_some in {job.target.parent for job in jobs if job.target.parent.is_dir()}:
+            remove_leftovers(folder_of_some)
         report.finished = True
     finally:
         report.write(place)
@@ -195,12 +197,12 @@ def _ignores_case(folder: Path) -> bool:
 def _require_report(place: Path, command: str) -> None:
     """Raise ValueError if something other than a report of the command is in the report's place."""
     try:
-        report = json.loads(place.read_text("utf-8"))
+        writer = read_json(place, dict[str, Any], mend="").get("written_by")
     except FileNotFoundError:
         return
     except ValueError:
-        report = None
-    if not (isinstance(report, dict) and report.get("written_by") == command):
+        writer = None
+    if writer != command:
         raise ValueError(f"{place} was not written by `{command}`, which keeps its report there: rename that file")
 
 

@@ -9,12 +9,14 @@ judged by dates and length, see `FileEncoder`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
+
+from models.documents import Lines, parse_json, to_json
 from trainer.files import file_digest
 
 RECORD = ".encoded.jsonl"
@@ -24,6 +26,14 @@ SoundVersion = list[int]
 """Size in bytes, time of the last change of the content and of the file's entry (ctime), both in ns.
 
 The ctime also tells a sound of the same size and date that was moved over the old one."""
+
+
+class _Entry(TypedDict):
+    stream: str
+    crc32: str
+    sound: Annotated[list[int], msgspec.Meta(min_length=3, max_length=3)]
+    sha256: NotRequired[str | None]
+    settings: NotRequired[str]
 
 
 def version_of(sound: Path) -> SoundVersion:
@@ -62,7 +72,7 @@ class EncodeRecord:
 
     def add(self, stream: Path, crc32: str, version: SoundVersion, digest: str | None, settings: str) -> None:
         """Append a line; `digest` is None if the sound's content was not read."""
-        line = json.dumps(
+        line = to_json(
             {"stream": stream.name, "crc32": crc32, "sound": version, "sha256": digest, "settings": settings}
         )
         path = stream.parent / RECORD
@@ -74,7 +84,7 @@ class EncodeRecord:
 
     def _entry(self, stream: Path) -> dict[str, Any]:
         line = self._of_folder(stream.parent).get(stream.name)
-        return {} if line is None else json.loads(line)
+        return {} if line is None else dict(parse_json(line, _Entry, RECORD, mend=""))
 
     def _of_folder(self, folder: Path) -> dict[str, str]:
         """Return name → line of a folder. Lines take a third of the memory of what they hold."""
@@ -88,20 +98,8 @@ class EncodeRecord:
 
 def _read_lines(path: Path) -> dict[str, str]:
     """Read a record; a damaged line is left out, as if its stream had no record."""
-    try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return {}
-    lines = {}
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-            well_formed = len(entry["sound"]) == 3 and isinstance(entry["crc32"], str)
-        except (ValueError, TypeError, KeyError):
-            continue
-        if well_formed:
-            lines[str(entry["stream"])] = line
-    return lines
+    lines: Lines[Any] = Lines(path, _Entry)
+    return {entry["stream"]: line.decode() for line, entry in lines.pairs()}
 
 
 def _ends_with_newline(path: Path) -> bool:

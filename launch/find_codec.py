@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from launch.find_exports import find_exports
 from models.codec import SPresso
+from models.export import read_description
 from models.readable import folder_trouble
 from trainer.file_names import printable
 
@@ -36,10 +36,11 @@ def exports_of(model: str) -> Iterable[Path]:
     """Yield the exports under runs/ of a model, which is given by the first digits of its hash."""
     for path in _exports():
         try:
-            description = json.loads((path / "codec.json").read_text())
-        except (OSError, ValueError):  # a damaged export is not the one that is looked for
+            found = read_description(path)["model"].startswith(model)
+        except (OSError, ValueError) as error:  # a damaged export must not hide the others
+            print(f"spresso: {printable(str(error))}; it is passed over", file=sys.stderr)
             continue
-        if isinstance(description, dict) and str(description.get("model", "")).startswith(model):
+        if found:
             yield path
 
 

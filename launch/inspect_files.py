@@ -8,6 +8,7 @@ from pathlib import Path
 from trainer.data.remote import is_url
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo
+from trainer.file_names import printable, printable_lines
 from trainer.progress import Progress
 
 
@@ -29,7 +30,8 @@ def index(location: str, *, kind: str | None, weights: Path | None, workers: int
 
 def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
     from models.backbones.pretrained import load_autoencoder
-    from trainer.data.index import index_folder, info_of, require_own_index
+    from trainer.data.index import index_folder, require_own_index
+    from trainer.data.set_description import info_of
 
     require_own_index(folder)
     info = info_of(folder)
@@ -43,7 +45,7 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
         shard_set = index_folder(
             folder, info, workers=workers, progress=lambda done, total: progress.to(done, of=total)
         )
-    print(f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards", file=sys.stderr)
+    print(f"{printable(str(folder))}: {len(shard_set)} samples in {len(shard_set.paths)} shards", file=sys.stderr)
 
 
 def verify(location: str, *, workers: int) -> None:
@@ -61,7 +63,7 @@ def verify(location: str, *, workers: int) -> None:
         if not found:
             shard_set = ShardSet(folder)
             summary = f"{folder}: {len(shard_set)} samples in {len(shard_set.paths)} shards, all match the index"
-            print(summary, file=sys.stderr)
+            print(printable(summary), file=sys.stderr)
         problems += found
     if problems:
         raise ValueError("\n".join(problems))
@@ -73,10 +75,10 @@ def describe(location: str, *, samples: int, play_to: Path | None) -> None:
 
     for number, part in enumerate(_parts(location)):
         shard_set = open_set(part)
-        print(("\n" if number else "") + description.describe(shard_set))
+        print(("\n" if number else "") + printable_lines(description.describe(shard_set)))
         if play_to is not None:
             for path in description.play_to(shard_set, play_to, samples=samples):
-                print(path, file=sys.stderr)
+                print(printable(str(path)), file=sys.stderr)
 
 
 def checkpoint(folder: Path, *, verify: bool) -> int:
@@ -86,9 +88,10 @@ def checkpoint(folder: Path, *, verify: bool) -> int:
     paths = inventory.find_checkpoints(folder)
     if verify:
         outcomes = [inventory.verification(path) for path in paths]
-        print("\n".join(text for text, _ in outcomes))
+        print(printable_lines("\n".join(text for text, _ in outcomes)))
         return 0 if all(whole for _, whole in outcomes) else 1
-    print(inventory.explanation(folder) if paths == [folder] else inventory.listing(paths))
+    text = inventory.explanation(folder) if paths == [folder] else inventory.listing(paths)
+    print(printable_lines(text))
     return 0
 
 

@@ -7,14 +7,17 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 from typing import NoReturn
 
 import torch.multiprocessing as multiprocessing
 
 from launch import owner
+from launch.error_line import describe_error
 from launch.signals import INTERRUPTED, MISTAKE, SIGNALS, STOPPED, StopFlag
 from launch.slurm.attempt import TOKEN
+from trainer.file_names import printable
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 
@@ -24,18 +27,15 @@ _GRACE = 5.0  # seconds for the other ranks to end by themselves after one has f
 def train_here(config: Config, stage: str) -> str:
     """Train a stage; return "done", or "stopped" if a signal asked the run to stop, even during the last step.
 
-    If a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks. Otherwise this
-    function starts `parallel.processes` ranks.
+    If a launcher (torchrun, srun) has set RANK and WORLD_SIZE, this process is one of its ranks, and rank 0 owns the
+    stage's directory for all of them. Otherwise this function starts `parallel.processes` ranks.
 
     Raises:
         ValueError: another process or job trains in the stage's directory.
     """
-    folder = stage_folder(config, stage)
-    launched = "RANK" in os.environ  # a launcher starts several ranks, so no single one of them may own the directory
-    if not launched:
-        owner.take(folder, owner.by_hand())
-    try:
-        if not launched and config.parallel.processes > 1:
+    rank = os.environ.get("RANK")
+    with owner.training(stage_folder(config, stage)) if rank in (None, "0") else nullcontext():
+        if rank is None and config.parallel.processes > 1:
             return _train_ranks(config, stage, config.parallel.processes)
         with StopFlag() as stop:
             # imported under the flag: importing torch takes seconds, during which a signal may arrive
@@ -43,9 +43,6 @@ def train_here(config: Config, stage: str) -> str:
 
             outcome = train(config, stage, stop=stop, require_ownership=_ownership_check(config, stage))
             return "stopped" if stop() else outcome
-    finally:
-        if not launched:
-            owner.release(folder, os.environ.pop(TOKEN))
 
 
 def _ownership_check(config: Config, stage: str) -> Callable[[], None]:
@@ -81,7 +78,8 @@ def _train_ranks(config: Config, stage: str, ranks: int) -> str:
         if error.exit_code not in (MISTAKE, INTERRUPTED):  # the rank has printed the reason of these itself
             how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
             log = stage_folder(config, stage) / "logs" / f"rank_{error.error_index}.log"
-            print(f"spresso: rank {error.error_index} {how}, so the other ranks were ended; see {log}", file=sys.stderr)
+            told = f"rank {error.error_index} {how}, so the other ranks were ended; see {log}"
+            print(f"spresso: {printable(told)}", file=sys.stderr)
         raise SystemExit(max(1, error.exit_code)) from None
     finally:
         for number, handler in before.items():
@@ -114,7 +112,7 @@ def _rank(rank: int, config: Config, stage: str, ranks: int, port: int) -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
-        print(f"spresso: rank {rank}: {error}", file=sys.stderr)
+        print(f"spresso: rank {rank}: {describe_error(error)}", file=sys.stderr)
         _leave(MISTAKE)
     # every rank ends with the same status, by which the parent knows that the checkpoint was saved
     dist.destroy_process_group()

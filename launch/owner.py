@@ -1,53 +1,118 @@
-"""Ownership of a stage's directory. One process or job owns it; a new one takes over from an owner that is dead.
+"""Ownership of a directory. One process or job owns it; a new one takes over from an owner that is dead.
 
-The owner is named in `owner.json`. A rank calls `require` before it writes. Ranks of an earlier start that the cluster
-has given up, but that still run on a node cut off from it, find another owner there and end.
+The owner of a trained stage is named in `owner.json`. A rank calls `require` before it writes. Ranks of an earlier
+start that the cluster has given up, but that still run on a node cut off from it, find another owner there and end.
+
+Everything else that writes into a directory (a whole run, `synth`, `prepare`, `evaluate`, `page`) owns it through
+`holding`, with a hidden record.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from threading import Event, Thread
+from typing import BinaryIO
 
+from launch import record_lock, this_process
 from launch.slurm import scheduler
 from launch.slurm.attempt import TOKEN, Attempt
-from models.atomic_write import write_whole
+from models.atomic_write import replacing
+from models.documents import Moment, Natural, Positive, read_json, to_json
 
 _FILE = "owner.json"
-_SILENCE = 900.0  # seconds without a new status.json after which an owner on another machine counts as dead
+_TURN = ".owner.lock"
+_SILENCE = 900.0  # seconds without a sign of life after which an owner that can't be looked at counts as dead
+_BEAT = 60.0  # seconds between two signs of life
+_SETTLING = 1.0  # seconds after which all machines see who wrote last, on a file system without locks
+_SHOWN = 160  # characters of a command line in a message; the record has them all
+_RETRY = 1.0  # seconds between two looks at an owner that is waited for
+
+_locked: dict[Path, BinaryIO] = {}
+"""Open record of each directory that this process owns; the lock on a record lasts until the file is closed."""
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _locked.values()])
 
 
-class Superseded(RuntimeError):
+class Superseded(ValueError):
     """Another start of the run has taken over."""
+
+
+class _InUse(ValueError):
+    """A living process or job owns the directory."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Owner of a stage's directory."""
+    """Owner of a directory. Records of release 0.1.0 have no field after `restart`."""
 
     token: str
     host: str
-    pid: int
+    pid: Positive
     born: str
     """Start time of the process in kernel ticks, which tells it from a later process with the same pid."""
     job: str = ""
-    """SLURM's job id; empty for a run without SLURM."""
-    restart: int = 0
+    """SLURM's job id, if the job's script has taken the directory for all ranks; else empty."""
+    restart: Natural = 0
+    boot: str = ""
+    """Boot of the machine in which the process runs; a pid of another boot says nothing."""
+    pids: str = ""
+    """Namespace of the pid; the same pid in another container is another process."""
+    locked: bool = False
+    """Whether the process holds the lock of its record for as long as it lives."""
+    began: Moment = 0.0
+    """When the owner took the directory, in seconds since the epoch."""
+    command: str = ""
+    """Command line of the process."""
+    launch: str = ""
+    """The SLURM job or torchrun that started the process, if any; `restart` counts its starts."""
 
     @property
     def told(self) -> str:
         """Name of the owner, for people."""
         return f"job {self.job}" if self.job else f"process {self.pid} on {self.host}"
 
+    @property
+    def details(self) -> str:
+        """When and with which command the owner began, in brackets; empty if the record does not say."""
+        if not self.began:
+            return ""
+        since = datetime.fromtimestamp(self.began).astimezone().isoformat(" ", "seconds")
+        command = self.command if len(self.command) <= _SHOWN else f"{self.command[:_SHOWN]}…"
+        return f" (since {since}, `{command}`)"
+
+    @property
+    def how_to_end(self) -> str:
+        """The command that ends the owner, after an "or end it"."""
+        if self.job:
+            return f" with `scancel {self.job}`"
+        if not self.boot or self.boot != this_process.boot():
+            return ""
+        return f" with `kill {self.pid}`" if self.pids == this_process.pid_namespace() else " in its container"
+
 
 def by_hand() -> Owner:
     """Return this process as an owner."""
-    host, pid = socket.gethostname(), os.getpid()
-    return Owner(f"{host}_{pid}_{_born(pid)}", host, pid, _born(pid))
+    host, pid, boot, pids = socket.gethostname(), os.getpid(), this_process.boot(), this_process.pid_namespace()
+    born = this_process.born(pid)
+    launch, restart = this_process.launch()
+    return Owner(
+        "_".join([host, str(pid), born, boot, pids]),
+        host,
+        pid,
+        born,
+        restart=restart,
+        boot=boot,
+        pids=pids,
+        began=time.time(),
+        command=this_process.command(),
+        launch=launch,
+    )
 
 
 def by_job(attempt: Attempt) -> Owner:
@@ -56,36 +121,88 @@ def by_job(attempt: Attempt) -> Owner:
 
 
 def take(folder: Path, owner: Owner) -> None:
-    """Make `owner` the owner of a stage's directory, for this process and its children.
+    """Make `owner` the owner of a trained stage's directory, for this process and its children.
 
     Raises:
         ValueError: a living process or job owns the directory.
     """
-    held = holder(folder)
-    if held is not None and not _same(held, owner) and lives(held, folder):
-        raise ValueError(
-            f"{folder} is in use by {held.told}, which is alive: wait for it, or end it"
-            + (f" with `scancel {held.job}`" if held.job else "")
-        )
-    write_whole(folder / _FILE, json.dumps(asdict(owner), indent=1))
+    _take(folder, owner, _FILE, lambda name: name == _FILE)
     os.environ[TOKEN] = owner.token
 
 
+def _take(folder: Path, owner: Owner, name: str, is_rival: Callable[[str], bool]) -> None:
+    """Write the record `name`, unless a living owner has one that is a rival."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with record_lock.turn(folder / _TURN):
+        for path in sorted(folder.iterdir()):
+            if is_rival(path.name):
+                _require_free(path, owner)
+        locked = _write(folder / name, owner)
+    if not locked and not owner.job:
+        # Without locks, two may have written at once. The last one is the owner.
+        time.sleep(_SETTLING)
+        held = _read(folder / name)
+        if held is None or held.token != owner.token:
+            raise _in_use(folder, held)
+
+
+def _require_free(record: Path, newcomer: Owner) -> None:
+    held = _read(record)
+    if held is not None and not _same(held, newcomer) and _lives(held, record):
+        raise _in_use(record.parent, held)
+
+
+def _in_use(folder: Path, held: Owner | None) -> _InUse:
+    if held is None:
+        return _InUse(f"{folder} is in use by an unknown owner: repeat the command")
+    return _InUse(
+        f"{folder} is in use by {held.told}, which is alive{held.details}: wait for it, or end it{held.how_to_end}"
+    )
+
+
+def _write(record: Path, owner: Owner) -> bool:
+    """Replace a record; return whether this process holds its lock, which it does only for itself."""
+    mine = owner.pid == os.getpid() and not owner.job and owner.token == by_hand().token
+    _unlock(record)
+    with replacing(record) as partial:
+        file = partial.open("wb")
+        locked = mine and record_lock.lock(file)
+        file.write(to_json(replace(owner, locked=locked), indent=1).encode())
+        file.flush()
+    if locked:
+        _locked[record.absolute()] = file
+    else:
+        file.close()
+    return locked
+
+
+def _unlock(record: Path) -> None:
+    if file := _locked.pop(record.absolute(), None):
+        file.close()
+
+
 def holder(folder: Path) -> Owner | None:
-    """Return the owner of a stage's directory; None if it has none. Raises ValueError if the file is damaged."""
+    """Return the owner of a trained stage's directory; None if it has none. Raises ValueError if it is damaged."""
+    return _read(folder / _FILE)
+
+
+def _read(record: Path) -> Owner | None:
     try:
-        return Owner(**json.loads((folder / _FILE).read_text("utf-8")))
+        return read_json(record, Owner, mend="remove it if nothing trains there or writes there")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder / _FILE} is damaged: remove it if nothing trains there") from None
 
 
 def release(folder: Path, token: str) -> None:
-    """Give up the ownership of a directory, if the owner with this token still has it."""
-    held = holder(folder)
+    """Give up the ownership of a trained stage's directory, if the owner with this token still has it."""
+    _release(folder / _FILE, token)
+
+
+def _release(record: Path, token: str) -> None:
+    held = _read(record)
     if held is not None and held.token == token:
-        (folder / _FILE).unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+        _unlock(record)
 
 
 def require(folder: Path) -> None:
@@ -95,33 +212,127 @@ def require(folder: Path) -> None:
         raise Superseded(f"{folder} was taken over by {held.told if held else 'an unknown owner'}: this rank ends")
 
 
+@contextmanager
+def training(folder: Path) -> Iterator[None]:
+    """Own a trained stage's directory within the block. Raises ValueError as `take` does."""
+    owner = by_hand()
+    take(folder, owner)
+    try:
+        yield
+    finally:
+        os.environ.pop(TOKEN, None)
+        release(folder, owner.token)
+
+
+@contextmanager
+def holding(
+    folder: Path, *, part: int = 0, parts: int = 1, wait: Callable[[str], object] | None = None
+) -> Iterator[Callable[[], None]]:
+    """Own a directory within the block, or one part of the work in it; the other parts may have other owners.
+
+    Yields a function that raises ValueError if another part has a living owner.
+
+    Args:
+        folder: the directory, which is made if it is missing.
+        part: the part of the work, 0 … parts - 1.
+        parts: the number of parts. A process with another number of parts would do the same work again.
+        wait: called once with a line if the directory is in use, which is then waited for; None: it is an error.
+
+    Raises:
+        ValueError: a living process owns the directory, or the part.
+    """
+    owner, siblings = by_hand(), f"-of-{parts}.json"
+    name = ".owner.json" if parts == 1 else f".owner-{part}{siblings}"
+
+    def is_rival(other: str) -> bool:
+        return _is_record(other) and (other == name or parts == 1 or not other.endswith(siblings))
+
+    while True:
+        try:
+            _take(folder, owner, name, is_rival)
+            break
+        except _InUse as error:
+            if wait is None:
+                raise
+            wait(str(error).partition(": wait for it")[0])
+            wait = _quiet
+            time.sleep(_RETRY)
+    over = Event()
+    Thread(target=_beat, args=(folder / name, over), daemon=True).start()
+    try:
+        yield lambda: _require_alone(folder, owner)
+    finally:
+        over.set()
+        _release(folder / name, owner.token)
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith(".owner") and name.endswith(".json")
+
+
+def _require_alone(folder: Path, owner: Owner) -> None:
+    for path in sorted(folder.iterdir()):
+        if _is_record(path.name):
+            _require_free(path, owner)
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _beat(record: Path, over: Event) -> None:
+    """Give a sign of life now and then: other machines may have nothing else to judge by."""
+    while not over.wait(_BEAT):
+        file = _locked.get(record.absolute())
+        try:
+            os.utime(record if file is None else file.fileno())
+        except OSError:  # the record was replaced, or the file system does not answer
+            continue
+
+
 def _same(held: Owner, newcomer: Owner) -> bool:
     """Whether the owner is the newcomer itself, or an earlier start of the newcomer's job."""
-    earlier = bool(held.job) and held.job == newcomer.job and held.restart < newcomer.restart
-    return held.token == newcomer.token or earlier
+    one_job = bool(held.job) and held.job == newcomer.job
+    one_launch = bool(held.launch) and held.launch == newcomer.launch
+    return held.token == newcomer.token or ((one_job or one_launch) and held.restart < newcomer.restart)
 
 
 def lives(held: Owner, folder: Path) -> bool:
-    """Whether an owner is alive. If that cannot be checked, an owner that wrote recently counts as alive."""
+    """Whether the owner of a trained stage's directory is alive. If that cannot be checked, recent writing decides."""
+    return _lives(held, folder / _FILE)
+
+
+def _lives(held: Owner, record: Path) -> bool:
     if held.job:
-        try:
-            return bool(scheduler.alive([held.job]))
-        except scheduler.QueueError:  # there is no SLURM on this machine, or no answer
-            return _wrote_recently(folder)
-    if held.host == socket.gethostname():
-        return _born(held.pid) == held.born
-    return _wrote_recently(folder)
+        return _job_lives(held.job, otherwise=lambda: _wrote_recently(record))
+    if held.locked and record_lock.is_locked(record):
+        return True
+    if held.boot == this_process.boot() if held.boot else held.host == socket.gethostname():
+        if held.locked:  # one kernel has one table of locks, whatever the container
+            return False
+        if held.pids in ("", this_process.pid_namespace()):
+            return this_process.born(held.pid) == held.born
+        return _wrote_recently(record)
+    if held.host == socket.gethostname() and _last_written(record) < this_process.booted_at():
+        return False  # the machine was restarted
+    kind, _, number = held.launch.rpartition(" ")
+    if kind == "SLURM job" and not _job_lives(number, otherwise=lambda: True):
+        return False
+    return _wrote_recently(record)
 
 
-def _wrote_recently(folder: Path) -> bool:
-    times = [path.stat().st_mtime for path in (folder / "status.json", folder / _FILE) if path.exists()]
-    return time.time() - max(times, default=0.0) < _SILENCE
-
-
-def _born(pid: int) -> str:
-    """Return the start time of a process in kernel ticks; empty if there is no such process or it is a zombie."""
+def _job_lives(job: str, *, otherwise: Callable[[], bool]) -> bool:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+        return bool(scheduler.alive([job]))
+    except scheduler.QueueError:  # there is no SLURM on this machine, or no answer
+        return otherwise()
+
+
+def _wrote_recently(record: Path) -> bool:
+    return time.time() - _last_written(record) < _SILENCE
+
+
+def _last_written(record: Path) -> float:
+    """Return when the owner gave its last sign of life, in seconds since the epoch; 0 if it gave none."""
+    paths = (record.with_name("status.json"), record)
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)

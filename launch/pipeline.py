@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from launch import owner
 from launch.local import train_here
 from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.names import checkpoints
@@ -21,7 +23,7 @@ from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
 from trainer.exported import missing_export
-from trainer.file_names import printable
+from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
@@ -36,11 +38,12 @@ def run(config: Config) -> str:
     _require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
-    write_config(Path(config.run_dir), config)
-    for number, stage in enumerate(config.stages, start=1):
-        say(f"[{number}/{len(config.stages)}] {stage}")
-        if run_stage(config, stage) == "stopped":
-            return "stopped"
+    with owner.holding(Path(config.run_dir)):
+        write_config(Path(config.run_dir), config)
+        for number, stage in enumerate(config.stages, start=1):
+            say(f"[{number}/{len(config.stages)}] {stage}")
+            if run_stage(config, stage) == "stopped":
+                return "stopped"
     return "done"
 
 
@@ -96,11 +99,15 @@ def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
         def show(done: float, total: float) -> None:
             progress.to(round(hours * 60 * done / total, 2))
 
-        write_sounds(folder, hours=hours, seed=seed, workers=workers, progress=show)
+        sole = functools.partial(owner.holding, folder)
+        write_sounds(folder, hours=hours, seed=seed, workers=workers, progress=show, sole=sole)
 
 
 def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
-    """Encode sound files into shards of latents: all files, or those of one part of an array job."""
+    """Encode sound files into shards of latents: all files, or those of one part of an array job.
+
+    Runs may share their latents and begin at once: one of them encodes, and the others wait for it.
+    """
     if shared_latents(config):
         say(f"  made before: {config.data.latents}")
         return
@@ -133,6 +140,13 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             parts=parts,
             own=[Path(config.run_dir)],
             progress=show,
+            sole=functools.partial(
+                owner.holding,
+                Path(config.data.latents),
+                part=part,
+                parts=parts,
+                wait=lambda line: say(f"  waits: {line}"),
+            ),
         )
     if report is None:
         say(f"  part {part} of {parts} is done; the sets are complete once all parts are")
@@ -170,41 +184,50 @@ def _resumes_own_run(config: Config, directory: RunDirectory) -> bool:
 
 def evaluate(config: Config, *, part: int = 0, parts: int = 1) -> None:
     """Score all clips, or those of one part of an array job; print the table and write its files."""
-    report = evaluation.evaluate_part(config, part=part, parts=parts)
+    report = _evaluated(config, part=part, parts=parts)
     if report is None:
         say(f"  part {part} of {parts} is done; the table is made once all parts are")
         return
     print(tables.table(report))
 
 
+def _evaluated(config: Config, *, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
+    """Return the report of an evaluation, which is made first if it is missing; None if other parts are unfinished."""
+    sole = functools.partial(owner.holding, stage_folder(config, "evaluate"), part=part, parts=parts)
+    return evaluation.evaluate_part(config, part=part, parts=parts, sole=sole)
+
+
 def listening_test(config: Config, out: Path, *, systems: list[str] | None, clips: int | None, seed: int) -> None:
     """Write a folder for webMUSHRA with the clips that the page plays. Raises ValueError."""
     folder = stage_folder(config, "evaluate")
-    made = write_listening_test(evaluation.evaluate(config), folder, out, systems=systems, clips=clips, seed=seed)
+    report = _evaluated(config)
+    assert report is not None
+    made = write_listening_test(report, folder, out, systems=systems, clips=clips, seed=seed)
     say(f"{made.trials} trials of {made.conditions} sounds: copy {out}/configs into webMUSHRA's folder and open")
     say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} from the listeners: it names the systems")
 
 
 def page(config: Config) -> Path:
     """Write the listening page; return the path to open."""
-    folder = stage_folder(config, "evaluate")
-    report = evaluation.evaluate(config)
+    report = _evaluated(config)
+    assert report is not None
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
-    clear_page(stage_folder(config, "page"))
-    index = write_page(
-        report,
-        stage_folder(config, "page"),
-        audio_root=folder,
-        curves={stage: path for stage, path in curves.items() if path.exists()},
-        config_text=to_yaml(config),
-    )
+    with owner.holding(stage_folder(config, "page")):
+        clear_page(stage_folder(config, "page"))
+        index = write_page(
+            report,
+            stage_folder(config, "page"),
+            audio_root=stage_folder(config, "evaluate"),
+            curves={stage: path for stage, path in curves.items() if path.exists()},
+            config_text=to_yaml(config),
+        )
     say(f"open {index.resolve()}")
     return index
 
 
 def say(text: str) -> None:
     """Print a line to stderr, which keeps stdout free for tables."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 UNTRAINED: dict[str, Callable[..., object]] = {

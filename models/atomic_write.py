@@ -7,8 +7,10 @@ readers still never see such a file in part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from pathlib import Path
 
 from models.readable import kind_of
 
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""How file systems say that they can't flush a folder."""
 _LONGEST = 255  # bytes of a file name on all common file systems
 
 
@@ -23,14 +27,15 @@ _LONGEST = 255  # bytes of a file name on all common file systems
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; rename it to `path` if the block succeeds, else remove it.
 
-    The hidden name contains the host and the process id, so several processes may write the same file. If it would be
-    too long for the file system, a hash stands for the file's name.
+    The hidden name contains the host, the namespace of the process id and that id, so several processes may write the
+    same file, also from containers that share a host name. If it would be too long for the file system, a hash stands
+    for the file's name.
 
     Raises:
         ValueError: `path` is a folder, a pipe or a device, which a rename would fail on or take away.
     """
     require_no_special_file(path)
-    partial = path.with_name(_hidden_name(path.name, f".{os.uname().nodename}-{os.getpid()}.partial"))
+    partial = path.with_name(_hidden_name(path.name, f".{_namespace()}-{os.getpid()}.partial"))
     try:
         yield partial
         if durable:
@@ -38,6 +43,36 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the hidden files of processes of this host that were killed while they wrote into a folder.
+
+    Those of processes in other containers stay, because their process ids say nothing here.
+    """
+    ending = re.compile(rf"\..*\.{re.escape(_namespace())}-(\d+)\.partial", re.DOTALL)
+    for path in folder.iterdir():
+        if (match := ending.fullmatch(path.name)) and not _lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _namespace() -> str:
+    """Return the host, and the number of the namespace in which this process has its id: 0 if the system has none."""
+    try:
+        number = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        number = 0
+    return f"{os.uname().nodename}-{number}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _hidden_name(name: str, ending: str) -> str:
@@ -65,9 +100,15 @@ def write_whole(path: Path, content: bytes | str, *, durable: bool = True) -> No
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to disk."""
+    """Flush a file's content, or a folder's list of names, to disk.
+
+    Some network and FUSE file systems can't flush a folder. This is passed over, because they keep names themselves.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)

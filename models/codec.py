@@ -316,20 +316,19 @@ class SPresso(nn.Module):
                 codec was trained on another base model or autoencoder.
         """
         folder = Path(folder)
-        description = export.read_description(folder)
-        config = export.parse_config(folder, description["config"])
+        description, config = export.read_description(folder), export.read_config(folder)
         if autoencoder is not None:
             config.autoencoder["folder"] = str(autoencoder)
         base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
-        codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=load_dit(base_path))
+        dit = load_dit(base_path)
+        export.require_sizes(folder, config, dit)
+        codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=dit)
         _require_same("the base model", base_path, codec.base_hash, description["base"]["hash"])
         _require_same(
             "the autoencoder", config.autoencoder, codec.autoencoder.identity(), description["autoencoder_identity"]
         )
-        if (quantizer := export.read_part_config(folder, "quantizer")) is not None:
-            codec.quantizer = make_quantizer(quantizer)
-        if (prior := export.read_part_config(folder, "prior")) is not None:
-            codec.prior = export.make_prior(folder, prior)
+        codec.quantizer = export.read_part(folder, "quantizer", make_quantizer)
+        codec.prior = export.read_part(folder, "prior", lambda config: Prior(**config))
         export.fill_parts(folder, codec.parts())
         export.fill_adapter(folder, codec.adapter_parameters())
         codec.model_hash = codec._hash(description["config"])
@@ -367,8 +366,8 @@ class SPresso(nn.Module):
 
 def read_frames_of(folder: Path) -> FramesOf:
     """Return the `z_frames` function of an export's codec without loading its weights."""
-    config = export.read_description(folder)["config"]
-    return partial(_count_z_frames, outline_autoencoder(**config["autoencoder"]), config["latent_encoder"]["pooling"])
+    config = export.read_config(folder)
+    return partial(_count_z_frames, outline_autoencoder(**config.autoencoder), config.latent_encoder.pooling)
 
 
 def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:

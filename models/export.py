@@ -6,27 +6,23 @@ base model by its hash. This module only handles the files; `models.codec` assem
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from models.prior import Prior
+from models.decoder import Decoder
+from models.documents import build, damaged, fits, read_json, to_json
+from models.latent_encoder import LatentEncoder, Upsampler
 from models.readable import folder_trouble, require_file
-from models.sizes import CodecConfig
-from models.weights import (
-    open_safetensors,
-    open_weights,
-    require_fit,
-    save_weights,
-    write_safetensors,
-)
+from models.sizes import CodecConfig, LatentEncoderConfig
+from models.weights import open_safetensors, open_weights, outlined, require_fit, save_weights, write_safetensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,11 +30,38 @@ if TYPE_CHECKING:
 EXPORT_FORMAT = 1
 ADAPTER = "default"
 """PEFT's name for the one adapter that D has."""
-COPY_AGAIN = "copy it again from where it was made, or export it again"
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
+_MEND = "copy it again from where it was made, or export it again"
+
+Part = TypeVar("Part", bound=nn.Module)
 Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
 """Maps the name of a part's file, without its suffix, to the module and its config."""
+
+
+Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Format(TypedDict):
+    format: int
+
+
+class _Base(TypedDict):
+    path: str | None
+    hash: str
+
+
+class ExportDescription(TypedDict):
+    """The content of `codec.json`."""
+
+    format: int
+    model: Hash
+    base: _Base
+    autoencoder_identity: str
+    config: dict[str, Any]
+    """The fields of a `CodecConfig`, which `CodecConfig.from_dict` checks."""
+    parts: NotRequired[dict[str, str]]
+    """Hashes of what is not in the model's hash (`models.codec`); exports of 0.1.0 have none."""
 
 
 def write_export(
@@ -84,7 +107,7 @@ def write_export(
         "config": description["config"],
         "parts": description["parts"],
     }
-    (making / _DESCRIPTION).write_text(json.dumps(described, indent=2))
+    (making / _DESCRIPTION).write_text(to_json(described, indent=2))
     (making / "README.md").write_text(card)
     _exchange(folder, making, kept=foreign)
 
@@ -116,39 +139,71 @@ def _foreign_files(folder: Path) -> list[Path]:
     return [path for path in entries if path.name not in ours and path.suffix != ".safetensors"]
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read an export's `codec.json`: `format`, `model`, `base`, `autoencoder_identity` and `config`.
-
-    Exports since 0.2.0 also have `parts`, the hashes of what is not in the model's hash (`models.codec`).
+def read_description(folder: Path) -> ExportDescription:
+    """Read an export's `codec.json`.
 
     Raises:
         ValueError: the folder holds no export, a damaged one, or one in another format.
     """
+    path = folder / _DESCRIPTION
     try:
-        description = json.loads((folder / _DESCRIPTION).read_text())
+        description = read_json(path, _Format, mend=_MEND, finite=True)
     except (FileNotFoundError, NotADirectoryError):
         trouble = folder_trouble(folder) or "holds no codec"
         raise ValueError(f"{folder} {trouble}: give an export folder, such as runs/demo/finetune/export") from None
-    except ValueError:
-        description = None
-    if not isinstance(description, dict):
-        raise ValueError(f"{folder / _DESCRIPTION} is damaged: {COPY_AGAIN}")
-    if description.get("format") != EXPORT_FORMAT:
+    if description["format"] != EXPORT_FORMAT:
         raise ValueError(
-            f"{folder} was written in format {description.get('format')}, but this version reads format "
+            f"{folder} was written in format {description['format']}, but this version reads format "
             f"{EXPORT_FORMAT}: export it again"
         )
-    base = description.get("base")
-    whole = isinstance(base, dict) and {"path", "hash"} <= base.keys() and isinstance(description.get("config"), dict)
-    if not whole or not {"model", "autoencoder_identity"} <= description.keys():
-        raise ValueError(f"{folder / _DESCRIPTION} is damaged: {COPY_AGAIN}")
-    return description
+    return fits(description, ExportDescription, path, mend=_MEND)
 
 
-def read_part_config(folder: Path, name: str) -> dict[str, Any] | None:
-    """Read the config in the header of a part's file; return None if the export has no such part."""
+def read_config(folder: Path) -> CodecConfig:
+    """Read the config of an export's codec; raises as `read_description` does."""
+    return CodecConfig.from_dict(read_description(folder)["config"], folder / _DESCRIPTION)
+
+
+def read_part(folder: Path, name: str, kind: Callable[[dict[str, Any]], Part]) -> Part | None:
+    """Build a part by its kind from the config in the header of its file; None if the export has no such part.
+
+    The part is first outlined without memory, so that no config can ask for more weights than the file holds.
+
+    Raises:
+        ValueError: the config is not one of the part's, or the file's weights have other shapes.
+    """
     path = folder / f"{name}.safetensors"
-    return open_weights(path)[0] if path.exists() else None
+    if not path.exists():
+        return None
+    config, stored = open_weights(path)
+    try:
+        outlined(lambda: kind(config), stored, str(path))
+        return kind(config)
+    except TypeError as error:
+        raise damaged(path, f"its config builds no {name}: {error}", _MEND) from None
+
+
+def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
+    """Check the config of an export by the weights in its files, before anything of that size is built.
+
+    Raises:
+        ValueError: g or f has other weights or another config, or the adapter has another rank.
+    """
+    shapes, width, patch = config.latent_encoder, dit.config.width, dit.config.patch_size
+    outlines: dict[str, Callable[[], nn.Module]] = {
+        "latent_encoder": lambda: LatentEncoder(shapes),
+        "upsampler": lambda: Upsampler(shapes, dit_width=width, dit_patch_size=patch),
+    }
+    for name, outline in outlines.items():
+        path = folder / f"{name}.safetensors"
+        stored_config, stored = open_weights(path)
+        if build(LatentEncoderConfig, stored_config, path, mend=_MEND) != shapes:
+            raise damaged(folder / _DESCRIPTION, f"`config.latent_encoder` is not the config of {path.name}", _MEND)
+        outlined(outline, stored, str(path))
+    adapter = open_safetensors(folder / _ADAPTER_FILE)[1]
+    ranks = {value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}
+    if ranks != {config.lora["rank"]}:
+        raise damaged(folder / _DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
 
 
 @torch.no_grad()
@@ -163,27 +218,11 @@ def fill_parts(folder: Path, parts: Parts) -> None:
             value.copy_(stored[key].read())
 
 
-def parse_config(folder: Path, values: dict[str, Any]) -> CodecConfig:
-    """Rebuild a codec's config; raise ValueError if the description lacks a value, or has one that is unknown."""
-    try:
-        return CodecConfig.from_dict(values)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _DESCRIPTION} has a config that can't be read ({error}): {COPY_AGAIN}") from error
-
-
-def make_prior(folder: Path, config: dict[str, Any]) -> Prior:
-    """Build the prior from the config in its file, without its weights; raise ValueError if it is damaged."""
-    try:
-        return Prior(**config)
-    except TypeError as error:
-        raise ValueError(f"{folder / 'prior.safetensors'} is no prior ({error}): {COPY_AGAIN}") from error
-
-
 def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the LoRA's weights into D's parameters.
 
     Raises:
-        ValueError: the file is missing or damaged, or its LoRA adapts other layers than `parameters`.
+        ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
     """
     path = folder / _ADAPTER_FILE
     require_file(path)
@@ -212,9 +251,7 @@ def require_hashes(folder: Path, found: Mapping[str, str], expected: Mapping[str
         if found.get(what) != expected.get(what)
     ]
     if differing:
-        raise ValueError(
-            f"{folder} is damaged, or holds files of another export ({'; '.join(differing)}): {COPY_AGAIN}"
-        )
+        raise ValueError(f"{folder} is damaged, or holds files of another export ({'; '.join(differing)}): {_MEND}")
 
 
 def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,15 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from models.documents import Positive, build, damaged, fits
+
+_LARGEST = 2**24
+"""The largest size that a config may name, see `models.documents.Size`."""
+_DEEPEST = 2**12
+"""The largest number of Transformer blocks."""
+_MEND = "export it again"
 
 
 @dataclass
@@ -67,9 +75,10 @@ class DiTConfig:
 
     def _problems(self) -> Iterator[str]:
         sizes = ("channels", "width", "depth", "heads", "hidden_width", "text_tokens", "patch_size", "rotary_span")
-        too_small = [f"{name} is {getattr(self, name)}: give at least 1" for name in sizes if getattr(self, name) < 1]
-        if too_small:
-            yield from too_small
+        sizes += ("time_features", *(("text_width",) if self.text_width is not None else ()))
+        out_of_range = list(_out_of_range(self, sizes))
+        if out_of_range:
+            yield from out_of_range
             return
         if self.width % (2 * self.heads):
             yield f"width {self.width} does not split into {self.heads} heads: take a multiple of {2 * self.heads}"
@@ -83,6 +92,16 @@ class DiTConfig:
             yield (
                 f"memory_tokens is {self.memory_tokens}: give a number from 0 to {self.rotary_span}, the rotary_span"
             )
+
+
+def _out_of_range(config: object, names: tuple[str, ...], *, least: int = 1) -> Iterator[str]:
+    """Yield a line for each of the sizes that is below `least`, or that no model has."""
+    for name in names:
+        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else _LARGEST
+        if value < least:
+            yield f"{name} is {value}: give at least {least}"
+        elif value > most:
+            yield f"{name} is {value}: give at most {most}"
 
 
 STABLE_AUDIO_TEXT_TOKENS = 128
@@ -121,6 +140,11 @@ class StableAudioConfig:
     frame_seconds: float = 2048 / 44100
     """Duration of a latent frame in seconds."""
 
+    def __post_init__(self) -> None:
+        sizes = ("channels", "depth", "heads", "head_width", "text_heads", "cross_width", "time_features", "text_width")
+        if problems := list(_out_of_range(self, (*sizes, "text_tokens", "seconds_features"))):
+            raise ValueError("; ".join(problems))
+
     @property
     def width(self) -> int:
         """Features of a token."""
@@ -135,10 +159,15 @@ class StableAudioConfig:
 DecoderConfig = DiTConfig | StableAudioConfig
 
 
-def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """Rebuild the config from what `dataclasses.asdict` returned for it; raise TypeError if a name is unknown."""
-    kind = StableAudioConfig if values.get("kind") == "stable_audio" else DiTConfig
-    return kind(**values)
+def decoder_config(values: Any, where: object = "the config of D") -> DecoderConfig:
+    """Rebuild the config from what `dataclasses.asdict` returned for it.
+
+    Raises:
+        ValueError: a name is unknown, or a value is of another type; the message begins with `where`.
+    """
+    stable_audio = isinstance(values, Mapping) and values.get("kind") == "stable_audio"
+    kind: type[DecoderConfig] = StableAudioConfig if stable_audio else DiTConfig
+    return build(kind, values, where, mend=_MEND)
 
 
 def block_counts(config: DecoderConfig) -> tuple[int, int]:
@@ -182,6 +211,10 @@ class LatentEncoderConfig:
 
     def problems(self) -> list[str]:
         """Return one line for each problem with these sizes, which says how to fix it."""
+        sizes = ("latent_channels", "z_channels", "pooling", "patch_size", "width", "heads")
+        depths = _out_of_range(self, ("encoder_depth", "upsampler_depth"), least=0)
+        if out_of_range := [*_out_of_range(self, sizes), *depths]:
+            return [f"latent_encoder.{line}" for line in out_of_range]  # the checks below divide by these sizes
         found = []
         if self.pooling % self.patch_size:
             divisors = [n for n in range(1, self.pooling + 1) if self.pooling % n == 0]
@@ -256,6 +289,41 @@ class Sampling:
     the most likely sound."""
 
 
+_MOST_STEPS = 100_000
+
+
+class AutoencoderChoice(TypedDict):
+    """The AudioAE of a codec or of a set of latents: the arguments of `load_autoencoder`."""
+
+    kind: str
+    folder: NotRequired[str | None]
+
+
+class Formulation(TypedDict):
+    """The name of a formulation of diffusion, and the options that `make_diffusion` takes."""
+
+    name: str
+    options: dict[str, float]
+
+
+class _Lora(TypedDict):
+    rank: Positive
+    alpha: float
+
+
+class _CodecValues(TypedDict):
+    """The values of a `CodecConfig` in a file; `from_dict` checks those without a type of their own here."""
+
+    autoencoder: AutoencoderChoice
+    latent_encoder: dict[str, Any]
+    dit: dict[str, Any]
+    diffusion: Formulation
+    lora: _Lora
+    window: Positive
+    rates: NotRequired[list[Positive]]
+    sampling: NotRequired[dict[str, Any]]
+
+
 @dataclass
 class CodecConfig:
     """Everything that an SPresso is built from, except its weights."""
@@ -275,8 +343,31 @@ class CodecConfig:
     sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CodecConfig:
-        """Rebuild the config from what `dataclasses.asdict` returned for it."""
-        parts = {"latent_encoder": LatentEncoderConfig, "sampling": Sampling}
-        read = {name: part(**values[name]) for name, part in parts.items()}
-        return cls(**values | read | {"dit": decoder_config(values["dit"])})
+    def from_dict(cls, values: Any, where: object = "the config of the codec") -> CodecConfig:
+        """Rebuild the config from what `dataclasses.asdict` returned for it.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a value can't be one of a codec; the message begins with
+                `where`.
+        """
+        fits(values, _CodecValues, where, mend=_MEND)
+        latent_encoder = build(LatentEncoderConfig, values["latent_encoder"], where, mend=_MEND)
+        sampling = build(Sampling, values.get("sampling", {}), where, mend=_MEND)
+        parts = {"latent_encoder": latent_encoder, "sampling": sampling, "dit": decoder_config(values["dit"], where)}
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise damaged(where, f"it has an unknown field `{min(unknown)}`", _MEND)
+        config = cls(**values | parts)
+        if problems := [*latent_encoder.problems(), *config._problems()]:
+            raise damaged(where, "; ".join(problems), _MEND)
+        return config
+
+    def _problems(self) -> Iterator[str]:
+        sampling, pooling = self.sampling, self.latent_encoder.pooling
+        if self.window % pooling or self.window > _LARGEST:
+            yield f"window is {self.window}, not a multiple of the pooling {pooling} up to {_LARGEST}"
+        if not 1 <= sampling.steps <= _MOST_STEPS:
+            yield f"sampling.steps is {sampling.steps}, not between 1 and {_MOST_STEPS}"
+        if foreign := self.autoencoder.keys() - {"kind", "folder"}:
+            yield f"autoencoder has an unknown field `{min(foreign)}`"
+        if foreign := self.lora.keys() - {"rank", "alpha"}:
+            yield f"lora has an unknown field `{min(foreign)}`"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.released import find_part, locate, missing, open_part, read_config, require_package
-from models.backbones.stable_audio import PROJECTION_SETTINGS, text_tokens
+from models.backbones.stable_audio import ProjectionSettings, text_tokens
 from models.weights import hash_state, listed, read
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -105,9 +105,9 @@ def _load_model(kind: Any, path: Path) -> nn.Module:
     logging.disable_progress_bar()
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, loading = kind.from_pretrained(str(path), **options)
+        model, loading = kind.from_pretrained(str(path), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} can't be loaded as a text encoder: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} can't be loaded as a text encoder: {_reason(error)}") from error
     # transformers initialises missing weights at random. Only the pooler may be missing: no hidden state depends on it.
     if absent := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ValueError(f"{path} lacks weights of its text encoder: {listed(absent)}")
@@ -119,9 +119,9 @@ def _load_tokenizer(path: Path) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no complete tokenizer: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} holds no complete tokenizer: {_reason(error)}") from error
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
@@ -129,9 +129,17 @@ def _load_tokenizer(path: Path) -> tuple[Any, str]:
     return tokenizer, digest.hexdigest()
 
 
+def _reason(error: Exception) -> str:
+    """Return the first line of an error of transformers; its advice to run a folder's own code is not passed on."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run: give one that transformers itself has a class for"
+    return lines[0]
+
+
 def _load_projection(path: Path) -> nn.Linear | None:
     """Load the projection from the text encoder's width to D's; return None if both widths are equal."""
-    sizes = read_config(path, "StableAudioProjectionModel", PROJECTION_SETTINGS)
+    sizes = read_config(path, "StableAudioProjectionModel", ProjectionSettings)
     if sizes["text_encoder_dim"] == sizes["conditioning_dim"]:
         return None
     stored = open_part(path)

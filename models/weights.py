@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,13 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.atomic_write import replacing
+from models.documents import damaged, opened, parse_json
 
-State = Mapping[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
+_MEND = "download or export it again"
+
 _UNREADABLE = (SafetensorError, RuntimeError, OverflowError, TypeError, KeyError)
 """Errors of the library and of torch about a header whose types or shapes do not go with the data."""
+_SYSTEM_ERROR = r"os error (\d+)"  # how safetensors gives the number of a system error
+State = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Stored:
         try:
             return self.file.get_tensor(self.name)
         except _UNREADABLE as error:
-            raise _damaged_error(self.path, error) from error
+            raise _read_error(self.path, error) from error
 
 
 Weights = Mapping[str, Tensor | Stored]
@@ -67,7 +73,7 @@ def write_safetensors(path: str | Path, state: State, metadata: Mapping[str, str
             save_file(dict(state), partial, metadata=dict(metadata))
             partial.chmod(0o666 & ~_umask())  # safetensors creates files that the group can't read
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(_SYSTEM_ERROR, str(error))
         raise OSError(int(number[1]) if number else 0, f"could not be written ({error})", str(path)) from error
 
 
@@ -94,37 +100,38 @@ def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     metadata, stored = open_safetensors(path)
     if "config" not in metadata:
         raise ValueError(f"{path} has no config in its header: it was not written by this program")
-    try:
-        config = json.loads(metadata["config"])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the config in its header is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: the config in its header is no JSON object: export it again")
-    return config, stored
+    return parse_json(metadata["config"], dict[str, Any], f"{path}: the config in its header", mend=_MEND), stored
 
 
 def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored]]:
     """Open any safetensors file; return its metadata and its unread tensors.
 
     Raises:
-        ValueError: the path is a folder, or the file is not a safetensors file or is damaged.
+        ValueError: the path is a folder or a pipe, or the file is not a safetensors file or is damaged.
         FileNotFoundError: the file does not exist.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a safetensors file in it")
-    path.open("rb").close()  # Python's own error names the file; the library's does not
+    try:
+        with opened(path):  # a pipe would hold up the library, and its errors do not name a file that can't be opened
+            pass
+    except ValueError as error:
+        raise damaged(path, error, _MEND) from None
     try:
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
         shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except _UNREADABLE as error:
-        raise _damaged_error(path, error) from error
+        raise _read_error(path, error) from error
     return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
 
 
-def _damaged_error(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a complete safetensors file ({error}): download or export it again")
+def _read_error(path: Path, error: Exception) -> ValueError | OSError:
+    """Return the error of a damaged file, or of a disk that failed while the file was read."""
+    if number := re.search(_SYSTEM_ERROR, str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return ValueError(f"{path} is not a complete safetensors file ({error}): {_MEND}")
 
 
 def hash_state(config: Mapping[str, Any], state: State) -> str:
@@ -145,16 +152,31 @@ def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Call
     Raises:
         ValueError: a tensor is missing, unknown or of another shape. The message begins with `where` and names it.
     """
-    with torch.device("meta"):
-        model = build()
-    require_fit(model.state_dict(), state, where, name_of)
+    model = outlined(build, state, where, name_of)
     for name, value in model.to_empty(device="cpu").state_dict().items():
         value.copy_(read(state[name_of(name)]))
     return model
 
 
+def outlined(build: Callable[[], Model], state: Weights, where: str, name_of: Callable[[str], str] = str) -> Model:
+    """Build a model on the meta device, without memory, and check that the weights in `state` fit it.
+
+    Building ends as soon as the model has more weights than `state`, so that a config can ask for any number of blocks.
+
+    Raises:
+        ValueError: as for `filled`.
+    """
+    try:
+        with torch.device("meta"), _at_most(2 * len(state) + 100):
+            model = build()
+    except (RuntimeError, OverflowError) as error:  # sizes that no tensor can have
+        raise ValueError(f"{where} do not fit the config; {str(error).splitlines()[0]}") from None
+    require_fit(model.state_dict(), state, where, name_of)
+    return model
+
+
 def require_fit(wanted: State, state: Weights, where: str, name_of: Callable[[str], str] = str) -> None:
-    """Raise ValueError unless `state` has the names and shapes of `wanted`; see `filled`."""
+    """Raise ValueError unless `state` has the names and shapes of `wanted`, see `filled`."""
     shapes = {name_of(name): value.shape for name, value in wanted.items()}
     problems = {
         "missing": sorted(shapes.keys() - state.keys()),
@@ -168,6 +190,22 @@ def require_fit(wanted: State, state: Weights, where: str, name_of: Callable[[st
     found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
     if found:
         raise ValueError(f"{where} do not fit the config; {'; '.join(found)}")
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Raise RuntimeError if modules that are built in the block register more than `count` parameters."""
+    left = iter(range(count))
+
+    def registered(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("the config has more weights than the file")
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def listed(names: list[str], most: int = 5) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, those of a terminal's escape sequences among them, and those that change a line's direction."""
+
+_BREAKS = re.compile("([\n\t])")
 
 
 def as_unicode(text: str) -> str:
@@ -22,6 +25,11 @@ def as_unicode(text: str) -> str:
 def printable(text: str) -> str:
     """Return text of one line that is safe to print: control characters become `\\x1b`, `\\x0a` and so on."""
     return _CONTROL.sub(lambda match: _escape(match[0]), as_unicode(text))
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines that is safe to print: as `printable` does, but line breaks and tabs stay."""
+    return "".join(part if part in ("\n", "\t") else printable(part) for part in _BREAKS.split(text))
 
 
 def _escape(character: str) -> str:

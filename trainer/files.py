@@ -1,14 +1,12 @@
-"""File locks, file digests, and small JSON files."""
+"""File locks and file digests."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 
 @contextmanager
@@ -24,17 +22,3 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a small JSON file; returns an empty dict if the file is missing.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it") from None

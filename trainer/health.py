@@ -85,7 +85,7 @@ class Health:
             return
         self.norms = deque(state["norms"], maxlen=self.settings.spike_window)
         self.skipped, self.rewinds = list(state["skipped"]), state["rewinds"]
-        if self.scaled and state["scaled"]:
+        if self.scaled and state.get("scaled"):
             self.scale, self._steps_at_scale = state["scale"], state["steps_at_scale"]
 
     def _fault(self, loss: float, norm: float) -> str | None:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from models.atomic_write import write_whole
+from models.documents import damaged, read_bytes, write_json
 from models.readable import require_file
+from models.yaml_document import read_yaml
 from trainer.checkpoints.names import checkpoints
 from trainer.exported import missing_export
-from trainer.files import read_json
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
 from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
+from trainer.run_documents import read_optional, read_status
 from trainer.stages import STAGES
+
+logger = logging.getLogger(__name__)
 
 _MISSING = object()  # equal to no value
 _BY_CONTENT = ("pretrained.folder", "autoencoder.folder")
@@ -62,7 +65,7 @@ class RunDirectory:
         self.require_ownership()
         # The config comes first, because it shows that the other files are a run's.
         write_whole(self.path / "config.yaml", to_yaml(config))
-        write_whole(self.path / "inputs.json", json.dumps(inputs, indent=2))
+        write_json(self.path / "inputs.json", inputs, indent=2)
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
@@ -107,7 +110,7 @@ class RunDirectory:
         before = self._relevant(added_later() | _flatten_stored(self._stored_config(), known))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
-            before |= {f"input {name}": value for name, value in read_json(self.path / "inputs.json").items()}
+            before |= {f"input {name}": value for name, value in self._stored_inputs().items()}
         differing = [
             f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
             for key in sorted(before.keys() | relevant.keys())
@@ -135,24 +138,36 @@ class RunDirectory:
     def _stored_config(self) -> dict[Any, Any]:
         path = self.path / "config.yaml"
         try:
-            stored = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
-        except (OSError, ValueError, YAMLError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}): take another run_dir=…, or remove {self.path}"
-            ) from None
+            stored = OmegaConf.to_container(read_yaml(path, mend=self._mend))
+        except OmegaConfBaseException as error:
+            raise damaged(path, error, self._mend) from None
         assert isinstance(stored, dict)
         return stored
 
+    def _stored_inputs(self) -> dict[str, str]:
+        return read_optional(self.path / "inputs.json", dict[str, str], mend=self._mend) or {}
+
+    @property
+    def _mend(self) -> str:
+        return f"restore it, take another run_dir=…, or remove {self.path}"
+
     @property
     def status(self) -> dict[str, Any]:
-        """The status that `write_status` wrote last; empty if there is none."""
-        return read_json(self.path / "status.json")
+        """The status that `write_status` wrote last; empty, with a warning, if it is damaged.
+
+        A run that has no status goes on from its newest checkpoint and writes its status again.
+        """
+        try:
+            return read_status(self.path)
+        except ValueError as error:
+            logger.warning("%s", error)
+            return {}
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json` with a state (running, stopped or done) and further facts."""
         self.require_ownership()
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
-        write_whole(self.path / "status.json", json.dumps(status, indent=2), durable=False)
+        write_json(self.path / "status.json", status, indent=2, durable=False)
 
     def done(self, config: Config) -> bool:
         """Whether this stage is done, with at least as many samples as the config says, and its export is there."""
@@ -186,12 +201,11 @@ def require_own_config(folder: Path) -> None:
         return
     require_file(path)
     try:
-        text = path.read_text("utf-8")
-        stored = OmegaConf.create(text)
-    except (ValueError, YAMLError, OmegaConfBaseException):
-        stored, text = None, ""
-    complete = isinstance(stored, DictConfig) and stored.keys() >= _SECTIONS
-    if not complete or any(line.lstrip().startswith("#") for line in text.splitlines()):
+        complete = read_yaml(path, mend="").keys() >= _SECTIONS
+        text = read_bytes(path, mend="")
+    except ValueError:
+        complete, text = False, b""
+    if not complete or any(line.lstrip().startswith(b"#") for line in text.splitlines()):
         raise ValueError(
             f"{path} was not written by a run, which keeps its settings there: rename that file, or take another "
             "run_dir=…"

@@ -33,6 +33,7 @@ from trainer import formulation
 from trainer.data.conditions import ConditionReader
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import TextReader
+from trainer.formatting import in_markdown
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, mask_of_z
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
@@ -260,7 +261,7 @@ class CodecTask(Task):
     def _card(self) -> str:
         latent, codec = self.codec.config.latent_encoder, self.codec
         lines = [
-            f"# {self.config.name}: an S-PRESSO codec, model {{model}}\n",
+            f"# {in_markdown(self.config.name)}: an S-PRESSO codec, model {{model}}\n",
             f"Stage `{self.stage}`. z: {latent.z_channels} channels at {codec.z_rate:.2f} Hz "
             f"({codec.compression:.0f}× fewer numbers than the audio), AudioAE `{self.config.autoencoder.kind}`.\n",
             *(f"* {books} codebooks: {codec.kbps(books):.3f} kbps" for books in self._rates()),

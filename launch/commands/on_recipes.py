@@ -9,6 +9,7 @@ from launch import pipeline
 from launch.plan import plan as plan_lines
 from launch.signals import STOPPED
 from launch.slurm import submit
+from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES, is_trained, trained_stages
@@ -87,7 +88,7 @@ def page(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Print the resolved config, batch sizes, bit rates and memory."""
     for line in plan_lines(load_recipe(options.recipe, options.overrides, released=False)):
-        print(line, flush=True)
+        print(printable_lines(line), flush=True)
 
 
 def listen_test(options: argparse.Namespace) -> None:

@@ -7,11 +7,12 @@ import sys
 
 from launch.status import logs as log_files
 from launch.status import table
+from trainer.file_names import printable_lines
 
 
 def status(options: argparse.Namespace) -> None:
     """Print the state and progress of runs."""
-    print(table.report(table.resolve(options.run) if options.run else None))
+    print(printable_lines(table.report(table.resolve(options.run) if options.run else None)))
 
 
 def logs(options: argparse.Namespace) -> None:
@@ -21,7 +22,7 @@ def logs(options: argparse.Namespace) -> None:
 
 def cancel(options: argparse.Namespace) -> None:
     """Cancel the jobs of a run."""
-    print(table.cancel(table.resolve(options.run)), file=sys.stderr)
+    print(printable_lines(table.cancel(table.resolve(options.run))), file=sys.stderr)
 
 
 def requeue(options: argparse.Namespace) -> None:
@@ -29,7 +30,7 @@ def requeue(options: argparse.Namespace) -> None:
     run = table.resolve(options.run)
     message = table.requeue(run)
     if message is not None:
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)
         return
     # These imports need torch, which the other commands of this module do without.
     from launch.slurm import submit

@@ -7,18 +7,51 @@ attempt begins and another when it ends.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
-from models.atomic_write import write_whole
+from models.documents import Lines, Moment, Natural, append_lines, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 TOKEN = "SPRESSO_ATTEMPT"
 """Environment variable: the attempt that a process belongs to."""
+
+
+class Note(TypedDict):
+    """How a rank ended, which it writes into the attempt's folder."""
+
+    outcome: str
+    host: str
+    time: Moment
+    why: NotRequired[str]
+    type: NotRequired[str]
+    """Class of the exception with which the rank failed."""
+    message: NotRequired[str]
+
+
+class HistoryEntry(TypedDict):
+    """A line of the history: the beginning or the end of an attempt."""
+
+    job: str
+    restart: Natural
+    began: NotRequired[Moment]
+    nodes: NotRequired[str]
+    count: NotRequired[str]
+    """Number of nodes."""
+    ended: NotRequired[Moment]
+    place: NotRequired[Natural | None]
+    """How far the stage was at the end, see `begin_end.place`."""
+    then: NotRequired[Literal["done", "requeued", "over"]]
+    why: NotRequired[str]
+    failure: NotRequired[str]
+    by: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -50,33 +83,36 @@ class Attempt:
     def note(self, rank: int, outcome: str, **facts: Any) -> None:
         """Write how a rank ended: done, stopped, left, idle, superseded, mistake or failed."""
         entry = {"outcome": outcome, "host": socket.gethostname(), "time": time.time(), **facts}
-        write_whole(self.folder / f"rank_{rank}.json", json.dumps(entry, indent=1))
+        write_json(self.folder / f"rank_{rank}.json", entry, indent=1)
 
     def notes(self) -> dict[int, dict[str, Any]]:
-        """Return the notes that exist so far, by rank."""
-        found = {}
+        """Return the notes that exist so far, by rank; one that is damaged counts as missing, with a warning."""
+        found: dict[int, Any] = {}
         for path in self.folder.glob("rank_*.json"):
-            found[int(path.stem.removeprefix("rank_"))] = json.loads(path.read_text("utf-8"))
+            if match := re.fullmatch(r"rank_(\d{1,9})\.json", path.name):
+                try:
+                    found[int(match[1])] = read_json(path, Note, mend="the rank counts as one without a note")
+                except (ValueError, OSError) as error:
+                    logger.warning("%s", error)
         return dict(sorted(found.items()))
 
 
+def history_lines(stage_folder: Path) -> Lines[Any]:
+    """Return the lines of the stage's history, each a `HistoryEntry`, oldest first; damaged ones are passed over."""
+    return Lines(stage_folder / "attempts" / "history.jsonl", HistoryEntry)
+
+
 def history(stage_folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the stage's history, oldest first; incomplete lines are skipped."""
-    path = stage_folder / "attempts" / "history.jsonl"
-    lines = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """Read the lines of the stage's history, with a warning if some are damaged."""
+    lines = history_lines(stage_folder)
+    read = list(lines)
+    if lines.remark:
+        logger.warning("%s", lines.remark)
+    return read
 
 
 def record(stage_folder: Path, entry: dict[str, Any]) -> None:
     """Append a line to the history and flush it to the disk."""
     path = stage_folder / "attempts" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [entry], durable=True)

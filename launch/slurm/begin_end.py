@@ -24,6 +24,7 @@ from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, judge
 from launch.slurm.slurm_task import rendezvous
 from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
 from trainer.checkpoints.names import checkpoints, samples_of
+from trainer.file_names import printable_lines
 from trainer.stages import STAGES, is_trained
 
 _PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is visible here
@@ -39,7 +40,7 @@ def main() -> int:
     try:
         return _begin(attempt) if what == "begin" else _end(attempt, int(status[0]))
     except (ValueError, OSError) as error:
-        print(f"spresso: {error}", file=sys.stderr)
+        print(f"spresso: {printable_lines(str(error))}", file=sys.stderr)
         return MISTAKE
 
 
@@ -67,9 +68,8 @@ def _end(attempt: Attempt, status: int) -> int:
     verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
     entry = {"ended": time.time(), **_who(attempt), "place": progress, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
-    print(
-        f"spresso: {folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}", file=sys.stderr, flush=True
-    )
+    told = f"{folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}"
+    print(f"spresso: {printable_lines(told)}", file=sys.stderr, flush=True)
     if verdict.then == REQUEUE:
         return _requeue(attempt)
     if is_trained(folder.name):

@@ -7,6 +7,7 @@ function at submission, and it reacts to signals on one rank alone, from inside 
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION, TASKS_PER_NODE
-from trainer.recipes.cluster import ClusterConfig
+from trainer.file_names import printable
+from trainer.recipes.cluster import ClusterConfig, is_one_line, option_name
 from trainer.stages import STAGES
 
 
@@ -43,7 +45,11 @@ class Job(SlurmExecutor):
             run: absolute path of the run directory.
             submission: folder with the code and the config that the job uses, and the script.
             after: ids of the jobs that must succeed before this one starts.
+
+        Raises:
+            ValueError: the name or a path can't stand in a batch script.
         """
+        require_writable(name, run)
         super().__init__(submission / "jobs")
         self.cluster, self.stages, self.run, self.submission = cluster, list(stages), run, submission
         self.elastic = cluster.least_nodes < cluster.most_nodes
@@ -119,13 +125,13 @@ class Job(SlurmExecutor):
             PARTS: str(max(1, self.array)),
             TASKS_PER_NODE: str(cluster.ranks_per_node),
         }
-        exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
+        exports = [f"export {name}={_word(str(value))}" for name, value in variables.items()]
         code = shlex.quote(str(self.submission / "code"))
         return [*cluster.setup, *exports, f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
     def _options(self, after: Sequence[str]) -> dict[str, Any]:
-        options = {key.replace("_", "-").lstrip("-"): value for key, value in self.cluster.options.items()}
-        options |= {"requeue": True, "output": str(self.log), "chdir": str(Path.cwd())}
+        options = {option_name(key): value for key, value in self.cluster.options.items()}
+        options |= {"requeue": True, "output": self._output(self.log.name), "chdir": str(Path.cwd())}
         if self.elastic:
             # with --ntasks-per-node, SLURM 22.05 makes a requeued job wait for as many nodes as it had before
             options["mincpus"] = self.cluster.ranks_per_node * (self.cluster.cpus_per_task or 1)
@@ -147,8 +153,13 @@ class Job(SlurmExecutor):
         yield f"{shlex.join(['srun', *self._srun(stage)])} {python} -u -m launch.slurm.job_task {stage}"
         yield f"{python} -m launch.slurm.begin_end end {stage} $? || exit $?"
 
+    def _output(self, name: str, stage: str = "") -> str:
+        """Return where SLURM writes: the path of a log, with a % of the folder's own name doubled."""
+        folder = self.run / stage / "logs" if stage else self.log.parent
+        return f"{str(folder).replace('%', '%%')}/{name}"
+
     def _srun(self, stage: str) -> list[str]:
-        log = str(self.run / stage / "logs" / self.log.name).replace(".out", "_%t.out")
+        log = self._output(self.log.name.replace(".out", "_%t.out"), stage)
         options: dict[str, Any] = {"unbuffered": True, "kill-on-bad-exit": 1, "wait": 0, "open-mode": "append"}
         # srun does not inherit --cpus-per-task from sbatch
         options |= {"output": log, "cpus-per-task": self.cluster.cpus_per_task}
@@ -161,6 +172,27 @@ class Job(SlurmExecutor):
 
 def flags(options: Mapping[str, Any]) -> list[str]:
     """Return options as words of a command line; options that are None or false are left out."""
-    named = {key.replace("_", "-").lstrip("-"): value for key, value in options.items()}
+    named = {option_name(key): value for key, value in options.items()}
     given = {key: value for key, value in named.items() if value is not None and value is not False}
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+
+
+def require_writable(name: str, run: Path) -> None:
+    """Raise ValueError if the run's name, its directory or the current folder can't stand in a batch script.
+
+    sbatch reads its options line by line, SLURM drops a backslash from the path of a log, and a colon separates the
+    folders of PYTHONPATH: none of these can be quoted.
+    """
+    for what, text in (("name", name), ("run_dir", str(run)), ("the current folder", str(Path.cwd()))):
+        if not is_one_line(text):
+            raise ValueError(f"{what}={printable(text)} must be one line without control characters: rename it")
+    if refused := re.search(r"[\\:]", str(run)):
+        raise ValueError(f"run_dir={run} holds {refused[0]}, which no SLURM job can be given: set another run_dir")
+
+
+def _word(text: str) -> str:
+    """Quote text as one word of bash on one line, so that no line of it is read as an option of sbatch."""
+    if is_one_line(text):
+        return shlex.quote(text)
+    escaped = re.sub(r"[\\']", r"\\\g<0>", text)
+    return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\{ord(match[0]):03o}", escaped) + "'"

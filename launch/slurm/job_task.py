@@ -7,7 +7,6 @@ other tasks after any other status, and they may still be saving.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -15,19 +14,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import owner
+from launch.error_line import describe_error
 from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE
 from launch.slurm.attempt import Attempt
 from launch.slurm.deadline import Notice
 from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
+from models.disk_errors import LASTING
+from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES
 
 _FAILED = 1
-_PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
-"""System errors that recur until a person acts."""
 
 
 def main() -> None:
@@ -58,11 +58,12 @@ def main() -> None:
             status = 0
         except Exception as error:
             outcome, status = _classify(error, folder)
-            note(outcome, type=type(error).__name__, message=str(error))
+            message = describe_error(error) if outcome == "mistake" else str(error)
+            note(outcome, type=type(error).__name__, message=message)
             if outcome != "mistake":
-                traceback.print_exc()
+                print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
             elif task.rank == 0:
-                print(f"spresso: {error}", file=sys.stderr)
+                print(f"spresso: {message}", file=sys.stderr)
     _exit(status)
 
 
@@ -112,8 +113,8 @@ def _classify(error: Exception, folder: Path) -> tuple[str, int]:
             return "superseded", 0
     except (ValueError, OSError):
         pass
-    persistent = isinstance(error, OSError) and error.errno in _PERSISTENT
-    if persistent or isinstance(error, ValueError | ImportError):
+    lasting = isinstance(error, OSError) and error.errno in LASTING
+    if lasting or isinstance(error, ValueError | ImportError):
         return "mistake", MISTAKE
     return "failed", _FAILED
 

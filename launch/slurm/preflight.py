@@ -17,10 +17,13 @@ from pathlib import Path
 
 from launch.pipeline import say
 from launch.slurm.job_script import Job, flags
+from models.readable import describe_os_error
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.disk_space import checkpoint_bytes
+from trainer.checkpoints.manifest import OtherFormatError
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import size
+from trainer.recipes.cluster import option_name
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
@@ -74,9 +77,19 @@ def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
         if not STAGES[stage].trained:
             continue
         directory = RunDirectory(stage_folder(config, stage), stage)
-        there = checkpoints(directory.checkpoints)
-        if there and checkpoint.newest(directory.checkpoints) is None:
-            yield f"no checkpoint of {directory.path} is intact: see `spresso checkpoint {directory.path} --verify`"
+        try:
+            there = checkpoints(directory.checkpoints)
+            checkpoint.newest(directory.checkpoints)
+        except checkpoint.NoWholeCheckpointError:
+            if config.checkpoint.resume == "auto":
+                yield f"no checkpoint of {directory.path} is intact: see `spresso checkpoint {directory.path} --verify`"
+            continue
+        except OtherFormatError as error:
+            yield str(error)
+            continue
+        except OSError as error:
+            yield f"the checkpoints of {directory.path} can't be read now: {describe_os_error(error)}"
+            continue
         if there and config.checkpoint.resume == "never":
             yield f"{directory.path} holds a run, and checkpoint.resume=never: set another run_dir, or remove it"
 
@@ -95,7 +108,7 @@ def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
 
 def _accepted(job: Job) -> Iterator[str]:
     """Yield why sbatch refuses a job, without starting the job. Raises ValueError if sbatch gives no answer."""
-    lines = [line for line in job.text.splitlines() if not line.startswith("#SBATCH --dependency")]
+    lines = [line for line in job.text.split("\n") if not line.startswith("#SBATCH --dependency")]
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write("\n".join(lines))
         file.flush()
@@ -114,7 +127,7 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
-    given = {key.replace("_", "-"): value for key, value in cluster.options.items()}
+    given = {option_name(key): value for key, value in cluster.options.items()}
     options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")

@@ -50,11 +50,11 @@ def judge(
         by_outcome.setdefault(note["outcome"], []).append((rank, note))
 
     if mistakes := by_outcome.get("mistake"):
-        return Verdict(OVER, _first(mistakes)["message"], failure="mistake")
+        return Verdict(OVER, _first(mistakes).get("message", ""), failure="mistake")
     failed = by_outcome.get("failed", [])
     if own := [item for item in failed if not _echo(item[1])]:
         rank, note = min(own, key=lambda item: item[1]["time"])
-        failure = f"{note['type']}: {note['message'].splitlines()[0] if note['message'] else ''}"
+        failure = f"{note.get('type', 'an error')}: {next(iter(note.get('message', '').splitlines()), '')}"
         message = f"rank {rank} on {note['host']}: {failure}"
         if _same_before(past, failure, place, times=1):
             return Verdict(OVER, f"{message}; it failed like this at the same place before, so it would again", failure)
@@ -74,7 +74,9 @@ def judge(
 
 def _requeue_unless_stuck(past: Sequence[Mapping[str, Any]], place: int | None, why: str, failure: str) -> Verdict:
     """Requeue the job, unless too many consecutive starts made no progress."""
-    stuck = [entry for entry in past[-_STANDSTILL + 1 :] if entry.get("then") == REQUEUE and entry["place"] == place]
+    stuck = [
+        entry for entry in past[-_STANDSTILL + 1 :] if entry.get("then") == REQUEUE and entry.get("place") == place
+    ]
     if place is not None and len(stuck) == _STANDSTILL - 1:
         return Verdict(
             OVER,
@@ -93,7 +95,7 @@ def _same_before(past: Sequence[Mapping[str, Any]], failure: str, place: int | N
 
 def _echo(note: Mapping[str, Any]) -> bool:
     """Whether a failure is only the consequence of another rank's end."""
-    return note["type"] in _PEERS or any(word in note["message"] for word in _PEER_WORDS)
+    return note.get("type") in _PEERS or any(word in note.get("message", "") for word in _PEER_WORDS)
 
 
 def _first(notes: list[tuple[int, Mapping[str, Any]]]) -> Mapping[str, Any]:

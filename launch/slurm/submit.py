@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.pipeline import say, shared_latents
 from launch.slurm import preflight, scheduler
-from launch.slurm.job_script import Job
+from launch.slurm.job_script import Job, require_writable
 from launch.slurm.submitted_jobs import Submitted, keep, submitted
 from trainer.provenance import COPIED_FROM, code_version, local_changes
 from trainer.recipes.cluster import ClusterConfig
@@ -38,6 +38,7 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
         say("all stages are done")
         return []
     root = Path(config.run_dir).resolve()
+    require_writable(config.name, root)
     require_own_config(root)
     require_idle(root, stages)
     submission = _copy_code_and_config(config, root)
@@ -70,6 +71,7 @@ def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]
 def whole_script(config: Config, *, only: str | None = None) -> str:
     """Return one batch script for all stages, or for `only` one; copy the code and the config that it uses."""
     root = Path(config.run_dir).resolve()
+    require_writable(config.name, root)
     require_own_config(root)
     stages = [only] if only else config.stages
     submission = _copy_code_and_config(config, root)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from models.documents import Lines, Moment, append_lines, damaged
 
 _FILE = "jobs.jsonl"
 
@@ -19,20 +20,19 @@ class Submitted:
     job: str
     submission: str
     log: str
-    time: float
+    time: Moment
 
 
 def keep(root: Path, jobs: Sequence[Submitted]) -> None:
     """Append jobs, each of which becomes the last job of its stage."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / _FILE).open("a") as file:
-        file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
+    append_lines(root / _FILE, jobs)
 
 
 def submitted(root: Path) -> dict[str, Submitted]:
-    """Return the last job of each stage. Raises ValueError, TypeError if a line is damaged."""
-    path, found = root / _FILE, {}
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        item = Submitted(**json.loads(line))
-        found[item.stage] = item
+    """Return the last job of each stage. Raises ValueError if a line is damaged, which may name a job that runs."""
+    lines = Lines(root / _FILE, Submitted)
+    found = {item.stage: item for item in lines}
+    if lines.problem or lines.damaged:
+        raise damaged(root / _FILE, lines.problem or lines.first, "repair or remove the line")
     return found

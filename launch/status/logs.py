@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from models.documents import opened
+from trainer.file_names import printable_lines
 from trainer.stages import STAGES
 
 _LINES = 60  # lines of a rank's log to show
@@ -110,12 +112,12 @@ class _File:
     def last(self, lines: int, *, torn: bool = False) -> list[str]:
         """Return the last complete lines, reading only the end of the file; `torn`: also an incomplete last line."""
         try:
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 self.inode, size = _identity(file)
                 start = max(0, size - _END)
                 file.seek(start)
                 content = file.read()
-        except OSError:
+        except (OSError, ValueError):  # also what is no file, such as a pipe
             return []
         self.at = start + len(content)
         *found, self.rest = content.split(b"\n")
@@ -126,13 +128,13 @@ class _File:
         """Return the complete lines since the last call; all lines if the file was replaced or truncated."""
         try:
             # opened each time, because a network file system may serve an open file from its cache
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 inode, size = _identity(file)
                 if inode != self.inode or size < self.at:
                     self.inode, self.at, self.rest = inode, 0, b""
                 file.seek(self.at)
                 content = file.read()
-        except OSError:  # gone for a moment, for example while it is rotated
+        except (OSError, ValueError):  # gone for a moment, for example while it is rotated
             return []
         self.at += len(content)
         *found, self.rest = (self.rest + content).split(b"\n")
@@ -194,5 +196,5 @@ def _text(line: bytes) -> str:
 
 def _show(*lines: str) -> None:
     for line in lines:
-        print(line)
+        print(printable_lines(line))
     sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -16,7 +15,9 @@ from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
+from models.documents import Lines, read_bytes
 from trainer.exported import missing_export
+from trainer.run_documents import metrics_lines, read_status
 
 SILENT_AFTER = 900.0
 """Seconds without a new line after which a training that claims to run may not be running."""
@@ -46,12 +47,15 @@ class StageStatus:
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """Content of status.json, which the training writes; empty if there is none."""
+        """Content of status.json, which the training writes; empty if there is none, or it is damaged."""
+        return self._status[0]
+
+    @cached_property
+    def _status(self) -> tuple[dict[str, Any], str]:
         try:
-            status = json.loads((self.folder / "status.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+            return read_status(self.folder), ""
+        except (OSError, ValueError) as error:
+            return {}, str(error)
 
     @cached_property
     def missing_export(self) -> str:
@@ -60,14 +64,17 @@ class StageStatus:
 
     @cached_property
     def line(self) -> dict[str, Any]:
-        """Last complete `train` line of metrics.jsonl; empty if there is none."""
+        """Last undamaged `train` line of metrics.jsonl; empty if there is none."""
         return last_line(self.folder / "metrics.jsonl")
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """Lines on the starts of the stage's jobs, which `launch.slurm.begin_end` writes, oldest first."""
-        lines = attempt.history(self.folder)
-        return [line for line in lines if isinstance(line, dict) and {"job", "restart"} <= line.keys()]
+        return list(self._history)
+
+    @cached_property
+    def _history(self) -> Lines[Any]:
+        return attempt.history_lines(self.folder)
 
     @cached_property
     def _held(self) -> tuple[owner.Owner | None, str]:
@@ -82,9 +89,10 @@ class StageStatus:
         return self._held[0]
 
     @property
-    def damaged(self) -> str:
-        """Description of a damaged file, for people; empty if there is none."""
-        return self._held[1]
+    def damaged(self) -> list[str]:
+        """Descriptions of the damaged files, for people."""
+        assert self.history is not None  # it counts the damaged lines as it is read
+        return [problem for problem in (self._held[1], self._status[1], self._history.remark) if problem]
 
     @property
     def living(self) -> list[JobState]:
@@ -115,7 +123,7 @@ class StageStatus:
     def array(self) -> bool:
         """Whether the job is an array."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
-        return self.job is not None and ("%a" in self.job.log or any("_" in number for number in numbers))
+        return self.job is not None and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
 
     def _written(self, *names: str) -> float:
         """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""
@@ -189,8 +197,8 @@ class StageStatus:
         assert self.job is not None
         path = Path(self.job.submission) / "jobs" / f"{self.job.job}_submission.sh"
         try:
-            match = re.search(r"^#SBATCH --array=0-(\d+)", path.read_text("utf-8"), re.MULTILINE)
-        except OSError:
+            match = re.search(rb"^#SBATCH --array=0-(\d{1,9})\b", read_bytes(path, mend=""), re.MULTILINE)
+        except (ValueError, OSError):
             return 0
         return int(match[1]) + 1 if match else 0
 
@@ -206,20 +214,11 @@ def elements_of(job: str) -> list[str]:
 
 def last_line(path: Path) -> dict[str, Any]:
     """Return the last complete `train` line of a metrics.jsonl, reading only its end; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-        except ValueError:  # an incomplete line
-            continue
-        if isinstance(line, dict) and line.get("kind") == "train" and {"samples", "time"} <= line.keys():
-            return line
-    return {}
+    last: dict[str, Any] = {}
+    for _, line in metrics_lines(path).pairs(tail=_TAIL):
+        if line["kind"] == "train" and "time" in line:
+            last = line
+    return last
 
 
 def count(number: int) -> str:

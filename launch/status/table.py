@@ -78,10 +78,7 @@ def report(run: Path | None) -> str:
 
 def stages_of(run: Path) -> list[StageStatus]:
     """Return the stages that have begun or were submitted, in order. Raises ValueError if jobs.jsonl is damaged."""
-    try:
-        jobs = submitted(run)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{run / 'jobs.jsonl'} is damaged ({error}): repair or remove the line") from None
+    jobs = submitted(run)
     return [stage for name in STAGES if (stage := StageStatus(run / name, jobs.get(name))).job or stage.begun]
 
 
@@ -234,8 +231,7 @@ def _remarks(stage: StageStatus) -> Iterator[str]:
         yield f"nothing written for {span(time.time() - stage.spoke)}"
     if stage.state == "no export":
         yield f"was done, but {stage.missing_export}"
-    if stage.damaged:
-        yield stage.damaged
+    yield from stage.damaged
 
 
 def _why(entry: dict[str, Any]) -> str:

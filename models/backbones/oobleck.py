@@ -5,20 +5,29 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from models.autoencoder import AudioAE
 from models.backbones.released import find_part, open_part, read_config, require, require_package
+from models.documents import Size
 from models.sizes import OobleckConfig
 from models.weights import filled
 
 _CLASS = "AutoencoderOobleck"
-_SETTINGS = (
-    *("encoder_hidden_size", "downsampling_ratios", "channel_multiples", "decoder_channels", "decoder_input_channels"),
-    *("audio_channels", "sampling_rate"),
-)
+
+
+class _Settings(TypedDict):
+    """The settings of the autoencoder in diffusers."""
+
+    encoder_hidden_size: Size
+    downsampling_ratios: list[Size]
+    channel_multiples: list[Size]
+    decoder_channels: Size
+    decoder_input_channels: Size
+    audio_channels: Size
+    sampling_rate: Size
 
 
 class OobleckAE(AudioAE):
@@ -67,7 +76,7 @@ def load_oobleck(folder: str | Path) -> OobleckAE:
 def read_oobleck_config(folder: str | Path) -> OobleckConfig:
     """Read the autoencoder's sizes without its weights; raises as `load_oobleck` does."""
     part = find_part(folder, "vae")
-    given = read_config(part, _CLASS, _SETTINGS)
+    given = read_config(part, _CLASS, _Settings)
     config = OobleckConfig(
         latent_channels=given["decoder_input_channels"],
         width=given["decoder_channels"],

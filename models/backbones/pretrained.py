@@ -15,7 +15,8 @@ from models.backbones.stable_audio import load_stable_audio, read_stable_audio_c
 from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_woosh_folder, read_woosh_sizes
 from models.decoder import Decoder, make_decoder
 from models.dit import DiT
-from models.sizes import DecoderConfig, DiTConfig, VocosConfig, decoder_config
+from models.documents import fits
+from models.sizes import DecoderConfig, DiTConfig, Formulation, VocosConfig, decoder_config
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [
@@ -65,13 +66,11 @@ def load_dit(path: str | Path) -> Decoder:
         return released
     config, stored = open_weights(exported)
     diffusion = config.pop("diffusion", None)
-    try:
-        sizes = decoder_config(config)
-        dit = filled(lambda: make_decoder(sizes), stored, str(exported))
-        dit.diffusion = diffusion
-        return dit
-    except TypeError as error:
-        raise ValueError(f"{exported} is not an export of a DiT ({error})") from error
+    sizes = decoder_config(config, exported)
+    dit = filled(lambda: make_decoder(sizes), stored, str(exported))
+    if diffusion is not None:
+        dit.diffusion = dict(fits(diffusion, Formulation, exported, mend="export it again"))
+    return dit
 
 
 def _locate(path: str | Path) -> Path:
@@ -137,10 +136,7 @@ def read_dit_config(path: str | Path) -> DecoderConfig:
         return read_stable_audio_config(path) if _in_diffusers_layout(path) else _read_woosh_sizes(DiTConfig, path)
     config = open_weights(exported)[0]
     config.pop("diffusion", None)
-    try:
-        return decoder_config(config)
-    except TypeError as error:
-        raise ValueError(f"{exported} is not an export of a DiT ({error})") from error
+    return decoder_config(config, exported)
 
 
 def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:

@@ -5,15 +5,17 @@ A subfolder holds `config.json` and safetensors, in one file or in shards with a
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.documents import fits
+from models.documents import read_json as read_document
 from models.readable import folder_trouble
 from models.weights import Stored, listed, open_safetensors
 
+_MEND = "download the release again"
 _STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -69,23 +71,19 @@ def find_part(folder: str | Path, part: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise ValueError if the file is missing or holds anything else."""
     try:
-        values = json.loads(path.read_text("utf-8"))
+        return read_document(path, dict[str, Any], mend=_MEND)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: download the release again") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download the release again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object: download the release again")
-    return values
+        raise ValueError(f"{path} is missing: {_MEND}") from None
 
 
-def read_config(path: Path, class_name: str, known: Collection[str]) -> dict[str, Any]:
-    """Read the settings in a part's `config.json`, which must be exactly the `known` ones.
+def read_config(path: Path, class_name: str, settings: type[Any]) -> dict[str, Any]:
+    """Read the settings in a part's `config.json`, which must be exactly those of the `TypedDict` `settings`.
 
     Raises:
-        ValueError: the config is another class's, or a setting is missing or unknown, which could change what the
-            weights mean.
+        ValueError: the config is another class's, a setting is missing or unknown, which could change what the weights
+            mean, or a setting has another type.
     """
+    known = settings.__annotations__
     values = read_json(path / "config.json")
     if values.get("_class_name", class_name) != class_name:
         raise ValueError(f"{path} holds a {values['_class_name']}, not a {class_name}")
@@ -94,7 +92,7 @@ def read_config(path: Path, class_name: str, known: Collection[str]) -> dict[str
     problems += [f"{name} is unknown" for name in sorted(given.keys() - set(known))]
     if problems:
         raise ValueError(f"{path / 'config.json'}: {listed(problems)}")
-    return given
+    return fits(given, settings, path / "config.json", mend=_MEND)
 
 
 def require(where: Path, conditions: Mapping[str, bool]) -> None:

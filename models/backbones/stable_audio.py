@@ -11,23 +11,55 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from models.backbones.oobleck import read_oobleck_config
 from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
+from models.documents import Size, fits
 from models.sizes import STABLE_AUDIO_TEXT_TOKENS, StableAudioConfig
 from models.weights import filled
 
 _CLASS = "StableAudioDiTModel"
-_SETTINGS = (
-    *("sample_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads", "out_channels"),
-    *("num_key_value_attention_heads", "cross_attention_dim", "time_proj_dim", "global_states_input_dim"),
-    "cross_attention_input_dim",
-)
-PROJECTION_SETTINGS = ("text_encoder_dim", "conditioning_dim", "min_value", "max_value")
+
+
+class _Settings(TypedDict):
+    """The settings of D in diffusers."""
+
+    sample_size: Any
+    in_channels: Size
+    num_layers: Size
+    attention_head_dim: Size
+    num_attention_heads: Size
+    out_channels: Size
+    num_key_value_attention_heads: Size
+    cross_attention_dim: Size
+    time_proj_dim: Size
+    global_states_input_dim: Size
+    cross_attention_input_dim: Size
+
+
+class ProjectionSettings(TypedDict):
+    """The settings of the projection of the text and of the seconds."""
+
+    text_encoder_dim: Size
+    conditioning_dim: Size
+    min_value: float
+    max_value: float
+
+
+class _TokenizerSettings(TypedDict):
+    model_max_length: NotRequired[float]
+
+
+class _SchedulerSettings(TypedDict):
+    sigma_data: NotRequired[float]
+    sigma_min: NotRequired[float]
+    sigma_max: NotRequired[float]
+
+
 _SCHEDULER = "CosineDPMSolverMultistepScheduler"
 _PROJECTION = "projection_model."
 _NAMES = {
@@ -223,8 +255,8 @@ def load_stable_audio(folder: str | Path) -> StableAudioDiT:
 def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
     """Read D's sizes without its weights; raises as `load_stable_audio` does."""
     transformer, projection = find_part(folder, "transformer"), find_part(folder, "projection_model")
-    given = read_config(transformer, _CLASS, _SETTINGS)
-    seconds = read_config(projection, "StableAudioProjectionModel", PROJECTION_SETTINGS)
+    given = read_config(transformer, _CLASS, _Settings)
+    seconds = read_config(projection, "StableAudioProjectionModel", ProjectionSettings)
     autoencoder = read_oobleck_config(folder)
     channels, width = given["in_channels"], seconds["conditioning_dim"]
     require(
@@ -259,7 +291,9 @@ def text_tokens(folder: str | Path) -> int:
     settings = locate(folder) / "tokenizer" / "tokenizer_config.json"
     if not settings.is_file():
         return STABLE_AUDIO_TEXT_TOKENS
-    tokens = read_json(settings).get("model_max_length", STABLE_AUDIO_TEXT_TOKENS)
+    tokens = fits(read_json(settings), _TokenizerSettings, settings, mend="download the release again").get(
+        "model_max_length", STABLE_AUDIO_TEXT_TOKENS
+    )
     # transformers writes 10³⁰ for a tokenizer without a maximum length
     return int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
 
@@ -268,6 +302,7 @@ def _read_formulation(folder: str | Path) -> dict[str, Any]:
     """Read the diffusion formulation of the weights from the release's scheduler."""
     path = locate(folder) / "scheduler" / "scheduler_config.json"
     given = read_json(path)
+    fits(given, _SchedulerSettings, path, mend="download the release again")
     require(
         path,
         {

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from models.autoencoder import VocosAE
 from models.dit import DiT
+from models.documents import Natural, Size, damaged, fits
 from models.sizes import DiTConfig, VocosConfig
 from models.weights import Stored, Weights, filled, listed, open_safetensors, read
+from models.yaml_document import read_yaml
 
+_MEND = "download the release again"
 _DIT_PARTS = {
     "attention_modulation": "mod_proj",
     "attention_out": "out_proj",
@@ -38,11 +41,6 @@ _DIT_ENDS = {
     "output_modulation": "postprocessing.mod_proj",
     "output": "postprocessing.linear",
 }
-_DIT_USED = (
-    *("io_channels", "dim", "n_layers", "n_multimodal_layers", "n_heads", "inter_dim", "cond_token_dim", "patch_size"),
-    *("max_description_length", "max_seq_len", "rope_len_multiplier", "original_seq_len", "rope_theta", "rope_factor"),
-    *("qk_rope_head_dim", "qk_nope_head_dim", "qkv_head_dim", "timestep_features_dim", "estimate_logvar"),
-)
 _DIT_FIXED: dict[str, Any] = {
     "model_type": "mmmssflux",
     "n_memory_tokens_rope": 1,
@@ -74,10 +72,6 @@ _VOCOS_ENDS = {
     "spread": "z_std",
 }
 _WINDOWS = {"autoencoder.encoder.spec_embed.window", "autoencoder.decoder.head.istft.window"}
-_VOCOS_USED = (
-    *("z_dim", "d_model", "intermediate_dim", "n_fft", "hop_length", "num_layers", "enc_num_layers", "sample_rate"),
-    "istft_head",
-)
 _VOCOS_FIXED: dict[str, Any] = {
     "_target_": "woosh.module.model.VocosAutoEncoder",
     "channels": 1,
@@ -95,6 +89,44 @@ _HEAD_FIXED: dict[str, Any] = {
     "conv_kernel": 1,
     "softclip": "softplus",
 }
+
+
+class _DiTSettings(TypedDict):
+    io_channels: Size
+    dim: Size
+    n_layers: Size
+    n_multimodal_layers: Natural
+    n_heads: Size
+    inter_dim: Size
+    cond_token_dim: Size
+    patch_size: Size
+    max_description_length: Size
+    max_seq_len: Size
+    rope_len_multiplier: float | None
+    original_seq_len: Size
+    rope_theta: float
+    rope_factor: float
+    qk_rope_head_dim: Natural
+    qk_nope_head_dim: Natural
+    qkv_head_dim: Size
+    timestep_features_dim: Size
+    estimate_logvar: bool
+
+
+class _NoSettings(TypedDict):
+    pass
+
+
+class _VocosSettings(TypedDict):
+    z_dim: Size
+    d_model: Size
+    intermediate_dim: Size
+    n_fft: Size
+    hop_length: Size
+    num_layers: Size
+    enc_num_layers: Natural | None
+    sample_rate: Size
+    istft_head: dict[str, Any] | None
 
 
 def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
@@ -158,8 +190,8 @@ def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
         raise ValueError(
             f"Woosh config: pred_type is {config['pred_type']!r}, but only 'v_pred' (the velocity) is supported"
         )
-    given = config.get("dit", {})
-    _check_config("Woosh config: dit", given, used=_DIT_USED, fixed=_DIT_FIXED, ignored=_DIT_IGNORED)
+    given = fits(config.get("dit", {}), dict[str, Any], "Woosh config: dit", mend=_MEND)
+    _check_config("Woosh config: dit", given, used=_DiTSettings, fixed=_DIT_FIXED, ignored=_DIT_IGNORED)
     head_width, patch_size = given["qk_rope_head_dim"] + given["qk_nope_head_dim"], given["patch_size"]
     if not head_width * given["n_heads"] == given["qkv_head_dim"] * given["n_heads"] == given["dim"]:
         raise ValueError("Woosh config: dit: head widths (rope + nope, and qkv) × n_heads must both equal dim")
@@ -206,10 +238,11 @@ def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE
 
 
 def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
-    head = {"_target_": _HEAD_FIXED["_target_"]} | dict(config.get("istft_head") or {})
-    _check_config("Woosh config: istft_head", head, used=(), fixed=_HEAD_FIXED, ignored=("_partial_",))
+    settings = fits(config.get("istft_head") or {}, dict[str, Any], "Woosh config: istft_head", mend=_MEND)
+    head = {"_target_": _HEAD_FIXED["_target_"]} | settings
+    _check_config("Woosh config: istft_head", head, used=_NoSettings, fixed=_HEAD_FIXED, ignored=("_partial_",))
     given = {"_target_": _VOCOS_FIXED["_target_"], "normalize": True} | dict(config)
-    _check_config("Woosh config", given, used=_VOCOS_USED, fixed=_VOCOS_FIXED, ignored=_VOCOS_IGNORED)
+    _check_config("Woosh config", given, used=_VocosSettings, fixed=_VOCOS_FIXED, ignored=_VOCOS_IGNORED)
     return VocosConfig(
         latent_channels=given["z_dim"],
         width=given["d_model"],
@@ -223,14 +256,15 @@ def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a mapping of settings: download the release again")
+        config = OmegaConf.to_container(read_yaml(path, mend=_MEND), resolve=True)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise damaged(path, " ".join(str(error).split()), _MEND) from error
+    assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 
 
@@ -240,23 +274,24 @@ def _open_weights(folder: Path) -> dict[str, Stored]:
         return open_safetensors(weights)[1]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".bin"))
     if pickles:
-        convert = (
+        convert = shlex.quote(
             "import torch, safetensors.torch as s; "
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), 'weights.safetensors')"
+            f"s.save_file(torch.load({pickles[0]!r}, weights_only=True), 'weights.safetensors')"
         )
         raise ValueError(
             f"{folder / pickles[0]} is a pickle, which can run code and is not opened: "
-            f'if you trust it, convert it in its folder with  python -c "{convert}"'
+            f"if you trust it, convert it in its folder with  python -c {convert}"
         )
     raise ValueError(f"{weights} does not exist: download the release's weights into this folder")
 
 
 def _check_config(
-    where: str, given: Mapping[str, Any], *, used: Collection[str], fixed: Mapping[str, Any], ignored: Collection[str]
+    where: str, given: Mapping[str, Any], *, used: type[Any], fixed: Mapping[str, Any], ignored: Collection[str]
 ) -> None:
-    """Raise ValueError if a `used` or `fixed` key is missing, a key is unknown, or a `fixed` key has another value."""
-    known = {*used, *fixed, *ignored}
-    problems = [f"{name} is missing" for name in sorted({*used, *fixed} - given.keys())]
+    """Raise ValueError unless each `used` key has its type, each `fixed` key its value, and no other key is unknown."""
+    needed = {*used.__annotations__, *fixed}
+    known = {*needed, *ignored}
+    problems = [f"{name} is missing" for name in sorted(needed - given.keys())]
     problems += [f"{name} is unknown" for name in sorted(given.keys() - known)]
     problems += [
         f"{name} is {given[name]!r}, only {value!r} is supported"
@@ -265,6 +300,7 @@ def _check_config(
     ]
     if problems:
         raise ValueError(f"{where}: {listed(problems)}")
+    fits(given, used, where, mend=_MEND)
 
 
 def _release_dit_name(ours: str) -> str:

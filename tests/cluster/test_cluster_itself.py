@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm_cluster import ClusterError, SlurmCluster
+from tests.cluster.slurm_nodes import until
 
 pytestmark = pytest.mark.alone
 
@@ -25,6 +26,11 @@ def _submit(cluster: SlurmCluster, folder: Path, script: str, *options: str) -> 
     """Submit a job of whole nodes that appends its output to folder/out."""
     common = ["--exclusive", f"--output={folder / 'out'}", "--open-mode=append"]
     return cluster.submit(*common, *options, f"--wrap={script}")
+
+
+def _wait_for_line(out: Path, line: str, timeout: float = 20) -> None:
+    """Wait until a job, which SLURM calls RUNNING before its script begins, has written a line."""
+    until(lambda: out.exists() and line in out.read_text().splitlines(), timeout, f"the line {line!r} in {out}")
 
 
 def test_all_nodes_are_idle(cluster: SlurmCluster):
@@ -50,10 +56,12 @@ def test_a_job_ends_and_says_so(idle: SlurmCluster, tmp_path: Path):
 def test_a_preempted_job_is_requeued(idle: SlurmCluster, tmp_path: Path):
     job = _submit(idle, tmp_path, "echo run $SLURM_RESTART_COUNT; sleep 100", "-N4", "--partition=nograce")
     idle.wait_for(job, "RUNNING", timeout=20)
+    _wait_for_line(tmp_path / "out", "run")
     preemptor = _submit(idle, tmp_path, "echo high", "-N4", "--partition=high")
     idle.wait_for(job, "PENDING", timeout=20)
     idle.wait_for(preemptor, "COMPLETED", timeout=20)
     assert idle.wait_for(job, "RUNNING", timeout=30)["Restarts"] == "1"
+    _wait_for_line(tmp_path / "out", "run 1")
     idle.command("scancel", job)
     idle.wait_for(job, "CANCELLED", timeout=10)
     said = [line for line in (tmp_path / "out").read_text().splitlines() if not line.startswith("slurmstepd")]
@@ -71,8 +79,9 @@ def test_a_node_that_is_down_is_left(idle: SlurmCluster, tmp_path: Path):
 
 
 def test_cut_power_and_boot(idle: SlurmCluster, tmp_path: Path):
-    job = _submit(idle, tmp_path, "while sleep 0.1; do date; done", "-N1", "--no-requeue")
+    job = _submit(idle, tmp_path, "echo run; while sleep 0.1; do date; done", "-N1", "--no-requeue")
     node = idle.wait_for(job, "RUNNING", timeout=20)["NodeList"]
+    _wait_for_line(tmp_path / "out", "run")
     idle.cut_power(node)
     size = (tmp_path / "out").stat().st_size
     left = idle.processes(node)
@@ -85,12 +94,13 @@ def test_cut_power_and_boot(idle: SlurmCluster, tmp_path: Path):
 
 
 def test_jobs_survive_slurmd(idle: SlurmCluster, tmp_path: Path):
-    job = _submit(idle, tmp_path, "sleep 3; echo done", "-N1")
+    job = _submit(idle, tmp_path, "echo run; sleep 3; echo done", "-N1")
     node = idle.wait_for(job, "RUNNING", timeout=20)["NodeList"]
+    _wait_for_line(tmp_path / "out", "run")
     idle.kill_slurmd(node)
     idle.boot(node)
     idle.wait_for(job, "COMPLETED", timeout=20)
-    assert (tmp_path / "out").read_text() == "done\n"
+    assert (tmp_path / "out").read_text() == "run\ndone\n"
 
 
 def test_scancel(idle: SlurmCluster, tmp_path: Path):

@@ -38,7 +38,7 @@ def test_each_stage_is_a_job_after_the_one_before(jobs: dict[str, str], cluster:
     again = spresso("run", "tiny", f"run_dir={folder / 'run'}", *SETTINGS, cwd=folder)
     assert again.returncode == 2
     assert "has jobs that wait or run" in again.stderr
-    cluster.wait_for(jobs["page"], "COMPLETED", timeout=240)
+    cluster.wait_for(jobs["page"], "COMPLETED", timeout=900)
     assert (folder / "run" / "page" / "index.html").exists()
     report = json.loads((folder / "run" / "evaluate" / "evaluation.json").read_text())
     assert report
@@ -56,7 +56,7 @@ def test_what_has_ended_is_not_done_again(jobs: dict[str, str], cluster: SlurmCl
     exported = {path: path.stat().st_mtime_ns for path in (folder / "run").glob("*/export/*")}
     (folder / "job.sh").write_text(made.stdout)
     job = cluster.submit(str(folder / "job.sh"))
-    cluster.wait_for(job, "COMPLETED", timeout=240)
+    cluster.wait_for(job, "COMPLETED", timeout=900)
     assert exported == {path: path.stat().st_mtime_ns for path in (folder / "run").glob("*/export/*")}
 
 

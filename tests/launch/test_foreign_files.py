@@ -11,9 +11,9 @@ from launch import pipeline
 from launch.cli import main
 from tests.launch.codecs import export_codec, sound
 from trainer.data.synth.dataset import write_sounds
-from trainer.evaluate import evaluation
 from trainer.evaluate.listening_test import write_listening_test
 from trainer.evaluate.pieces import Pieces
+from trainer.evaluate.report_file import require_own_report
 from trainer.page import clear_page
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.values import to_yaml
@@ -106,11 +106,11 @@ def test_an_evaluation_keeps_what_it_did_not_write(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["mine", "my songs"]
     (tmp_path / "table.md").write_text("mine")
     with pytest.raises(ValueError, match=r"table\.md is of no evaluation"):
-        evaluation._require_own_report(tmp_path)
+        require_own_report(tmp_path)
     (tmp_path / "evaluation.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match=r"evaluation\.json is of no evaluation"):
-        evaluation._require_own_report(tmp_path)
-    evaluation._require_own_report(Path(__file__).parents[1] / "golden" / "old_run" / "evaluate")
+        require_own_report(tmp_path)
+    require_own_report(Path(__file__).parents[1] / "golden" / "old_run" / "evaluate")
 
 
 @pytest.fixture

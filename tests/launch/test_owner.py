@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launch import owner
+from launch import owner, this_process
 from launch.owner import Owner, Superseded
 from launch.slurm import scheduler
 from launch.slurm.attempt import TOKEN, Attempt
@@ -40,7 +40,7 @@ def test_one_at_a_time(tmp_path):
 
 def test_what_a_dead_one_held_is_taken_over_be_it_a_zombie_or_its_number_another_s(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    held = Owner("child", owner.by_hand().host, child.pid, owner._born(child.pid))
+    held = Owner("child", owner.by_hand().host, child.pid, this_process.born(child.pid))
     owner.take(tmp_path, held)
     with pytest.raises(ValueError, match="alive"):
         owner.take(tmp_path, owner.by_hand())

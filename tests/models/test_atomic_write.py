@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from models.atomic_write import replacing, write_whole
+from models.atomic_write import remove_leftovers, replacing, write_whole
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 255, "門" * 85, os.fsdecode(b"\xe9" * 255), ".spr", "line\nfeed"])
@@ -41,3 +43,23 @@ def test_long_names_of_one_beginning_are_written_at_once(tmp_path):
         first.write_text("x")
         second.write_text("y")
     assert [Path(path).read_text() for path in paths] == ["x", "y"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    code = "import os; from pathlib import Path; from models.atomic_write import replacing\n"
+    code += f"with replacing(Path({str(tmp_path / 'a.flac')!r})) as partial: partial.touch(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2])
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    elsewhere = left.with_name(left.name.replace(os.uname().nodename, "another-host"))
+    host, namespace, pid = left.name.removesuffix(".partial").rsplit("-", 2)
+    contained = left.with_name(f"{host}-{int(namespace) + 1}-{pid}.partial")
+    for path in (elsewhere, contained, tmp_path / ".hidden", tmp_path / "x.partial"):
+        path.touch()
+    with replacing(tmp_path / "b.flac") as mine:
+        mine.write_text("b")
+        remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(elsewhere.name, contained.name),
+        *(".hidden", "x.partial", "b.flac"),
+    }

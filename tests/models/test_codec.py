@@ -363,6 +363,51 @@ def test_damaged_exports_say_what_is_wrong(exported, damage, message):
         SPresso.from_pretrained(exported)
 
 
+def edit(path: Path, **changes: object) -> None:
+    """Change values in the config of a codec.json, named by their dotted keys with `_of_` for the dots."""
+    description = json.loads(path.read_text())
+    for key, value in changes.items():
+        *parts, last = reversed(key.split("_of_"))
+        place = description["config"]
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    path.write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 18.5}, r"`window`: expected a whole number, got a number"),
+        ({"window": 1}, r"window is 1, not a multiple of the pooling"),
+        ({"rank_of_lora": 10**9}, r"`config\.lora\.rank` is not that of adapter_model\.safetensors"),
+        ({"width_of_latent_encoder": 2**20}, r"`config\.latent_encoder` is not the config of latent_encoder"),
+        ({"encoder_depth_of_latent_encoder": 10**12}, r"encoder_depth is 1000000000000: give at most 4096"),
+        ({"steps_of_sampling": 0}, r"sampling\.steps is 0"),
+        ({"guidance_of_sampling": float("inf")}, r"Infinity is not a finite number"),
+        ({"folders_of_autoencoder": None}, r"autoencoder has an unknown field `folders`"),
+        ({"widht_of_dit": 8}, r"it has an unknown field `widht`"),
+    ],
+)
+def test_a_config_that_no_codec_has_is_refused_before_it_is_built(exported, changes, message):
+    edit(exported / "codec.json", **changes)
+    with pytest.raises(ValueError, match=rf"codec\.json is damaged \(.*{message}.*export it again"):
+        SPresso.from_pretrained(exported)
+
+
+def test_a_part_that_asks_for_more_than_its_file_holds_is_refused(exported):
+    for name, changes in (("quantizer", {"books": 10**7}), ("quantizer", {"size": 2**40}), ("dit", {"depth": 4096})):
+        path = exported / f"{name}.safetensors"
+        whole = path.read_bytes()
+        config, state = load_weights(path)
+        path.unlink()  # it may be a hard link
+        save_weights(path, state, config | changes)
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors"):
+            SPresso.from_pretrained(exported)
+        path.write_bytes(whole)
+    SPresso.from_pretrained(exported)
+
+
 def test_a_codec_without_quantizer_says_which_stages_are_missing(codec):
     bare = make_codec()
     bare.quantizer = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbones.pretrained import load_dit
@@ -116,6 +118,18 @@ def test_a_narrower_file_fills_a_model_in_float32(tmp_path):
         assert (parameter == 0.5).all()
 
 
+def test_a_disk_that_fails_is_no_damaged_file(tmp_path):
+    class Failing:
+        def get_tensor(self, name: str) -> None:
+            raise SafetensorError(f"Could not read tensor {name}: Input/output error (os error 5)")
+
+    stored = Stored(tmp_path / "g.safetensors", "w", torch.Size((3,)), Failing())
+    with pytest.raises(OSError, match="Input/output error") as error:
+        stored.read()
+    assert error.value.errno == errno.EIO
+    assert error.value.filename == str(tmp_path / "g.safetensors")
+
+
 def _with_header(path: Path, header: object, data: bytes = b"\0" * 64) -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -141,5 +155,5 @@ def test_an_absurd_header_is_a_damaged_file(tmp_path, entry):
 @pytest.mark.parametrize("config", ["[1]", "null", "9" * 5000, "[" * 100_000, "{"])
 def test_a_config_that_is_no_object_is_named(tmp_path, config):
     path = _with_header(tmp_path / "odd.safetensors", {"__metadata__": {"config": config}}, b"")
-    with pytest.raises(ValueError, match=r"odd\.safetensors: the config in its header"):
+    with pytest.raises(ValueError, match=r"odd\.safetensors: the config in its header is damaged"):
         load_weights(path)

@@ -18,7 +18,6 @@ whether it still is.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -30,22 +29,35 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import safe_open
 
 from models.atomic_write import sync
+from models.disk_errors import NO_FILE, mend_words, room_words, with_number
+from models.readable import describe_os_error
 from models.weights import write_safetensors
+from trainer.checkpoints.manifest import (
+    CHECKPOINT_FORMAT,
+    OtherFormatError,
+    misfits,
+    read_manifest,
+    signed,
+    uncovered,
+)
 from trainer.checkpoints.names import MANIFEST, checkpoints, folder_name, samples_of
+from trainer.checkpoints.rank_file import RankFile
 from trainer.files import file_digest
 from trainer.ranks import collective
 from trainer.ranks.collective import shortened
 from trainer.ranks.flat_ranges import FlatRange
 
-CHECKPOINT_FORMAT = 1
 _TEMPORARY = "tmp_"
 
 Wanted = Callable[[dict[str, Any]], bool]
 
 logger = logging.getLogger(__name__)
+
+
+class NoWholeCheckpointError(ValueError):
+    """There are checkpoints, and all of them are damaged."""
 
 
 def save(
@@ -94,9 +106,11 @@ def save(
     except OSError as error:
         if collective.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, collective.DISK_FULL, str(final)) from error
-        raise OSError(f"could not save {final}: {error}. Older checkpoints are untouched") from error
+        if full := room_words(error.errno):
+            raise OSError(error.errno, full, str(final)) from error
+        mended_by = f" ({mend})" if (mend := mend_words(error.errno)) else ""
+        message = f"could not save {final}: {error}{mended_by}. Older checkpoints are untouched"
+        raise with_number(error.errno, message) from error
     return final
 
 
@@ -111,50 +125,109 @@ def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) 
         partly: whether the checkpoint may contain further tensors.
 
     Raises:
-        ValueError: on every rank, before anything is filled, if the checkpoint is incomplete, or the names and shapes
-            of its tensors differ from `tensors`. The message names them.
-        OSError: on every rank, if any rank could not read.
+        ValueError: on every rank, before anything is filled, if the checkpoint is incomplete, if its files do not hold
+            every element exactly once, or if the names and shapes of its tensors differ from `tensors`. The message
+            names the tensor and the file.
+        OSError: on every rank, if any rank could not read. Its `errno` is that of the rank's error.
     """
-    problems = find_problems(path, checksums=False) or _misfits(read_manifest(path)["tensors"], tensors, partly=partly)
-    of_all_ranks = list(
-        dict.fromkeys(problem for rank_problems in collective.gather(problems) for problem in rank_problems)
-    )
-    if of_all_ranks:
-        raise ValueError(f"{path} cannot be loaded: {shortened(of_all_ranks)}")
-    manifest = read_manifest(path)
-    collective.together(lambda: _read(path, manifest["files"], tensors))
-    return manifest["meta"]
+    of_ranks = collective.together(lambda: _unfit(path, tensors, partly=partly))
+    problems = list(dict.fromkeys(problem for rank_problems in of_ranks for problem in rank_problems))
+    if problems:
+        raise ValueError(f"{path} cannot be loaded: {shortened(problems)}")
+    metas = collective.together(lambda: _read(path, tensors))
+    return metas[collective.rank()]
 
 
 def find_problems(path: Path, *, checksums: bool = True) -> list[str]:
     """Returns the problems of a checkpoint; empty if it is complete and undamaged.
 
-    Reads every file to compare its checksum, or without `checksums` only compares file sizes.
+    Reads every file to compare its checksum and its header, or without `checksums` only compares file sizes.
+
+    Raises:
+        OSError: the checkpoint can't be read now, for example because the disk failed, access to it is refused, or the
+            process has too many open files. That is no sign of damage.
     """
-    return _problems(path, checksums=checksums)
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return [str(error)]
+    files = manifest["files"]
+    unknown = [f"{file.name} is not in the manifest" for file in path.glob("*.safetensors") if file.name not in files]
+    known = [_file_problem(path / name, expected, checksums=checksums) for name, expected in files.items()]
+    return unknown + uncovered(manifest) + [problem for problem in known if problem]
 
 
 def newest_on_all_ranks(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
-    """Calls `newest` on rank 0 and returns its result on all ranks. All ranks."""
-    return collective.on_rank_0(lambda: newest(directory, wanted=wanted))
+    """Calls `newest` on rank 0, and returns its result or raises its errors on all ranks. All ranks."""
+
+    def find() -> tuple[Path | None, str]:
+        try:
+            return newest(directory, wanted=wanted), ""
+        except ValueError as error:
+            return None, str(error)
+
+    path, problem = collective.on_rank_0(find)
+    if problem:
+        raise ValueError(problem)
+    return path
 
 
 def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
     """Returns the newest undamaged checkpoint whose `meta` satisfies `wanted`; None if no checkpoint does.
 
-    Renames each damaged checkpoint that it finds to `damaged_…`, and logs a warning.
+    If there is an undamaged one, sets aside the damaged ones that it finds.
+
+    Raises:
+        NoWholeCheckpointError: there are checkpoints, but all are damaged. They keep their names.
+        OtherFormatError: another version of the program wrote a checkpoint. It keeps its name.
+        OSError: a checkpoint can't be read now. All keep their names, because it may be whole.
     """
+    damaged: dict[Path, list[str]] = {}
+    found, whole = None, False
     for path in reversed(checkpoints(directory)):
-        problems = find_problems(path)
-        if not problems and wanted(read_manifest(path)["meta"]):
-            return path
-        if problems:
-            # Its new name keeps `prune` from counting it; a user may still want to recover what it holds.
-            renamed = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))
-            logger.warning(
-                "DAMAGED CHECKPOINT %s is passed over and renamed to %s: %s", path, renamed.name, shortened(problems)
-            )
-    return None
+        if problems := _damage(path):
+            damaged[path] = problems
+            continue
+        whole = True
+        if wanted(read_manifest(path)["meta"]):
+            found = path
+            break
+    if damaged and not whole:
+        path, problems = next(iter(damaged.items()))
+        raise NoWholeCheckpointError(
+            f"{directory} holds no whole checkpoint, {len(damaged)} damaged; the newest, {path.name}: "
+            f"{shortened(problems)}. Resume from another one with checkpoint.resume=PATH, or begin anew with "
+            f"checkpoint.resume=never, which keeps the damaged ones under other names"
+        )
+    for path, problems in damaged.items():
+        _set_aside(path, problems)
+    return found
+
+
+def set_all_aside(directory: Path) -> None:
+    """Renames all checkpoints of a directory, which are all damaged, to `damaged_…`, so that a run can begin anew."""
+    for path in checkpoints(directory):
+        _set_aside(path, find_problems(path))
+
+
+def _damage(path: Path) -> list[str]:
+    """Returns the problems of a checkpoint; raises OtherFormatError if it may be whole for another version."""
+    try:
+        read_manifest(path)
+    except OtherFormatError as error:
+        mend = "use the version that wrote it, or resume from another one with checkpoint.resume=PATH"
+        raise OtherFormatError(f"{error}: {mend}") from None
+    except ValueError:
+        pass  # `find_problems` says what is wrong.
+    return find_problems(path)
+
+
+def _set_aside(path: Path, problems: list[str]) -> None:
+    """Renames a damaged checkpoint, so that `prune` does not count it; a user may want to recover what it holds."""
+    renamed = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))
+    logger.warning(
+        "DAMAGED CHECKPOINT %s is passed over and renamed to %s: %s", path, renamed.name, shortened(problems)
+    )
 
 
 def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None) -> list[Path]:
@@ -166,14 +239,16 @@ def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None
         best: how many of the checkpoints with the lowest `held_out_loss` in their `meta` to keep in addition.
         every: also keep the first checkpoint at or after each multiple of `every` samples.
 
-    The newest checkpoint whose `meta` has `good` set is always kept: a diverging run is rewound to it.
+    The newest checkpoint whose `meta` has `good` set is always kept: a diverging run is rewound to it. Checkpoints that
+    can't be read now are kept, too.
     """
     if last < 1:
         raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
     if collective.rank() != 0:
         return []
     paths = checkpoints(directory)
-    metas = {path: _meta(path) for path in paths}
+    metas = {path: meta for path in paths if (meta := _meta(path)) is not None}
+    paths = list(metas)
     good = [path for path in paths if metas[path].get("good")]
     rated = [path for path in paths if metas[path].get("held_out_loss") is not None]
     kept = {*paths[-last:], *good[-1:], *sorted(rated, key=lambda path: metas[path]["held_out_loss"])[:best]}
@@ -194,33 +269,15 @@ def discard(paths: Iterable[Path]) -> list[Path]:
     return deleted
 
 
-def _meta(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's `meta`; empty if the checkpoint is damaged."""
+def _meta(path: Path) -> dict[str, Any] | None:
+    """Reads a checkpoint's `meta`; empty if the checkpoint is damaged, None if it can't be read now."""
     try:
         return read_manifest(path)["meta"]
-    except (ValueError, OSError):
+    except ValueError:
         return {}
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's manifest: `meta`, `tensors` (name → shape) and `files` (name → bytes, sha256, ranges).
-
-    Raises:
-        ValueError: if the manifest is missing, damaged, or of another format.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise ValueError(f"{path / MANIFEST} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        raise ValueError(f"{path / MANIFEST} is damaged: its checksum is wrong")
-    if manifest["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest['format']}, but this version of the program reads {CHECKPOINT_FORMAT}"
-        )
-    return manifest
+    except OSError as error:
+        logger.warning("%s is kept, because it can't be read now: %s", path, describe_os_error(error))
+        return None
 
 
 def _begin(temporary: Path, require_ownership: Callable[[], None]) -> None:
@@ -245,29 +302,46 @@ def _write(temporary: Path, tensors: Mapping[str, FlatRange]) -> dict[str, dict[
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path), "ranges": ranges}}
 
 
-def _read(path: Path, files: Mapping[str, dict[str, Any]], wanted: Mapping[str, FlatRange]) -> None:
-    """Fills this rank's ranges from the files whose ranges overlap with them."""
-    for file_name, entry in files.items():
-        shared = {
-            name: (offset, max(offset, wanted[name].start), min(end, wanted[name].stop))
-            for name, (offset, end) in entry["ranges"].items()
-            if name in wanted
-        }
-        shared = {name: (offset, start, stop) for name, (offset, start, stop) in shared.items() if start < stop}
+def _unfit(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
+    """Returns why this rank can't load its ranges from a checkpoint; empty if it can."""
+    if problems := find_problems(path, checksums=False):
+        return problems
+    manifest = read_manifest(path)
+    if problems := misfits(manifest["tensors"], tensors, partly=partly):
+        return problems
+    needed = [path / name for name, entry in manifest["files"].items() if _shared(entry["ranges"], tensors)]
+    return [problem for file in needed if (problem := _header_problem(file, manifest["files"][file.name]["ranges"]))]
+
+
+def _read(path: Path, wanted: Mapping[str, FlatRange]) -> dict[str, Any]:
+    """Fills this rank's ranges from the files whose ranges overlap with them; returns the `meta`."""
+    manifest = read_manifest(path)
+    for file_name, entry in manifest["files"].items():
+        shared = _shared(entry["ranges"], wanted)
         if not shared:
             continue
-        with safe_open(path / file_name, framework="pt") as file:
-            for name, (offset, start, stop) in shared.items():
+        with (path / file_name).open("rb", buffering=0) as file:
+            stored = RankFile(file, entry["ranges"])
+            for name, (start, stop) in shared.items():
                 part = wanted[name]
-                stored = file.get_slice(name)[start - offset : stop - offset]
-                part.data[start - part.start : stop - part.start].copy_(stored)
+                part.data[start - part.start : stop - part.start].copy_(stored.read(name, start, stop))
+    return manifest["meta"]
+
+
+def _shared(ranges: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -> dict[str, tuple[int, int]]:
+    """Returns the elements [start, stop) of each tensor that a file holds and a rank wants."""
+    shared = {
+        name: (max(offset, wanted[name].start), min(end, wanted[name].stop))
+        for name, (offset, end) in ranges.items()
+        if name in wanted
+    }
+    return {name: (start, stop) for name, (start, stop) in shared.items() if start < stop}
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_ownership: Callable[[], None]) -> None:
     """Writes the manifest and renames the complete checkpoint to its final name."""
     require_ownership()
-    manifest = json.loads(json.dumps(manifest))  # The checksum must be that of the manifest as a reader parses it.
-    (temporary / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1), "utf-8")
+    (temporary / MANIFEST).write_text(signed(manifest), "utf-8")
     sync(temporary / MANIFEST)
     sync(temporary)
     replaced = _rename_for_deletion(final) if final.exists() else None
@@ -299,16 +373,6 @@ def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | No
             position = stop
 
 
-def _problems(path: Path, *, checksums: bool) -> list[str]:
-    try:
-        files = read_manifest(path)["files"]
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    unknown = [f"{file.name} is not in the manifest" for file in path.glob("*.safetensors") if file.name not in files]
-    known = [_file_problem(path / name, expected, checksums=checksums) for name, expected in files.items()]
-    return unknown + [problem for problem in known if problem]
-
-
 def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -> str | None:
     try:
         size = file.stat().st_size
@@ -316,26 +380,18 @@ def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -
             return f"{file.name} has {size} bytes, not {expected['bytes']}"
         if checksums and file_digest(file) != expected["sha256"]:
             return f"{file.name} has a wrong checksum"
-    except FileNotFoundError:
-        return f"{file.name} is missing"
+        return _header_problem(file, expected["ranges"]) if checksums else None
     except OSError as error:
-        return f"{file.name} cannot be read: {error}"
+        if error.errno in NO_FILE:
+            return f"{file.name} is missing" if error.errno == errno.ENOENT else describe_os_error(error)
+        raise
+
+
+def _header_problem(file: Path, ranges: Mapping[str, list[int]]) -> str | None:
+    """Returns how the tensors in a file differ from the manifest's ranges; None if they don't."""
+    try:
+        with file.open("rb", buffering=0) as opened:
+            RankFile(opened, ranges)
+    except ValueError as error:
+        return str(error)
     return None
-
-
-def _misfits(stored: Mapping[str, list[int]], wanted: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
-    """Returns how the tensors of a checkpoint differ from those to be loaded."""
-    missing = [f"it has no {name}" for name in wanted if name not in stored]
-    unexpected = [
-        f"it has {name}, which this run does not have" for name in stored if name not in wanted and not partly
-    ]
-    misshaped = [
-        f"its {name} has shape {tuple(stored[name])}, not {part.shape}"
-        for name, part in wanted.items()
-        if name in stored and stored[name] != list(part.shape)
-    ]
-    return missing + unexpected + misshaped
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

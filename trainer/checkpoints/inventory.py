@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.readable import describe_os_error
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
 from trainer.formatting import aligned, size
 
@@ -34,11 +36,17 @@ def listing(paths: Iterable[Path]) -> str:
     """Format one line per checkpoint: samples seen, time, what wrote it, size, held-out loss."""
     rows = [["checkpoint", "samples", "written", "by", "size", "held-out loss", ""]]
     for path in paths:
-        problems = checkpoint.find_problems(path, checksums=False)
+        try:
+            problems = checkpoint.find_problems(path, checksums=False)
+            manifest = {} if problems else read_manifest(path)
+        except OSError as error:
+            rows.append(
+                [str(path), f"{samples_of(path)}", "", "", "", "", f"can't be read now: {describe_os_error(error)}"]
+            )
+            continue
         if problems:
             rows.append([str(path), f"{samples_of(path)}", "", "", "", "", f"DAMAGED: {problems[0]}"])
             continue
-        manifest = checkpoint.read_manifest(path)
         meta, loss = manifest["meta"], manifest["meta"].get("held_out_loss")
         rows.append(
             [
@@ -56,10 +64,13 @@ def listing(paths: Iterable[Path]) -> str:
 
 def verification(path: Path) -> tuple[str, bool]:
     """Compare a checkpoint with its checksums; returns a line that describes the result, and whether all are right."""
-    problems = checkpoint.find_problems(path)
+    try:
+        problems = checkpoint.find_problems(path)
+        manifest = {} if problems else read_manifest(path)
+    except OSError as error:
+        return f"{path}: can't be read now, which is no sign of damage: {describe_os_error(error)}", False
     if problems:
         return f"{path}: DAMAGED: {'; '.join(problems)}", False
-    manifest = checkpoint.read_manifest(path)
     return f"{path}: whole, {len(manifest['files'])} files, {size(_bytes(manifest))}, all checksums right", True
 
 
@@ -71,7 +82,7 @@ def explanation(path: Path) -> str:
     """
     if problems := checkpoint.find_problems(path, checksums=False):
         raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_manifest(path)
     meta = dict(manifest["meta"])
     health = meta.pop("health", {})
     known = {

@@ -20,7 +20,13 @@ def samples_of(path: Path) -> int:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """List the checkpoints in a directory by samples seen, without checking whether they are damaged."""
-    if not directory.is_dir():
+    """List the checkpoints in a directory by samples seen, without checking whether they are damaged.
+
+    Raises:
+        OSError: the directory can't be read now.
+    """
+    try:
+        names = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=samples_of)
+    return sorted(names, key=samples_of)

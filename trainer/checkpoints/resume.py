@@ -6,7 +6,6 @@ restarted with the same command resumes from its own newest checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Mapping
@@ -15,16 +14,20 @@ from typing import Any
 
 import torch
 
-from models.atomic_write import write_whole
+from models.disk_errors import with_number
+from models.documents import write_json
+from models.readable import describe_os_error
 from trainer import formulation
 from trainer.checkpoints import checkpoint, inventory
+from trainer.checkpoints.manifest import OtherFormatError, read_manifest
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
-from trainer.files import file_digest, read_json
+from trainer.files import file_digest
 from trainer.objectives import Denoiser
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory
+from trainer.run_documents import read_optional
 from trainer.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -42,16 +45,26 @@ def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path 
             it. A checkpoint that `checkpoint.resume` names must have one of them.
 
     Raises:
-        ValueError: on every rank, if `checkpoint.resume` cannot be followed. The message says why and how to fix it.
+        ValueError: on every rank, if `checkpoint.resume` cannot be followed, or if there are checkpoints and none of
+            them is whole. The message says why and how to fix it.
+        OSError: on every rank, if a checkpoint can't be read now.
     """
 
-    def decide() -> tuple[Path | None, str]:
+    def decide() -> tuple[Path | None, str, int | None]:
         try:
-            return _decide(config.checkpoint.resume, run, identities), ""
+            return _decide(config.checkpoint.resume, run, identities), "", None
         except ValueError as error:
-            return None, str(error)
+            return None, str(error), None
+        except OSError as error:
+            problem = (
+                f"{describe_os_error(error)}: the checkpoints of {run.path} can't be read now. None was renamed or "
+                f"passed over: mend the disk or the permissions, then repeat the command"
+            )
+            return None, problem, error.errno or 0
 
-    path, problem = collective.on_rank_0(decide)
+    path, problem, number = collective.on_rank_0(decide)
+    if number is not None:
+        raise with_number(number, problem)
     if problem:
         raise ValueError(problem)
     return path
@@ -59,7 +72,16 @@ def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path 
 
 def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None:
     """Find the checkpoint to resume from, as `find_start` does. On rank 0."""
-    newest = checkpoint.newest(run.checkpoints)
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+    except (checkpoint.NoWholeCheckpointError, OtherFormatError) as error:
+        if choice == "auto" or (choice != "never" and was_followed(run, choice)):
+            raise
+        newest = None
+        if choice == "never":
+            if isinstance(error, OtherFormatError):
+                raise
+            checkpoint.set_all_aside(run.checkpoints)
     if choice == "auto":
         return newest
     if choice == "never":
@@ -79,13 +101,16 @@ def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None
         if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is renamed to %s, because the run resumes from %s", other.name, left.name, path)
-    write_whole(run.path / _FOLLOWED, json.dumps({"path": str(path), "manifest": file_digest(path / MANIFEST)}))
+    write_json(run.path / _FOLLOWED, {"path": str(path), "manifest": file_digest(path / MANIFEST)})
     return path_here
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:
     """Whether the run has resumed from this checkpoint before, which may lie elsewhere now."""
-    followed, path = read_json(run.path / _FOLLOWED), Path(choice).resolve()
+    followed = (
+        read_optional(run.path / _FOLLOWED, dict[str, str], mend="remove it to resume from that path again") or {}
+    )
+    path = Path(choice).resolve()
     if followed.get("path") == str(path):
         return True
     return (path / MANIFEST).is_file() and followed.get("manifest") == file_digest(path / MANIFEST)
@@ -94,10 +119,10 @@ def was_followed(run: RunDirectory, choice: str) -> bool:
 def _require_fit(path: Path, run: RunDirectory, identities: set[str]) -> None:
     if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
-    meta = checkpoint.read_manifest(path)["meta"]
-    if meta["stage"] != run.stage:
-        raise ValueError(f"checkpoint.resume={path} is of the stage {meta['stage']}, not {run.stage}")
-    if meta["config"] not in identities:
+    meta = read_manifest(path)["meta"]
+    if meta.get("stage") != run.stage:
+        raise ValueError(f"checkpoint.resume={path} is of the stage {meta.get('stage')}, not {run.stage}")
+    if meta.get("config") not in identities:
         raise ValueError(
             f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "
             f"new run from its weights alone"
@@ -112,11 +137,11 @@ def start(task: Task, location: str) -> None:
     """
     path = Path(location)
     if (path / MANIFEST).exists():
-        if problems := checkpoint.find_problems(path):
+        if problems := collective.together(lambda: checkpoint.find_problems(path))[collective.rank()]:
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
-        meta = checkpoint.read_manifest(path)["meta"]
+        meta = read_manifest(path)["meta"]
         _require_base(task, path, meta.get("base", ""))
         _require_formulation(task, path, formulation.of_checkpoint(path, meta))
         checkpoint.load(path, whole_ranges(wanted), partly=True)
@@ -158,7 +183,7 @@ def _require_base(task: Task, path: Path, base_hash: str) -> None:
 
 def describe_resumed(path: Path, *, strategy: str, world_size: int, base_hash: str) -> str:
     """Return the log message that says where the run resumes, with a table of the restored tensors."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_manifest(path)
     meta: dict[str, Any] = manifest["meta"]
     now = inventory.writer({"strategy": strategy, "world_size": world_size})
     base = f"\n  the frozen base is not in it: {base_hash[:12]}, the same as when it was saved" if base_hash else ""

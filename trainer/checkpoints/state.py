@@ -11,7 +11,9 @@ from torch import Tensor
 
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.ema import EMA
+from trainer.checkpoints.manifest import read_manifest
 from trainer.health import Health
+from trainer.ranks import collective
 from trainer.ranks.flat_ranges import FlatRange, equal_ranges, split_among_copies, whole_ranges
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
@@ -81,8 +83,9 @@ class TrainState:
 
         Raises:
             ValueError: its tensors are not exactly those of this run, or it was trained on another frozen base.
+            OSError: on every rank, if any rank can't read it now.
         """
-        base = checkpoint.read_manifest(path)["meta"].get("base", "")
+        base = collective.together(lambda: read_manifest(path)["meta"].get("base", ""))[collective.rank()]
         if base != self.task.base_hash:
             raise ValueError(
                 f"{path} was trained on a base model with the hash {base[:12]}, but this run's base model has "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import time
 from collections import Counter, deque
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.disk_errors import PASSING
 from models.loudness import SilenceMeter, is_silent, level
 from models.resampling import Audio, resample
 from trainer.data.audio import encode_audio, mixed
@@ -35,17 +35,6 @@ _CLIPS_AT_ONCE = 8
 _AHEAD = 2  # files queued per worker
 _PAUSES = (0.5, 5.0)
 """Seconds to wait before a file whose disk failed is read again."""
-_PASSING = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EINTR,
-    errno.EACCES,
-    errno.ENFILE,
-    errno.EMFILE,
-)
-"""Errors that network file systems give for a moment."""
 
 
 class AudioEncoder(Protocol):
@@ -113,7 +102,7 @@ class ClipEncoder:
             try:
                 return self._encode(source, keep_audio)
             except OSError as error:
-                if error.errno not in _PASSING:
+                if error.errno not in PASSING:
                     raise
                 time.sleep(pause)
         return self._encode(source, keep_audio)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.documents import LARGEST_LIST, opened, read_json
+from models.readable import describe_os_error
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import INDEX_ROWS, SetInfo, find_members, index_rows, text_width, write_index
+from trainer.data.shards import INDEX_ROWS, MAKE_AGAIN, SetInfo, find_members, index_rows, text_width, write_index
 from trainer.data.tar_members import is_apple_double, shown
 from trainer.data.workers import exit_with_parent, explain_dead_workers
 
@@ -134,7 +135,9 @@ def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
 def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
     try:
         return _scan(path)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return f"{describe_os_error(error)}: it can't be read now, which is no sign of damage"
+    except ValueError as error:
         return str(error)
 
 
@@ -145,25 +148,18 @@ def require_own_index(folder: Path) -> None:
     """
     foreign = []
     try:
+        with opened(folder / "index.npy"):  # a pipe would hold up numpy
+            pass
         if np.lib.format.open_memmap(folder / "index.npy", mode="r").dtype not in INDEX_ROWS:
             foreign.append("index.npy")
     except (OSError, ValueError):  # missing or damaged; then set.json decides
         foreign += ["index.npy"] if (folder / "index.npy").exists() and not (folder / "set.json").exists() else []
     try:
-        description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-        ours = isinstance(description, dict) and {"version", "shards"} <= description.keys()
+        description = read_json(folder / "set.json", dict[str, Any], mend=MAKE_AGAIN, most=LARGEST_LIST)
+        ours = {"version", "shards"} <= description.keys()
     except FileNotFoundError:
         ours = True
     except ValueError:
         ours = False
     if foreign := [*foreign, *([] if ours else ["set.json"])]:
         raise ValueError(f"{folder / foreign[0]} is no index of latents, or a damaged one: move it away, then repeat")
-
-
-def info_of(folder: Path) -> SetInfo | None:
-    """Return the content of the folder's `set.json`, or None if that file is missing or unreadable."""
-    try:
-        description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-        return SetInfo(**{name: description[name] for name in SetInfo.__dataclass_fields__ if name in description})
-    except (OSError, ValueError, TypeError):
-        return None

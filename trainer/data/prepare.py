@@ -9,27 +9,28 @@ sets.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
-from models.atomic_write import replacing, write_whole
+from models.atomic_write import replacing
+from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
-from trainer.data.contents import content_digests, hash_sources
 from trainer.data.groups import groups
+from trainer.data.set_content import Content
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sources import SoundFile, Sources, find_sources
 from trainer.data.sources_before import list_sources_as_before
-from trainer.data.text_embeddings import Embedder, TextFiles
+from trainer.data.text_embeddings import Embedder
 from trainer.file_names import printable
 from trainer.files import locked
 
@@ -37,6 +38,16 @@ _WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
 _OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
 """Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
+
+
+class _Record(TypedDict):
+    """The record that marks a unit as done."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    problems: list[dict[str, str]]
+    shards: list[str]
+    digests: NotRequired[dict[str, str]]
+    """Name of each file → the hash of its bytes; missing in records of 0.1.0."""
 
 
 @dataclass
@@ -61,9 +72,9 @@ class PrepareReport:
 
     settings: dict[str, Any]
     """Everything that the sets depend on."""
-    files: int
+    files: Natural
     """The number of sound files found."""
-    clips: dict[str, int]
+    clips: dict[str, Natural]
     """The number of clips in each set."""
     seconds: float
     """Seconds of sound in the files that could be used."""
@@ -94,6 +105,7 @@ def prepare(
     parts: int = 1,
     own: Iterable[Path] = (),
     progress: Callable[[Tally], None] | None = None,
+    sole: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext,
 ) -> PrepareReport | None:
     """Make the sets, or finish an earlier attempt; return at once if the sets are complete.
 
@@ -117,6 +129,8 @@ def prepare(
         parts: the number of parts of the job, which may run at the same time.
         own: directories of the run, in which no sounds are looked for, besides `out`.
         progress: called after each file.
+        sole: gives this part of the work in `out` to this process alone for as long as it writes; the function that it
+            yields raises ValueError if another process is at another part.
 
     Returns:
         The report, or None if other parts of the job are unfinished.
@@ -139,33 +153,34 @@ def prepare(
         "shard_mb": shard_mb,
         "files": sources_fingerprint(sources),
     } | ({"text": embedder.identity()} if embedder else {})
-    content = _Content(sources, embedder)
+    content = Content(sources, embedder)
     if report := _finished(out, settings, audio, content):
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / _LOCK):
-        if report := _finished(out, settings, audio, content):
-            return report
-        _begin(out, settings | _division(sources))
-        seconds = durations(sources, out / _WORK / "durations.json")
-    units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
-    mine = units[part::parts]
-    tally = Tally(sum(len(unit.sources) for unit in mine))
-    missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
-    # Encode the missing units of this part.
-    tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-    encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
-    with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
-        for unit in missing:
-            _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
-    # If all parts are done, make the sets.
-    with locked(out / _LOCK):
-        if report := _finished(out, settings, audio, content):
-            return report
-        if parts > 1 and not all(_is_done(out, unit) for unit in units):
-            return None
-        return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings), content)
+    with sole() as require_alone:
+        with locked(out / _LOCK):
+            if report := _finished(out, settings, audio, content):
+                return report
+            _begin(out, settings | _division(sources), require_alone)
+            seconds = durations(sources, out / _WORK / "durations.json")
+        units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
+        mine = units[part::parts]
+        tally = Tally(sum(len(unit.sources) for unit in mine))
+        missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
+        # Encode the missing units of this part.
+        tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
+        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
+        with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
+            for unit in missing:
+                _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
+        # If all parts are done, make the sets.
+        with locked(out / _LOCK):
+            if report := _finished(out, settings, audio, content):
+                return report
+            if parts > 1 and not all(_is_done(out, unit) for unit in units):
+                return None
+            return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings), content)
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -198,27 +213,7 @@ def _set_info(
 # ---- Earlier attempts ------------------------------------------------------------------------------------------------
 
 
-class _Content:
-    """What the sounds and the embeddings hold now, hashed when it is asked for: that reads all of them."""
-
-    def __init__(self, sources: list[SoundFile], embedder: Embedder | None) -> None:
-        self.sources, self.embedder = sources, embedder
-
-    def of(self, key: str) -> str:
-        """Return the hash of what a key of the settings is about; empty if files do not decide it."""
-        if key == "files":
-            return hash_sources(self.sources, content_digests(source.path for source in self.sources))
-        return self.embedder.content() if key == "text" and isinstance(self.embedder, TextFiles) else ""
-
-    def recorded(self, digests: Mapping[str, str]) -> dict[str, str]:
-        """Return the hashes for the report, from the files' digests by name; none if those of some are unknown."""
-        if any(source.name not in digests for source in self.sources):
-            return {}
-        files = hash_sources(self.sources, [digests[source.name] for source in self.sources])
-        return {"files": files} | ({"text": text} if (text := self.of("text")) else {})
-
-
-def _finished(out: Path, settings: dict[str, Any], audio: Path, content: _Content) -> PrepareReport | None:
+def _finished(out: Path, settings: dict[str, Any], audio: Path, content: Content) -> PrepareReport | None:
     """Return the report of finished sets, or None; raises ValueError if the sets have other settings.
 
     Sets are finished too if their sounds or embeddings were copied, which changes times alone: the report then takes
@@ -226,10 +221,10 @@ def _finished(out: Path, settings: dict[str, Any], audio: Path, content: _Conten
     """
     if not (out / _REPORT).is_file():
         return None
-    try:
-        report = PrepareReport(**json.loads((out / _REPORT).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / _REPORT} was not written by `spresso prepare`: give another folder") from error
+    mend = "it was not written by `spresso prepare`, or has changed since: give another folder"
+    report = read_json(out / _REPORT, PrepareReport, mend=mend, finite=True)
+    if report.clips.keys() != set(SPLITS):
+        raise damaged(out / _REPORT, f"`clips` has not the names {' and '.join(SPLITS)}", mend)
     if report.settings != settings:
         other = sorted(key for key in settings if report.settings.get(key) != settings[key])
         if all(report.content.get(key, "") == content.of(key) != "" for key in other):
@@ -259,12 +254,18 @@ def _division(sources: list[SoundFile]) -> dict[str, str]:
     return {} if groups(places) == [name for _, name in places] else {"groups": "folders"}
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings."""
+def _begin(out: Path, settings: dict[str, Any], require_alone: Callable[[], None] | None) -> None:
+    """Create `OUT/.prepare`, or keep that of an earlier attempt with the same settings.
+
+    An attempt with other settings is removed, unless `require_alone` raises ValueError because a process is at it.
+    """
     work = out / _WORK
     record = work / "settings.json"
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
+    mend = f"remove {work} to begin again"
+    if record.exists() and read_json(record, dict[str, Any], mend=mend) == settings:
         return
+    if require_alone is not None and work.exists():
+        require_alone()
     if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
     for folder in (out / split for split in SPLITS):
@@ -272,7 +273,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     for folder in (*(out / split for split in SPLITS), work):
         shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
-    write_whole(record, json.dumps(settings))
+    write_json(record, settings)
 
 
 def _require_shards_alone(folder: Path) -> None:
@@ -313,11 +314,11 @@ def _write_unit(
     for name in writer.names:
         with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
             np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
-    write_whole(_record_path(out, unit), json.dumps(record | {"shards": writer.names}))
+    write_json(_record_path(out, unit), record | {"shards": writer.names})
 
 
 def _is_done(out: Path, unit: Unit) -> bool:
-    return _record_path(out, unit).is_file() and all(
+    return _record_path(out, unit).exists() and all(
         (out / unit.split / name).is_file() for name in _record(out, unit)["shards"]
     )
 
@@ -334,14 +335,16 @@ def _count_if_done(out: Path, unit: Unit, tally: Tally) -> bool:
     return True
 
 
-def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content: _Content) -> PrepareReport:
+def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content: Content) -> PrepareReport:
     """Make the sets from the shards of all units, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
     files = sum(len(unit.sources) for unit in units)
     shards: dict[str, dict[str, np.ndarray]] = {unit.split: {} for unit in units}
     for unit, record in zip(units, records, strict=True):
-        shards[unit.split] |= {name: np.load(_rows_path(out, unit, name)) for name in record["shards"]}
+        shards[unit.split] |= {
+            name: np.load(_rows_path(out, unit, name), allow_pickle=False) for name in record["shards"]
+        }
     if not any(shards.values()):
         reasons = "; ".join(printable(f"{problem['file']} {problem['reason']}") for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
@@ -369,7 +372,7 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content
 
 
 def _write_report(out: Path, report: PrepareReport) -> None:
-    write_whole(out / _REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
 
 
 def _record_path(out: Path, unit: Unit) -> Path:
@@ -380,5 +383,5 @@ def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
     return out / _WORK / f"{unit.split}-{shard}.npy"
 
 
-def _record(out: Path, unit: Unit) -> dict[str, Any]:
-    return json.loads(_record_path(out, unit).read_text(encoding="utf-8"))
+def _record(out: Path, unit: Unit) -> _Record:
+    return read_json(_record_path(out, unit), _Record, mend="remove it, and its files are encoded again", finite=True)

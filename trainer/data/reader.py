@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.documents import Natural, parse_json, to_json
 from trainer.data.order import Order
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
@@ -123,6 +124,11 @@ class Reader:
         raise ValueError(f"{_SUBSTITUTES} successive samples of {self.shard_set.location} can't be read: {problems[0]}")
 
 
+class _DamageEntry(TypedDict):
+    set: str
+    sample: Natural
+
+
 class Damage:
     """Logs the samples that could not be read, each once across all threads, ranks and earlier runs.
 
@@ -146,7 +152,7 @@ class Damage:
             with self._updated_log() as file:
                 if id_ not in known:
                     line = {"set": shard_set.location, "sample": id_, "reason": str(problem)}
-                    file.write((json.dumps(line) + "\n").encode())
+                    file.write((to_json(line) + "\n").encode())
                 known.add(id_)
         if len(known) > self.most * len(shard_set):
             raise ValueError(
@@ -162,12 +168,14 @@ class Damage:
             yield io.BytesIO()
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is not a file: remove it")
         with locked(self.path), self.path.open("r+b") as file:
             file.seek(self._bytes_read)
             line = b"\n"
             for line in file:
-                with suppress(ValueError, KeyError):  # skip a line that was not written completely
-                    entry = json.loads(line)
+                with suppress(ValueError):  # skip a line that was not written completely
+                    entry = parse_json(line, _DamageEntry, self.path, mend="")
                     self._known[entry["set"]].add(entry["sample"])
             if not line.endswith(b"\n"):
                 file.write(b"\n")

@@ -28,8 +28,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from models.atomic_write import write_whole
+from models.disk_errors import LASTING, PASSING, with_number
+from trainer.file_names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +96,10 @@ class Remote:
     def __init__(self, url: str, *, patience: float):
         import fsspec  # imported here because the import is slow and most sets are local
 
+        if _is_http(url) and "#" in url:
+            raise ValueError(
+                f"{url} is cut off at its #, which no server is sent: write %23 for a # of a folder's name"
+            )
         self.url, self.patience = url.rstrip("/"), patience
         self.interrupted = threading.Event()
         """While this event is set, failed requests are not retried."""
@@ -103,14 +110,14 @@ class Remote:
 
     def content(self, name: str) -> bytes:
         """Return the content of a small file. Raises the errors of `append`."""
-        return self._retry(name, lambda: self._filesystem.cat_file(f"{self._root}/{name}"))
+        return self._retry(name, lambda: self._filesystem.cat_file(self._path(name)))
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes. Raises the errors of `append`."""
 
         def request() -> int:
             try:
-                return int(self._filesystem.info(f"{self._root}/{name}")["size"])
+                return int(self._filesystem.info(self._path(name))["size"])
             except FileNotFoundError as error:
                 # Over HTTP, fsspec raises FileNotFoundError for all failures, even a status 500 or a lost connection.
                 cause = error.__cause__
@@ -127,7 +134,7 @@ class Remote:
             MissingFileError: the remote file is missing, or has fewer than `size` bytes.
             ValueError: access is denied, requests failed for `patience` seconds, or `interrupted` is set.
         """
-        path, piece = f"{self._root}/{name}", _LARGEST_PIECE
+        path, piece = self._path(name), _LARGEST_PIECE
 
         def fetch() -> bytes:
             nonlocal piece
@@ -137,12 +144,20 @@ class Remote:
             if len(content) == size > wanted:  # the server ignores ranges and sent the whole file
                 content = content[at:]
             elif len(content) != wanted:
-                raise MissingFileError(f"{self.url}/{name} has fewer than the {size} bytes that its index says")
+                raise MissingFileError(f"{self._named(name)} has fewer than the {size} bytes that its index says")
             piece = min(_LARGEST_PIECE, 4 * piece)
             return content
 
         while (at := os.fstat(file.fileno()).st_size) < size:
             file.write(self._retry(name, fetch))
+
+    def _path(self, name: str) -> str:
+        """Return where a file is. In a URL of HTTP a name's `%`, `#`, `?` and so on are escaped; S3 and others take
+        names as they are."""
+        return f"{self._root}/{quote(name, errors='surrogateescape') if _is_http(self.url) else name}"
+
+    def _named(self, name: str) -> str:
+        return f"{self.url}/{printable(name)}"
 
     def _retry(self, name: str, attempt: Callable[[], Any]) -> Any:
         """Call `attempt` until it succeeds, fails finally, or `patience` seconds have passed; return its result."""
@@ -158,25 +173,25 @@ class Remote:
                 now = time.monotonic()
                 if now - start > self.patience:
                     raise ValueError(
-                        f"{self.url}/{name} could not be fetched for {self.patience:g} s; the last error was {reason}. "
-                        f"Run the same command again once the server responds: all that was fetched is kept"
+                        f"{self._named(name)} could not be fetched for {self.patience:g} s; the last error was "
+                        f"{reason}. Run the same command again once the server responds: all that was fetched is kept"
                     ) from error
             if now - warned > _WARNING_INTERVAL:
                 left = start + self.patience - now
-                logger.warning("%s/%s: %s; retrying for %.0f s", self.url, name, reason, left)
+                logger.warning("%s: %s; retrying for %.0f s", self._named(name), reason, left)
                 warned = now
             if self.interrupted.wait(pause * random.uniform(0.5, 1.5)):
-                raise ValueError(f"{self.url}/{name} was not fetched, because the reader was closed")
+                raise ValueError(f"{self._named(name)} was not fetched, because the reader was closed")
             pause = min(_LONGEST_PAUSE, 2 * pause)
 
     def _raise_if_final(self, name: str, error: Exception) -> None:
         status = getattr(error, "status", None)
         if isinstance(error, FileNotFoundError) or status in (404, 410):
-            raise MissingFileError(f"{self.url}/{name} is missing") from error
+            raise MissingFileError(f"{self._named(name)} is missing") from error
         if status == 416:  # the requested range begins after the end of the file
-            raise MissingFileError(f"{self.url}/{name} has fewer bytes than its index says") from error
+            raise MissingFileError(f"{self._named(name)} has fewer bytes than its index says") from error
         if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"access to {self.url}/{name} is denied, check the credentials: {error}") from error
+            raise ValueError(f"access to {self._named(name)} is denied, check the credentials: {error}") from error
 
 
 class ShardCache:
@@ -303,24 +318,34 @@ class ShardCache:
 
     @contextmanager
     def _disk_errors_explained(self) -> Iterator[None]:
-        """Turn an OSError in the block, which comes from the cache's disk, into a ValueError."""
+        """Explain an OSError in the block, which comes from the cache's disk.
+
+        One that lasts until a person acts becomes a ValueError. One that may pass stays an OSError of its number.
+        """
         try:
             yield
         except OSError as error:
-            raise ValueError(
+            message = (
                 f"the cache {self._all_sets} can't be written: {error.strerror}; give another data.cache.folder, or "
                 f"lower data.cache.gib={self.settings.gib:g}"
-            ) from error
+            )
+            if error.errno in PASSING - LASTING:
+                raise with_number(error.errno, message) from error
+            raise ValueError(message) from error
 
 
 def _options(url: str) -> dict[str, Any]:
-    if url.partition("://")[0] not in ("http", "https"):
+    if not _is_http(url):
         return {}
     from aiohttp import ClientTimeout
 
     return {
         "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=_HTTP_TIMEOUT, sock_read=_HTTP_TIMEOUT)}
     }
+
+
+def _is_http(url: str) -> bool:
+    return url.partition("://")[0].lower() in ("http", "https")
 
 
 def _exists(file: io.FileIO) -> bool:

@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Annotated
 
-from models.atomic_write import write_whole
+import msgspec
+
+from models.documents import read_json, write_json
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.groups import groups, held_out
 from trainer.data.sound_reader import duration
@@ -17,6 +20,8 @@ from trainer.data.sources import SoundFile
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
+_MEND = "remove it, and the lengths are read again"
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _THREADS = 8  # threads that read headers; on a network file system they mostly wait
 
 
@@ -44,12 +49,12 @@ def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
 
 def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
     """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
-    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
+    known = read_json(memory, dict[str, _Seconds], mend=_MEND, finite=True) if memory.exists() else {}
     if not all(source.key in known for source in sources):
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda source: duration(source.path), sources)
             known = {source.key: seconds for source, seconds in zip(sources, found, strict=True)}
-        write_whole(memory, json.dumps(known))
+        write_json(memory, known)
     return {source: known[source.key] for source in sources}
 
 

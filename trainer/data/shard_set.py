@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import io
-import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import soundfile
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
+from models.disk_errors import NO_FILE, PASSING, with_number
+from models.documents import DamagedDocument, opened
+from models.readable import describe_os_error
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
+from trainer.data.set_description import read_description
 from trainer.data.shards import (
     INDEX_ROWS,
     LONGEST_METADATA,
     MAKE_AGAIN,
-    SET_VERSION,
     DamagedSample,
     SetInfo,
     member_at,
@@ -34,10 +38,20 @@ from trainer.data.shards import (
     well_formed,
 )
 
+Result = TypeVar("Result")
+
+_PAUSES = (0.1, 1.0, 5.0)
+"""Seconds to wait before a shard whose disk failed is read again."""
+_NO_SUCH_PLACE = NO_FILE | {errno.EINVAL}
+"""Errors that come from the set itself: a shard is gone, or an offset is none that a file can have."""
 _OPEN_FILES = 512  # shards that one process keeps open
 _LARGE_INDEX = 1 << 30  # bytes
 _GAP = 16 << 10  # a gap of this many bytes between two samples is cheaper to read than to skip
 _BUFFERS = 512  # per read; Linux allows 1024
+
+
+class _NoSuchPlaceError(Exception):
+    """A local shard is missing, or has no such offset."""
 
 
 class ShardSet:
@@ -65,32 +79,25 @@ class ShardSet:
             self.location, self._cache, folder = folder.url, folder, folder.folder
         self.folder = folder
         try:
-            description = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+            description = read_description(folder, self.location)
+            with opened(folder / "index.npy"):  # a pipe would hold up numpy
+                pass
             self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
-        except OSError:
+        except (OSError, DamagedDocument):
             raise
         except Exception as error:  # numpy evaluates the header of the index as Python, whose errors are of many kinds
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
-        if not isinstance(description, dict):
-            raise ValueError(f"{self.location}/set.json is damaged: {MAKE_AGAIN}")
-        if description.pop("version", None) != SET_VERSION:
-            raise ValueError(f"{self.location}/set.json was written by another version of spresso: {MAKE_AGAIN}")
-        try:
-            shards = description.pop("shards")
-            self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
-            self.fingerprint: str = description.pop("fingerprint")
-            samples: int = description.pop("samples")
-            self.total_frames: int = description.pop("total_frames")
-            self.shortest_frames: int = description.pop("shortest_frames")
-            self.longest_frames: int = description.pop("longest_frames")
-            self.info = SetInfo(**description)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.location}/set.json is damaged ({error!r}): {MAKE_AGAIN}") from error
-        if strays := [name for name, _ in self.shards if Path(name).name != name]:
-            raise ValueError(f"{self.location}/set.json names a shard outside of the set's folder: {strays[0]}")
+        shards = description.pop("shards")
+        self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
+        self.fingerprint: str = description.pop("fingerprint")
+        samples: int = description.pop("samples")
+        self.total_frames: int = description.pop("total_frames")
+        self.shortest_frames: int = description.pop("shortest_frames")
+        self.longest_frames: int = description.pop("longest_frames")
+        self.info = SetInfo(**description)
         columns = self.index.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
         if (
@@ -184,7 +191,8 @@ class ShardSet:
     ) -> dict[int, DamagedSample]:
         """Read samples (row, offset, length, checksum) at rising offsets of a shard with one system call.
 
-        Returns the problem of each sample that could not be read, by its row.
+        Returns the problem of each sample that could not be read, by its row. Raises OSError if the disk fails, because
+        the samples may be whole.
         """
         position = start = run[0][1]
         targets = []
@@ -194,9 +202,8 @@ class ShardSet:
             targets.append(buffer[row * stride : row * stride + length])
             position = offset + length
         try:
-            with self._file(shard) as file:
-                read = os.preadv(file.fileno(), targets, start)
-        except (OSError, MissingFileError) as error:
+            read = self._patiently(shard, lambda file: os.preadv(file.fileno(), targets, start))
+        except (_NoSuchPlaceError, MissingFileError) as error:
             return {row: self._damaged(shard, offset, str(error)) for row, offset, _, _ in run}
         problems = {}
         for row, offset, length, checksum in run:
@@ -299,10 +306,35 @@ class ShardSet:
         if shard >= len(self.shards) or offset + length > self.shards[shard][1]:
             raise self._index_damaged()
         try:
-            with self._file(shard) as file:
-                return pread(file, offset, length)
-        except (OSError, MissingFileError) as error:
+            return self._patiently(shard, lambda file: pread(file, offset, length))
+        except (_NoSuchPlaceError, MissingFileError) as error:
             raise self._damaged(shard, offset, str(error)) from error
+
+    def _patiently(self, shard: int, read: Callable[[io.FileIO], Result]) -> Result:
+        """Call `read` with the open shard, and again after a pause if the disk fails.
+
+        Raises:
+            _NoSuchPlaceError, MissingFileError: the shard is gone, or has no such offset.
+            OSError: the disk failed each time. The samples may be whole, so none may be replaced.
+        """
+        pauses = iter(_PAUSES)
+        while True:
+            try:
+                with self._file(shard) as file:
+                    return read(file)
+            except OSError as error:
+                if error.errno in _NO_SUCH_PLACE:
+                    raise _NoSuchPlaceError(str(error)) from error
+                pause = next(pauses, None)
+                if pause is None or error.errno not in PASSING:
+                    path = str(self.paths[shard])
+                    named = OSError(error.errno, error.strerror, path) if error.strerror else error
+                    reason = describe_os_error(named)
+                    raise with_number(
+                        error.errno, f"{reason}. No sample is replaced for that: repeat the command once it can be read"
+                    ) from error
+            self._open.cache_clear()  # a file that was opened before its server went away stays unreadable
+            time.sleep(pause)
 
     @contextmanager
     def _file(self, shard: int) -> Iterator[io.FileIO]:

@@ -28,7 +28,8 @@ import numpy as np
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
-from models.atomic_write import replacing, write_whole
+from models.atomic_write import replacing
+from models.documents import write_json
 from trainer.data.npy_header import LONGEST_NPY_HEADER, float16_shape
 from trainer.data.tar_members import find_tar_members, shown
 
@@ -338,7 +339,7 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     }
     with replacing(folder / "index.npy") as partial, partial.open("wb") as file:
         np.save(file, index, allow_pickle=False)
-    write_whole(folder / "set.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "set.json", description, indent=1, ascii=False, end="\n")
 
 
 def set_fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:

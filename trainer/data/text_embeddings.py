@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.regular_file import open_regular
 from trainer.data.conditions import ConditionReader, Note
 from trainer.data.contents import hash_files
 from trainer.data.find_sounds import find_files
@@ -165,8 +168,9 @@ class TextFiles:
 
     def _read(self, path: Path) -> NDArray[np.float16]:
         try:
-            embedded = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with os.fdopen(open_regular(path), "rb") as file:
+                embedded = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, BadZipFile) as error:
             raise ValueError(f"has a text embedding {path} that is not a complete .npy: {error}") from error
         if embedded.ndim != 2 or embedded.dtype.kind != "f":
             raise ValueError(f"has a text embedding {path} that is not a matrix of (tokens, width) floats")

@@ -55,8 +55,10 @@ class Clap(Embedding):
 
         try:
             local: dict[str, Any] = {"local_files_only": Path(self.where).exists() or offline()}
-            extractor = ClapFeatureExtractor.from_pretrained(self.where, **local)
-            model: torch.nn.Module = ClapModel.from_pretrained(self.where, use_safetensors=True, **local)
+            extractor = ClapFeatureExtractor.from_pretrained(self.where, trust_remote_code=False, **local)
+            model: torch.nn.Module = ClapModel.from_pretrained(
+                self.where, use_safetensors=True, trust_remote_code=False, **local
+            )
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ValueError(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.atomic_write import write_whole
 from models.codec import SPresso
+from models.documents import write_json
 from models.export import read_description
 from trainer.data.audio import write_audio
 from trainer.evaluate.bootstrap import LEVEL
@@ -22,12 +22,13 @@ from trainer.evaluate.other_codecs import other_sources
 from trainer.evaluate.own_codecs import Export, OwnCodec, own_sources
 from trainer.evaluate.pieces import Piece, Pieces
 from trainer.evaluate.report import Gathered, results_of, systems_of, variability
+from trainer.evaluate.report_file import read_report, read_speed, require_own_report
 from trainer.evaluate.scored_clips import load_clips
 from trainer.evaluate.scores import Scorer, figures_of
 from trainer.evaluate.systems import RATE_RANGES
 from trainer.evaluate.tables import write_tables
 from trainer.evaluate.under_test import SystemUnderTest
-from trainer.files import locked, read_json
+from trainer.files import locked
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
 from trainer.recipes.values import hash_values
@@ -58,8 +59,12 @@ def evaluate(config: Config) -> dict[str, Any]:
     return report
 
 
-def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | None:
+def evaluate_part(
+    config: Config, *, part: int, parts: int, sole: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> dict[str, Any] | None:
     """Score every `parts`-th block of clips, starting with block `part`; the last part to end merges the results.
+
+    `sole` gives this part of the work to this process alone for as long as it writes.
 
     Returns:
         The report, or None if other parts have not ended yet. Except for `speed` and `created`, the report is
@@ -71,30 +76,17 @@ def evaluate_part(config: Config, *, part: int, parts: int) -> dict[str, Any] | 
     if not 0 <= part < parts:
         raise ValueError(f"an evaluation in {parts} part(s) has the parts 0 to {parts - 1}, not {part}")
     plan = _Plan(config)
-    _require_own_report(plan.folder)
-    if plan.holds(report := read_json(plan.folder / _REPORT)):
+    require_own_report(plan.folder)
+    if (report := plan.finished()) is not None:
         return report
-    with torch.inference_mode():
+    with torch.inference_mode(), sole():
         plan.work(part, parts)
         if not plan.complete():
             return None
         with locked(plan.folder / _LOCK):
-            if plan.holds(report := read_json(plan.folder / _REPORT)):
+            if (report := plan.finished()) is not None:
                 return report
             return plan.merge()
-
-
-def _require_own_report(folder: Path) -> None:
-    """Raise ValueError if the folder holds a report or tables that no evaluation wrote."""
-    report = read_json(folder / _REPORT)
-    foreign = [_REPORT] if report and "systems" not in report else []
-    if not report:
-        foreign = [path.name for path in sorted(folder.glob("table.*")) if path.suffix in (".txt", ".md", ".tex")]
-    if foreign:
-        raise ValueError(
-            f"{folder / foreign[0]} is of no evaluation, which would replace it: move it away, or take another "
-            "run_dir=…"
-        )
 
 
 def evaluation_identity(config: Config) -> str:
@@ -138,12 +130,13 @@ class _Plan:
         order = [*self.names.values(), self.speed_name]
         self.identity = hash_values({"name": config.name, "systems": order, "decodes": chosen.decodes})
 
-    def holds(self, report: dict[str, Any]) -> bool:
-        """Whether a report is of this evaluation, and no system that was unavailable then is available now."""
-        if report.get("identity") != self.identity:
-            return False
+    def finished(self) -> dict[str, Any] | None:
+        """Return the report of this evaluation, unless a system that was unavailable then is available now."""
+        report = read_report(self.folder / _REPORT, self.identity)
+        if report is None:
+            return None
         lacking = {system["key"] for system in report["systems"] if system["unavailable"]}
-        return not any(source.key in lacking and source.retry() for source in self.sources)
+        return None if any(source.key in lacking and source.retry() for source in self.sources) else report
 
     def complete(self) -> bool:
         """Whether all pieces and the measured speed are on disk."""
@@ -167,7 +160,7 @@ class _Plan:
                     self._make(source, number, scorer)
                 progress.to(done, last=source.key)
             if part == 0 and not self._speed_path.is_file():
-                write_whole(self._speed_path, json.dumps(self._speed()))
+                write_json(self._speed_path, self._speed())
             progress.to(len(self.sources) * len(mine) + 1)
 
     def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest, int]]:
@@ -247,7 +240,7 @@ class _Plan:
     def merge(self) -> dict[str, Any]:
         """Write the report and its tables from the pieces, and remove the pieces of older evaluations."""
         report = self._report() | {"identity": self.identity}
-        write_whole(self.folder / _REPORT, json.dumps(report, indent=1))
+        write_json(self.folder / _REPORT, report, indent=1)
         write_tables(report, self.folder)
         self.pieces.keep({*self.names.values(), self.speed_name})
         return report
@@ -282,7 +275,7 @@ class _Plan:
                 }
                 for row in page
             ],
-            "speed": read_json(self._speed_path),
+            "speed": read_speed(self._speed_path),
         }
 
     def _gather(self, source: SystemUnderTest) -> Gathered:

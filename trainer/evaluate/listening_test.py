@@ -10,19 +10,19 @@ webMUSHRA adds the hidden reference itself. The anchors are the reference, low-p
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import yaml
 
 from models.atomic_write import write_whole
+from models.documents import read_json, to_json
 from models.readable import require_file
 from trainer.data.audio import Audio, read_audio, write_audio
 
@@ -101,7 +101,7 @@ def write_listening_test(
     text = yaml.safe_dump(_test(name, pages), sort_keys=False, allow_unicode=True)
     (making / config).write_text(text, encoding="utf-8")
     known = {"seed": seed, "model": report.get("model_hash"), "identity": report.get("identity"), "trials": key}
-    _keep_other_key(key_file, content := json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    _keep_other_key(key_file, content := to_json(known, indent=1, ascii=False) + "\n")
     write_whole(key_file, content)
     shutil.rmtree(out / "configs", ignore_errors=True)
     out.mkdir(exist_ok=True)
@@ -161,16 +161,19 @@ def _require_own(out: Path, key_file: Path) -> None:
 def _key_in(path: Path) -> dict[str, Any] | None:
     """Return the content of a key; {} if there is no file, None if it is not a key."""
     try:
-        key = json.loads(path.read_text("utf-8"))
+        return dict(read_json(path, _Key, mend=""))
     except FileNotFoundError:
         return {}
     except ValueError:
         return None
-    trials = key.get("trials") if isinstance(key, dict) else None
-    whole = isinstance(trials, dict) and all(
-        isinstance(trial, dict) and isinstance(trial.get("files"), dict) for trial in trials.values()
-    )
-    return key if whole else None
+
+
+class _Trial(TypedDict):
+    files: dict[str, str]
+
+
+class _Key(TypedDict):
+    trials: dict[str, _Trial]
 
 
 def _keep_other_key(path: Path, content: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from models import bitstream
 from models.codec import SPresso
+from models.export import read_config, read_description
 from models.sizes import Sampling
 from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.scored_clips import ScoredClips
@@ -49,12 +49,7 @@ class Export:
     @functools.cached_property
     def model_hash(self) -> str:
         """The hash of the model, read without loading the weights."""
-        try:
-            return json.loads((self.folder / "codec.json").read_text())["model"]
-        except (OSError, ValueError, KeyError):
-            raise ValueError(
-                f"{self.folder} holds no codec: give an export folder, such as runs/demo/finetune/export"
-            ) from None
+        return read_description(self.folder)["model"]
 
     @functools.cached_property
     def codec(self) -> SPresso:
@@ -299,11 +294,7 @@ def _rates(folder: Path) -> list[int]:
     """Return the numbers of codebooks of an export's rates, largest first; empty if it has no quantizer."""
     if not (folder / "quantizer.safetensors").is_file():
         return []
-    try:
-        rates = json.loads((folder / "codec.json").read_text())["config"]["rates"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder / 'codec.json'} is damaged: export it again") from None
-    return sorted(rates, reverse=True)
+    return sorted(read_config(folder).rates, reverse=True)
 
 
 def _with_takes(rows: list[OwnCodec], decodes: int) -> list[OwnCodec]:

@@ -11,12 +11,16 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from models.documents import Natural, damaged, fits
 from models.weights import load_weights, save_weights
+from trainer.evaluate.systems import System
+
+_MEND = "remove it and evaluate again"
 
 
 @dataclasses.dataclass
@@ -50,6 +54,19 @@ class Piece:
         return self.system["unavailable"]
 
 
+class _Facts(TypedDict):
+    """The fields of a `Piece` that are not tensors."""
+
+    system: dict[str, Any]
+    rows: list[Natural]
+    windows: NotRequired[list[Natural]]
+    audio: NotRequired[dict[str, list[str]]]
+    payload_bits: NotRequired[list[Natural]]
+    file_bytes: NotRequired[list[Natural]]
+    coded_bits: NotRequired[list[Natural]]
+    failures: NotRequired[dict[str, str]]
+
+
 class Pieces:
     """Reads and writes the pieces of one evaluation, under the evaluation's folder."""
 
@@ -70,6 +87,11 @@ class Pieces:
             facts, tensors = load_weights(self.path(name, block))
         except FileNotFoundError:
             return None
+        path = self.path(name, block)
+        fits(facts, _Facts, path, mend=_MEND)
+        fits(facts["system"], System, path, mend=_MEND)
+        if facts.keys() - _Facts.__annotations__.keys() or "embedding" not in tensors:
+            raise damaged(path, "it has other facts than a piece", _MEND)
         embedding = tensors.pop("embedding")
         return Piece(**facts, figures=dict(sorted(tensors.items())), embedding=embedding)
 

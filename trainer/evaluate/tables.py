@@ -15,7 +15,8 @@ from typing import Any
 
 from models.atomic_write import write_whole
 from trainer.evaluate.systems import RATE_RANGES, EvaluationReport
-from trainer.formatting import aligned
+from trainer.file_names import printable
+from trainer.formatting import aligned, in_markdown
 
 _NOTHING = "–"
 _SHORT = {
@@ -43,6 +44,7 @@ _SPECIAL = {
     "<": r"$<$",
     ">": r"$>$",
     "|": r"$|$",
+    "`": r"\`{}",
 }
 
 
@@ -112,26 +114,30 @@ def table(report: EvaluationReport) -> str:
         f"mean ± half of the 95 % interval [decoded from another clip's z]; set distances over {report['embedding']}; "
         "* best, or not significantly worse"
     )
-    return "\n".join([aligned(lines, right=range(1, len(lines[0]))), legend, *notes, speed_line])
+    below = [printable(line) for line in (legend, *notes, speed_line)]
+    return "\n".join([aligned(lines, right=range(1, len(lines[0]))), *below])
 
 
 def markdown(report: EvaluationReport) -> str:
     """Render Markdown tables for a README or an issue, one for each section."""
     columns = _columns(report)
-    parts = [f"## {_plain(report['recipe'])}", f"{_plain(report['subtitle'])}."]
-    head = ["System", "kbps", *(f"{column['title']} {_unit_and_way(column)}".strip() for column in columns)]
+    parts = [f"## {in_markdown(report['recipe'])}", f"{in_markdown(report['subtitle'])}."]
+    titles = [f"{column['title']} {_unit_and_way(column)}".strip() for column in columns]
+    head = ["System", "kbps", *map(in_markdown, titles)]
     for title, rows in sections(report):
         lines = [head, ["---", *["--:"] * (len(head) - 1)]]
         for row in rows:
             shown = [cell.markdown for cell in row.cells] if not row.unavailable else [_NOTHING] * len(columns)
-            lines.append([row.title + (" (not available)" if row.unavailable else ""), row.kbps or _NOTHING, *shown])
-        text = "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
-        notes = [f"* {_plain(row.title)}: {_plain(_note(row))}" for row in rows if _note(row)]
+            named = row.title + (" (not available)" if row.unavailable else "")
+            lines.append([in_markdown(named), row.kbps or _NOTHING, *shown])
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        notes = [f"* {in_markdown(row.title)}: {in_markdown(_note(row))}" for row in rows if _note(row)]
         parts += [f"### {title}", text, *(["\n".join(notes)] if notes else [])]
     parts.append(
         "Each cell shows the mean ± half of the 95 % interval (bootstrap over clips), and in brackets the mean of the "
         "same system decoded from another clip's z. The best system of each table and all that do not differ "
-        f"significantly from it are bold. Set distances are computed over {_plain(report['embedding'])} embeddings."
+        "significantly from it are bold. Set distances are computed over "
+        f"{in_markdown(report['embedding'])} embeddings."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -233,7 +239,9 @@ def _unit_and_way(column: Mapping[str, Any]) -> str:
 
 def _latex_head(column: Mapping[str, Any], embedding: str) -> str:
     way = {"lower": r"$\downarrow$", "higher": r"$\uparrow$"}.get(column["better"], "")
-    name = _SHORT.get(column["key"], column["title"]).format(embedding=embedding)
+    short = _SHORT.get(column["key"])
+    # str.format would take the braces of a title for fields
+    name = column["title"] if short is None else short.replace("{embedding}", embedding)
     return " ".join(filter(None, [_escaped(name), way]))
 
 
@@ -245,11 +253,6 @@ def _caption(report: EvaluationReport) -> str:
     )
 
 
-def _plain(text: str) -> str:
-    """Escape text so that it stays within its Markdown cell."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
 def _escaped(text: str) -> str:
     """Escape text so that LaTeX prints it literally."""
-    return "".join(_SPECIAL.get(letter, letter) for letter in " ".join(text.split()))
+    return "".join(_SPECIAL.get(letter, letter) for letter in printable(" ".join(text.split())))

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.file_names import printable_lines
+
 _PACKAGES = ("launch", "trainer", "models")  # Every module's logger is below one of these.
+
+
+class _Printable(logging.Formatter):
+    """Makes the control characters of a message visible, such as names of files may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 @contextmanager
@@ -19,8 +28,10 @@ def logging_to(path: Path, *, show: bool) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [to_file, *([logging.StreamHandler(sys.stderr)] if show else [])]
+    to_file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(_Printable("%(message)s"))
+    handlers: list[logging.Handler] = [to_file, *([to_stderr] if show else [])]
     loggers = [logging.getLogger(name) for name in _PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:

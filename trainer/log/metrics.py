@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models.atomic_write import write_whole
+from models.atomic_write import replacing
+from models.documents import append_lines
 from trainer.checkpoints.names import folder_name
 from trainer.data.audio import write_audio
 from trainer.losses import Losses
 from trainer.run_directory import RunDirectory
+from trainer.run_documents import metrics_lines, warn_of
 from trainer.spectrogram import log_mel_image
 
 
@@ -91,9 +92,11 @@ class Metrics:
         self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at + 1, flush_secs=10)
 
     def _cut_after(self, samples: int) -> None:
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _samples(line) <= samples]
-            write_whole(self.path, "".join(line + "\n" for line in kept))
+        if self.path.is_file():
+            lines = metrics_lines(self.path)
+            with replacing(self.path) as partial, partial.open("wb") as file:
+                file.writelines(line + b"\n" for line, values in lines.pairs() if values["samples"] <= samples)
+            warn_of(lines)
 
     def go_back_to(self, samples: int) -> None:
         """Remove everything after `samples` samples from `metrics.jsonl` and from TensorBoard."""
@@ -105,8 +108,7 @@ class Metrics:
         """Append a line to `metrics.jsonl`, and plot its numbers in TensorBoard against the samples seen."""
         self.run.require_ownership()
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(self.path, [line])
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, samples)
@@ -131,14 +133,6 @@ class Metrics:
         self.board.close()
 
 
-def _samples(line: str) -> float:
-    """Return a line's number of samples seen; infinity for an incomplete line, so that it is removed."""
-    try:
-        return json.loads(line)["samples"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `metrics.jsonl`, except an incomplete last line."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _samples(line) < float("inf")]
+    """Read the lines of a `metrics.jsonl`, except damaged ones."""
+    return list(metrics_lines(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import secrets
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
-from models.atomic_write import write_whole
+from models.documents import DamagedDocument, write_json
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
@@ -22,6 +22,7 @@ from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory
+from trainer.run_documents import Incident, read_optional
 from trainer.stop import Stop, StopRequested
 from trainer.tasks import Task
 
@@ -165,11 +166,16 @@ class TrainingLog:
 
     def _incident(self, what: str, **facts: Any) -> None:
         path = self.run.path / "incident.json"
-        incidents = json.loads(path.read_text()) if path.exists() else []
+        try:
+            incidents = read_optional(path, list[Incident], mend="it is kept under another name") or []
+        except DamagedDocument as error:  # a training does not end for what only informs
+            kept = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))
+            logger.warning("%s, as %s", error, kept.name)
+            incidents = []
         same = [entry for entry in incidents if entry["what"] == what and entry["position"] == facts["position"]]
         if not same:  # A run that is killed and resumed comes to the same incident again.
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_whole(path, json.dumps([*incidents, {"what": what, "time": now, **facts}], indent=1))
+            write_json(path, [*incidents, {"what": what, "time": now, **facts}], indent=1)
 
     def __enter__(self) -> Self:
         self.progress = Progress(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from trainer.page.html import Html, element
+from trainer.run_documents import metrics_lines, warn_of
 
 _CHART_WIDTH, _CHART_HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # the plot's edges within the chart
@@ -57,17 +57,18 @@ class Axis:
 def read_curve(path: Path) -> list[Point]:
     """Read the training lines of a metrics.jsonl, averaged down to at most as many points as a chart shows.
 
-    Lines of other kinds and incomplete lines are skipped. After a resume from an earlier checkpoint, repeated lines
-    replace the older ones. A missing file gives no points.
+    Lines of other kinds are skipped, and so are damaged ones, with a warning. After a resume from an earlier
+    checkpoint, repeated lines replace the older ones. A missing file gives no points.
     """
-    if not path.exists():
-        return []
     points: list[Point] = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for point in filter(None, map(_parse, lines)):
+    lines = metrics_lines(path)
+    for line in lines:
+        if line["kind"] == "train":
+            point = _point(line)
             while points and points[-1].samples >= point.samples:
                 points.pop()
             points.append(point)
+    warn_of(lines)
     return _thin(points)
 
 
@@ -156,19 +157,13 @@ def _short(samples: float) -> str:
 # ---- reading
 
 
-def _parse(line: str) -> Point | None:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(entry, dict) or entry.get("kind") != "train" or not isinstance(entry.get("samples"), int):
-        return None
-    by_noise = tuple(_finite(loss) for loss in entry.get("loss_bins") or ())
-    return Point(entry["samples"], _finite(entry.get("loss")), _finite(entry.get("loss_ema")), by_noise)
+def _point(line: Mapping[str, Any]) -> Point:
+    by_noise = tuple(_finite(loss) for loss in line.get("loss_bins") or ())
+    return Point(line["samples"], _finite(line.get("loss")), _finite(line.get("loss_ema")), by_noise)
 
 
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:

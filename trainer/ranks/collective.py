@@ -6,13 +6,14 @@ pass its own group.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-DISK_FULL = "no space left on the disk"
+from models.disk_errors import first_lasting, room_words, with_number
+from models.readable import describe_os_error
+
 _SHOWN = 5
 
 Result = TypeVar("Result")
@@ -47,20 +48,22 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
 
     Raises:
         OSError: on every rank, if `action` failed on any rank for whatever reason, so that no rank waits for a failed
-            one.
+            one. Its `errno` is that of the failed rank's OSError, by which a full disk is told from a passing failure.
     """
-    result, reason = None, None
+    result, failure = None, None
     try:
         result = action()
+    except OSError as error:
+        failure = (error.errno, describe_os_error(error))
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        reason = DISK_FULL if full else f"rank {rank()}: {error!r}"
-    outcomes = gather((result, reason), group)
-    failures = [reason for _, reason in outcomes if reason]
-    if DISK_FULL in failures:
-        raise OSError(errno.ENOSPC, DISK_FULL)
+        failure = (None, repr(error))
+    outcomes = gather((result, failure), group)
+    failures = {number: failure for number, (_, failure) in enumerate(outcomes) if failure}
     if failures:
-        raise OSError(shortened(failures))
+        number = first_lasting([number for number, _ in failures.values()])
+        if full := room_words(number):
+            raise OSError(number, full)
+        raise with_number(number, shortened([f"rank {rank}: {reason}" for rank, (_, reason) in failures.items()]))
     return [cast(Result, result) for result, _ in outcomes]
 
 

@@ -8,10 +8,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.file_names import printable
 from trainer.stages import STAGES
 
-_NODES = re.compile(r"(\d+)(?:-(\d+))?")
-_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+_NODES = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE | re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ONE_LINE = ("mem", "partition", "account", "qos", "constraint", "python")
 OURS = (
     # options of sbatch that requeueing depends on, or that have a setting of their own
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output", "requeue"),
@@ -156,13 +161,58 @@ def _problems_of(cluster: ClusterConfig, where: str) -> list[str]:
             found.append(f"{where}.{key}={value} must be at least 1")
     if cluster.gpus_per_node < 0:
         found.append(f"{where}.gpus_per_node={cluster.gpus_per_node} must be at least 0")
+    for key in _ONE_LINE:
+        if not _is_option_value(value := getattr(cluster, key)):
+            found.append(f"{where}.{key}={printable(str(value))} must be one line without control characters")
+    found += [*_option_problems(cluster, where), *_environment_problems(cluster, where)]
+    if strange := [line for line in cluster.setup if not isinstance(line, str) or "\0" in line]:
+        found.append(f"{where}.setup holds {printable(str(strange[0]))}, which is no line of bash")
     for key in cluster.options:
-        name = key.replace("_", "-").lstrip("-")
+        name = option_name(key)
         if name in OURS:
             setting = name.replace("-", "_").replace("ntasks_per_node", "tasks_per_node")
             mend = f"set {where}.{setting} instead" if setting in _OF_STAGES else "remove it: requeueing depends on it"
             found.append(f"{where}.options.{key}: {mend}")
     return found
+
+
+def option_name(key: str) -> str:
+    """Return the long name of an option of sbatch or srun that a recipe names: `--mail_type` → `mail-type`."""
+    return key.replace("_", "-").lstrip("-")
+
+
+def is_one_line(text: str) -> bool:
+    """Whether text stays on one line of a batch script: it holds no line break or other control character."""
+    return _CONTROL.search(text) is None
+
+
+def _option_problems(cluster: ClusterConfig, where: str) -> list[str]:
+    """Return the options that could not stand on one line of the job's script as what they are."""
+    found = []
+    for group in ("options", "srun"):
+        for key, value in getattr(cluster, group).items():
+            named = f"{where}.{group}.{printable(str(key))}"
+            if not isinstance(key, str) or not _OPTION.fullmatch(option_name(key)):
+                found.append(f"{named} is no option: write its long name of letters, digits and hyphens")
+            elif not _is_option_value(value):
+                found.append(f"{named}={printable(str(value))} must be one line without control characters")
+    return found
+
+
+def _environment_problems(cluster: ClusterConfig, where: str) -> list[str]:
+    """Return the variables whose names bash would not take as names, and those that have no text."""
+    found = []
+    for key, value in cluster.environment.items():
+        named = f"{where}.environment.{printable(str(key))}"
+        if not isinstance(key, str) or not _VARIABLE.fullmatch(key):
+            found.append(f"{named} is no variable: write a name of letters, digits and _, which no digit begins")
+        elif not isinstance(value, str | int | float) or "\0" in str(value):
+            found.append(f"{named}={printable(str(value))} is no value of a variable: write text or a number")
+    return found
+
+
+def _is_option_value(value: Any) -> bool:
+    return value is None or (isinstance(value, str | int | float) and is_one_line(str(value)))
 
 
 def _nearest(name: str, known: Any) -> str:

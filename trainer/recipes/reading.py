@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.readable import file_trouble, require_file
+from models.yaml_document import read_yaml
 from trainer.recipes.paths import expand_homes, expanded, names_path
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
@@ -109,13 +110,7 @@ def find_choice(key: str, name: str) -> Path:
 
 def _read_recipe(path: Path) -> DictConfig:
     require_file(path)
-    try:
-        recipe = OmegaConf.load(path)
-    except Exception as error:  # the errors of the YAML library share no useful base class
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, DictConfig):
-        raise ValueError(f"{path} has no keys: a recipe is a mapping such as `name: demo`")
-    return recipe
+    return read_yaml(path, mend="a recipe is a YAML file with keys such as `name: demo`")
 
 
 def _parse(overrides: list[str]) -> DictConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, missing
@@ -21,7 +22,7 @@ from trainer.stages import STAGES
 
 def problems(config: Config, *, released: bool = True) -> list[str]:
     """Return every problem as a line. `released`: whether to check that the folders of pretrained weights exist."""
-    if found := [*_choices(config), *_above_zero(config)]:
+    if found := [*_choices(config), *_finite(config), *_above_zero(config)]:
         return found  # the checks below compute with these values
     return [
         *_ranges(config),
@@ -108,11 +109,25 @@ _NOT_NEGATIVE = (
 )
 
 
+_WITHOUT_LIMIT = (".clip_norm", "health.spike", "health.hang_seconds", "data.cache.patience")
+"""Ends of keys that may be `.inf`, which stands for no limit."""
+
+
 def _choices(config: Config) -> list[str]:
     flat = flatten(config)
     return [
         f"{key}={flat[key]} is none of {', '.join(known)}" for key, known in _CHOICES.items() if flat[key] not in known
     ]
+
+
+def _finite(config: Config) -> list[str]:
+    found = []
+    for key, value in flatten(config).items():
+        for number in value if isinstance(value, list) else [value]:
+            without_limit = number == math.inf and key.endswith(_WITHOUT_LIMIT)
+            if isinstance(number, float) and not math.isfinite(number) and not without_limit:
+                found.append(f"{key}={number} must be a finite number")
+    return found
 
 
 def _above_zero(config: Config) -> list[str]:

@@ -168,8 +168,8 @@ def test_an_error_of_the_system_is_one_line(tmp_path, asked, monkeypatch, capsys
 
 
 def test_a_torn_line_of_the_history_is_passed_over(tmp_path):
-    record(tmp_path, {"job": "12", "then": "done"})
+    record(tmp_path, {"job": "12", "restart": 0, "then": "done"})
     with (tmp_path / "attempts" / "history.jsonl").open("a") as file:
         file.write('{"job": "12", "th\n')
-    record(tmp_path, {"job": "13", "then": "done"})
+    record(tmp_path, {"job": "13", "restart": 0, "then": "done"})
     assert [entry["job"] for entry in history(tmp_path)] == ["12", "13"]

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,20 +38,48 @@ def shown(capsys, run: Path, stage: str | None = None, rank: int | None = None) 
     return capsys.readouterr().out
 
 
+class _Over(Exception):
+    """The test has ended."""
+
+
 class Follower:
     """Reads in a thread, so that a line that does not come fails a test and does not hang it."""
 
     def __init__(self, lines: Iterator[str]) -> None:
-        self.queue: Queue[str] = Queue()
-        threading.Thread(target=lambda: [self.queue.put(line) for line in lines], daemon=True).start()
+        self.lines, self.queue = lines, Queue[str]()
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        with suppress(_Over):
+            for line in self.lines:
+                self.queue.put(line)
 
     def next(self, count: int = 1) -> list[str]:
         return [self.queue.get(timeout=10) for _ in range(count)]
 
 
-def follow(run: Path, stage: str | None = None, rank: int | None = None) -> Follower:
-    files = {path: logs._File(path, at_end=True) for path in logs._all(run, stage, rank)}
-    return Follower(logs.follow_lines(run, stage, rank, files))
+@pytest.fixture
+def follow(monkeypatch) -> Iterator[Callable[..., Follower]]:
+    """Return a function that follows the logs of a run; its threads end with the test, whose folder may go then."""
+    followers: list[Follower] = []
+    over = threading.Event()
+
+    def pause(seconds: float) -> None:
+        if over.wait(seconds):
+            raise _Over
+
+    def start(run: Path, stage: str | None = None, rank: int | None = None) -> Follower:
+        files = {path: logs._File(path, at_end=True) for path in logs._all(run, stage, rank)}
+        followers.append(Follower(logs.follow_lines(run, stage, rank, files)))
+        return followers[-1]
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=pause))
+    yield start
+    over.set()
+    for follower in followers:
+        follower.thread.join(10)
+        assert not follower.thread.is_alive()
 
 
 def test_the_log_of_a_rank_or_of_the_job_before_there_is_one(run, capsys):
@@ -112,7 +142,7 @@ def test_only_the_end_of_a_long_log_is_read(run, capsys):
     assert time.monotonic() - begun < 0.5
 
 
-def test_nothing_is_written_yet(run, capsys):
+def test_nothing_is_written_yet(run, capsys, follow):
     run.mkdir()
     with pytest.raises(ValueError, match="no logs yet; -f waits for them"):
         logs.logs(run, stage=None, rank=None, follow=False)
@@ -121,7 +151,7 @@ def test_nothing_is_written_yet(run, capsys):
     assert follower.next(2) == [f"== {path}", "first"]
 
 
-def test_it_is_followed_into_the_next_attempt_and_the_next_stage_and_nothing_twice(run):
+def test_it_is_followed_into_the_next_attempt_and_the_next_stage_and_nothing_twice(run, follow):
     first = write(run / "pretrain/logs/rank_0.log", "before\n", age=9)
     follower = follow(run)
     write(first, "one\ntw")
@@ -137,7 +167,7 @@ def test_it_is_followed_into_the_next_attempt_and_the_next_stage_and_nothing_twi
     assert sorted(follower.next(4)) == sorted([f"== {job}", "late", f"== {second}", "four"])
 
 
-def test_a_rank_that_the_next_stage_does_not_have(run):
+def test_a_rank_that_the_next_stage_does_not_have(run, follow):
     write(run / "autoencode/logs/rank_3.log", "x\n")
     follower = follow(run, rank=3)
     write(run / "quantize/logs/rank_0.log", "not this one\n")
@@ -145,7 +175,7 @@ def test_a_rank_that_the_next_stage_does_not_have(run):
     assert follower.next(2) == [f"== {job}", "spresso: quantize: done"]
 
 
-def test_a_log_that_is_rotated_or_cut(run):
+def test_a_log_that_is_rotated_or_cut(run, follow):
     path = write(run / "autoencode/logs/rank_0.log", "x\n")
     follower = follow(run)
     path.rename(path.with_suffix(".old"))
@@ -155,7 +185,7 @@ def test_a_log_that_is_rotated_or_cut(run):
     assert follower.next() == ["cut"]
 
 
-def test_a_letter_that_is_written_in_two_halves(run):
+def test_a_letter_that_is_written_in_two_halves(run, follow):
     path = write(run / "autoencode/logs/rank_0.log", "x\n")
     follower = follow(run)
     with path.open("ab", buffering=0) as file:

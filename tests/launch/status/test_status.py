@@ -247,10 +247,15 @@ def test_torn_lines_and_damaged_files(run, slurm, tmp_path):
     with (run / "autoencode" / "attempts" / "history.jsonl").open("a") as file:
         file.write('{"ended": 1, "jo')
     (run / "autoencode" / "owner.json").write_text("{")
+    (run / "autoencode" / "status.json").write_text('{"state": "running", "samples": "2400", "of": 4800}')
     begin(tmp_path / "runs" / "other" / "pretrain", "done", 1, 1)
     (tmp_path / "runs" / "other" / "jobs.jsonl").write_text('{"stage": "pre')
     told = table.report(None)
-    assert "owner.json is damaged" in below(told, "autoencode")
+    remarks = " ".join(below(told, "autoencode").split())
+    assert "owner.json is damaged" in remarks
+    assert "status.json is damaged (`samples`: expected a whole number, got text): remove it, and run" in remarks
+    assert "1 damaged line is passed over in" in remarks
+    assert row(told, "quantize")
     assert "other/jobs.jsonl is damaged" in told
     with pytest.raises(ValueError, match=r"jobs\.jsonl is damaged"):
         table.cancel(tmp_path / "runs" / "other")

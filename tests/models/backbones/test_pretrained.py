@@ -4,13 +4,16 @@ import copy
 import errno
 import json
 import pickle
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import models.weights
 from models.autoencoder import SpectralAE, VocosAE
@@ -234,6 +237,18 @@ def test_pickles_are_never_opened_and_the_way_out_is_told(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_the_way_out_is_a_command_whatever_the_pickle_s_name(tmp_path):
+    flow_folder(tmp_path)
+    (tmp_path / "weights.safetensors").unlink()
+    torch.save({"a": torch.ones(2)}, tmp_path / "it's $(touch x) \"`touch y`.pt")
+    with pytest.raises(ValueError, match="is a pickle") as error:
+        load_woosh_folder(tmp_path)
+    command = str(error.value).partition("  python -c ")[2]
+    subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {command}"], cwd=tmp_path, check=True)
+    assert load_file(tmp_path / "weights.safetensors")["a"].tolist() == [1, 1]
+    assert not {path.name for path in tmp_path.iterdir()} & {"x", "y"}
+
+
 def test_folders_that_lack_a_file_or_hold_a_broken_config_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml does not exist"):
         load_woosh_folder(tmp_path)
@@ -371,7 +386,7 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"dit\.safetensors.*missing: blocks\.1\."):
         load_dit(path)
     save_weights(path, dit.state_dict(), {"kind": "quantizer"})
-    with pytest.raises(ValueError, match=r"dit\.safetensors is not an export of a DiT"):
+    with pytest.raises(ValueError, match=r"dit\.safetensors is damaged \(it has an unknown field `kind`\)"):
         load_dit(path)
 
 

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from safetensors.torch import save_file
 
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import checkpoint, manifest
 from trainer.ranks.flat_ranges import FlatRange, equal_ranges, whole_ranges
 
 META = {"config": "c0ffee", "base_model": None, "code": "0.1.0"}
@@ -276,18 +276,16 @@ def test_a_flipped_byte_anywhere_in_the_tensors_is_found(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path, 8)
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
+    monkeypatch.setattr(manifest, "CHECKPOINT_FORMAT", 2)
     with pytest.raises(ValueError, match="has format 1, but this version of the program reads 2"):
         checkpoint.read_manifest(path)
 
 
-def test_no_whole_checkpoint_gives_none(tmp_path):
+def test_no_checkpoint_gives_none(tmp_path):
     assert checkpoint.newest_on_all_ranks(tmp_path / "not there") is None
     assert checkpoint.newest_on_all_ranks(tmp_path) is None
     (tmp_path / "step_latest").mkdir()
     (tmp_path / "tmp_step_000000000008_0badcafe").mkdir()
-    assert checkpoint.newest_on_all_ranks(tmp_path) is None
-    (save(tmp_path, 8) / "manifest.json").unlink()
     assert checkpoint.newest_on_all_ranks(tmp_path) is None
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import random
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,59 @@ def work(rank: int, run_dir: str, prepared: str, *overrides: str) -> None:
     os.dup2(null, 2)
     paths = [f"run_dir={run_dir}", f"data.latents={prepared}/latents", f"data.audio={prepared}/audio"]
     train(load_recipe("tiny", [*paths, *QUICK, *overrides]), "pretrain")
+
+
+def work_on_failing_disk(rank: int, run_dir: str, prepared: str, told: str, fault: Fault, *overrides: str) -> None:
+    """Work as `work` does, while one read of a checkpoint's file fails on one rank; note the error in a file."""
+    if rank == fault.rank:
+        fault.inject()
+    try:
+        work(rank, run_dir, prepared, *overrides)
+    except OSError as error:
+        Path(f"{told}_{rank}").write_text(f"{error.errno} {error}")
+        raise
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One read of a checkpoint's files that fails."""
+
+    rank: int
+    suffix: str
+    number: int
+    """The errno."""
+    after: int
+    """How many reads of such files succeed before."""
+
+    def inject(self) -> None:
+        """Let the read fail in this process."""
+        left = [self.after]
+        for module, name in ((io, "open"), (os, "open")):
+            setattr(module, name, partial(self._open, getattr(module, name), left))
+
+    def _open(self, real, left: list[int], file, *arguments, **options):
+        if "/checkpoints/step_" in str(file) and str(file).endswith(self.suffix):
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError(self.number, os.strerror(self.number), str(file))
+        return real(file, *arguments, **options)
+
+
+def meets_a_failing_read(run: Path, prepared: Path, told: Path, fault: Fault, *, world_size: int = 1, overrides=()):
+    """Start once; the start stops with a line on each rank, and all checkpoints are left as they were."""
+    folder = run / "pretrain/checkpoints"
+    before = {path: path.stat().st_ino for path in checkpoint.checkpoints(folder)}
+    statuses = rank_processes.run(
+        work_on_failing_disk, world_size, str(run), str(prepared), str(told), fault, *overrides
+    )
+    assert statuses == [1] * world_size, fault
+    for rank in range(world_size):
+        number, line = Path(f"{told}_{rank}").read_text().split(" ", 1)
+        assert int(number) == fault.number, (fault, line)
+        assert "\n" not in line
+        assert "step_" in line
+    assert {path: path.stat().st_ino for path in checkpoint.checkpoints(folder)} == before
+    assert not list(folder.glob("damaged_*"))
 
 
 def finished(run: Path) -> bool:
@@ -69,8 +126,13 @@ def killed(run: Path, prepared: Path, chance: random.Random, *, inside_a_save: b
 def test_fifty_kills_change_nothing(whole, prepared, tmp_path):
     """Bit for bit, as strategy and world size stay the same."""
     chance, run, hit = random.Random(4), tmp_path / "run", []
-    reached = -1
+    reached, faults = -1, 0
     for number in range(50):
+        if number % 10 == 9 and checkpoint.checkpoints(run / "pretrain/checkpoints"):
+            suffix = chance.choice((".safetensors", "manifest.json"))
+            fault = Fault(0, suffix, chance.choice((errno.EIO, errno.EACCES)), chance.randrange(4))
+            meets_a_failing_read(run, prepared, tmp_path / f"told_{number}", fault)
+            faults += 1
         hit.append(killed(run, prepared, chance, inside_a_save=number % 3 == 0, world_size=1, overrides=()))
         newest = checkpoint.newest(run / "pretrain/checkpoints")
         if newest is not None:
@@ -82,6 +144,7 @@ def test_fifty_kills_change_nothing(whole, prepared, tmp_path):
             for path in checkpoint.checkpoints(run / "pretrain/checkpoints")[1:]:
                 checkpoint.discard([path])
             reached = -1
+    assert faults >= 3
     assert hit.count("save") >= 5, hit
     assert hit.count("step") >= 5, hit
     assert rank_processes.run(work, 1, str(run), str(prepared)) == [0]
@@ -94,10 +157,17 @@ def test_fifty_kills_change_nothing(whole, prepared, tmp_path):
 
 def test_kills_with_another_strategy_and_world_size_each_time(whole, prepared, tmp_path):
     chance, run = random.Random(5), tmp_path / "run"
+    faults = 0
     ways = [("ddp", 2), ("fsdp2", 2), ("ddp", 1), ("fsdp2", 1)]
     for number in range(12):
         strategy, world_size = ways[number % len(ways)]
         overrides = (f"parallel.strategy={strategy}",)
         killed(run, prepared, chance, inside_a_save=True, world_size=world_size, overrides=overrides)
+        if number in (4, 9) and checkpoint.checkpoints(run / "pretrain/checkpoints"):
+            fault = Fault(number % 2, ".safetensors", (errno.EIO, errno.EACCES)[number % 2], chance.randrange(2))
+            told = tmp_path / f"told_{number}"
+            meets_a_failing_read(run, prepared, told, fault, world_size=2, overrides=overrides)
+            faults += 1
+    assert faults >= 1
     assert rank_processes.run(work, 2, str(run), str(prepared), "parallel.strategy=fsdp2") == [0, 0]
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)

@@ -45,7 +45,9 @@ def test_the_new_times_are_kept_so_that_the_sounds_are_read_once(sounds, tmp_pat
     run(sounds, tmp_path / "out", holdout=0.5)
     set_times(sounds)
     run(sounds, tmp_path / "out", holdout=0.5)
-    monkeypatch.setattr("trainer.data.prepare.content_digests", lambda paths: pytest.fail("the sounds are read again"))
+    monkeypatch.setattr(
+        "trainer.data.set_content.content_digests", lambda paths: pytest.fail("the sounds are read again")
+    )
     run(sounds, tmp_path / "out", holdout=0.5)
 
 

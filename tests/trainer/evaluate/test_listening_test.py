@@ -141,3 +141,16 @@ def test_what_cannot_be_heard_is_refused(report, tmp_path):
         clip["audio"] |= {f"s{n}": clip["audio"]["zq9"] for n in range(9)}
     with pytest.raises(ValueError, match="would have 15 versions; 12 are the most"):
         write(report, tmp_path)
+
+
+def test_no_text_of_the_run_reaches_the_listener_s_page(report, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    report["recipe"] = hostile
+    for clip in report["clips"]:
+        clip["caption"] = hostile
+    made = write(report, tmp_path)
+    name = "--script--img-src-x-onerror-alert-1--"
+    assert made.config.name == f"{name}.yaml"
+    text = made.config.read_text()
+    assert not {"<", ">"} & set(text)
+    assert yaml.safe_load(text)["testId"] == name

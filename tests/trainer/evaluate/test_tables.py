@@ -140,3 +140,57 @@ def test_bit_rates_are_those_of_all_clips_and_the_entropy_coded_one_stands_besid
     report["results"]["zq"] = report["results"]["zq1"]
     assert "0.100 (0.060 entropy-coded)" in line_of(tables.markdown(report), "zq")
     assert "entropy-coded" not in line_of(tables.markdown(report), "zq1")
+
+
+INVISIBLE = "\x1b[2J\x1b]0;x\x07\x9b1m\u202egpj.\u2066 end"
+VISIBLE = r"\x1b[2J\x1b]0;x\x07\x9b1m\u202egpj.\u2066 end"
+
+
+def test_a_terminal_obeys_no_title(report):
+    report["systems"][3]["title"] = f"zq9 {INVISIBLE}"
+    report["systems"][6]["unavailable"] = report["speed"]["device"] = report["embedding"] = INVISIBLE
+    text = tables.table(report)
+    assert text.count(VISIBLE) == 4
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_braces_of_a_figure_or_a_caption_are_no_fields(report):
+    report["figures"][1]["key"] = "kernel_of_ours"
+    report["figures"][1]["title"] = report["recipe"] = "{a} {0.__class__} {embedding}"
+    report["embedding"] = "{mel}"
+    text = tables.latex(report)
+    assert r"& \{a\} \{0.\_\_class\_\_\} \{embedding\} $\downarrow$ &" in text
+    assert r"\caption{\{a\} \{0.\_\_class\_\_\} \{embedding\}: " in text
+
+
+def test_latex_prints_every_special_character(report):
+    report["recipe"] = "\\ { } $ & # % _ ^ ~ ` \x1b \u202e \\input{x}"
+    caption = next(line for line in tables.latex(report).splitlines() if line.startswith(r"\caption"))
+    letters = r"\textbackslash{} \{ \} \$ \& \# \% \_ \textasciicircum{} \textasciitilde{} \`{} "
+    shown = r"\textbackslash{}x1b \textbackslash{}u202e \textbackslash{}input\{x\}: 2 clips."
+    assert caption.startswith(rf"\caption{{{letters}{shown}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("![](https://a.b/c.png)", "[x](javascript:alert(1))", "[x]: https://a.b", "<img src=x onerror=alert(1)>"),
+        *("`a`", "``a``", "a|b", "a\\|b", "*a* _b_ __c__", "~~a~~", "# a", "&lt;b&gt; &amp;", "<https://a.b>", "$a$"),
+        *("<script>alert(1)</script>", "a\\", "\\[x](y)", "{a} C# 50 %"),
+    ],
+)
+def test_markdown_shows_text_as_it_is(text, report):
+    markdown_it = pytest.importorskip("markdown_it")
+    system = report["systems"][3]
+    system["title"] = system["licence"] = report["recipe"] = report["subtitle"] = text
+    report["figures"][0]["title"] = report["embedding"] = text
+    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(tables.markdown(report))
+    inline = [token for token in tokens if token.type == "inline"]
+    kinds = {child.type for token in inline for child in token.children}
+    assert kinds <= {"text", "text_special", "strong_open", "strong_close"}
+    shown = ["".join(child.content for child in token.children) for token in inline]
+    assert shown.count(text) == 2  # the heading and the row
+    assert shown.count(f"{text}.") == 1
+    assert shown.count(f"{text}: licence {text}") == 1
+    assert shown.count(f"{text} (dB, ↓)") == 6  # the head of each section
+    assert not [token for token in tokens if token.type.startswith(("html", "code", "fence"))]

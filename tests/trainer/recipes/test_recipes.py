@@ -71,6 +71,9 @@ def test_all_problems_are_found_at_once():
         (["latent_encoder.heads=0"], "latent_encoder.heads=0 must be above"),
         (["diffusion.options={log_mean: 1"], "'diffusion.options={log_mean: 1' is not valid YAML"),
         (["log.clips=0"], "log.clips=0 must be above zero"),
+        (["data.clip_seconds=.inf"], "data.clip_seconds=inf must be a finite number"),
+        (["autoencode.betas=[0.9, .nan]"], "autoencode.betas=nan must be a finite number"),
+        (["pretrain.samples=.inf"], "pretrain.samples: Value 'inf' .* could not be converted to Integer"),
         (["pretrain.betas=[0.9]"], "two numbers"),
         (["evaluate.clips=1"], "at least 2"),
         (["evaluate.page_clips=0"], "page_clips=0 must be above"),
@@ -84,6 +87,21 @@ def test_all_problems_are_found_at_once():
 def test_what_would_fail_late_is_refused_at_once(overrides, mend):
     with pytest.raises(ValueError, match=mend):
         reading.load_recipe("demo", overrides)
+
+
+def test_a_limit_may_be_left_out():
+    assert reading.load_recipe("demo", ["pretrain.clip_norm=.inf"]).pretrain.clip_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("- demo", "is not a mapping"), ("name: [", "is not valid YAML"), ("[" * 100_000, "nested more than 32 deep")],
+)
+def test_a_recipe_that_is_none_is_named(tmp_path, content, problem):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path} is damaged \(it .*{problem}"):
+        reading.load_recipe(str(path), [])
 
 
 def test_resolved_config_starts_the_same_run(tmp_path):

@@ -7,20 +7,21 @@ workers, and resumed after a kill, always with the same bytes.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import soundfile
 
-from models.atomic_write import write_whole
+from models.atomic_write import remove_leftovers, write_whole
+from models.documents import read_json, to_json, write_json
 from trainer.data.synth import signals, sounds
 from trainer.data.synth.tools import SAMPLE_RATE, Random, low_pass, pick, reverberate, shape, swell
 from trainer.data.workers import exit_with_parent, explain_dead_workers
@@ -38,6 +39,14 @@ SHORTEST, LONGEST = 1.5, 5.0  # seconds
 PEAK = 0.9
 CAPTIONS = "captions.jsonl"
 PLAN = "synth.json"
+
+
+class _Purpose(TypedDict):
+    """The content of `synth.json`: what a folder's sounds are made from."""
+
+    hours: float
+    seed: int
+    version: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +124,14 @@ def write_sounds(
     seed: int,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    sole: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> int:
     """Fill a folder with sounds 0, 1, 2, … of the seed until they last `hours`: 16-bit KEY.flac and captions.jsonl.
 
     A line of captions.jsonl is {"file", "caption", "kind", "seconds"}. The file is written last, so its presence means
     that the folder is complete; one that was edited is kept. A repeated call makes only the missing sounds. The bytes
     depend neither on the workers nor on interruptions. `progress` is called with the sounds done and the number of
-    sounds.
+    sounds. `sole` gives the folder to this process for as long as it writes, and raises ValueError if it has an owner.
 
     Returns:
         The number of sounds in the folder.
@@ -131,7 +141,15 @@ def write_sounds(
         OSError: a sound can't be written. No partial file is left behind.
     """
     _check(hours=hours, seed=seed, workers=workers)
-    _claim(folder, hours=hours, seed=seed)
+    _is_claimed(folder, _purpose(hours, seed))
+    with sole():
+        return _write_missing(folder, hours, seed, workers, progress)
+
+
+def _write_missing(
+    folder: Path, hours: float, seed: int, workers: int, progress: Callable[[int, int], None] | None
+) -> int:
+    _claim(folder, _purpose(hours, seed))
     lengths = _lengths(seed, hours)
     captions = [_written_caption(folder / _name(index), samples) for index, samples in enumerate(lengths)]
     missing = [index for index, caption in enumerate(captions) if caption is None]
@@ -144,7 +162,8 @@ def write_sounds(
         {"file": _name(index), "caption": captions[index], "kind": _kind(index), "seconds": samples / SAMPLE_RATE}
         for index, samples in enumerate(lengths)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    remove_leftovers(folder)
+    text = "".join(to_json(line) + "\n" for line in lines)
     if not (folder / CAPTIONS).exists():
         write_whole(folder / CAPTIONS, text)
     elif (folder / CAPTIONS).read_bytes() != text.encode():
@@ -161,19 +180,31 @@ def _check(*, hours: float, seed: int, workers: int) -> None:
         raise ValueError(f"workers must be at least 1, not {workers}")
 
 
-def _claim(folder: Path, *, hours: float, seed: int) -> None:
-    """Record the settings in a new or empty folder; raises ValueError if the folder holds anything else."""
-    purpose = json.dumps({"hours": float(hours), "seed": seed, "version": SYNTH_VERSION})
+def _purpose(hours: float, seed: int) -> _Purpose:
+    return {"hours": float(hours), "seed": seed, "version": SYNTH_VERSION}
+
+
+def _is_claimed(folder: Path, purpose: _Purpose) -> bool:
+    """Whether a folder is for these sounds; False if it is new. Raises ValueError if it holds anything else."""
     plan = folder / PLAN
     if plan.exists():
-        held = plan.read_text()
+        mend = "name another folder or delete it"
+        held = read_json(plan, _Purpose, mend=mend)
         if held != purpose:
-            raise ValueError(f"{folder} holds the sounds of {held}, not of {purpose}: name another folder or delete it")
-        return
+            raise ValueError(f"{folder} holds the sounds of {to_json(held)}, not of {to_json(purpose)}: {mend}")
+        return True
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        if plan.exists():  # another process has claimed the folder meanwhile
+            return _is_claimed(folder, purpose)
         raise ValueError(f"{folder} holds something other than synthesized sounds: name a new or an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(plan, purpose)
+    return False
+
+
+def _claim(folder: Path, purpose: _Purpose) -> None:
+    """Record the settings in a new or empty folder. Raises ValueError if the folder holds anything else."""
+    if not _is_claimed(folder, purpose):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, purpose)
 
 
 def _lengths(seed: int, hours: float) -> list[int]:

@@ -52,7 +52,8 @@ class _FromHub(Baseline):
         options: dict[str, Any] = {"local_files_only": self.weights is not None or offline()}
         if self.folder_in_hub and self.weights is None:
             options["subfolder"] = self.folder_in_hub
-        model = kind.from_pretrained(self.weights or self.hub, use_safetensors=True, **options)
+        # diffusers, which never runs a folder's code for a class of its own, takes no note of trust_remote_code
+        model = kind.from_pretrained(self.weights or self.hub, use_safetensors=True, trust_remote_code=False, **options)
         self.model = model.to(device).eval()
         self.sample_rate = self.model.config.sampling_rate
 

@@ -1,0 +1,146 @@
+"""The types of `evaluation.json` and of the files that it is made from, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import msgspec
+
+from models.documents import LARGEST_LIST, Natural, Positive, damaged, fits, read_json
+from trainer.run_documents import read_optional
+
+_MEND = "remove it and evaluate again, which makes it from the pieces that are done"
+_Interval = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
+_Rate = Annotated[float, msgspec.Meta(ge=0)] | None
+
+
+class _System(TypedDict):
+    """See `trainer.evaluate.systems.System`."""
+
+    key: str
+    title: str
+    role: Literal["original", "ceiling", "system", "baseline", "floor"]
+    detail: str
+    note: str
+    payload_kbps: _Rate
+    file_kbps: _Rate
+    coded_kbps: _Rate
+    page: bool
+    table: str
+    licence: str
+    unavailable: str
+
+
+class _Figure(TypedDict):
+    """See `trainer.evaluate.figures.Figure`."""
+
+    key: str
+    title: str
+    unit: str
+    better: Literal["lower", "higher", ""]
+    note: str
+    digits: Annotated[int, msgspec.Meta(ge=0, le=20)] | None
+
+
+class _Result(TypedDict):
+    """A figure of a system, see `trainer.evaluate.report.results_of`."""
+
+    mean: float | None
+    std: float | None
+    ci: _Interval | None
+    clips: NotRequired[list[float | None]]
+    control: NotRequired[float | None]
+    best: NotRequired[bool]
+    difference: NotRequired[float]
+    difference_ci: NotRequired[_Interval]
+    significant: NotRequired[bool]
+
+
+class _Variability(TypedDict):
+    decodes: Natural
+    systems: list[str]
+    figure: _Figure
+
+
+class _Clip(TypedDict):
+    key: str
+    caption: str
+    seconds: float
+    audio: dict[str, list[str]]
+
+
+class _Speed(TypedDict):
+    encode_realtime_factor: float
+    decode_realtime_factor: float
+    steps: Positive
+    device: str
+
+
+class _Report(TypedDict):
+    recipe: str
+    model_hash: str
+    created: str
+    sample_rate: Positive
+    subtitle: str
+    systems: list[_System]
+    tables: dict[str, str]
+    figures: list[_Figure]
+    embedding: str
+    confidence: float
+    results: dict[str, dict[str, _Result]]
+    variability: _Variability
+    clips: list[_Clip]
+    speed: _Speed
+    identity: str
+
+
+def read_report(path: Path, identity: str) -> dict[str, Any] | None:
+    """Read an `evaluation.json`; None if there is none, or if it is of another evaluation than `identity`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    report = read_optional(path, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
+    if report is None or report.get("identity") != identity:
+        return None
+    fits(report, _Report, path, mend=_MEND)
+    if problem := _contradiction(report):
+        raise damaged(path, problem, _MEND)
+    return report
+
+
+def require_own_report(folder: Path) -> None:
+    """Raise ValueError if the folder holds a report or tables that no evaluation wrote."""
+    name = "evaluation.json"
+    report = read_optional(folder / name, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
+    foreign = [name] if report and "systems" not in report else []
+    if not report:
+        foreign = [path.name for path in sorted(folder.glob("table.*")) if path.suffix in (".txt", ".md", ".tex")]
+    if foreign:
+        raise ValueError(
+            f"{folder / foreign[0]} is of no evaluation, which would replace it: move it away, or take another "
+            "run_dir=…"
+        )
+
+
+def _contradiction(report: Mapping[str, Any]) -> str:
+    """Return which parts of a report do not fit each other; empty if all do."""
+    keys = [system["key"] for system in report["systems"]]
+    if len(set(keys)) < len(keys):
+        return "two of its systems have the same key"
+    if unknown := {*report["results"], *report["variability"]["systems"]} - set(keys):
+        return f"it has results of {min(unknown)}, but no such system"
+    for clip in report["clips"]:
+        if unknown := clip["audio"].keys() - set(keys):
+            return f"it has audio of {min(unknown)}, but no such system"
+        paths = [PurePath(file) for files in clip["audio"].values() for file in files]
+        if strange := next((path for path in paths if path.is_absolute() or ".." in path.parts), None):
+            return f"{strange} is not in its folder"
+    return ""
+
+
+def read_speed(path: Path) -> dict[str, Any]:
+    """Read the measured speed of a codec. Raises ValueError if the file is damaged, OSError if there is none."""
+    return dict(read_json(path, _Speed, mend="remove it and evaluate again"))

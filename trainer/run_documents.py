@@ -1,0 +1,75 @@
+"""The documents of a stage's run directory that are JSON: their types, and how they are read.
+
+Importing this module needs no torch, so that `spresso status` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from models.documents import LARGEST, Lines, Moment, Natural, read_json
+
+logger = logging.getLogger(__name__)
+
+
+class Status(TypedDict):
+    """The content of `status.json`."""
+
+    stage: NotRequired[str]
+    state: NotRequired[str]
+    """running, stopped or done."""
+    time: NotRequired[str]
+    samples: NotRequired[Natural]
+    of: NotRequired[Natural]
+    loss: NotRequired[float | None]
+    save_seconds: NotRequired[float]
+    export: NotRequired[str]
+    """Hash of the export, once the stage is done."""
+    files: NotRequired[list[str]]
+    """Names of the export's files, likewise."""
+
+
+class MetricsLine(TypedDict):
+    """A line of `metrics.jsonl`, without the fields that nothing reads."""
+
+    kind: str
+    """train or held_out."""
+    samples: Natural
+    time: NotRequired[Moment]
+    loss: NotRequired[float | None]
+    loss_ema: NotRequired[float | None]
+    loss_bins: NotRequired[list[float | None] | None]
+    samples_per_second: NotRequired[float | None]
+
+
+class Incident(TypedDict):
+    """An entry of `incident.json`."""
+
+    what: str
+    position: int
+
+
+def read_optional(path: Path, kind: Any, *, mend: str, most: int = LARGEST) -> Any:
+    """Read a JSON document as `models.documents.read_json` does; None if it is missing."""
+    try:
+        return read_json(path, kind, mend=mend, most=most)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Read a stage's `status.json`, see `Status`; empty if there is none. Raises ValueError if it is damaged."""
+    return read_optional(folder / "status.json", Status, mend="remove it, and run the stage again") or {}
+
+
+def metrics_lines(path: Path) -> Lines[Any]:
+    """Return the lines of a `metrics.jsonl`, each a `MetricsLine`; damaged ones are passed over and counted."""
+    return Lines(path, MetricsLine)
+
+
+def warn_of(lines: Lines[Any]) -> None:
+    """Log a warning if lines that were read were damaged."""
+    if lines.remark:
+        logger.warning("%s", lines.remark)
