@@ -13,6 +13,7 @@ from typing import Any
 from launch import owner
 from launch.local import train_here
 from models.backbones.pretrained import load_autoencoder
+from trainer.checkpoints.names import checkpoints
 from trainer.checkpoints.resume import was_followed
 from trainer.data.find_sounds import summary_of
 from trainer.data.prepare import Tally, prepare
@@ -21,6 +22,7 @@ from trainer.data.synth.dataset import write_sounds
 from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
+from trainer.exported import missing_export
 from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
 from trainer.progress import Progress
@@ -168,6 +170,10 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
     if directory.done(config) and _resumes_own_run(config, directory):
         say(f"  done before: {directory.export}")
         return "done"
+    if gone := missing_export(directory.path, directory.status):
+        if not checkpoints(directory.checkpoints):
+            raise ValueError(f"{stage} was done, but {gone}")
+        say(f"  its export {directory.export} is gone or not whole: it is made again from the last checkpoint")
     return (how or train_here)(config, stage)
 
 

@@ -288,6 +288,7 @@ class SPresso(nn.Module):
                 "base_hash": self.base_hash,
                 "autoencoder_identity": self.autoencoder.identity(),
                 "config": dataclasses.asdict(self.config),
+                "parts": self._part_hashes(),
             },
             card=card.replace("{model}", self.model_hash[:8]),
         )
@@ -295,7 +296,12 @@ class SPresso(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", base: str | Path | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        base: str | Path | None = None,
+        autoencoder: str | Path | None = None,
     ) -> SPresso:
         """Load an export.
 
@@ -303,12 +309,16 @@ class SPresso(nn.Module):
             folder: a folder that `save_pretrained` wrote.
             device: the device to load the weights to.
             base: D's pretrained weights, if they are no longer where the export says.
+            autoencoder: the folder of the AudioAE's release, likewise.
 
         Raises:
-            ValueError: the export is missing or damaged, or the codec was trained on another base model or autoencoder.
+            ValueError: the export is missing or damaged, its weights are not those that its hash was made of, or the
+                codec was trained on another base model or autoencoder.
         """
         folder = Path(folder)
         description, config = export.read_description(folder), export.read_config(folder)
+        if autoencoder is not None:
+            config.autoencoder["folder"] = str(autoencoder)
         base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
         dit = load_dit(base_path)
         export.require_sizes(folder, config, dit)
@@ -321,14 +331,19 @@ class SPresso(nn.Module):
         codec.prior = export.read_part(folder, "prior", lambda config: Prior(**config))
         export.fill_parts(folder, codec.parts())
         export.fill_adapter(folder, codec.adapter_parameters())
-        codec.model_hash = description["model"]
+        codec.model_hash = codec._hash(description["config"])
+        parts = codec._part_hashes()
+        recorded = {"the model": description["model"], **description.get("parts", parts)}  # older exports lack `parts`
+        export.require_hashes(folder, {"the model": codec.model_hash, **parts}, recorded)
         return codec.to(device).eval().requires_grad_(False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return the LoRA's parameters by their names in D."""
         return {name: value for name, value in self.dit.named_parameters() if f".{export.ADAPTER}." in name}
 
-    def _hash(self) -> str:
+    def _hash(self, config: Mapping[str, Any] | None = None) -> str:
+        """Hash the model; `config` is the one of an export, which lacks the settings that were added after it."""
+        config = dataclasses.asdict(self.config) if config is None else config
         tensors: dict[str, Tensor] = {
             f"adapter.{name}": value for name, value in export.named_as_in_peft(self.adapter_parameters()).items()
         }
@@ -337,8 +352,16 @@ class SPresso(nn.Module):
                 continue
             tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
         local = ("sampling", "autoencoder")  # decoding settings and file paths do not identify a model
-        identity = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in local}
+        identity = {name: value for name, value in config.items() if name not in local}
         return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
+
+    def _part_hashes(self) -> dict[str, str]:
+        """Hash what the model's hash leaves out: the quantizer's settings, and the whole prior."""
+        parts = self.parts()
+        left_out: dict[str, Mapping[str, Tensor]] = {"quantizer": {}}
+        if self.prior is not None:
+            left_out["prior"] = self.prior.state_dict()
+        return {f"the {name}": hash_state(parts[name][1], state) for name, state in left_out.items() if name in parts}
 
 
 def read_frames_of(folder: Path) -> FramesOf:

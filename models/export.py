@@ -11,9 +11,10 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict, TypeVar
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from models.decoder import Decoder
@@ -21,7 +22,7 @@ from models.documents import build, damaged, fits, read_json, to_json
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.readable import folder_trouble, require_file
 from models.sizes import CodecConfig, LatentEncoderConfig
-from models.weights import load_weights, open_safetensors, open_weights, outlined, save_weights, write_safetensors
+from models.weights import open_safetensors, open_weights, outlined, require_fit, save_weights, write_safetensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,7 +32,7 @@ ADAPTER = "default"
 """PEFT's name for the one adapter that D has."""
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
-_MEND = "export it again"
+_MEND = "copy it again from where it was made, or export it again"
 
 Part = TypeVar("Part", bound=nn.Module)
 Parts = Mapping[str, tuple[nn.Module, dict[str, Any]]]
@@ -59,6 +60,8 @@ class ExportDescription(TypedDict):
     autoencoder_identity: str
     config: dict[str, Any]
     """The fields of a `CodecConfig`, which `CodecConfig.from_dict` checks."""
+    parts: NotRequired[dict[str, str]]
+    """Hashes of what is not in the model's hash (`models.codec`); exports of 0.1.0 have none."""
 
 
 def write_export(
@@ -83,7 +86,7 @@ def write_export(
         base: D's pretrained weights. A file is linked or copied into the export; the folder or the hub name of a
             release is only written down.
         description: the values that `codec.json` stores in addition to the format and the base's path: `model`,
-            `base_hash`, `autoencoder_identity` and `config`.
+            `base_hash`, `autoencoder_identity`, `config` and `parts`.
         card: text of the model card.
     """
     foreign = _foreign_files(folder)
@@ -102,6 +105,7 @@ def write_export(
         "base": {"path": _stored_path(base), "hash": description["base_hash"]},
         "autoencoder_identity": description["autoencoder_identity"],
         "config": description["config"],
+        "parts": description["parts"],
     }
     (making / _DESCRIPTION).write_text(to_json(described, indent=2))
     (making / "README.md").write_text(card)
@@ -202,12 +206,16 @@ def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
         raise damaged(folder / _DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
 
 
+@torch.no_grad()
 def fill_parts(folder: Path, parts: Parts) -> None:
-    """Load each part's weights from its file; raise ValueError if a file is missing or can't be opened."""
+    """Load each part's weights; raise ValueError if a file is missing, can't be opened or has other tensors."""
     for name, (module, _) in parts.items():
         path = folder / f"{name}.safetensors"
         require_file(path)
-        module.load_state_dict(load_weights(path)[1])
+        stored, state = open_weights(path)[1], module.state_dict()
+        require_fit(state, stored, f"the weights in {path}")
+        for key, value in state.items():
+            value.copy_(stored[key].read())
 
 
 def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -216,15 +224,34 @@ def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     Raises:
         ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
     """
-    require_file(folder / _ADAPTER_FILE)
-    state = {name: value.read() for name, value in open_safetensors(folder / _ADAPTER_FILE)[1].items()}
-    if set(state) != {_peft_name(name) for name in parameters}:
+    path = folder / _ADAPTER_FILE
+    require_file(path)
+    stored = open_safetensors(path)[1]
+    if set(stored) != {_peft_name(name) for name in parameters}:
         raise ValueError(
-            f"{folder / _ADAPTER_FILE} does not fit this base model: it adapts other layers; "
+            f"{path} does not fit this base model: it adapts other layers; "
             "give the base model that the codec was trained on"
         )
+    require_fit(parameters, stored, f"the weights in {path}", _peft_name)
     for name, parameter in parameters.items():
-        parameter.data.copy_(state[_peft_name(name)])
+        parameter.data.copy_(stored[_peft_name(name)].read())
+
+
+def require_hashes(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise ValueError if the weights that were loaded are not those that an export was written with.
+
+    Args:
+        folder: the export.
+        found: the hash of each thing that was loaded, by the words for it in the message.
+        expected: the hashes on record, likewise.
+    """
+    differing = [
+        f"{what} has the hash {str(found.get(what))[:8]}, not {str(expected.get(what))[:8]}"
+        for what in {**expected, **found}
+        if found.get(what) != expected.get(what)
+    ]
+    if differing:
+        raise ValueError(f"{folder} is damaged, or holds files of another export ({'; '.join(differing)}): {_MEND}")
 
 
 def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

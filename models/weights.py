@@ -23,6 +23,8 @@ from models.documents import damaged, opened, parse_json
 
 _MEND = "download or export it again"
 
+_UNREADABLE = (SafetensorError, RuntimeError, OverflowError, TypeError, KeyError)
+"""Errors of the library and of torch about a header whose types or shapes do not go with the data."""
 _SYSTEM_ERROR = r"os error (\d+)"  # how safetensors gives the number of a system error
 State = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,7 +43,7 @@ class Stored:
         """Read the tensor into newly allocated memory; raise `ValueError` if the file was damaged after opening."""
         try:
             return self.file.get_tensor(self.name)
-        except SafetensorError as error:
+        except _UNREADABLE as error:
             raise _read_error(self.path, error) from error
 
 
@@ -119,13 +121,13 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
     try:
         # Read with pread, because the pages of a memory map would stay in memory next to the tensors' copies.
         file = safe_open(path, framework="pt", backend="pread")
-    except SafetensorError as error:
+        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except _UNREADABLE as error:
         raise _read_error(path, error) from error
-    shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return file.metadata() or {}, {name: Stored(path, name, shape, file) for name, shape in shapes.items()}
 
 
-def _read_error(path: Path, error: SafetensorError) -> ValueError | OSError:
+def _read_error(path: Path, error: Exception) -> ValueError | OSError:
     """Return the error of a damaged file, or of a disk that failed while the file was read."""
     if number := re.search(_SYSTEM_ERROR, str(error)):
         return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
@@ -169,7 +171,13 @@ def outlined(build: Callable[[], Model], state: Weights, where: str, name_of: Ca
             model = build()
     except (RuntimeError, OverflowError) as error:  # sizes that no tensor can have
         raise ValueError(f"{where} do not fit the config; {str(error).splitlines()[0]}") from None
-    shapes = {name_of(name): value.shape for name, value in model.state_dict().items()}
+    require_fit(model.state_dict(), state, where, name_of)
+    return model
+
+
+def require_fit(wanted: State, state: Weights, where: str, name_of: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless `state` has the names and shapes of `wanted`, see `filled`."""
+    shapes = {name_of(name): value.shape for name, value in wanted.items()}
     problems = {
         "missing": sorted(shapes.keys() - state.keys()),
         "unknown": sorted(state.keys() - shapes.keys()),
@@ -182,7 +190,6 @@ def outlined(build: Callable[[], Model], state: Weights, where: str, name_of: Ca
     found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
     if found:
         raise ValueError(f"{where} do not fit the config; {'; '.join(found)}")
-    return model
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from models.documents import damaged, read_bytes, write_json
 from models.readable import require_file
 from models.yaml_document import read_yaml
 from trainer.checkpoints.names import checkpoints
+from trainer.exported import missing_export
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
 from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
@@ -26,6 +27,9 @@ from trainer.stages import STAGES
 logger = logging.getLogger(__name__)
 
 _MISSING = object()  # equal to no value
+_BY_CONTENT = ("pretrained.folder", "autoencoder.folder")
+"""Keys whose value is the path of a release. The hash of its files is an input of the stage, or decides the latents and
+is compared with theirs, so that the release may move."""
 _SECTIONS = {"name", "run_dir", "seed", "data", "quantizer", "parallel", "cluster", "checkpoint", "evaluate"}
 """Keys that the config of every run has, of any version."""
 
@@ -65,10 +69,15 @@ class RunDirectory:
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
-    def identity(self, config: Config, inputs: dict[str, str]) -> str:
-        """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash."""
+    def identity(self, config: Config, inputs: dict[str, str], *, with_paths: bool = False) -> str:
+        """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash.
+
+        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0.
+        """
         later = added_later()
         relevant = self._relevant(config)
+        if not with_paths:
+            relevant = {key: value for key, value in relevant.items() if key not in _BY_CONTENT or value is None}
         return hash_values(
             {key: value for key, value in relevant.items() if value != later.get(key, _MISSING)} | inputs
         )
@@ -107,6 +116,7 @@ class RunDirectory:
             for key in sorted(before.keys() | relevant.keys())
             if not (key == "checkpoint.start_from" and key not in relevant)
             if before.get(key) != relevant.get(key)
+            if not _is_same_place(key, before.get(key), relevant.get(key))
         ]
         if differing:
             shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
@@ -160,9 +170,19 @@ class RunDirectory:
         write_json(self.path / "status.json", status, indent=2, durable=False)
 
     def done(self, config: Config) -> bool:
-        """Whether this stage is done, with at least as many samples as the config says."""
+        """Whether this stage is done, with at least as many samples as the config says, and its export is there."""
         status = self.status
-        return status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+        enough = status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
+        return enough and not missing_export(self.path, status)
+
+
+def _is_same_place(key: str, before: object, now: object) -> bool:
+    """Whether two values of a setting are paths of the same thing, or of things that are compared by their content."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    if key == "checkpoint.start_from":
+        return Path(before).resolve() == Path(now).resolve()
+    return key in _BY_CONTENT
 
 
 def write_config(folder: Path, config: Config) -> None:

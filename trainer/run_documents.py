@@ -27,6 +27,8 @@ class Status(TypedDict):
     save_seconds: NotRequired[float]
     export: NotRequired[str]
     """Hash of the export, once the stage is done."""
+    files: NotRequired[list[str]]
+    """Names of the export's files, likewise."""
 
 
 class MetricsLine(TypedDict):

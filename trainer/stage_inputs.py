@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.backbones.pretrained import weight_files
 from trainer.data.shard_set import ShardSet, open_set, open_training_set
+from trainer.exported import missing_export
 from trainer.files import file_digest
 from trainer.recipes.schema import Config
 from trainer.recipes.values import hash_values
@@ -44,8 +45,32 @@ def stage_inputs(config: Config, stage: str) -> dict[str, str]:
         files = weight_files(base_model(config))
         inputs["pretrained"] = hash_values({name: file_digest(path) for name, path in files.items()})
     elif before is not None:
-        export = RunDirectory(stage_folder(config, before), before).status.get("export")
-        if export is None:
-            raise ValueError(f"the stage {stage} builds on {before}, which is not done yet: run {before} first")
-        inputs[before] = export
+        inputs[before] = recorded_export(config, before, needed_by=stage)
     return inputs
+
+
+def recorded_export(config: Config, stage: str, *, needed_by: str) -> str:
+    """Return the hash on record of a stage's export, whose files are there.
+
+    Raises:
+        ValueError: the stage is not done, or its export is gone.
+    """
+    directory = RunDirectory(stage_folder(config, stage), stage)
+    export = directory.status.get("export")
+    if export is None:
+        raise ValueError(f"the stage {needed_by} builds on {stage}, which is not done yet: run {stage} first")
+    if gone := missing_export(directory.path, directory.status):
+        raise ValueError(f"the stage {needed_by} builds on {stage}, but {gone}")
+    return export
+
+
+def require_recorded(config: Config, stage: str, found: str) -> None:
+    """Raise ValueError if a stage's export has another hash than the one on record in its `status.json`."""
+    directory = RunDirectory(stage_folder(config, stage), stage)
+    recorded = directory.status.get("export", found)
+    if recorded != found:
+        raise ValueError(
+            f"{directory.export} has the hash {found[:8]}, but {directory.path / 'status.json'} says that the stage "
+            f"exported {recorded[:8]}: the files were damaged or replaced; copy the export again from where it was "
+            f"made, or remove the export and run {stage} again, which makes it from its checkpoint"
+        )

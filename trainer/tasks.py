@@ -29,6 +29,7 @@ from models.quantizers.residual import VECTORS_PER_CODEWORD
 from models.samplers import generate
 from models.sizes import CodecConfig
 from models.weights import hash_state, save_weights
+from trainer import formulation
 from trainer.data.conditions import ConditionReader
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import TextReader
@@ -37,7 +38,7 @@ from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Q
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
-from trainer.stage_inputs import base_model
+from trainer.stage_inputs import base_model, require_recorded
 from trainer.stages import STAGES, stage_before
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,17 @@ class LoadedModels:
     def pretrained_dit(self) -> Decoder:
         """See `Models`. Raises ValueError if D was trained with another diffusion formulation than the recipe's."""
         dit = load_dit(base_model(self.config))
-        _require_formulation(self.config, dit)
+        formulation.require_same(self.config, {"diffusion": dit.diffusion}, base_model(self.config))
         return dit
 
     def codec(self, stage: str) -> SPresso:
-        """See `Models`."""
-        return SPresso.from_pretrained(stage_folder(self.config, stage) / "export")
+        """See `Models`. Raises ValueError if the codec is not the one that the stage has on record."""
+        folder = stage_folder(self.config, stage) / "export"
+        codec = SPresso.from_pretrained(
+            folder, base=self.config.pretrained.folder, autoencoder=self.config.autoencoder.folder
+        )
+        require_recorded(self.config, stage, codec.model_hash)
+        return codec
 
 
 class Task(ABC):
@@ -194,8 +200,10 @@ class Pretrain(Task):
         return hash_state(shapes, state)
 
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
-        """Read D's weights from an export of `pretrain` or from a release."""
-        return {f"dit.{name}": value for name, value in load_dit(folder).state_dict().items()}, ""
+        """Read D's weights from an export of `pretrain` or from a release, trained in the recipe's formulation."""
+        dit = load_dit(folder)
+        formulation.require_same(self.config, {"diffusion": dit.diffusion}, folder)
+        return {f"dit.{name}": value for name, value in dit.state_dict().items()}, ""
 
 
 class CodecTask(Task):
@@ -207,7 +215,11 @@ class CodecTask(Task):
         """Load the codec that the previous stage exported."""
         before = stage_before(self.config, self.stage)
         assert before is not None, f"the stage {self.stage} builds on no other stage"
-        return models.codec(before)
+        codec = models.codec(before)
+        quantizer = None if codec.quantizer is None else codec.quantizer.config()
+        where = stage_folder(self.config, before) / "export"
+        formulation.require_same_codec(self.config, codec.config, where, quantizer=quantizer)
+        return codec
 
     def _take(self, codec: SPresso, learned: list[nn.Module | list[nn.Parameter]]) -> None:
         self.codec, self.autoencoder, self.base_hash = codec, codec.autoencoder, codec.base_hash
@@ -239,8 +251,11 @@ class CodecTask(Task):
         return self.codec.save_pretrained(folder, base=self._base, card=self._card())
 
     def read_export(self, folder: Path) -> tuple[dict[str, Tensor], str]:
-        """Read the weights of a codec that any stage exported."""
+        """Read the weights of a codec that any stage exported, trained in the recipe's formulation."""
         codec = SPresso.from_pretrained(folder)
+        if isinstance(self.module, Denoiser):
+            trained = {"diffusion": codec.config.diffusion, "lora": codec.config.lora}
+            formulation.require_same(self.config, trained, f"checkpoint.start_from={folder}")
         return codec.state_dict(), codec.base_hash
 
     def _card(self) -> str:
@@ -264,6 +279,8 @@ class Autoencode(CodecTask):
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
         codec = fresh_codec(config, models)
+        if codec.base_hash and (before := stage_before(config, stage)) is not None:
+            require_recorded(config, before, codec.base_hash)
         self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
         self.module = LatentDenoiser(config, stage, codec, rates=[])
 
@@ -349,6 +366,7 @@ class Finetune(CodecTask):
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
         codec = self._codec_before(models)
+        codec.config.rates = config.rates
         self._take(codec, [codec.f, list(codec.adapter_parameters().values())])
         self.module = LatentDenoiser(config, stage, codec, rates=config.rates)
 
@@ -363,19 +381,6 @@ def make_task(config: Config, stage: str, models: Models | None = None) -> Task:
     """
     module, _, name = STAGES[stage].task.partition(":")
     return getattr(importlib.import_module(module), name)(config, stage, models or LoadedModels(config))
-
-
-def _require_formulation(config: Config, dit: Decoder) -> None:
-    """Raise ValueError if D was trained in another formulation: its prediction would silently be misread."""
-    if dit.diffusion is None:  # The weights do not say.
-        return
-    ours = make_diffusion(config.diffusion.name, **config.diffusion.options)
-    theirs = make_diffusion(dit.diffusion["name"], **dit.diffusion["options"])
-    if ours != theirs:
-        raise ValueError(
-            f"{base_model(config)} was trained as {theirs}, but the recipe says {ours}: set diffusion.name="
-            f"{dit.diffusion['name']} and diffusion.options={dit.diffusion['options']}"
-        )
 
 
 def fresh_codec(config: Config, models: Models) -> SPresso:

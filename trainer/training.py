@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer import formulation
 from trainer.checkpoints import checkpoint, resume
 from trainer.checkpoints.ema import EMA
 from trainer.checkpoints.names import checkpoints
@@ -107,6 +108,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
+        older = run.identity(config, inputs, with_paths=True)
         torch.manual_seed(config.seed)
         task = make_task(config, stage)
         task.to(parallel.device)
@@ -117,7 +119,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         if parallel.main:
             run.claim(config, inputs)
         parallel.wait()
-        source = resume.find_start(config, run, identity)
+        source = resume.find_start(config, run, {identity, older})
         if source is None:
             _start_weights(task, config, feed, parallel)
 
@@ -132,8 +134,14 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             state.load(source)
             logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
 
-        facts = {"stage": stage, "run": str(run.path.absolute()), "config": identity, "base": task.base_hash}
+        facts: dict[str, Any] = {
+            "stage": stage,
+            "run": str(run.path.absolute()),
+            "config": identity,
+            "base": task.base_hash,
+        }
         facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
+        facts |= {"formulation": formulation.of_recipe(config)}
         with (
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
@@ -241,7 +249,8 @@ def _export(t: Training, weights: dict[str, torch.Tensor]) -> None:
     finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)
-    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported)
+    files = sorted(path.name for path in t.run.export.iterdir() if path.suffix in (".json", ".safetensors"))
+    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files)
     logger.info("%s: done, exported to %s", t.task.stage, t.run.export)
 
 

@@ -16,6 +16,7 @@ from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
 from models.documents import Lines, read_bytes
+from trainer.exported import missing_export
 from trainer.run_documents import metrics_lines, read_status
 
 SILENT_AFTER = 900.0
@@ -55,6 +56,11 @@ class StageStatus:
             return read_status(self.folder), ""
         except (OSError, ValueError) as error:
             return {}, str(error)
+
+    @cached_property
+    def missing_export(self) -> str:
+        """What is missing of the export of a stage that was done, and the mend; empty if nothing is missing."""
+        return missing_export(self.folder, self.status)
 
     @cached_property
     def line(self) -> dict[str, Any]:
@@ -142,6 +148,8 @@ class StageStatus:
     @cached_property
     def state(self) -> str:
         """State in one word. `running?` and `silent` are guesses from the time of the last sign of life."""
+        if self.missing_export and not self.living and not self._alive_by_hand:
+            return "no export"
         saved, last = self.status.get("state"), (self.of_this_job or [{}])[-1]
         if self.by_hand:
             return "running" if self._alive_by_hand else "done" if saved == "done" else "died"

@@ -229,6 +229,8 @@ def _remarks(stage: StageStatus) -> Iterator[str]:
         yield "SLURM no longer knows the job, and the job did not record how it ended"
     if stage.state == "silent":
         yield f"nothing written for {span(time.time() - stage.spoke)}"
+    if stage.state == "no export":
+        yield f"was done, but {stage.missing_export}"
     yield from stage.damaged
 
 

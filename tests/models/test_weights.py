@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from models.backbones.pretrained import load_dit
 from models.dit import DiT
 from models.sizes import DiTConfig
-from models.weights import Stored, open_weights, save_weights
+from models.weights import Stored, load_weights, open_weights, save_weights
 from tests.models.backbones.test_pretrained import flow_folder
 
 SMALL = DiTConfig(channels=4, width=16, depth=1, heads=2, hidden_width=32)
@@ -127,3 +128,32 @@ def test_a_disk_that_fails_is_no_damaged_file(tmp_path):
         stored.read()
     assert error.value.errno == errno.EIO
     assert error.value.filename == str(tmp_path / "g.safetensors")
+
+
+def _with_header(path: Path, header: object, data: bytes = b"\0" * 64) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": [16], "data_offsets": [0, 10**18]},
+    ],
+)
+def test_an_absurd_header_is_a_damaged_file(tmp_path, entry):
+    path = _with_header(tmp_path / "absurd.safetensors", {"__metadata__": {"config": "{}"}, "a": entry})
+    with pytest.raises(ValueError, match=r"absurd\.safetensors is not a complete safetensors file"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("config", ["[1]", "null", "9" * 5000, "[" * 100_000, "{"])
+def test_a_config_that_is_no_object_is_named(tmp_path, config):
+    path = _with_header(tmp_path / "odd.safetensors", {"__metadata__": {"config": config}}, b"")
+    with pytest.raises(ValueError, match=r"odd\.safetensors: the config in its header is damaged"):
+        load_weights(path)

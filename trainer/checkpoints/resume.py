@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import torch
 from models.disk_errors import with_number
 from models.documents import write_json
 from models.readable import describe_os_error
+from trainer import formulation
 from trainer.checkpoints import checkpoint, inventory
 from trainer.checkpoints.manifest import OtherFormatError, read_manifest
 from trainer.checkpoints.names import MANIFEST, checkpoints, samples_of
+from trainer.files import file_digest
+from trainer.objectives import Denoiser
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
@@ -31,14 +35,14 @@ logger = logging.getLogger(__name__)
 _FOLLOWED = "resumed_from.json"
 
 
-def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
+def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path | None:
     """Find the checkpoint to resume from; None for a fresh run. All ranks.
 
     Args:
         config: the recipe, whose `checkpoint.resume` is `auto`, `never` or a path.
         run: the stage's run directory.
-        identity: the hash of the settings and inputs that the stage learns from. A checkpoint that `checkpoint.resume`
-            names must have the same hash.
+        identities: the hash of the settings and inputs that the stage learns from, and the same as older versions made
+            it. A checkpoint that `checkpoint.resume` names must have one of them.
 
     Raises:
         ValueError: on every rank, if `checkpoint.resume` cannot be followed, or if there are checkpoints and none of
@@ -48,7 +52,7 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
 
     def decide() -> tuple[Path | None, str, int | None]:
         try:
-            return _decide(config.checkpoint.resume, run, identity), "", None
+            return _decide(config.checkpoint.resume, run, identities), "", None
         except ValueError as error:
             return None, str(error), None
         except OSError as error:
@@ -66,7 +70,7 @@ def find_start(config: Config, run: RunDirectory, identity: str) -> Path | None:
     return path
 
 
-def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
+def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None:
     """Find the checkpoint to resume from, as `find_start` does. On rank 0."""
     try:
         newest = checkpoint.newest(run.checkpoints)
@@ -90,30 +94,35 @@ def _decide(choice: str, run: RunDirectory, identity: str) -> Path | None:
     if newest is not None and was_followed(run, choice):
         return newest
     path = Path(choice).resolve()
-    _require_fit(path, run, identity)
+    _require_fit(path, run, identities)
     ours = {other.resolve(): other for other in checkpoints(run.checkpoints)}
     path_here = ours.get(path, path)
     for other in ours.values():
         if path not in ours or samples_of(other) > samples_of(path_here):
             left = other.rename(other.with_name(f"left_{other.name}_{secrets.token_hex(4)}"))
             logger.warning("%s is renamed to %s, because the run resumes from %s", other.name, left.name, path)
-    write_json(run.path / _FOLLOWED, {"path": str(path)})
+    write_json(run.path / _FOLLOWED, {"path": str(path), "manifest": file_digest(path / MANIFEST)})
     return path_here
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:
-    """Whether the run has resumed from this path before."""
-    followed = read_optional(run.path / _FOLLOWED, dict[str, str], mend="remove it to resume from that path again")
-    return followed is not None and followed.get("path") == str(Path(choice).resolve())
+    """Whether the run has resumed from this checkpoint before, which may lie elsewhere now."""
+    followed = (
+        read_optional(run.path / _FOLLOWED, dict[str, str], mend="remove it to resume from that path again") or {}
+    )
+    path = Path(choice).resolve()
+    if followed.get("path") == str(path):
+        return True
+    return (path / MANIFEST).is_file() and followed.get("manifest") == file_digest(path / MANIFEST)
 
 
-def _require_fit(path: Path, run: RunDirectory, identity: str) -> None:
+def _require_fit(path: Path, run: RunDirectory, identities: set[str]) -> None:
     if problems := checkpoint.find_problems(path):
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = read_manifest(path)["meta"]
     if meta.get("stage") != run.stage:
         raise ValueError(f"checkpoint.resume={path} is of the stage {meta.get('stage')}, not {run.stage}")
-    if meta.get("config") != identity:
+    if meta.get("config") not in identities:
         raise ValueError(
             f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "
             f"new run from its weights alone"
@@ -132,13 +141,21 @@ def start(task: Task, location: str) -> None:
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
-        _require_base(task, path, read_manifest(path)["meta"].get("base", ""))
+        meta = read_manifest(path)["meta"]
+        _require_base(task, path, meta.get("base", ""))
+        _require_formulation(task, path, formulation.of_checkpoint(path, meta))
         checkpoint.load(path, whole_ranges(wanted), partly=True)
     elif path.is_dir():
         _copy_export(task, path)
     else:
         raise ValueError(f"checkpoint.start_from={path} is neither a checkpoint nor an export/ folder")
     logger.info("%s: starts with the weights of %s", task.stage, path)
+
+
+def _require_formulation(task: Task, path: Path, trained: Mapping[str, Any]) -> None:
+    if isinstance(task.module, Denoiser):
+        has_lora = any(".lora_" in name for name in task.learned)
+        formulation.require_same(task.config, trained, f"checkpoint.start_from={path}", lora=has_lora)
 
 
 @torch.no_grad()

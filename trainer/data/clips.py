@@ -23,6 +23,7 @@ from models.loudness import SilenceMeter, is_silent, level
 from models.resampling import Audio, resample
 from trainer.data.audio import encode_audio, mixed
 from trainer.data.clip_store import Clip, ClipStore
+from trainer.data.contents import content_digest
 from trainer.data.sound_reader import SoundReader
 from trainer.data.sources import SoundFile
 from trainer.data.text_embeddings import Embedder
@@ -63,6 +64,8 @@ class EncodedFile:
     clips: ClipStore
     problems: list[str]
     """What was left out, and why: the file, a part of it, clips of it or its text; or what of it had to be guessed."""
+    digest: str
+    """The hash of the file's bytes (`content_digest`)."""
 
 
 def clip_starts(samples: int, clip_samples: int) -> list[int]:
@@ -113,8 +116,10 @@ class ClipEncoder:
                 problems = self._fill(clips, source, cut_clips(blocks, self.clip_samples), keep_audio)
         except ValueError as error:
             clips.clear()
-            return EncodedFile(0.0, clips, [as_unicode(str(error).removeprefix(f"{source.path} "))])
-        return EncodedFile(meter.samples / self.ae.sample_rate, clips, reader.notes + problems)
+            reason = as_unicode(str(error).removeprefix(f"{source.path} "))
+            return EncodedFile(0.0, clips, [reason], content_digest(source.path))
+        seconds = meter.samples / self.ae.sample_rate
+        return EncodedFile(seconds, clips, reader.notes + problems, content_digest(source.path))
 
     def _blocks(self, reader: SoundReader, meter: SilenceMeter) -> Iterator[Audio]:
         """Yield the sound as the autoencoder takes it, measured by `meter`, and refuse what is short or silent."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -25,6 +25,7 @@ from models.atomic_write import replacing
 from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.groups import groups
+from trainer.data.set_content import Content
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.sources import SoundFile, Sources, find_sources
@@ -45,6 +46,8 @@ class _Record(TypedDict):
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     problems: list[dict[str, str]]
     shards: list[str]
+    digests: NotRequired[dict[str, str]]
+    """Name of each file → the hash of its bytes; missing in records of 0.1.0."""
 
 
 @dataclass
@@ -79,6 +82,9 @@ class PrepareReport:
     """{"file", "reason"} of each problem: a file, a part of it or its text was left out, or its length was guessed."""
     passed_over: dict[str, Any] = field(default_factory=dict)
     """Suffix or reason → {"count", "names"} of what lies in the folder and is no sound file; the first 1,000 names."""
+    content: dict[str, str] = field(default_factory=dict)
+    """Key of `settings` → a hash of all bytes of the files that it is about, whatever their times; empty in a report of
+    an older version."""
     captions: dict[str, Any] = field(default_factory=dict)
     """The same for captions that name no sound, and for others that were not used as they stand."""
 
@@ -147,13 +153,14 @@ def prepare(
         "shard_mb": shard_mb,
         "files": sources_fingerprint(sources),
     } | ({"text": embedder.identity()} if embedder else {})
-    if report := _finished(out, settings, audio):
+    content = Content(sources, embedder)
+    if report := _finished(out, settings, audio, content):
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
     with sole() as require_alone:
         with locked(out / _LOCK):
-            if report := _finished(out, settings, audio):
+            if report := _finished(out, settings, audio, content):
                 return report
             _begin(out, settings | _division(sources), require_alone)
             seconds = durations(sources, out / _WORK / "durations.json")
@@ -169,11 +176,11 @@ def prepare(
                 _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
         # If all parts are done, make the sets.
         with locked(out / _LOCK):
-            if report := _finished(out, settings, audio):
+            if report := _finished(out, settings, audio, content):
                 return report
             if parts > 1 and not all(_is_done(out, unit) for unit in units):
                 return None
-            return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings))
+            return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings), content)
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -206,10 +213,11 @@ def _set_info(
 # ---- Earlier attempts ------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, settings: dict[str, Any], audio: Path) -> PrepareReport | None:
+def _finished(out: Path, settings: dict[str, Any], audio: Path, content: Content) -> PrepareReport | None:
     """Return the report of finished sets, or None; raises ValueError if the sets have other settings.
 
-    Sets of release 0.1.0 are finished too if that release would find the same files and captions now.
+    Sets are finished too if their sounds or embeddings were copied, which changes times alone: the report then takes
+    the new times. Sets of release 0.1.0 are, if that release would find the same files and captions now.
     """
     if not (out / _REPORT).is_file():
         return None
@@ -219,7 +227,11 @@ def _finished(out: Path, settings: dict[str, Any], audio: Path) -> PrepareReport
         raise damaged(out / _REPORT, f"`clips` has not the names {' and '.join(SPLITS)}", mend)
     if report.settings != settings:
         other = sorted(key for key in settings if report.settings.get(key) != settings[key])
-        if other != ["files"] or report.settings.get("files") != _fingerprint_as_before(audio):
+        if all(report.content.get(key, "") == content.of(key) != "" for key in other):
+            report = replace(report, settings=settings)
+            with suppress(OSError):  # a folder of another user is compared again next time
+                _write_report(out, report)
+        elif other != ["files"] or report.settings.get("files") != _fingerprint_as_before(audio):
             raise ValueError(
                 f"{out} was prepared with other settings ({', '.join(other)}): remove it, or give another folder"
             )
@@ -287,12 +299,13 @@ def _write_unit(
     shard_bytes: int,
 ) -> None:
     """Write a unit's shards, then their index rows, and last the record that marks the unit as done."""
-    record: dict[str, Any] = {"seconds": 0.0, "problems": []}
+    record: dict[str, Any] = {"seconds": 0.0, "problems": [], "digests": {}}
     with ShardWriter(out / unit.split, prefix=f"{unit.number:05d}-", max_bytes=shard_bytes) as writer:
         for source, file in zip(unit.sources, files, strict=True):
             for clip in file.clips:
                 writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac, text_NE=clip.text)
             record["seconds"] += file.seconds
+            record["digests"][source.name] = file.digest
             record["problems"] += [{"file": source.name, "reason": problem} for problem in file.problems]
             tally.done, tally.seconds = tally.done + 1, tally.seconds + file.seconds
             tally.problems += len(file.problems)
@@ -322,7 +335,7 @@ def _count_if_done(out: Path, unit: Unit, tally: Tally) -> bool:
     return True
 
 
-def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> PrepareReport:
+def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content: Content) -> PrepareReport:
     """Make the sets from the shards of all units, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
@@ -349,12 +362,17 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo) -> Prep
         write_index(out / split, info, shards[split])
     seconds = sum(record["seconds"] for record in records)
     besides = {"passed_over": found.passed_over.report(), "captions": found.captions.report()}
-    report = PrepareReport(info.prepared, files, clips, seconds, problems, **besides)
-    write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
+    digests = {name: digest for record in records for name, digest in record.get("digests", {}).items()}
+    report = PrepareReport(info.prepared, files, clips, seconds, problems, content=content.recorded(digests), **besides)
+    _write_report(out, report)
     for leftover in out.glob("*/.*.partial"):  # from processes that were killed
         leftover.unlink(missing_ok=True)
     shutil.rmtree(out / _WORK)
     return report
+
+
+def _write_report(out: Path, report: PrepareReport) -> None:
+    write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
 
 
 def _record_path(out: Path, unit: Unit) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.regular_file import open_regular
 from trainer.data.conditions import ConditionReader, Note
+from trainer.data.contents import hash_files
 from trainer.data.find_sounds import find_files
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
@@ -184,6 +185,10 @@ class TextFiles:
             facts = [path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns]
             digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
+
+    def content(self) -> str:
+        """Return a hash of all files' bytes and of the number of tokens, which copying the files does not change."""
+        return f"{self.tokens}-{hash_files(self.folder, self._paths)}"
 
 
 def make_embedder(config: TextConfig) -> Embedder:

@@ -14,6 +14,7 @@ import torch
 
 from models.codec import SPresso
 from models.documents import write_json
+from models.export import read_description
 from trainer.data.audio import write_audio
 from trainer.evaluate.bootstrap import LEVEL
 from trainer.evaluate.embedding import make_embedding
@@ -32,7 +33,7 @@ from trainer.progress import Progress
 from trainer.recipes.schema import Config
 from trainer.recipes.values import hash_values
 from trainer.run_directory import RunDirectory, stage_folder
-from trainer.stage_inputs import stage_inputs
+from trainer.stage_inputs import recorded_export, require_recorded, stage_inputs
 from trainer.stages import STAGES
 
 _REPORT, _LOCK = "evaluation.json", ".merge.lock"
@@ -286,8 +287,8 @@ class _Plan:
 def _require_ended(config: Config) -> None:
     for stage in STAGES["evaluate"].evaluates:
         directory = RunDirectory(stage_folder(config, stage), stage)
-        if directory.status.get("export") is None:
-            raise ValueError(f"evaluate builds on the stage {stage}, which has not ended yet: run {stage} first")
+        recorded_export(config, stage, needed_by="evaluate")
+        require_recorded(config, stage, read_description(directory.export)["model"])
         directory.require_same(config, stage_inputs(config, stage))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,17 @@ VARIABLE = 4  # the most systems that are decoded several times from the same co
 class Export:
     """An exported codec, loaded when its first clip is scored. It caches each clip's z and stream."""
 
-    def __init__(self, folder: Path, clips: ScoredClips, *, sampling: Sampling | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clips: ScoredClips,
+        *,
+        sampling: Sampling | None,
+        device: torch.device,
+        releases: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """`releases` are the folders of `base` and `autoencoder`, if they may be elsewhere than the export says."""
+        self.releases = dict(releases or {})
         self.folder, self.clips, self.device, self.asked = folder, clips, device, sampling
         self._z: dict[int, Tensor] = {}
         self._files: dict[tuple[int, int], _File] = {}
@@ -44,7 +54,7 @@ class Export:
     @functools.cached_property
     def codec(self) -> SPresso:
         """The codec, kept in memory until `unload`."""
-        return SPresso.from_pretrained(self.folder, device=self.device)
+        return SPresso.from_pretrained(self.folder, device=self.device, **self.releases)
 
     @property
     def sampling(self) -> Sampling:
@@ -238,7 +248,9 @@ def own_sources(
     """
     open_export = functools.partial(Export, clips=clips, device=device)
     stages = ("autoencode", "finetune", "quantize")
-    of_stage = {name: open_export(stage_folder(config, name) / "export", sampling=config.sampling) for name in stages}
+    releases = {"base": config.pretrained.folder, "autoencoder": config.autoencoder.folder}
+    own_export = functools.partial(open_export, sampling=config.sampling, releases=releases)
+    of_stage = {name: own_export(stage_folder(config, name) / "export") for name in stages}
     continuous = of_stage["autoencode"]
     rows = [OwnCodec(continuous, System("z", "Continuous z", "system"))]
     for stage in ("finetune", "quantize"):

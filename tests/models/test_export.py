@@ -1,0 +1,130 @@
+"""An export is believed only if its weights are those that its hashes were made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.codec import SPresso
+from models.prior import Prior
+from models.weights import load_weights, save_weights
+from tests.models.test_codec import DIT, DiT, make_codec
+
+PARTS = ("latent_encoder", "upsampler", "adapter_model", "quantizer", "prior")
+
+
+def write(folder: Path, *, shift: float = 0.0) -> Path:
+    """Export a codec with a prior; `shift` is added to the weights of f, as another stage would change them."""
+    torch.manual_seed(1)
+    codec = make_codec()
+    codec.prior = Prior(books=3, size=16)
+    with torch.no_grad():
+        for parameter in codec.f.parameters():
+            parameter.add_(shift)
+    base = folder.parent / "dit.safetensors"
+    torch.manual_seed(0)
+    codec.quantizer.fit(torch.randn(700, 8), seed=0)
+    save_weights(base, base_of(codec), vars(DIT))
+    codec.save_pretrained(folder, base=base, card="")
+    return folder
+
+
+def base_of(codec: SPresso) -> dict[str, torch.Tensor]:
+    """Return D's weights without the LoRA, under their names before it was injected."""
+    state = {name.replace(".base_layer.", "."): value for name, value in codec.dit.state_dict().items()}
+    return {name: value for name, value in state.items() if name in DiT(DIT).state_dict()}
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    return write(tmp_path / "export")
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    data[start + place % (len(data) - start)] ^= 0x40
+    path.write_bytes(data)
+
+
+def refusal(folder: Path) -> str:
+    """Return the one line with which an export is refused."""
+    with pytest.raises(ValueError, match=str(folder)) as error:
+        SPresso.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_undamaged_export_is_believed(exported):
+    codec = SPresso.from_pretrained(exported)
+    assert codec.model_hash == json.loads((exported / "codec.json").read_text())["model"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("place", [3, 501])
+def test_a_flipped_bit_is_noticed(exported, part, place):
+    flip(exported / f"{part}.safetensors", place)
+    assert "is damaged, or holds files of another export" in refusal(exported)
+
+
+def test_a_file_of_another_stages_export_is_noticed(exported, tmp_path):
+    (tmp_path / "later").mkdir()
+    other = write(tmp_path / "later/export", shift=0.1)
+    shutil.copy(other / "upsampler.safetensors", exported)
+    assert "holds files of another export (the model has the hash" in refusal(exported)
+
+
+def test_other_settings_of_the_quantizer_are_noticed(exported):
+    path = exported / "quantizer.safetensors"
+    config, state = load_weights(path)
+    save_weights(path, state, config | {"beam": 1})
+    assert "the quantizer has the hash" in refusal(exported)
+
+
+def test_a_prior_that_is_gone_is_noticed(exported):
+    (exported / "prior.safetensors").unlink()
+    assert "the prior has the hash None" in refusal(exported)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("left", [0, 5, 90, -1])
+def test_a_file_that_is_cut_short_gives_one_line(exported, part, left):
+    path = exported / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    assert f"{part}.safetensors is not a complete safetensors file" in refusal(exported)
+
+
+def test_a_tensor_of_another_shape_gives_one_line(exported):
+    path = exported / "upsampler.safetensors"
+    config, state = load_weights(path)
+    name = next(iter(state))
+    save_weights(path, state | {name: torch.zeros(1)}, config)
+    assert f"of another shape: {name}" in refusal(exported)
+
+
+@pytest.mark.parametrize("key", ["config", "base", "model"])
+def test_a_description_that_lacks_a_value_gives_one_line(exported, key):
+    path = exported / "codec.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    assert "codec.json is damaged" in refusal(exported)
+
+
+def test_an_older_export_without_hashes_of_parts_still_loads(exported):
+    path = exported / "codec.json"
+    description = json.loads(path.read_text())
+    del description["parts"]
+    path.write_text(json.dumps(description))
+    assert SPresso.from_pretrained(exported).prior is not None
+    flip(exported / "upsampler.safetensors", 100)
+    assert "the model has the hash" in refusal(exported)
+
+
+def test_a_codec_is_the_same_model_wherever_its_base_lies(exported, tmp_path):
+    before = SPresso.from_pretrained(exported).model_hash
+    (exported / "dit.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    assert SPresso.from_pretrained(exported, base=tmp_path / "elsewhere.safetensors").model_hash == before
