@@ -141,12 +141,12 @@ def test_it_says_what_it_restored(copied, tiny):
 
 
 def test_a_base_of_another_hash_is_refused(copied, tiny):
-    """The export that autoencode stands on is exchanged, its recorded hash is not: only the base tells."""
+    """The export that autoencode stands on is exchanged: it is no longer the one on record."""
     file = copied / "pretrain/export/dit.safetensors"
     config, state = load_weights(file)
     state["output.bias"] += 1
     save_weights(file, state, config)
-    with pytest.raises(ValueError, match=r"trained on a base model with the hash \w+, but this run's base model has"):
+    with pytest.raises(ValueError, match=r"pretrain/export has the hash \w+, but .*status.json says"):
         train(tiny(*KEPT, "autoencode.samples=48"), "autoencode")
     assert steps_in(copied, "autoencode") == [32]
 
