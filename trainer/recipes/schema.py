@@ -166,7 +166,7 @@ class TrainConfig:
     """Length of the stage: clips that it trains on."""
     global_batch: int = ranged(32, least=1)
     """Clips per optimizer step, over all ranks and gradient accumulation steps."""
-    lr: float = ranged(3e-4, above=0)
+    lr: float = ranged(3e-4, least=0)
     """Peak learning rate of AdamW."""
     warmup: int = ranged(1_000, least=0)
     """Samples over which the learning rate rises from zero."""

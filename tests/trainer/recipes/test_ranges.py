@@ -68,7 +68,7 @@ def test_no_number_takes_what_is_not_finite(value):
         (["decay=2"], ["decay=2.0 must be at least 0 and at most 1"]),
         (["ema_halflife=-1"], ["ema_halflife=-1.0 must be at least 0; 0 turns averaging off"]),
         (["lr=nan"], ["lr=nan must be a finite number"]),
-        (["lr=-1e-4"], ["lr=-0.0001 must be above 0"]),
+        (["lr=-1e-4"], ["lr=-0.0001 must be at least 0"]),
         (["weight_decay=-1"], ["weight_decay=-1.0 must be at least 0"]),
         (["betas=[0.9,1]"], ["betas[1]=1.0 must be at least 0 and below 1"]),
         (["loss_weights={flow: -1}"], ["loss_weights: flow=-1.0 must be at least 0"]),
