@@ -32,6 +32,7 @@ from trainer.checkpoints import checkpoint, inventory, resume
 from trainer.checkpoints.manifest import digest
 from trainer.data import prepare, shard_plan
 from trainer.data.reader import Damage
+from trainer.data.set_content import Content
 from trainer.data.set_description import info_of
 from trainer.data.shard_set import open_set
 from trainer.data.shards import DamagedSample
@@ -174,13 +175,13 @@ def is_decoded() -> None:
 
 def is_prepared() -> None:
     settings = json.loads((OLD / "latents/report.json").read_text())["settings"]
-    if report := prepare._finished(RUN / "latents", settings, Path("sounds")):
+    if report := prepare._finished(RUN / "latents", settings, Path("sounds"), Content([], None)):
         assert report.clips["train"] + report.clips["test"] >= 0
 
 
 def goes_on_preparing() -> None:
     unit = shard_plan.Unit("train", 0, [])
-    prepare._begin(Path("work"), {"ae": "x", "seed": 0})
+    prepare._begin(Path("work"), {"ae": "x", "seed": 0}, None)
     if prepare._count_if_done(Path("work"), unit, prepare.Tally(1)):
         prepare._record(Path("work"), unit)
     shard_plan.durations([SoundFile(Path("a.wav"), "a.wav", "a", "")], Path("work/.prepare/durations.json"))

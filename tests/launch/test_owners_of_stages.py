@@ -89,7 +89,9 @@ def test_under_a_launcher_rank_0_owns_the_stage(tiny, tmp_path, monkeypatch, ran
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_a_second_start_of_a_stage_is_refused_by_any_launcher(own, tmp_path, prepared, monkeypatch, capsys, rank):
     if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+        launched = {"RANK": rank, "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        for name, value in launched.items():
+            monkeypatch.setenv(name, value)
     folder = tmp_path / "run" / "pretrain"
     other = own(folder, "train")
     arguments = ["train", "tiny", "stage=pretrain", f"run_dir={folder.parent}", f"data.latents={prepared}/latents"]

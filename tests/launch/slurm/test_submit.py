@@ -11,6 +11,7 @@ import pytest
 from launch.slurm import node_check, submit, submitted_jobs
 from trainer import provenance
 from trainer.recipes.reading import load_recipe
+from trainer.recipes.values import to_yaml
 
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
 FREE = "echo 'spresso: all is there'"
@@ -129,7 +130,9 @@ def test_without_slurm_it_says_where_to_go(tmp_path, monkeypatch):
 
 
 def ended(folder: Path, stage: str, samples: int = 128) -> None:
-    (folder / stage).mkdir(parents=True, exist_ok=True)
+    (folder / stage / "export").mkdir(parents=True, exist_ok=True)
+    (folder / stage / "export" / "dit.safetensors").touch()
+    (folder / stage / "config.yaml").write_text(to_yaml(load_recipe("tiny", [])))
     (folder / stage / "status.json").write_text(f'{{"state": "done", "samples": {samples}, "export": "x"}}')
 
 

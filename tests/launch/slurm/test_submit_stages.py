@@ -38,7 +38,9 @@ def root(tmp_path) -> Path:
 
 
 def has_ended(root: Path, stage: str, samples: int) -> None:
-    (root / stage).mkdir(parents=True)
+    (root / stage / "export").mkdir(parents=True)
+    (root / stage / "export" / "dit.safetensors").touch()
+    (root / stage / "config.yaml").write_text(to_yaml(load_recipe("tiny", [])))
     (root / stage / "status.json").write_text(json.dumps({"state": "done", "samples": samples, "export": "0123"}))
 
 
@@ -141,8 +143,17 @@ def test_sbatch_is_asked_about_jobs_without_those_that_they_wait_for(config, slu
     assert "--dependency" not in tested
 
 
-def test_a_run_that_was_not_to_go_on_is_said_to_be_there(config, root):
-    (root / "pretrain/checkpoints/step_000000000008").mkdir(parents=True)
+def test_a_stage_whose_export_is_gone_has_not_ended(config, root):
+    tiny = config()
+    has_ended(root, "pretrain", tiny.pretrain.samples)
+    (root / "pretrain/export/dit.safetensors").unlink()
+    assert "pretrain" in stages(tiny)
+
+
+def test_a_run_that_was_not_to_go_on_is_said_to_be_there(config, root, monkeypatch):
+    whole = root / "pretrain/checkpoints/step_000000000008"
+    whole.mkdir(parents=True)
+    monkeypatch.setattr("launch.slurm.preflight.checkpoint.newest", lambda folder: whole)
     with pytest.raises(ValueError, match=r"holds a run, and checkpoint\.resume=never"):
         submit.run(config("checkpoint.resume=never"))
 
