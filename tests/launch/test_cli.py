@@ -251,7 +251,7 @@ def test_figures_of_a_stage_that_was_trained_on_an_older_one_are_refused(trained
 def test_a_stage_too_early_names_the_one_before(tiny, prepared, tmp_path, capsys):
     paths = [f"run_dir={tmp_path}", f"data.latents={prepared / 'latents'}", f"data.audio={prepared / 'audio'}"]
     assert "builds on quantize" in refused(capsys, "train", "tiny", "stage=finetune", *paths)
-    assert "builds on the stage autoencode" in refused(capsys, "evaluate", "tiny", *paths)
+    assert "builds on autoencode" in refused(capsys, "evaluate", "tiny", *paths)
     assert "spresso prepare" in refused(capsys, "train", "tiny", "stage=pretrain", f"run_dir={tmp_path / 'empty'}")
 
 
