@@ -122,7 +122,7 @@ def seams(codec: SPresso, decode: Decode, x0_1CT: Tensor, shift: int) -> list[st
 def ends_of_g(codec: SPresso, x0_1CT: Tensor, shift: int) -> list[list[str]]:
     """Return rows with the relative difference of z between two window grids, near a joint of either and elsewhere."""
     pooling, window, rows = codec.config.latent_encoder.pooling, codec.config.window, []
-    for name, margin in (("windows that meet", 0), ("as the codec has them", (window // pooling - 1) // 4 * pooling)):
+    for name, margin in (("windows that meet", 0), ("as the codec has them", windows.margin_of(window, pooling))):
         stride = window - 2 * margin
         whole = windows.encode(codec.g, x0_1CT, window=window, pooling=pooling, margin=margin)[..., shift // pooling :]
         moved = windows.encode(codec.g, x0_1CT[..., shift:], window=window, pooling=pooling, margin=margin)

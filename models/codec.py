@@ -198,7 +198,7 @@ class SPresso(nn.Module):
         Near its ends a window lacks context, so the outer quarter at each end is taken from the neighbouring window.
         """
         pooling, window = self.config.latent_encoder.pooling, self.config.window
-        margin = (window // pooling - 1) // 4 * pooling
+        margin = windows.margin_of(window, pooling)
         x0_BCT = resize(x0_BCT, z_frames * pooling)
         return windows.encode(self.g, x0_BCT, window=window, pooling=pooling, margin=margin)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from models import windows
 from models.bitstream import Header, Stream
 from models.channels import Rows
+from models.loudness import LARGEST_VALUE
 from models.resampling import Audio, resample_exactly
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 _VECTORS = 4096
 """Vectors z that are quantized at once, about."""
-_MOST = 100.0
-"""The largest value of audio, 40 dB above full scale; larger ones are whole numbers that were not divided."""
 
 
 def encode_sound(
@@ -94,7 +93,7 @@ def check_audio(audio: Any) -> None:
         raise ValueError(f"audio has {len(audio)} channels of {audio.shape[1]} samples: {wanted}; transpose it")
     if not bool(torch.isfinite(audio).all()):
         raise ValueError("audio has values that are not finite (NaN or infinity): replace them")
-    if (largest := float(audio.abs().max())) > _MOST:
+    if (largest := float(audio.abs().max())) > LARGEST_VALUE:
         raise ValueError(f"audio has values up to {largest:.6g}: {wanted}, so divide 16-bit numbers by 32768")
 
 
@@ -137,11 +136,9 @@ class _RowEncoder:
     def __init__(self, codec: SPresso, z_frames: int, books: int) -> None:
         self._codec, self._books = codec, books
         self._pooling, self._window = codec.config.latent_encoder.pooling, codec.config.window
-        margin = (self._window // self._pooling - 1) // 4 * self._pooling
         self._frames = z_frames * self._pooling
-        starts = windows.starts(self._frames, self._window, self._window - 2 * margin)
-        kept = [start + (margin if start else 0) for start in starts]
-        self._todo = deque(zip(starts, pairwise([*kept, self._frames]), strict=True))
+        margin = windows.margin_of(self._window, self._pooling)
+        self._todo = deque(windows.kept_parts(self._frames, self._window, margin))
         self._x0_BCT: Tensor | None = None
         self._begin = self._done = 0
         self._z: list[Tensor] = []
@@ -156,7 +153,7 @@ class _RowEncoder:
         if last:
             self._x0_BCT = resize(self._x0_BCT, self._frames - self._begin)
         while self._todo:
-            start, (first, end) = self._todo[0]
+            start, first, end = self._todo[0]
             until = min(start + self._window, self._frames)
             if self._begin + self._x0_BCT.shape[-1] < until:
                 return

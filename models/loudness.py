@@ -12,6 +12,8 @@ from torch import Tensor
 from models.bitstream import GAIN_STEP_DB
 
 LARGEST_GAIN_DB = 60.0
+LARGEST_VALUE = 100.0
+"""40 dB above full scale. Larger values are those of whole numbers that were stored as floats undivided."""
 SILENCE = 1e-4  # -80 dB re full scale
 
 

@@ -22,20 +22,32 @@ def starts(frames: int, window: int, stride: int) -> list[int]:
     return [*range(0, max(0, frames - window), stride), max(0, frames - window)]
 
 
+def margin_of(window: int, pooling: int) -> int:
+    """Return how many frames at either end of a window the codec takes from its neighbours: about a quarter."""
+    return (window // pooling - 1) // 4 * pooling
+
+
+def kept_parts(frames: int, window: int, margin: int) -> list[tuple[int, int, int]]:
+    """Return, for each window, its first frame, and the first frame and the one after the last that it gives z for.
+
+    A window lacks context near its ends, so it gives up `margin` frames there to its neighbours, except at the ends of
+    x0.
+    """
+    begins = starts(frames, window, window - 2 * margin)
+    kept = [begin + (margin if begin else 0) for begin in begins]
+    return [(begin, first, last) for begin, (first, last) in zip(begins, pairwise([*kept, frames]), strict=True)]
+
+
 def encode(g: Callable[[Tensor], Tensor], x0_BCT: Tensor, *, window: int, pooling: int, margin: int) -> Tensor:
     """Encode x0 to z (B, Z, N) with `g`, one window at a time.
 
     Within `margin` frames of a window's start or end, z comes from the neighbouring window, except at the ends of x0.
     """
-    z_BZN = None
-    for start in starts(x0_BCT.shape[-1], window, window - 2 * margin):
-        part_BZN = g(x0_BCT[..., start : start + window])
-        if z_BZN is None:
-            z_BZN = part_BZN.new_empty(*part_BZN.shape[:2], x0_BCT.shape[-1] // pooling)
-        kept = 0 if start == 0 else margin // pooling
-        z_BZN[..., start // pooling + kept : start // pooling + part_BZN.shape[-1]] = part_BZN[..., kept:]
-    assert z_BZN is not None
-    return z_BZN
+    parts = [
+        g(x0_BCT[..., start : start + window])[..., (first - start) // pooling : (last - start) // pooling]
+        for start, first, last in kept_parts(x0_BCT.shape[-1], window, margin)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 class JointWindows:

@@ -15,6 +15,7 @@ import soundfile
 from av.container import InputContainer
 from numpy.typing import NDArray
 
+from models.loudness import LARGEST_VALUE
 from trainer.data.sound_headers import SoundHeader
 
 Samples = NDArray[np.float32]
@@ -29,8 +30,6 @@ _COMPRESSED = ("FLAC", "MP3", "MPEG", "OGG")
 """Formats that libsndfile reads, but not to the end of every file."""
 LARGEST_LENGTH = 1 << 35
 """Samples; FLAC of unknown length promises more, which is 8 days at 48 kHz."""
-LARGEST_VALUE = 100.0
-"""40 dB above full scale. Larger values are those of whole numbers that were stored as floats undivided."""
 _BLOCK = 1 << 16  # samples
 
 

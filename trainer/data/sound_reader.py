@@ -16,11 +16,11 @@ from typing import BinaryIO, Self, TypeVar, cast
 import numpy as np
 import soundfile
 
+from models.loudness import LARGEST_VALUE
 from models.regular_file import WatchedFile
 from trainer.data import sound_headers
 from trainer.data.sound_decoders import (
     LARGEST_LENGTH,
-    LARGEST_VALUE,
     Damaged,
     Decoder,
     Ffmpeg,
