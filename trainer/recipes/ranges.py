@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,22 +9,13 @@ import yaml
 
 from models.ranges import Range, range_of, range_problems
 from trainer.recipes.schema import recipe_schema
+from trainer.recipes.values import settings
 
 
 def all_ranges() -> dict[str, Range]:
     """Return the range of each number of a recipe by its dotted key; that of a list or table holds for its numbers."""
-
-    def collected(config: Any, prefix: str) -> dict[str, Range]:
-        found: dict[str, Range] = {}
-        for item in dataclasses.fields(config):
-            value, key = getattr(config, item.name), prefix + item.name
-            if dataclasses.is_dataclass(value):
-                found |= collected(value, f"{key}.")
-            elif (allowed := range_of(item)) is not None:
-                found[key] = allowed
-        return found
-
-    return collected(recipe_schema()(), "")
+    found = ((key, range_of(item)) for key, item, _ in settings(recipe_schema()()))
+    return {key: allowed for key, allowed in found if allowed is not None}
 
 
 def out_of_range(values: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,29 +18,24 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """Return the plain values of a dataclass and of those nested in it, by their dotted keys."""
-    flat: dict[str, Any] = {}
+    return {key: value for key, _, value in settings(config)}
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yield the dotted key, the field and the value of each setting of a dataclass and of those nested in it."""
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
-        flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
-    return flat
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{key}.")
+        else:
+            yield key, item, value
 
 
 def added_later() -> dict[str, Any]:
     """Return the defaults of the settings that older runs did not have, by their dotted keys."""
-
-    def found(config: Any, prefix: str) -> dict[str, Any]:
-        keys: dict[str, Any] = {}
-        for item in dataclasses.fields(config):
-            value, key = getattr(config, item.name), prefix + item.name
-            if dataclasses.is_dataclass(value):
-                keys |= found(value, f"{key}.")
-            elif item.metadata.get("added_later"):
-                keys[key] = value
-        return keys
-
-    return found(recipe_schema()(), "")
+    return {key: value for key, item, value in settings(recipe_schema()()) if item.metadata.get("added_later")}
 
 
 def hash_values(values: dict[str, Any]) -> str:
