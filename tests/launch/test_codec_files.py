@@ -13,13 +13,7 @@ import torch
 
 from models import bitstream
 from models.codec import SPresso
-from tests.launch.codecs import content, export_codec, sound, spresso
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> Path:
-    """An export with a prior that expects what it gets."""
-    return export_codec(tmp_path_factory.mktemp("codec"))
+from tests.launch.codecs import content, sound, spresso
 
 
 @pytest.fixture

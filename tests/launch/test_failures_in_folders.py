@@ -10,12 +10,7 @@ import pytest
 import soundfile
 
 from launch.file_encoder import FileEncoder
-from tests.launch.codecs import content, export_codec, sound, spresso
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> Path:
-    return export_codec(tmp_path_factory.mktemp("codec"))
+from tests.launch.codecs import content, sound, spresso
 
 
 @pytest.fixture

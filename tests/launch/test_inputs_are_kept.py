@@ -9,12 +9,7 @@ import pytest
 import soundfile
 
 from launch import conversions
-from tests.launch.codecs import content, export_codec, sound, spresso
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> Path:
-    return export_codec(tmp_path_factory.mktemp("codec"))
+from tests.launch.codecs import content, sound, spresso
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ from trainer.files import file_digest
 PAST, FUTURE = 1_000_000_000, 4_000_000_000  # dates in s
 
 
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> Path:
-    return export_codec(tmp_path_factory.mktemp("codec"))
-
-
 @pytest.fixture
 def encode(codec, tmp_path, monkeypatch, capsys):
     """Encodes `sounds`, which holds a.wav and b.wav of 0.1 s, to `streams`; returns the counts done and passed over."""

@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from tests.launch.codecs import export_codec, sound, spresso
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory) -> Path:
-    return export_codec(tmp_path_factory.mktemp("codec"))
+from tests.launch.codecs import sound, spresso
 
 
 @pytest.fixture
