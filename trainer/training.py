@@ -134,14 +134,6 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             state.load(source)
             logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
 
-        facts: dict[str, Any] = {
-            "stage": stage,
-            "run": str(run.path.absolute()),
-            "config": identity,
-            "base": task.base_hash,
-        }
-        facts |= {"strategy": config.parallel.strategy, "code": code_version(), **inputs}
-        facts |= {"formulation": formulation.of_recipe(config)}
         with (
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
@@ -162,10 +154,24 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
                 saver=saver,
                 log=log,
                 stop=stop,
-                facts=facts,
+                facts=_facts(config, run, identity, task, inputs),
             )
             _begin(training, source)
             yield training
+
+
+def _facts(config: Config, run: RunDirectory, identity: str, task: Task, inputs: dict[str, str]) -> dict[str, Any]:
+    """Return what each checkpoint says of where it comes from."""
+    return {
+        "stage": run.stage,
+        "run": str(run.path.absolute()),
+        "config": identity,
+        "base": task.base_hash,
+        "strategy": config.parallel.strategy,
+        "code": code_version(),
+        **inputs,
+        "formulation": formulation.of_recipe(config),
+    }
 
 
 def _start_weights(task: Task, config: Config, feed: Feed, parallel: Parallel) -> None:
