@@ -16,7 +16,7 @@ from launch.own_files import DECODE_MARK
 from models import bitstream
 from models.bitstream import Header
 from models.codec import SPresso
-from models.resampling import fit_blocks, resample
+from models.resampling import fit_blocks, resample, resampled_samples
 from models.sizes import Sampling
 from trainer.data.audio import sound_length, sound_mark, write_blocks
 
@@ -88,7 +88,7 @@ class FileDecoder:
         )
 
     def _length(self, header: Header) -> int:
-        return -(-header.samples * (self.rate or header.rate) // header.rate)
+        return resampled_samples(header.samples, header.rate, self.rate or header.rate)
 
     def _sampling(self, spresso: SPresso) -> Sampling:
         sampling = spresso.config.sampling

@@ -27,6 +27,7 @@ from models.encoding import check_audio, encode_sound, resize
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
+from models.resampling import resampled_samples
 from models.samplers import generate
 from models.sizes import CodecConfig, Sampling
 from models.weights import hash_state
@@ -88,7 +89,7 @@ class SPresso(nn.Module):
 
     def samples(self, samples: int, rate: int) -> int:
         """Convert a number of samples at `rate` to the AudioAE's sample rate, rounded up."""
-        return _convert_samples(self.autoencoder, samples, rate)
+        return resampled_samples(samples, rate, self.autoencoder.sample_rate)
 
     def z_frames(self, samples: int, rate: int | None = None) -> int:
         """Return how many vectors z encode `samples` samples at `rate` (None: the AudioAE's sample rate)."""
@@ -371,11 +372,8 @@ def read_frames_of(folder: Path) -> FramesOf:
 
 
 def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
-    return -(-_convert_samples(autoencoder, samples, rate or autoencoder.sample_rate) // (autoencoder.hop * pooling))
-
-
-def _convert_samples(autoencoder: AudioAE, samples: int, rate: int) -> int:
-    return -(-samples * autoencoder.sample_rate // rate)
+    own = autoencoder.sample_rate
+    return -(-resampled_samples(samples, rate or own, own) // (autoencoder.hop * pooling))
 
 
 def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
