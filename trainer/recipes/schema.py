@@ -181,6 +181,10 @@ class TrainConfig:
     ema_halflife: float = ranged(2_000.0, least=0, note="0 turns averaging off")
     """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds;
     0: no averaging."""
+    ema_profiles: list[float] = ranged(list, above=0, most=0.288, metadata=ADDED_LATER)
+    """Two relative widths σ_rel, narrow then wide, such as [0.05, 0.1]: two averages with power-function profiles
+    (arXiv 2312.02696) replace the one of `ema_halflife`. After training, averages of further widths are computed from
+    them, and the one with the lowest held-out loss is exported. Empty: `ema_halflife`."""
     condition_dropout: float = ranged(0.1, least=0, below=1)
     """Fraction of the clips whose z is dropped, which classifier-free guidance and unconditional sampling need."""
     text_dropout: float = ranged(0.9, least=0, most=1)

@@ -84,8 +84,15 @@ def _contradictions(config: Config) -> list[str]:
     for name in _trained(config):
         if len(config.stage(name).betas) != 2:
             found.append(f"{name}.betas={config.stage(name).betas} must be two numbers, such as [0.9, 0.99]")
-        found += _cut(config, name)
+        found += [*_profiles(config, name), *_cut(config, name)]
     return found
+
+
+def _profiles(config: Config, name: str) -> list[str]:
+    widths = config.stage(name).ema_profiles
+    if not widths or (len(widths) == 2 and widths[0] < widths[1]):
+        return []
+    return [f"{name}.ema_profiles={widths} must be two widths, narrow then wide, such as [0.05, 0.1], or [] for none"]
 
 
 def _trained(config: Config) -> list[str]:
