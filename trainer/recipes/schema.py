@@ -112,12 +112,20 @@ class DiffusionConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on D (arXiv 2106.09685)."""
+    """Low-rank adapters (LoRA) on D (arXiv 2106.09685)."""
 
     rank: int = ranged(32, least=1)
     """Rank r of the adapters."""
     alpha: float = ranged(32.0, above=0)
-    """The adapters' output is scaled by alpha / rank."""
+    """The adapters' output is scaled by alpha / rank; with `rslora`, by alpha / √rank."""
+    variant: str = field(default="plain", metadata=ADDED_LATER)
+    """`plain`; `rslora` (arXiv 2312.03732), whose scale suits large ranks; `dora` (arXiv 2402.09353), which also trains
+    the norm of each row of D's weights; `pissa` (arXiv 2404.02948), which starts from D's largest singular vectors."""
+
+    def description(self) -> dict[str, Any]:
+        """Return the LoRA of a codec's config, which names no variant if it is plain, as older exports."""
+        plain = {"rank": self.rank, "alpha": self.alpha}
+        return plain if self.variant == "plain" else plain | {"variant": self.variant}
 
 
 @dataclass

@@ -11,6 +11,7 @@ from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
 from models.readable import file_trouble
+from models.sizes import LORA_VARIANTS
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
@@ -62,6 +63,7 @@ _CHOICES = {
     "data.shuffle": SHUFFLES,
     "text.kind": TEXT_KINDS,
     "quantizer.kind": QUANTIZER_KINDS,
+    "lora.variant": LORA_VARIANTS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
     "parallel.offload": ("none", "optimizer", "all"),
