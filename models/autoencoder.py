@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sizes import VocosConfig
+from models.autoencoder_sizes import VocosConfig
 from models.weights import hash_state
 
 FRAMES_PER_BLOCK = 3000

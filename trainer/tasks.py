@@ -12,17 +12,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
-from models.backbones.pretrained import load_autoencoder, load_dit
+from models.backbones.pretrained import load_dit
 from models.codec import SPresso
-from models.decoder import Decoder
 from models.diffusion import make_diffusion
-from models.dit import DiT
 from models.prior import Prior
 from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
@@ -40,61 +37,12 @@ from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 from trainer.stage_inputs import base_model, require_recorded
 from trainer.stages import STAGES, stage_before
+from trainer.task_models import LoadedModels, Models
 
 logger = logging.getLogger(__name__)
 
 Progressed = Callable[[int, int], None] | None
 _VECTORS_PER_CODEWORD = 16  # for counting how often each code occurs, before the prior is trained
-
-
-class Models(Protocol):
-    """The source of a Task's models: `LoadedModels`, or `trainer.memory.outline` for the memory plan."""
-
-    def autoencoder(self) -> AudioAE:
-        """The recipe's AudioAE."""
-
-    def fresh_dit(self) -> Decoder:
-        """A D of the recipe's sizes with random weights."""
-
-    def pretrained_dit(self) -> Decoder:
-        """The D that `pretrain` exported, or that a release contains."""
-
-    def codec(self, stage: str) -> SPresso:
-        """The codec that a stage exported."""
-
-
-class LoadedModels:
-    """Models with their weights, loaded from the recipe's folders and from the exports of earlier stages.
-
-    Raises:
-        ValueError: (each method) a folder is missing or damaged. The message names it.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def autoencoder(self) -> AudioAE:
-        """See `Models`."""
-        return load_autoencoder(**dataclasses.asdict(self.config.autoencoder))
-
-    def fresh_dit(self) -> Decoder:
-        """See `Models`."""
-        return DiT(self.config.dit)
-
-    def pretrained_dit(self) -> Decoder:
-        """See `Models`. Raises ValueError if D was trained with another diffusion formulation than the recipe's."""
-        dit = load_dit(base_model(self.config))
-        formulation.require_same(self.config, {"diffusion": dit.diffusion}, base_model(self.config))
-        return dit
-
-    def codec(self, stage: str) -> SPresso:
-        """See `Models`. Raises ValueError if the codec is not the one that the stage has on record."""
-        folder = stage_folder(self.config, stage) / "export"
-        codec = SPresso.from_pretrained(
-            folder, base=self.config.pretrained.folder, autoencoder=self.config.autoencoder.folder
-        )
-        require_recorded(self.config, stage, codec.model_hash)
-        return codec
 
 
 class Task(ABC):
