@@ -14,9 +14,14 @@ from trainer.recipes.schema import Config
 
 def fresh_codec(config: Config, *, dit: Decoder, autoencoder: AudioAE) -> SPresso:
     """Create the codec that step 1 starts from: a pretrained D with a fresh LoRA, and g and f with random weights."""
+    shapes = dataclasses.replace(
+        config.latent_encoder,
+        latent_channels=dit.config.channels,
+        signed_channels=autoencoder.signed_channels if config.latent_encoder.start == "pca" else 0,
+    )
     codec_config = CodecConfig(
         autoencoder=dataclasses.asdict(config.autoencoder),
-        latent_encoder=dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels),
+        latent_encoder=shapes,
         dit=dit.config,
         diffusion=dataclasses.asdict(config.diffusion),
         lora=config.lora.description(),

@@ -7,15 +7,12 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.later_fields import added_later, since
 from models.ranges import ranged
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
 from trainer.stages import STAGES, trained_stages
-
-ADDED_LATER = {"added_later": True}
-"""Metadata of a setting that older runs did not have. The hash of a run's settings leaves such a setting out while it
-has its default, so older checkpoints keep the hash that they were saved with."""
 
 
 @dataclass
@@ -118,7 +115,7 @@ class LoraConfig:
     """Rank r of the adapters."""
     alpha: float = ranged(32.0, above=0)
     """The adapters' output is scaled by alpha / rank; with `rslora`, by alpha / √rank."""
-    variant: str = field(default="plain", metadata=ADDED_LATER)
+    variant: str = since("plain", before="plain")
     """`plain`; `rslora` (arXiv 2312.03732), whose scale suits large ranks; `dora` (arXiv 2402.09353), which also trains
     the norm of each row of D's weights; `pissa` (arXiv 2404.02948), which starts from D's largest singular vectors."""
 
@@ -189,7 +186,7 @@ class TrainConfig:
     ema_halflife: float = ranged(2_000.0, least=0, note="0 turns averaging off")
     """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds;
     0: no averaging."""
-    ema_profiles: list[float] = ranged(list, above=0, most=0.288, metadata=ADDED_LATER)
+    ema_profiles: list[float] = ranged(list, above=0, most=0.288, metadata=added_later([]))
     """Two relative widths σ_rel, narrow then wide, such as [0.05, 0.1]: two averages with power-function profiles
     (arXiv 2312.02696) replace the one of `ema_halflife`. After training, averages of further widths are computed from
     them, and the one with the lowest held-out loss is exported. Empty: `ema_halflife`."""
@@ -200,7 +197,7 @@ class TrainConfig:
     the codec has no text at inference; the paper gives no value. In `pretrain`, where D learns to read, it is 0.1."""
     crop_frames: int = ranged(495, least=1)
     """Length of a training crop in x0 frames, a multiple of `latent_encoder.pooling`."""
-    loss_weights: dict[str, float] = ranged(dict, least=0, metadata=ADDED_LATER)
+    loss_weights: dict[str, float] = ranged(dict, least=0, metadata=added_later({}))
     """Name of a loss term → its weight; 1 for a term that is not named. The log has a curve for each term."""
 
 
