@@ -176,7 +176,8 @@ def _facts(config: Config, run: RunDirectory, identity: str, task: Task, inputs:
 
 def _start_weights(task: Task, config: Config, feed: Feed, parallel: Parallel) -> None:
     """Initialise the weights of a fresh run, the same on all ranks."""
-    task.initialise(feed.from_the_beginning(), parallel.gather, parallel.main)
+    whole = feed.from_the_beginning(whole=True) if parallel.main else None
+    task.initialise(feed.from_the_beginning(), parallel.gather, whole)
     if config.checkpoint.start_from is not None:
         resume.start(task, config.checkpoint.start_from)
     parallel.broadcast(task.statistics.values())
