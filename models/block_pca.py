@@ -40,7 +40,11 @@ class BlockPCA(nn.Module):
 
     def features(self, z_BNZ: Tensor) -> Tensor:
         """Return the features (B, N, F) that z stands for: the mean where z is zero."""
-        return z_BNZ @ (self.directions * self.scale[:, None]) + self.mean
+        return z_BNZ @ self.features_of_channels() + self.mean
+
+    def features_of_channels(self) -> Tensor:
+        """Return by how much each channel of z changes the features: (Z, F)."""
+        return self.directions * self.scale[:, None]
 
     @torch.no_grad()
     def fit(self, moments: BlockMoments, *, whitening: float) -> float:

@@ -108,9 +108,8 @@ class Upsampler(nn.Module):
     """f: z (B, Z, N) → condition (B, dit width, tokens of the DiT).
 
     f spreads each z over its tokens, refines them by Transformer blocks, and projects them to D's width. With
-    `pool=places`, each place of a z has weights of its own, and the features that z starts from are added; with
-    `average`, all places get the same vector. The last layer is initialised to zero, so that an untrained f leaves a
-    pretrained D's output unchanged.
+    `pool=places`, each place of a z has weights of its own; with `average`, all places get the same vector. The last
+    layer is initialised to zero, so that an untrained f leaves a pretrained D's output unchanged.
     """
 
     def __init__(self, config: LatentEncoderConfig, *, dit_width: int, dit_patch_size: int) -> None:
@@ -129,6 +128,22 @@ class Upsampler(nn.Module):
         self.project_out = nn.Linear(config.width, dit_width)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
+
+    @torch.no_grad()
+    def start_from(self, start: BlockPCA) -> None:
+        """Initialise what f gives each place: a random projection of the features there that z stands for.
+
+        Does nothing with `average`, where no weights belong to a place.
+        """
+        if self.config.pool == "average":
+            return
+        features_ZTF = start.features_of_channels().unflatten(1, (self.config.tokens_per_z, -1))
+        features, width = features_ZTF.shape[2], self.config.place_width
+        projection_FW = torch.empty(features, width)
+        gain = max(1.0, features / width) ** 0.5  # so that the numbers of a place vary as much as the features do
+        nn.init.orthogonal_(projection_FW, gain, generator=torch.Generator().manual_seed(0))
+        self.spread.weight.copy_((features_ZTF @ projection_FW).flatten(1).T)
+        self.spread.bias.zero_()
 
     def forward(self, z_BZN: Tensor) -> Tensor:
         """Upsample z to one condition vector per token of the DiT, for N · pooling frames."""

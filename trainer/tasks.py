@@ -248,7 +248,7 @@ class Autoencode(CodecTask):
     def initialise(
         self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
     ) -> None:
-        """Fit the principal components that z starts from, on random crops. On rank 0, so that all ranks agree."""
+        """Start z and f from the principal components of random crops. On rank 0, so that all ranks agree."""
         g, shapes = self.codec.g, self.codec.config.latent_encoder
         if g.start is None or whole is None:
             return
@@ -258,6 +258,7 @@ class Autoencode(CodecTask):
             blocks_BNTC = start_features(batch.x0.float(), shapes)
             moments.add(blocks_BNTC[mask_of_z(batch.mask, blocks_BNTC)])
         held = g.start.fit(moments, whitening=shapes.whitening)
+        self.codec.f.start_from(g.start)
         logger.info(
             "%s: z starts from %d blocks of %d frames; its %d channels hold %.0f %% of what varies in them",
             *(self.stage, moments.count, shapes.pooling, shapes.z_channels, 100 * held),

@@ -86,6 +86,23 @@ def test_z_starts_as_the_components_of_its_block_alone():
     assert g.project_out.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_f_starts_with_the_features_that_z_stands_for(patch_size):
+    """What f gives the places is a fixed linear image of those features, with no less information than it can hold."""
+    config = LatentEncoderConfig(**{**SMALL, "width": 8}, pooling=8, patch_size=patch_size)
+    moments = BlockMoments(8, 8)
+    moments.add(torch.randn(200, 8, 8))
+    g, f = LatentEncoder(config), Upsampler(config, dit_width=12, dit_patch_size=1)
+    g.start.fit(moments, whitening=0.5)
+    f.start_from(g.start)
+    z = torch.randn(50, 4)
+    features = (g.start.features(z) - g.start.mean).unflatten(1, (config.tokens_per_z, -1)).flatten(0, 1)
+    places = f.spread(z).detach().unflatten(1, (config.tokens_per_z, -1)).flatten(0, 1)
+    image = torch.linalg.lstsq(features, places).solution
+    torch.testing.assert_close(features @ image, places, atol=1e-4, rtol=0)
+    assert float(places.square().sum(1).mean()) == pytest.approx(float(features.square().sum(1).mean()), rel=0.5)
+
+
 def test_at_the_lowest_rate_the_places_stay_a_small_part_of_the_weights():
     sizes = LatentEncoderConfig(pooling=100, width=768, encoder_depth=6, upsampler_depth=3, heads=12)
     with torch.device("meta"):
