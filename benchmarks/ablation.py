@@ -59,7 +59,7 @@ ROWS = (
     Row("magnitudes; places", "magnitude", ("latent_encoder.start=random",)),
     Row("magnitudes; average, PCA", "magnitude", ("latent_encoder.pool=average",)),
     Row("magnitudes; places, PCA", "magnitude"),
-    Row("  whitening 0", "magnitude", ("latent_encoder.whitening=0",)),
+    Row("  whitening 0.5", "magnitude", ("latent_encoder.whitening=0.5",)),
     Row("  whitening 1", "magnitude", ("latent_encoder.whitening=1",)),
     Row("  one frame a token instead of three", "magnitude", ("latent_encoder.patch_size=1",)),
 )

@@ -68,13 +68,18 @@ class RunDirectory:
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
-    def identity(self, config: Config, inputs: dict[str, str], *, with_paths: bool = False) -> str:
+    def identity(
+        self, config: Config, inputs: dict[str, str], *, with_paths: bool = False, zero_clip: bool = False
+    ) -> str:
         """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash.
 
-        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0.
+        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0. `zero_clip`
+        hashes no clipping as 0, which meant that under ZeRO up to 0.1.0.
         """
         later = older_values()
         relevant = self._relevant(config)
+        if zero_clip and config.parallel.strategy.startswith("zero"):
+            relevant |= {key: 0.0 for key, value in relevant.items() if key.endswith(".clip_norm") and value is None}
         if not with_paths:
             relevant = {key: value for key, value in relevant.items() if key not in _BY_CONTENT or value is None}
         return hash_values(
@@ -106,7 +111,7 @@ class RunDirectory:
         known = flatten(config)
         if config.checkpoint.start_from is None:
             relevant.pop("checkpoint.start_from")  # A run that has begun need not name its first weights again.
-        before = self._relevant(older_values() | _flatten_stored(self._stored_config(), known))
+        before = self._relevant(_without_old_zero(older_values() | _flatten_stored(self._stored_config(), known)))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
             before |= {f"input {name}": value for name, value in self._stored_inputs().items()}
@@ -173,6 +178,13 @@ class RunDirectory:
         status = self.status
         enough = status.get("state") == "done" and status.get("samples", -1) >= config.stage(self.stage).samples
         return enough and not missing_export(self.path, status)
+
+
+def _without_old_zero(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored config in which null turns clipping off, as 0 did under ZeRO up to 0.1.0."""
+    if not str(stored.get("parallel.strategy")).startswith("zero"):
+        return stored
+    return {key: None if key.endswith(".clip_norm") and value == 0 else value for key, value in stored.items()}
 
 
 def _is_same_place(key: str, before: object, now: object) -> bool:
