@@ -88,6 +88,7 @@ class Training:
             self.facts,
             every=snapshots.interval(self.settings),
         )
+        self.saver.wait_for_copy()  # a held-out loss at the same step swaps the averages and the weights
 
 
 @contextmanager
