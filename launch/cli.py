@@ -176,6 +176,8 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
         action="store_true",
         help="write plain codes even if the codec has a prior for entropy coding",
     )
+    help_ = "with a prior: thousandths of the variance of z by which a vector's error may grow for each bit saved"
+    add_number(encode, "--error-per-bit", Range(least=0), help_, kind=float, default=0.0)
     _add_codec_options(encode)
 
     decode = _add_command(

@@ -33,6 +33,7 @@ def encode(
     books: int | None,
     channels: str = "auto",
     entropy: bool = True,
+    error_per_bit: float = 0.0,
     force: bool = False,
 ) -> int:
     """Encode a sound file into a stream, or a folder into a folder; print the bit rate.
@@ -45,6 +46,7 @@ def encode(
         books: codebooks to use; None: all.
         channels: `auto`, `separate` or `mid_side`.
         entropy: whether to use entropy coding if the codec has a prior.
+        error_per_bit: error that a vector z may add for each bit that it saves, see `SPresso.encode`.
         force: whether to redo files of a folder that are already converted.
 
     Returns:
@@ -53,12 +55,15 @@ def encode(
     Raises:
         ValueError: source, target or codec can't be used; a single file can't be converted.
     """
+    if error_per_bit and not entropy:
+        raise ValueError("--error-per-bit saves bits by entropy coding alone: leave --no-entropy-coding out")
     jobs, passed_over = _conversions(source, target, find_sounds, _stream_of)
     if not source.is_dir():
         require_stream_name(target)
         _require_writable(jobs[0], is_stream, "spresso encode")
     record = EncodeRecord() if source.is_dir() else None
-    encoder = FileEncoder(load_codec(codec or newest_codec(), device), books, channels, entropy, record)
+    spresso = load_codec(codec or newest_codec(), device)
+    encoder = FileEncoder(spresso, books, channels, entropy, record, error_per_bit)
     if books is not None:
         encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
     if not source.is_dir():

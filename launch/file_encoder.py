@@ -14,7 +14,7 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header
 from models.codec import SPresso
-from models.encoding import encode_sound
+from models.encoding import encode_sound, rate_search
 from models.resampling import Audio
 from trainer.data.audio import sound_length
 from trainer.data.sound_reader import SoundReader
@@ -32,6 +32,8 @@ class FileEncoder:
     entropy: bool
     record: EncodeRecord | None = None
     """What the streams of a folder were made from; None for a single file."""
+    error_per_bit: float = 0.0
+    """See `SPresso.encode`."""
     seconds: float = 0.0
     packed_bits: int = 0
     file_bytes: int = 0
@@ -42,9 +44,12 @@ class FileEncoder:
         self.coder = self.spresso.coder() if self.entropy else None
         quantizer = self.spresso.fitted_quantizer()
         self.written_books = quantizer.books if self.books is None else self.books
+        rate_search(self.spresso, self.written_books, self.error_per_bit)  # raises ValueError before the first file
         prior = "none" if self.coder is None else self.coder.hash.hex()[:8]
         model = self.spresso.model_hash[:16]
         self.settings = f"model={model} books={self.written_books} channels={self.channels} prior={prior}"
+        if self.error_per_bit:
+            self.settings += f" error_per_bit={self.error_per_bit!r}"
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Encode one file. Raises ValueError, OSError."""
@@ -60,7 +65,13 @@ class FileEncoder:
 
         with torch.inference_mode():
             stream = encode_sound(
-                self.spresso, blocks, sample_rate=rate, books=self.books, channels=self.channels, progress=progress
+                self.spresso,
+                blocks,
+                sample_rate=rate,
+                books=self.books,
+                channels=self.channels,
+                error_per_bit=self.error_per_bit,
+                progress=progress,
             )
         digest = file_digest(source) if self.record is not None else None
         if version_of(source) != version:
@@ -97,7 +108,7 @@ class FileEncoder:
             return False
         if (recorded := self.record.checksum(target)) is not None:
             return recorded == crc32_of(content) and self.record.holds(source, target, self.settings)
-        if not self._fits(header) or sound_length(source) != (header.samples, header.rate):
+        if self.error_per_bit or not self._fits(header) or sound_length(source) != (header.samples, header.rate):
             return False
         size, *times = version_of(source)
         if max(times) > target.stat().st_mtime_ns:

@@ -96,7 +96,13 @@ class SPresso(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, audio: Tensor, *, sample_rate: int | None = None, books: int | None = None, channels: str = "auto"
+        self,
+        audio: Tensor,
+        *,
+        sample_rate: int | None = None,
+        books: int | None = None,
+        channels: str = "auto",
+        error_per_bit: float = 0.0,
     ) -> Stream:
         """Encode audio to codes; for sound that does not fit into memory, see `models.encoding.encode_sound`.
 
@@ -106,10 +112,10 @@ class SPresso(nn.Module):
             books: number of codebooks to use, counted from the first; None uses all of them.
             channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2; `auto`
                 takes `mid_side` for stereo, unless one channel is far quieter than the side, and `separate` otherwise.
+            error_per_bit: error that z may add for each bit saved, see `models.encoding.encode_sound`.
 
         Raises:
-            ValueError: the audio is not like this, the codec has no quantizer or fewer books, or these channels can't
-                be coded as `channels` says.
+            ValueError: the audio is not like this, or the codec or these channels can't do what is asked.
         """
         check_audio(audio)
         rate = self.autoencoder.sample_rate if sample_rate is None else sample_rate
@@ -117,7 +123,9 @@ class SPresso(nn.Module):
         if not (isinstance(rate, int) and low <= rate <= high):
             raise ValueError(f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}")
         sound = audio.detach().float().cpu().numpy()
-        return encode_sound(self, lambda: [sound], sample_rate=rate, books=books, channels=channels)
+        return encode_sound(
+            self, lambda: [sound], sample_rate=rate, books=books, channels=channels, error_per_bit=error_per_bit
+        )
 
     @torch.inference_mode()
     def decode(

@@ -21,6 +21,7 @@ from models import windows
 from models.bitstream import Header, Stream
 from models.channels import Rows
 from models.loudness import LARGEST_VALUE
+from models.rate_search import RateSearch
 from models.resampling import Audio, resample_exactly
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def encode_sound(
     sample_rate: int,
     books: int | None = None,
     channels: str = "auto",
+    error_per_bit: float = 0.0,
     progress: Callable[[float], None] | None = None,
 ) -> Stream:
     """Encode a sound that is read in blocks.
@@ -47,10 +49,13 @@ def encode_sound(
         sample_rate: of the blocks in Hz; they are resampled to the AudioAE's rate.
         books: the number of codebooks to use, counted from the first; None uses all of them.
         channels: `auto`, `separate` or `mid_side`, see `models.channels.Rows`.
+        error_per_bit: error that a vector z may add for each bit that its codes save by the codec's prior, in
+            thousandths of the variance of z; 0: the least error, whatever the codes cost.
         progress: called with the part of the sound that is encoded, from 0 to 1.
 
     Raises:
-        ValueError: there are no samples, the codec has no quantizer or fewer books, or the channels don't fit.
+        ValueError: there are no samples, the codec has no quantizer or fewer books, the channels don't fit, or the
+            codec can't weigh error against bits.
     """
     quantizer, autoencoder = codec.fitted_quantizer(), codec.autoencoder
     books = quantizer.books if books is None else books
@@ -58,7 +63,8 @@ def encode_sound(
     sound = _Sound(blocks, sample_rate, autoencoder.sample_rate)
     rows = Rows(sound.blocks(), layout=channels, ae_channels=autoencoder.channels)
     given = sound.samples
-    encoders = [_RowEncoder(codec, codec.z_frames(given, sample_rate), books) for _ in range(len(rows))]
+    frames = codec.z_frames(given, sample_rate)
+    encoders = [_RowEncoder(codec, frames, books, error_per_bit) for _ in range(len(rows))]
     audio = _Sequence(sound.blocks())
     for first, last, kept in autoencoder.ranges(rows.samples):
         audio_CS = audio.read(first, last)
@@ -133,8 +139,9 @@ class _RowEncoder:
         codes_NM: the codes; complete after the last part.
     """
 
-    def __init__(self, codec: SPresso, z_frames: int, books: int) -> None:
+    def __init__(self, codec: SPresso, z_frames: int, books: int, error_per_bit: float) -> None:
         self._codec, self._books = codec, books
+        self._search = rate_search(codec, books, error_per_bit)
         self._pooling, self._window = codec.config.latent_encoder.pooling, codec.config.window
         self._frames = z_frames * self._pooling
         margin = windows.margin_of(self._window, self._pooling)
@@ -167,9 +174,24 @@ class _RowEncoder:
         while (waiting := sum(map(len, self._z))) >= self._group or (everything and waiting):
             z_NZ = torch.cat(self._z)
             now_NZ, self._z = z_NZ[: self._group], [z_NZ[self._group :]]
-            codes_NM = self._codec.fitted_quantizer().encode(now_NZ, books=self._books)
+            if self._search is None:
+                codes_NM = self._codec.fitted_quantizer().encode(now_NZ, books=self._books)
+            else:
+                codes_NM = self._search.encode(now_NZ.unsqueeze(0))[0]
             self.codes_NM[self._done : self._done + len(codes_NM)] = codes_NM.cpu().numpy()
             self._done += len(codes_NM)
+
+
+def rate_search(codec: SPresso, books: int, error_per_bit: float) -> RateSearch | None:
+    """Return the search for codes that weighs error against bits; None if the least error is wanted."""
+    if error_per_bit == 0:
+        return None
+    if codec.prior is None:
+        raise ValueError(
+            "this codec has no prior that says what codes cost: train one (prior.samples), or leave the error per bit "
+            "at 0"
+        )
+    return RateSearch(codec.fitted_quantizer(), codec.prior, error_per_bit=error_per_bit, books=books)
 
 
 class _Sequence:

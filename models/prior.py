@@ -106,6 +106,23 @@ class Prior(nn.Module):
         nats = F.cross_entropy(logits * math.log(2), codes_BN.flatten(), reduction="none")
         return nats.unflatten(0, codes_BN.shape) / math.log(2)
 
+    def embedded(self, codes_NM: Tensor) -> Tensor:
+        """Return the embedding (N, W) of vectors, which the vectors after them depend on."""
+        return torch.stack([self.before[m][codes_N] for m, codes_N in enumerate(codes_NM.unbind(-1))]).sum(dim=0)
+
+    def bits_of_next(self, book: int, earlier_NBW: Tensor, before_NW: Tensor) -> Tensor:
+        """Return the bits (N, B, K) of each codeword of a book.
+
+        Args:
+            book: the number of the book.
+            earlier_NBW: sums of `same` over the codes of the earlier books, for B sequences of codes of each vector.
+            before_NW: the previous vectors by `embedded`, or `start`.
+        """
+        context = torch.cat([earlier_NBW, before_NW.unsqueeze(1).expand_as(earlier_NBW)], dim=-1)
+        hidden = F.linear(context, self.mix[book], self.mix_bias[book]).clamp(-1, 1)
+        logits = F.linear(hidden, self.out[book], self.bias[book]).float()
+        return -F.log_softmax(logits * math.log(2), dim=-1) / math.log(2)
+
     def coder(self) -> Coder:
         """Return the entropy coder: this prior in integers, as `.spr` files use it."""
         return Coder({name: value.detach().cpu().numpy() for name, value in self.named_parameters()})

@@ -168,8 +168,10 @@ class RunDirectory:
             return {}
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Write `status.json` with a state (running, stopped or done) and further facts."""
+        """Write `status.json` with a state (running, stopped or done) and further facts; earlier warnings are kept."""
         self.require_ownership()
+        if kept := self.status.get("warnings"):
+            facts = {"warnings": kept} | facts
         status = {"stage": self.stage, "state": state, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         write_json(self.path / "status.json", status, indent=2, durable=False)
 

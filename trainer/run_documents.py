@@ -35,6 +35,10 @@ class Status(TypedDict):
     of: NotRequired[Natural]
     loss: NotRequired[float | None]
     save_seconds: NotRequired[float]
+    doing: NotRequired[str]
+    """Long work beside the steps, and how far it is."""
+    warnings: NotRequired[list[str]]
+    """What the user should know of the stage; kept until the stage begins anew."""
     export: NotRequired[str]
     """Hash of the export, once the stage is done."""
     files: NotRequired[list[str]]

@@ -114,7 +114,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "quantize",
             "the quantizer: QINCo2, or plain codebooks",
-            task="trainer.tasks:Quantize",
+            task="trainer.code_tasks:Quantize",
             builds_on=("autoencode",),
             learned_from=("latent_encoder", "quantizer"),
             defaults={"samples": 0},
@@ -123,7 +123,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "prior",
             "how likely codes are, for entropy coding; where the recipe asks for it",
-            task="trainer.tasks:FitPrior",
+            task="trainer.code_tasks:FitPrior",
             needed=lambda config: config.stage("prior").samples > 0,
             builds_on=("quantize",),
             learned_from=("quantizer",),

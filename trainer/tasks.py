@@ -23,9 +23,6 @@ from models.codec import SPresso
 from models.diffusion import make_diffusion
 from models.latent_encoder import start_features
 from models.lora import start_factors
-from models.prior import Prior
-from models.quantizers.quantizer import make_quantizer
-from models.quantizers.residual import VECTORS_PER_CODEWORD
 from models.samplers import generate
 from models.weights import hash_state, save_weights
 from trainer import formulation
@@ -34,9 +31,10 @@ from trainer.data.stream import Batch
 from trainer.data.text_embeddings import TextReader
 from trainer.formatting import in_markdown
 from trainer.fresh_codec import fresh_codec
-from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, mask_of_z
+from trainer.objectives import Denoiser, LatentDenoiser, Objective, mask_of_z
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
+from trainer.reporter import Reporter
 from trainer.run_directory import stage_folder
 from trainer.stage_inputs import base_model, require_recorded
 from trainer.stages import STAGES, stage_before
@@ -46,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 Progressed = Callable[[int, int], None] | None
 _BLOCKS_PER_FEATURE = 8
-_VECTORS_PER_CODEWORD = 16  # for counting how often each code occurs, before the prior is trained
 
 
 class Task(ABC):
@@ -61,6 +58,7 @@ class Task(ABC):
 
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
+        self.reporter = Reporter()
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
@@ -271,85 +269,6 @@ class Autoencode(CodecTask):
             "%s: z starts from %d blocks of %d frames; its %d channels hold %.0f %% of what varies in them",
             *(self.stage, moments.count, shapes.pooling, shapes.z_channels, 100 * held),
         )
-
-
-class Quantize(CodecTask):
-    """Fits the quantizer on z (step 2), then refines it by gradient descent for `quantize.samples` samples."""
-
-    def __init__(self, config: Config, stage: str, models: Models) -> None:
-        super().__init__(config, stage)
-        codec = self._codec_before(models)
-        codec.quantizer = make_quantizer(config.quantizer.description(config.latent_encoder.z_channels))
-        codec.config.rates = config.rates
-        self._take(codec, [codec.quantizer])
-        self.module = self.quantization = Quantization(config, stage, codec)
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """The quantizer's mean and scale of z."""
-        assert self.codec.quantizer is not None
-        return {f"quantizer.{name}": value for name, value in self.codec.quantizer.named_buffers()}
-
-    @torch.no_grad()
-    def initialise(
-        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
-    ) -> None:
-        """Fit the codebooks on z of random crops: the same clip gives other vectors at another frame offset."""
-        every = self._vectors(batches, gather, self.config.quantizer.vectors)
-        if whole is not None:
-            assert self.codec.quantizer is not None
-            self.codec.quantizer.fit(every, seed=self.config.seed)
-
-    @torch.no_grad()
-    def finish(self, batches: Iterator[Batch], device: torch.device) -> None:
-        """Move codewords that no vector uses after training to where they are used."""
-        quantizer = self.codec.quantizer
-        assert quantizer is not None
-        self.to(device)
-        vectors = self._vectors(batches, lambda rows: rows, VECTORS_PER_CODEWORD * quantizer.size)
-        if left := quantizer.revive(vectors):
-            total = quantizer.books * quantizer.size
-            logger.warning(
-                "%s: %d of %d codewords are still used by none of %d vectors", self.stage, left, total, len(vectors)
-            )
-        self.to(torch.device("cpu"))
-
-    def _vectors(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        vectors: list[Tensor] = []
-        while sum(map(len, vectors)) < count:
-            batch = next(batches)
-            x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
-            z_BNZ = self.codec.g(self.quantization.at_drawn_gain(x0_BCT, positions_B)).transpose(1, 2)
-            mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            vectors.append(gather(z_BNZ)[gather(mask_of_z(mask_BT, z_BNZ))])
-        return torch.cat(vectors)[:count]
-
-
-class FitPrior(CodecTask):
-    """Trains the prior over codes that compressed files are entropy-coded with; the codes do not change."""
-
-    def __init__(self, config: Config, stage: str, models: Models) -> None:
-        super().__init__(config, stage)
-        codec = self._codec_before(models)
-        codec.prior = Prior(books=config.quantizer.books, size=config.quantizer.size)
-        self._take(codec, [codec.prior])
-        self.module = CodePrior(config, stage, codec)
-
-    @torch.no_grad()
-    def initialise(
-        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
-    ) -> None:
-        """Initialise the prior with each code's frequency at the highest rate."""
-        quantizer, prior = self.codec.quantizer, self.codec.prior
-        assert quantizer is not None
-        assert prior is not None
-        codes: list[Tensor] = []
-        while sum(map(len, codes)) < min(self.config.quantizer.vectors, _VECTORS_PER_CODEWORD * quantizer.size):
-            batch = next(batches)
-            z_BNZ = self.codec.g(batch.x0.to(self.codec.device).float()).transpose(1, 2)
-            mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            codes.append(gather(quantizer.encode(z_BNZ, books=self.config.rates[0]))[gather(mask_of_z(mask_BT, z_BNZ))])
-        prior.fit(torch.cat(codes))
 
 
 class Finetune(CodecTask):

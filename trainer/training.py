@@ -32,6 +32,7 @@ from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.ranks.watchdog import Watchdog, collective_timeout
 from trainer.recipes.schema import Config, TrainConfig
+from trainer.reporter import StatusReporter
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
 from trainer.stop import Stop
@@ -132,6 +133,8 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             run.claim(config, inputs)
         parallel.wait()
         source = resume.find_start(config, run, {identity, *older})
+        if parallel.main:
+            task.reporter = StatusReporter(run, of=settings.samples)
         if source is None:
             _start_weights(task, config, feed, parallel)
 
@@ -278,6 +281,7 @@ def _choose(t: Training) -> Tried | None:
 def _export(t: Training, weights: dict[str, torch.Tensor], tried: Tried) -> None:
     """Fill a fresh Task with the averaged weights, and write the export that later stages load. On rank 0."""
     finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
+    finished.reporter = t.task.reporter
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)
     files = sorted(path.name for path in t.run.export.iterdir() if path.suffix in (".json", ".safetensors"))

@@ -23,6 +23,7 @@ def encode(options: argparse.Namespace) -> int:
         books=options.books,
         channels=options.channels,
         entropy=not options.no_entropy_coding,
+        error_per_bit=options.error_per_bit,
         force=options.force,
     )
     return 1 if failed else 0

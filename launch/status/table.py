@@ -231,6 +231,9 @@ def _remarks(stage: StageStatus) -> Iterator[str]:
         yield f"nothing written for {span(time.time() - stage.spoke)}"
     if stage.state == "no export":
         yield f"was done, but {stage.missing_export}"
+    if stage.runs and stage.status.get("doing"):
+        yield stage.status["doing"]
+    yield from stage.status.get("warnings", ())
     yield from stage.damaged
 
 

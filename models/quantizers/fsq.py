@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.quantizers.quantizer import Quantizer
+from models.quantizers.quantizer import Progressed, Quantizer
 
 
 class FSQ(Quantizer):
@@ -36,13 +36,13 @@ class FSQ(Quantizer):
         self.spread = nn.Parameter(torch.ones(width))
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor, *, seed: int) -> None:
+    def fit(self, vectors: Tensor, *, seed: int, progress: Progressed = None) -> None:
         """Set the mean and standard deviation of each dimension from ``vectors`` (N, width); ``seed`` has no effect."""
         self._set_statistics(vectors)
         deviation = self.standardise(vectors.to(self.mean.device)).std(dim=0, correction=0)
         self.spread.copy_(torch.where(deviation > 0, deviation, 1.0))
 
-    def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
+    def revive(self, vectors: Tensor, *, rounds: int = 8, progress: Progressed = None) -> int:
         """Do nothing and return 0, because the levels are fixed."""
         return 0
 

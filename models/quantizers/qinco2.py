@@ -6,7 +6,7 @@ of codes in the beam, A candidates that the search evaluates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.quantizers.quantizer import Quantizer, nearest, rows
+from models.quantizers.quantizer import Progressed, Quantizer, SearchCost, nearest, rows
 from models.quantizers.residual import ResidualQuantizer
 
 _SEARCH_NUMBERS = 2**23
@@ -102,14 +102,14 @@ class QINCo2(Quantizer):
         return super().config() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor, *, seed: int) -> None:
+    def fit(self, vectors: Tensor, *, seed: int, progress: Progressed = None) -> None:
         """Initialise the codebooks by residual k-means on ``vectors`` (N, width); the networks learn from `loss`.
 
         Raises:
             ValueError: ``vectors`` have another shape, are not finite, or are fewer than ``size``.
         """
         start = ResidualQuantizer(self.width, self.books, self.size).to(self.mean.device)
-        start.fit(vectors, seed=seed)
+        start.fit(vectors, seed=seed, progress=progress)
         self.mean.copy_(start.mean)
         self.scale.copy_(start.scale)
         self.codebooks.copy_(start.codebooks)
@@ -121,9 +121,15 @@ class QINCo2(Quantizer):
         books = self._resolve_books(books)
         flat = self.standardise(z).reshape(-1, self.width)
         with torch.autocast(z.device.type, enabled=False):  # half precision would find other codes
-            tables = [step.embedded(self.codebooks[book]) for book, step in self._networks(books)]
+            tables = self._tables(books)
             codes = [self._search(part, tables) for part in flat.split(self.vectors_at_once(books))]
         return torch.cat(codes).reshape(*z.shape[:-1], books)
+
+    def rate_search(self, books: int) -> Callable[[Tensor, SearchCost], Tensor]:
+        """See :meth:`Quantizer.rate_search`."""
+        with torch.no_grad():
+            tables = self._tables(self._resolve_books(books))
+        return lambda x_NW, cost: self._search(x_NW, tables, cost)
 
     def vectors_at_once(self, books: int) -> int:
         """See :meth:`Quantizer.vectors_at_once`."""
@@ -169,21 +175,33 @@ class QINCo2(Quantizer):
         """Yield (book, network) for the books 1 … ``books`` - 1; the first book has no network."""
         return enumerate(islice(cast("Iterable[ImplicitCodebook]", self.steps), books - 1), 1)
 
-    def _search(self, x_NW: Tensor, tables: list[Tensor]) -> Tensor:
-        """Search the codes (N, books) of ``x``; ``tables`` holds each network's embedded codewords (K, E)."""
+    def _tables(self, books: int) -> list[Tensor]:
+        """Return each network's embedded codewords (K, E), which are the same for all vectors."""
+        return [step.embedded(self.codebooks[book]) for book, step in self._networks(books)]
+
+    def _search(self, x_NW: Tensor, tables: list[Tensor], cost: SearchCost | None = None) -> Tensor:
+        """Search the codes (N, books) of ``x``; ``tables`` are those of :meth:`_tables`."""
         last = len(tables)
-        parent_NB, codes_NBM = nearest(x_NW.unsqueeze(1), self.codebooks[0], self.beam if last else 1)
-        estimates_NBW, codes_NBM = self.codebooks[0][codes_NBM], codes_NBM.unsqueeze(-1)
+        cost_NBK = None if cost is None else cost.with_next(0)
+        parent_NB, code_NB = nearest(x_NW.unsqueeze(1), self.codebooks[0], self.beam if last else 1, cost_NBK)
+        if cost is not None:
+            cost.keep(0, parent_NB, code_NB)
+        estimates_NBW, codes_NBM = self.codebooks[0][code_NB], code_NB.unsqueeze(-1)
         for (book, step), table_KE in zip(self._networks(last + 1), tables, strict=True):
             residuals_NBW = x_NW.unsqueeze(1) - estimates_NBW
-            parent_NA, code_NA = nearest(residuals_NBW, self.preselection[book - 1], self.candidates)
+            cost_NBK = None if cost is None else cost.with_next(book)
+            parent_NA, code_NA = nearest(residuals_NBW, self.preselection[book - 1], self.candidates, cost_NBK)
             given_NAE = rows(step.of_estimate(estimates_NBW), parent_NA)
             ahead_NAW = rows(estimates_NBW, parent_NA)
             ahead_NAW = ahead_NAW + step(self.codebooks[book][code_NA], table_KE[code_NA], given_NAE)
             errors_NA = (ahead_NAW - x_NW.unsqueeze(1)).square().sum(-1)
+            if cost_NBK is not None:
+                errors_NA += cost_NBK.flatten(1).gather(1, parent_NA * self.size + code_NA)
             beam = min(self.beam if book < last else 1, errors_NA.shape[1])
             best_NB = errors_NA.topk(beam, dim=1, largest=False).indices
             estimates_NBW = rows(ahead_NAW, best_NB)
             parent_NB, code_NB = parent_NA.gather(1, best_NB), code_NA.gather(1, best_NB)
+            if cost is not None:
+                cost.keep(book, parent_NB, code_NB)
             codes_NBM = torch.cat([rows(codes_NBM, parent_NB), code_NB.unsqueeze(-1)], dim=-1)
         return codes_NBM[:, 0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,19 @@ _KINDS = {
 }
 QUANTIZER_KINDS = tuple(_KINDS)
 """Names of the available quantizers."""
+
+Progressed = Callable[[int, int], None] | None
+"""Called with (done, total) after each step of long work; None: nobody asks."""
+
+
+class SearchCost(Protocol):
+    """What the sequences of codes in a beam cost in addition to their error; asked book by book."""
+
+    def with_next(self, book: int) -> Tensor:
+        """Return the cost (N, B, K) of each sequence with each codeword of the next book."""
+
+    def keep(self, book: int, parent_NB: Tensor, code_NB: Tensor) -> None:
+        """Go on with the sequences that continue ``parent_NB`` by ``code_NB``."""
 
 
 class Quantizer(nn.Module, ABC):
@@ -46,8 +60,11 @@ class Quantizer(nn.Module, ABC):
         self.register_buffer("scale", torch.ones(()))
 
     @abstractmethod
-    def fit(self, vectors: Tensor, *, seed: int) -> None:
-        """Fit the statistics and the codebooks to ``vectors`` (N, width); the same seed gives the same result."""
+    def fit(self, vectors: Tensor, *, seed: int, progress: Progressed = None) -> None:
+        """Fit the statistics and the codebooks to ``vectors`` (N, width); the same seed gives the same result.
+
+        ``progress`` is called with (codebooks fitted, all codebooks) after each.
+        """
 
     @abstractmethod
     def encode(self, z: Tensor, *, books: int | None = None) -> Tensor:
@@ -56,6 +73,13 @@ class Quantizer(nn.Module, ABC):
     def vectors_at_once(self, books: int) -> int:
         """Return how many vectors `encode` searches together; the codes of more don't depend on cuts at multiples."""
         return 1
+
+    def rate_search(self, books: int) -> Callable[[Tensor, SearchCost], Tensor]:
+        """Return a search by error plus cost: from standardised vectors (N, width) to codes (N, ``books``).
+
+        The error is squared and summed over the width. Raises ValueError if the quantizer searches nothing.
+        """
+        raise ValueError(f"a quantizer of kind {self.kind} has no search that could ask what codes cost")
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
@@ -74,17 +98,20 @@ class Quantizer(nn.Module, ABC):
         return self.loss(z)
 
     @torch.no_grad()
-    def revive(self, vectors: Tensor, *, rounds: int = 8) -> int:
+    def revive(self, vectors: Tensor, *, rounds: int = 8, progress: Progressed = None) -> int:
         """Move codewords that no code of ``vectors`` (N, width) uses; return how many are still unused at the end.
 
         A book's unused codewords are paired with its most used ones. Each is moved next to its partner, halfway towards
-        the vector that the partner approximates worst.
+        the vector that the partner approximates worst. ``progress`` is called with (searches of all codes done, at
+        most so many) after each search.
         """
         x_NW, dead = self.standardise(vectors), 0
         for round_ in range(rounds + 1):
             codes_NM = self.encode(vectors)
             used_MK = torch.stack([torch.bincount(codes_N, minlength=self.size) for codes_N in codes_NM.T])
             dead = int((used_MK == 0).sum())
+            if progress is not None:
+                progress(round_ + 1, rounds + 1)
             if dead == 0 or round_ == rounds:
                 break
             for book in (used_MK == 0).any(dim=1).nonzero().flatten().tolist():
@@ -149,11 +176,18 @@ def make_quantizer(config: dict[str, Any]) -> Quantizer:
         raise ValueError(f"quantizer '{kind}': {error}") from error
 
 
-def nearest(residuals_NBW: Tensor, codebook_KW: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find each row's ``count`` nearest (residual, codeword) pairs; return their indices (N, A) in B and in K."""
+def nearest(
+    residuals_NBW: Tensor, codebook_KW: Tensor, count: int, cost_NBK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find each row's ``count`` nearest (residual, codeword) pairs; return their indices (N, A) in B and in K.
+
+    A cost is added to the squared distances.
+    """
     # ‖r - c‖² = ‖r‖² - 2 r·c + ‖c‖²
     errors_NBK = residuals_NBW.square().sum(dim=-1, keepdim=True) + codebook_KW.square().sum(dim=-1)
     errors_NBK.sub_(F.linear(residuals_NBW, codebook_KW), alpha=2)
+    if cost_NBK is not None:
+        errors_NBK += cost_NBK
     candidates = errors_NBK.flatten(1)
     best = candidates.topk(min(count, candidates.shape[1]), dim=1, largest=False).indices
     return best // len(codebook_KW), best % len(codebook_KW)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.quantizers.quantizer import Quantizer, nearest, rows
+from models.quantizers.quantizer import Progressed, Quantizer, SearchCost, nearest, rows
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,8 @@ VECTORS_PER_CODEWORD = 40
 """With fewer training vectors than this per codeword of a book, the codebooks overfit the training vectors."""
 _SEARCH_NUMBERS = 2**23
 """Numbers in the largest tensor of a search: 32 MiB in float32."""
+_FIT_DISTANCES = 2**26
+"""Distances that a step of fitting keeps in memory: 256 MiB."""
 _POINTS_PER_CENTROID = 256
 """Training vectors per codeword; more than these do not improve k-means. This is faiss's own default."""
 
@@ -41,12 +45,21 @@ class ResidualQuantizer(Quantizer):
         return super().config() | {"beam": self.beam}
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor, *, seed: int, fit_beam: int = 4, limit: int | None = None) -> None:
+    def fit(
+        self,
+        vectors: Tensor,
+        *,
+        seed: int,
+        progress: Progressed = None,
+        fit_beam: int = 4,
+        limit: int | None = None,
+    ) -> None:
         """Train the codebooks with faiss, on one thread because the number of threads changes the result.
 
         Args:
             vectors: (N, width), on any device and in any dtype.
             seed: the seed of k-means and of the choice of vectors.
+            progress: called with (codebooks fitted, all codebooks) after each.
             fit_beam: sequences of codes kept for each vector during training, which takes longer with more. A wide beam
                 helps much less here than in :meth:`encode`: 4 is nearly as good as 32.
             limit: the maximum number of vectors to train on, drawn without replacement; None takes 256 per codeword of
@@ -62,7 +75,7 @@ class ResidualQuantizer(Quantizer):
             chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:limit]
             vectors = vectors[chosen.to(vectors.device)]
         points = self.standardise(vectors.to(self.mean.device)).cpu().numpy()
-        codebooks = _faiss_codebooks(points, self.books, self.size, seed=seed, beam=fit_beam)
+        codebooks = _faiss_codebooks(points, self.books, self.size, seed=seed, beam=fit_beam, progress=progress)
         self.codebooks.copy_(torch.from_numpy(codebooks))
 
     @torch.no_grad()
@@ -78,6 +91,11 @@ class ResidualQuantizer(Quantizer):
     def vectors_at_once(self, books: int) -> int:
         """See :meth:`Quantizer.vectors_at_once`."""
         return max(1, _SEARCH_NUMBERS // (self.beam * (self.size + self.width)))
+
+    def rate_search(self, books: int) -> Callable[[Tensor, SearchCost], Tensor]:
+        """See :meth:`Quantizer.rate_search`."""
+        codebooks = self.codebooks[: self._resolve_books(books)].float()
+        return lambda x_NW, cost: _beam_search(x_NW, codebooks, self.beam, cost)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode ``codes`` (..., m) of the first m books to ``z_q`` (..., width)."""
@@ -110,33 +128,84 @@ class ResidualQuantizer(Quantizer):
             )
 
 
-def _beam_search(x_NW: Tensor, codebooks_MKW: Tensor, beam: int) -> Tensor:
+def _beam_search(x_NW: Tensor, codebooks_MKW: Tensor, beam: int, cost: SearchCost | None = None) -> Tensor:
     """Search the codes (N, M) of ``x``, keeping the ``beam`` sequences with the least error after each book."""
     residuals_NBW, codes_NBM = x_NW.unsqueeze(1), x_NW.new_zeros((len(x_NW), 1, 0), dtype=torch.int64)
-    for codebook_KW in codebooks_MKW:
-        parent, code = nearest(residuals_NBW, codebook_KW, beam)
+    for book, codebook_KW in enumerate(codebooks_MKW):
+        parent, code = nearest(residuals_NBW, codebook_KW, beam, cost.with_next(book) if cost else None)
+        if cost:
+            cost.keep(book, parent, code)
         residuals_NBW = rows(residuals_NBW, parent) - codebook_KW[code]
         codes_NBM = torch.cat([rows(codes_NBM, parent), code.unsqueeze(-1)], dim=-1)
     return codes_NBM[:, 0]
 
 
-def _faiss_codebooks(points: np.ndarray, books: int, size: int, *, seed: int, beam: int) -> np.ndarray:
-    """Fit codebooks (books, size, width) to ``points`` (N, width) by faiss's residual k-means with a beam."""
+def _faiss_codebooks(
+    points_NW: np.ndarray, books: int, size: int, *, seed: int, beam: int, progress: Progressed
+) -> np.ndarray:
+    """Fit codebooks (books, size, width) to `points_NW` by residual k-means with a beam.
+
+    The steps are those of `faiss.ResidualQuantizer.train`, one codebook at a time, with the same result to the bit:
+    faiss itself reports no progress.
+    """
     import faiss  # imported here because only `fit` needs it
 
-    width = points.shape[1]
-    quantizer = faiss.ResidualQuantizer(width, books, size.bit_length() - 1)
-    quantizer.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Skip_codebook_tables
-    quantizer.max_beam_size = beam
-    quantizer.max_mem_distances = 2**28
-    quantizer.cp.seed = seed % 2**31
-    quantizer.cp.max_points_per_centroid = _POINTS_PER_CENTROID
-    quantizer.cp.min_points_per_centroid = 1  # `_check_vectors` has already warned
-    # With several threads, the order of summation varies, and a forked process would hang.
+    width = points_NW.shape[1]
+    whole = faiss.ResidualQuantizer(width, books, size.bit_length() - 1)  # its `cp` are the settings of k-means
+    whole.cp.seed = seed % 2**31
+    whole.cp.max_points_per_centroid = _POINTS_PER_CENTROID
+    whole.cp.min_points_per_centroid = 1  # `_check_vectors` has already warned
+    residuals_NBW = np.ascontiguousarray(points_NW, dtype=np.float32)[:, None]
+    codes_NBM, codebooks = np.zeros((len(points_NW), 1, 0), np.int32), []
+    with _one_thread():
+        for book in range(books):
+            clustering = faiss.Clustering(width, size, whole.cp)
+            clustering.train(residuals_NBW.reshape(-1, width), faiss.IndexFlatL2(width))
+            codebooks.append(faiss.vector_to_array(clustering.centroids).reshape(size, width))
+            if progress is not None:
+                progress(book + 1, books)
+            if book + 1 < books:
+                codes_NBM, residuals_NBW = _faiss_step(residuals_NBW, codes_NBM, codebooks[-1], beam)
+    return np.stack(codebooks)
+
+
+def _faiss_step(
+    residuals_NBW: np.ndarray, codes_NBM: np.ndarray, codebook_KW: np.ndarray, beam: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Go on with a beam search by one codebook; return the codes and what they leave of the vectors."""
+    import faiss
+
+    (count, before, width), size, books = residuals_NBW.shape, len(codebook_KW), codes_NBM.shape[2]
+    kept = min(before * size, beam)
+    codes = np.empty((count, kept, books + 1), np.int32)
+    residuals, errors = np.empty((count, kept, width), np.float32), np.empty((count, kept), np.float32)
+    at_once = max(1, _FIT_DISTANCES // (before * size))
+    for first in range(0, count, at_once):
+        part = slice(first, min(count, first + at_once))
+        faiss.beam_search_encode_step(  # type: ignore[attr-defined]  # the stubs lack it
+            *(width, size, faiss.swig_ptr(codebook_KW), part.stop - first),
+            *(before, faiss.swig_ptr(residuals_NBW[part]), books, _pointer(codes_NBM[part])),
+            *(kept, faiss.swig_ptr(codes[part]), faiss.swig_ptr(residuals[part]), faiss.swig_ptr(errors[part])),
+            faiss.IndexFlatL2(width),
+        )
+    return codes, residuals
+
+
+def _pointer(codes: np.ndarray) -> Any:
+    """Return the codes as faiss takes them; for an empty array, which has no address, any other address."""
+    import faiss
+
+    return faiss.swig_ptr(codes if codes.size else np.zeros(1, np.int32))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let faiss use one thread: with several, the order of summation varies, and a forked process would hang."""
+    import faiss
+
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        quantizer.train(np.ascontiguousarray(points, dtype=np.float32))
+        yield
     finally:
         faiss.omp_set_num_threads(threads)  # torch may share this OpenMP runtime
-    return faiss.vector_to_array(quantizer.codebooks).reshape(books, size, width)

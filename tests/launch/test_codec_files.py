@@ -189,3 +189,11 @@ def test_a_sound_that_cannot_be_written_so_is_an_error_and_leaves_nothing(codec,
         assert name in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / name).exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_an_error_per_bit_needs_entropy_coding(codec, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", sound(0.5), 48_000)
+    arguments = ("--error-per-bit", "3", "--no-entropy-coding")
+    assert spresso("encode", tmp_path / "a.wav", tmp_path / "a.spr", "--codec", codec, *arguments) == 2
+    assert "leave --no-entropy-coding out" in capsys.readouterr().err
+    assert not (tmp_path / "a.spr").exists()

@@ -12,8 +12,10 @@ from models.codec import SPresso
 from models.quantizers.qinco2 import QINCo2
 from tests.trainer import rank_processes
 from tests.trainer.test_loop import losses, stop_after, tensors
+from trainer import code_tasks
 from trainer.loop import train
 from trainer.recipes.reading import load_recipe
+from trainer.run_directory import RunDirectory
 from trainer.tasks import make_task
 
 QINCO2 = (
@@ -100,8 +102,8 @@ def test_without_steps_it_is_the_fit_alone(start):
 def test_idle_codewords_have_work_once_it_ends(start, monkeypatch):
     fit = QINCo2.fit
 
-    def spoiled(self, vectors, *, seed):
-        fit(self, vectors, seed=seed)
+    def spoiled(self, vectors, *, seed, progress):
+        fit(self, vectors, seed=seed, progress=progress)
         with torch.no_grad():
             self.codebooks[1, 3:6] = self.preselection[0, 3:6] = 100.0
 
@@ -111,6 +113,35 @@ def test_idle_codewords_have_work_once_it_ends(start, monkeypatch):
     quantizer = SPresso.from_pretrained(Path(config.run_dir) / "quantize" / "export").quantizer
     assert quantizer.codebooks.abs().max() < 50
     assert quantizer.preselection.abs().max() < 50
+
+
+def test_the_k_means_and_the_search_for_idle_codewords_show_how_far_they_are(start, monkeypatch):
+    told, write_status = [], RunDirectory.write_status
+
+    def noted(self, state, **facts):
+        told.append(facts.get("doing"))
+        write_status(self, state, **facts)
+
+    monkeypatch.setattr(RunDirectory, "write_status", noted)
+    config = start("quantize.samples=0")
+    assert train(config, "quantize") == "done"
+    assert told[:4] == [f"k-means, codebooks: {book} of 4" for book in (1, 2, 3, 4)]
+    assert told[4] == "searches for idle codewords: 1 of 9"
+    assert told[-1] is None
+    assert "doing" not in RunDirectory(Path(config.run_dir) / "quantize", "quantize").status
+
+
+@pytest.mark.parametrize(("rank", "warned"), [(3, True), (4, False)])
+def test_a_z_of_few_directions_is_warned_of(start, monkeypatch, rank, warned):
+    monkeypatch.setattr(code_tasks, "effective_rank", lambda covariance_ZZ: rank)  # of 16 channels
+    config = start("quantize.samples=0")
+    assert train(config, "quantize") == "done"
+    folder = Path(config.run_dir) / "quantize"
+    warnings = RunDirectory(folder, "quantize").status.get("warnings", [])
+    assert [line.partition(" directions")[0] for line in warnings] == (
+        ["quantize: 99 % of the variance of z lies in 3"] if warned else []
+    )
+    assert ("latent_encoder.z_channels" in (folder / "logs/rank_0.log").read_text()) == warned
 
 
 def test_fsq_needs_no_fit(start):

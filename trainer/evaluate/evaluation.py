@@ -16,6 +16,7 @@ from models.codec import SPresso
 from models.documents import write_json
 from models.export import read_description
 from trainer.data.audio import write_audio
+from trainer.evaluate.bit_curve import Probe, curve_of, probes_of
 from trainer.evaluate.bootstrap import LEVEL
 from trainer.evaluate.embedding import make_embedding
 from trainer.evaluate.other_codecs import other_sources
@@ -110,15 +111,16 @@ class _Plan:
         self.blocks = self.clips.blocks(config.evaluate.batch)
         ours, floors = own_sources(config, self.clips, self.device)
         self.sources = [*ours, *other_sources(config, self.clips, self.device), *floors]
+        self.probes = probes_of(config, ours)
+        self._all: list[SystemUnderTest | Probe] = [*self.sources, *self.probes]
         self.pieces = Pieces(self.folder)
         chosen = config.evaluate
         of_all = {"format": _FORMAT, "clips": self.clips.identity, "batch": chosen.batch}
         of_all |= {"embedding": chosen.embedding, "visqol": chosen.visqol}
         self.names = {
-            source.key: f"{source.key}-{hash_values(of_all | {'source': source.identity})[:8]}"
-            for source in self.sources
+            source.key: f"{source.key}-{hash_values(of_all | {'source': source.identity})[:8]}" for source in self._all
         }
-        if len(self.names) < len(self.sources):
+        if len(self.names) < len(self._all):
             raise ValueError(
                 f"evaluate.codecs has titles that differ only in case or punctuation: {', '.join(chosen.codecs)}"
             )
@@ -127,7 +129,7 @@ class _Plan:
         )
         timed = {"model": self._finetuned.model_hash, "sampling": dataclasses.asdict(config.sampling)}
         self.speed_name = f"speed-{hash_values(of_all | timed)[:8]}"
-        order = [*self.names.values(), self.speed_name]
+        order = [*(self.names[source.key] for source in self.sources), self.speed_name]
         self.identity = hash_values({"name": config.name, "systems": order, "decodes": chosen.decodes})
 
     def finished(self) -> dict[str, Any] | None:
@@ -135,6 +137,8 @@ class _Plan:
         report = read_report(self.folder / _REPORT, self.identity)
         if report is None:
             return None
+        if "curve" in report and (report["curve"] or {}).get("identity") != self._curve_identity:
+            return None  # a report of an older version does not know of the curve and stays as it is
         lacking = {system["key"] for system in report["systems"] if system["unavailable"]}
         return None if any(source.key in lacking and source.retry() for source in self.sources) else report
 
@@ -143,6 +147,11 @@ class _Plan:
         numbers = range(len(self.blocks))
         scored = all(self.pieces.path(name, number).is_file() for name in self.names.values() for number in numbers)
         return scored and self._speed_path.is_file()
+
+    @property
+    def _curve_identity(self) -> str | None:
+        names = [self.names[probe.key] for probe in self.probes]
+        return hash_values({"probes": names}) if names else None
 
     @property
     def _speed_path(self) -> Path:
@@ -154,19 +163,20 @@ class _Plan:
         embedding = make_embedding(chosen.embedding, self.device)
         scorer = Scorer(embedding, self.clips.sample_rate, visqol=chosen.visqol)
         mine = range(part, len(self.blocks), parts)
-        with Progress("evaluate", total=len(self.sources) * len(mine) + 1, unit="pieces") as progress:
+        total = len(self._all) * len(mine) + 1
+        with Progress("evaluate", total=total, unit="pieces") as progress:
             for done, (source, number) in enumerate(self._ordered(mine), start=1):
                 if not self._is_made(source, number):
                     self._make(source, number, scorer)
                 progress.to(done, last=source.key)
             if part == 0 and not self._speed_path.is_file():
                 write_json(self._speed_path, self._speed())
-            progress.to(len(self.sources) * len(mine) + 1)
+            progress.to(total)
 
-    def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest, int]]:
+    def _ordered(self, numbers: range) -> Iterator[tuple[SystemUnderTest | Probe, int]]:
         """Yield (source, block number), all sources of one codec together; then unload that codec."""
-        groups: dict[int, list[SystemUnderTest]] = {}
-        for source in self.sources:
+        groups: dict[int, list[SystemUnderTest | Probe]] = {}
+        for source in self._all:
             groups.setdefault(id(getattr(source, "export", source)), []).append(source)
         for group in groups.values():
             for source in group:
@@ -174,7 +184,7 @@ class _Plan:
                     yield source, number
             group[0].unload()
 
-    def _is_made(self, source: SystemUnderTest, number: int) -> bool:
+    def _is_made(self, source: SystemUnderTest | Probe, number: int) -> bool:
         """Whether the piece exists; one without figures does not count if its codec is available now."""
         name = self.names[source.key]
         if not self.pieces.path(name, number).is_file():
@@ -184,8 +194,11 @@ class _Plan:
         piece = self.pieces.read(name, number)
         return piece is not None and not piece.unavailable
 
-    def _make(self, source: SystemUnderTest, number: int, scorer: Scorer) -> None:
+    def _make(self, source: SystemUnderTest | Probe, number: int, scorer: Scorer) -> None:
         rows, clips = self.blocks[number], self.clips
+        if isinstance(source, Probe):
+            self.pieces.write(self.names[source.key], number, source.measure(rows))
+            return
         made = source.decode(rows)
         piece = Piece(dataclasses.asdict(made.system), rows)
         if made.takes:
@@ -276,12 +289,23 @@ class _Plan:
                 for row in page
             ],
             "speed": read_speed(self._speed_path),
+            "curve": self._curve(gathered),
         }
 
-    def _gather(self, source: SystemUnderTest) -> Gathered:
+    def _curve(self, gathered: list[Gathered]) -> dict[str, Any] | None:
+        """Return the curve of log-mel against bits; None if the recipe wants none."""
+        if not self.probes:
+            return None
+        found = {source.key: one for source, one in zip(self.sources, gathered, strict=True)}
+        found |= {probe.key: self._gather(probe) for probe in self.probes}
+        curve = curve_of(self.config, found, on_page=self.clips.on_page)
+        return curve | {"identity": self._curve_identity}
+
+    def _gather(self, source: SystemUnderTest | Probe) -> Gathered:
         found = [self.pieces.read(self.names[source.key], number) for number in range(len(self.blocks))]
         pieces = [piece for piece in found if piece is not None]
-        return Gathered(pieces, seconds=self.clips.seconds, control_of=source.control_of)
+        control_of = source.control_of if isinstance(source, SystemUnderTest) else ""
+        return Gathered(pieces, seconds=self.clips.seconds, control_of=control_of)
 
 
 def _require_ended(config: Config) -> None:

@@ -78,6 +78,32 @@ class _Speed(TypedDict):
     device: str
 
 
+class _Mean(TypedDict):
+    """A mean over the page's clips."""
+
+    mean: float
+    ci: _Interval | None
+    clips: list[float]
+
+
+class _Point(_Mean):
+    """A point of the curve, see `trainer.evaluate.bit_curve.curve_of`."""
+
+    books: Positive
+    bits: Positive
+    kbps: Annotated[float, msgspec.Meta(ge=0)]
+    control: NotRequired[float]
+
+
+class _Curve(TypedDict):
+    z_rank: Natural
+    channels: Positive
+    clips: Positive
+    points: Annotated[list[_Point], msgspec.Meta(min_length=1)]
+    lines: dict[str, _Mean]
+    identity: str
+
+
 class _Report(TypedDict):
     recipe: str
     model_hash: str
@@ -93,6 +119,8 @@ class _Report(TypedDict):
     variability: _Variability
     clips: list[_Clip]
     speed: _Speed
+    curve: NotRequired[_Curve | None]
+    """None if the recipe wants no curve; missing in reports of older versions."""
     identity: str
 
 

@@ -114,7 +114,7 @@ def table(report: EvaluationReport) -> str:
         f"mean ± half of the 95 % interval [decoded from another clip's z]; set distances over {report['embedding']}; "
         "* best, or not significantly worse"
     )
-    below = [printable(line) for line in (legend, *notes, speed_line)]
+    below = [printable(line) for line in (legend, *notes, *_of_z(report), speed_line)]
     return "\n".join([aligned(lines, right=range(1, len(lines[0]))), *below])
 
 
@@ -133,6 +133,7 @@ def markdown(report: EvaluationReport) -> str:
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         notes = [f"* {in_markdown(row.title)}: {in_markdown(_note(row))}" for row in rows if _note(row)]
         parts += [f"### {title}", text, *(["\n".join(notes)] if notes else [])]
+    parts += _bits_in_markdown(report)
     parts.append(
         "Each cell shows the mean ± half of the 95 % interval (bootstrap over clips), and in brackets the mean of the "
         "same system decoded from another clip's z. The best system of each table and all that do not differ "
@@ -186,6 +187,32 @@ def sections(report: EvaluationReport) -> list[tuple[str, list[TableRow]]]:
     wanted.append(("Floors", "floor", ""))
     found = [(title, _rows(report, role, table_)) for title, role, table_ in wanted]
     return [(title, rows) for title, rows in found if rows]
+
+
+def _of_z(report: EvaluationReport) -> list[str]:
+    """Return a line on the directions that z uses; none if the report does not say."""
+    curve = report.get("curve")
+    if not curve:
+        return []
+    return [f"99 % of the variance of z lies in {curve['z_rank']} directions of its {curve['channels']} channels"]
+
+
+def _bits_in_markdown(report: EvaluationReport) -> list[str]:
+    """Return the table of log-mel against bits a vector; nothing if the report has no curve."""
+    curve = report.get("curve")
+    if not curve:
+        return []
+    rows = [["Bits per vector", "kbps", "Log-mel (dB, ↓)"], ["--:", "--:", "--:"]]
+    for point in curve["points"]:
+        low, high = point["ci"] or (point["mean"], point["mean"])
+        cell = Cell(f"{point['mean']:.2f}", f"{(high - low) / 2:.2f}", _control(point))
+        rows.append([str(point["bits"]), f"{point['kbps']:.3f}", cell.markdown])
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return ["### What a bit is worth", f"Over the {curve['clips']} clips of the page. {_of_z(report)[0]}.", text]
+
+
+def _control(point: Mapping[str, Any]) -> str:
+    return "" if point.get("control") is None else f"{point['control']:.2f}"
 
 
 def _rows(report: EvaluationReport, role: str, table_: str) -> list[TableRow]:

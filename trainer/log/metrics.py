@@ -115,8 +115,9 @@ class Metrics:
         for bin_, value in enumerate(values.get("loss_bins", [])):
             if value is not None:
                 self.board.add_scalar(f"{kind}_by_noise_level/{bin_}", value, samples)
-        for name, value in values.get("loss_terms", {}).items():
-            self.board.add_scalar(f"{kind}_terms/{name}", value, samples)
+        for group, curves in values.items():
+            for name, value in curves.items() if isinstance(curves, dict) else ():
+                self.board.add_scalar(f"{kind}_{group.removeprefix('loss_')}/{name}", value, samples)
 
     def listen(self, name: str, audio: Tensor, samples: int) -> None:
         """Write audio (samples,) to TensorBoard and to `samples/`, and its spectrogram to TensorBoard."""

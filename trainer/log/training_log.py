@@ -16,6 +16,7 @@ from trainer.health import Health
 from trainer.log.held_out import HeldOutLoss, ListeningClips
 from trainer.log.metrics import LossSums, Metrics, mean_loss
 from trainer.log.timing import StepClock, compared
+from trainer.log.watched_z import WatchedZ
 from trainer.progress import Progress
 from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
@@ -49,6 +50,7 @@ class TrainingLog:
         self.losses = LossSums(config.log.bins, parallel.device)
         self.clips = ListeningClips(config, self.settings, parallel.device)
         self.held_out = HeldOutLoss(config, self.settings, parallel)
+        self.watched = WatchedZ(task, self.held_out)
         self.metrics: Metrics | None = None
 
     def begin(self, samples: int, *, fresh: bool) -> None:
@@ -99,17 +101,19 @@ class TrainingLog:
         self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
 
     def measure(self, samples: int, *, kind: str = "held_out", **facts: float) -> float | None:
-        """Measure the averaged weights' loss on held-out clips. All ranks. None if the run is asked to stop first.
+        """Measure the averaged weights' loss and z on held-out clips; return the loss. All ranks.
 
-        `kind` is that of the line in the metrics, to which `facts` are added.
+        `kind` is that of the line in the metrics, to which `facts` are added. The result is None if the run is asked to
+        stop first.
         """
         try:
             with self.ema.applied():
                 loss = self.held_out(self.strategy, self._between)
+                of_z = self.watched(self.strategy, self._between)
         except StopRequested:
             return None
         if self.metrics is not None:
-            self.metrics.write(kind, samples, loss=loss, **facts)
+            self.metrics.write(kind, samples, loss=loss, **of_z, **facts)
         return loss
 
     def listen(self, samples: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from models.atomic_write import write_whole
 from trainer.page import figure_table, listening
+from trainer.page.bit_chart import bits_section
 from trainer.page.curves import loss_chart, read_curve
 from trainer.page.header import header
 from trainer.page.html import Html, document, element, section
@@ -48,6 +49,7 @@ def write_page(
     takes = gather_takes(report, folder, audio_root)
     parts = [
         ("figures", "Figures", _figures_section(report)),
+        ("bits", "Bits", bits_section(report)),
         *listening.sections(report, takes),
         ("training", "Training", _training_section(curves)),
         ("config", "Config", _config_section(config_text)),

@@ -1,4 +1,4 @@
-"""Charts of the loss of each stage."""
+"""Charts of the loss of each stage, and the axis of all charts."""
 
 from __future__ import annotations
 

@@ -299,6 +299,10 @@ class EvaluateConfig:
     decodes: int = ranged(5, least=1)
     """Times that the same codes are decoded with different seeds, to hear and measure the variability; for the page's
     clips, at up to four rates. 5 as on the paper's page."""
+    curve: int = ranged(12, least=0, note="0: no curve", metadata=added_later(12))
+    """Prefixes of the codes at which the page's clips are decoded, for the curve of log-mel against bits a vector: all
+    if the quantizer has so few codebooks, else spread geometrically. Each that is none of the `rates` costs a decode of
+    each clip on the page. 0: no curve."""
     seconds: float | None = ranged(None, above=0, note="null: whole clips")
     """Seconds of each clip to use, from its start; None: whole clips."""
     batch: int = ranged(8, least=1)

@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise, product
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -176,6 +177,22 @@ def test_a_fit_is_the_same_for_the_same_seed_and_another_for_another(fitted):
     assert not torch.equal(other.codebooks, fitted.codebooks)
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_fit_is_faisss_own_to_the_bit_and_tells_each_codebook(monkeypatch, beam):
+    vectors, told = make_vectors(3000), []
+    theirs = faiss.ResidualQuantizer(WIDTH, BOOKS, 4)
+    theirs.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Skip_codebook_tables
+    theirs.max_beam_size, theirs.cp.seed = beam, 7
+    theirs.cp.max_points_per_centroid, theirs.cp.min_points_per_centroid = 256, 1
+    ours = ResidualQuantizer(WIDTH, BOOKS, SIZE)
+    monkeypatch.setattr(module, "_FIT_DISTANCES", 64 * 1000 * beam)  # three parts
+    ours.fit(vectors, seed=7, fit_beam=beam, progress=lambda done, total: told.append((done, total)))
+    theirs.train(ours.standardise(vectors).numpy())
+    expected = faiss.vector_to_array(theirs.codebooks).reshape(BOOKS, SIZE, WIDTH)
+    assert np.array_equal(ours.codebooks.detach().numpy(), expected)
+    assert told == [(book, BOOKS) for book in range(1, BOOKS + 1)]
+
+
 def test_a_fit_does_not_mind_scale_and_shift(fitted, held_out):
     moved = ResidualQuantizer(WIDTH, BOOKS, SIZE)
     moved.fit(1e4 * make_vectors(4000) - 3e4, seed=1)
@@ -322,7 +339,10 @@ def test_idle_codewords_find_work_and_no_error_grows(kind):
             quantizer.preselection[1, 5:9] = 100.0
     before = relative_error(quantizer, vectors)
     assert quantizer.revive(vectors, rounds=0) == 8
-    assert quantizer.revive(vectors) == 0
+    told: list[tuple[int, int]] = []
+    assert quantizer.revive(vectors, progress=lambda done, total: told.append((done, total))) == 0
+    assert told == [(search, 9) for search in range(1, len(told) + 1)]
+    assert 2 <= len(told) <= 9
     used = [len(torch.unique(codes)) for codes in quantizer.encode(vectors).T]
     assert used == [16, 16, 16]
     assert relative_error(quantizer, vectors) < before
