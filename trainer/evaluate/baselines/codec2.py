@@ -41,4 +41,4 @@ class Codec2(Baseline):
         padded_S = np.pad(audio_S, (0, self.delay + -(len(audio_S) + self.delay) % samples))
         frames = np.clip(np.rint(padded_S * 2**15), -(2**15), 2**15 - 1).astype(np.int16).reshape(-1, samples)
         decoded = np.concatenate([decoder.decode(encoder.encode(frame)) for frame in frames])
-        return decoded.astype(np.float32) / 2**15, len(frames) * encoder.bits_per_frame()
+        return (decoded / 2**15).astype(np.float32), len(frames) * encoder.bits_per_frame()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,8 +97,10 @@ def load_network(path: Path) -> nn.Module:
     Nothing but tensors and numbers is unpickled.
     """
     # Beside the tensors the file holds the names of its training sets, numbered by numpy.
-    scalar = (np.int64(0).__reduce__()[0], "numpy.core.multiarray.scalar")
-    with torch.serialization.safe_globals([scalar, np.dtype, codecs.encode, type(np.dtype(np.int64))]):
+    scalar: Any = np.int64(0).__reduce__()[0]
+    with torch.serialization.safe_globals(
+        [(scalar, "numpy.core.multiarray.scalar"), np.dtype, codecs.encode, type(np.dtype(np.int64))]
+    ):
         weights, _ = torch.load(path, map_location="cpu", weights_only=True)
     network = _Network()
     own = "embedding_net."
