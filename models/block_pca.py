@@ -9,6 +9,7 @@ Shape suffixes: B batch, N z vectors, F features of a block, Z channels of z, T 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ class BlockPCA(nn.Module):
         self.register_buffer("scale", torch.ones(z_channels))
 
     def forward(self, block_BNF: Tensor) -> Tensor:
-        """Return z (B, N, Z) of the features (B, N, F)."""
-        return (block_BNF - self.mean) @ (self.directions / self.scale[:, None]).T
+        """Return z (B, N, Z) of the features (B, N, F), in float32 whatever the precision of training."""
+        with torch.autocast(block_BNF.device.type, enabled=False):
+            return (block_BNF.float() - self.mean) @ (self.directions / self.scale[:, None]).T
 
     def features(self, z_BNZ: Tensor) -> Tensor:
         """Return the features (B, N, F) that z stands for: the mean where z is zero."""
@@ -45,6 +47,11 @@ class BlockPCA(nn.Module):
     def features_of_channels(self) -> Tensor:
         """Return by how much each channel of z changes the features: (Z, F)."""
         return self.directions * self.scale[:, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockPCA:
+        """Follow the model to a device, but not to a lower precision: every strategy starts from the same z."""
+        super()._apply(lambda value: value.to(fn(value).device), recurse)
+        return self
 
     @torch.no_grad()
     def fit(self, moments: BlockMoments, *, whitening: float) -> float:

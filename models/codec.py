@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,13 @@ from models.diffusion import Diffusion, make_diffusion
 from models.encoding import check_audio, encode_sound, resize
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.later_fields import without_later
+from models.lora import ADAPTER, file_config, file_tensors, inject_lora, load_file_tensors
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
 from models.resampling import resampled_samples
 from models.samplers import generate
 from models.sizes import CodecConfig, LatentEncoderConfig, Sampling
 from models.weights import hash_state
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 _SIDE_SEED_OFFSET = 2**31
 """Added to the seed of the side row. If mid and side started from the same noise, everything that D invents would be
@@ -55,9 +53,7 @@ class SPresso(nn.Module):
         # a model on the meta device, such as the memory plan's, has no weights to hash
         outlined = next(dit.parameters()).is_meta
         self.base_hash = "" if outlined else hash_state(dataclasses.asdict(dit.config), dit.state_dict())
-        from peft import inject_adapter_in_model  # imported here because peft takes longer to import than torch
-
-        inject_adapter_in_model(lora_config(config.lora, self.dit), self.dit, adapter_name=export.ADAPTER)
+        inject_lora(self.dit, config.lora)
         self.g = LatentEncoder(config.latent_encoder)
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
@@ -282,8 +278,8 @@ class SPresso(nn.Module):
         export.write_export(
             folder,
             parts=self.parts(),
-            adapter=self.adapter_parameters(),
-            lora=lora_config(self.config.lora, self.dit),
+            adapter=file_tensors(self.dit),
+            lora=file_config(self.config.lora, self.dit),
             base=base,
             description={
                 "model": self.model_hash,
@@ -332,7 +328,7 @@ class SPresso(nn.Module):
         codec.quantizer = export.read_part(folder, "quantizer", make_quantizer)
         codec.prior = export.read_part(folder, "prior", lambda config: Prior(**config))
         export.fill_parts(folder, codec.parts())
-        export.fill_adapter(folder, codec.adapter_parameters())
+        load_file_tensors(codec.dit, export.read_adapter(folder, file_tensors(codec.dit)))
         codec.model_hash = codec._hash(description["config"])
         parts = codec._part_hashes()
         recorded = {"the model": description["model"], **description.get("parts", parts)}  # older exports lack `parts`
@@ -340,16 +336,14 @@ class SPresso(nn.Module):
         return codec.to(device).eval().requires_grad_(False)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the LoRA's parameters by their names in D."""
-        return {name: value for name, value in self.dit.named_parameters() if f".{export.ADAPTER}." in name}
+        """Return the LoRA's trained parameters by their names in D."""
+        return {name: value for name, value in self.dit.named_parameters() if f".{ADAPTER}." in name}
 
     def _hash(self, config: Mapping[str, Any] | None = None) -> str:
         """Hash the model; `config` is the one of an export, which lacks the settings that were added after it."""
         config = dict(dataclasses.asdict(self.config) if config is None else config)
         config["latent_encoder"] = without_later(config["latent_encoder"], LatentEncoderConfig)
-        tensors: dict[str, Tensor] = {
-            f"adapter.{name}": value for name, value in export.named_as_in_peft(self.adapter_parameters()).items()
-        }
+        tensors: dict[str, Tensor] = {f"adapter.{name}": value for name, value in file_tensors(self.dit).items()}
         for part, (module, _) in self.parts().items():
             if part == "prior":  # the codes don't depend on the prior, and entropy-coded files store the prior's hash
                 continue
@@ -376,13 +370,6 @@ def read_frames_of(folder: Path) -> FramesOf:
 def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
     own = autoencoder.sample_rate
     return -(-resampled_samples(samples, rate or own, own) // (autoencoder.hop * pooling))
-
-
-def lora_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
-    """Return PEFT's config for a LoRA of `rank` and `alpha` on the layers in D's `lora_targets`."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(dit.lora_targets))
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

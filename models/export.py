@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.decoder import Decoder
 from models.documents import build, damaged, fits, read_json, to_json
 from models.latent_encoder import LatentEncoder, Upsampler
+from models.lora import file_rank
 from models.readable import folder_trouble, require_file
 from models.sizes import CodecConfig, LatentEncoderConfig
 from models.weights import open_safetensors, open_weights, outlined, require_fit, save_weights, write_safetensors
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 EXPORT_FORMAT = 1
-ADAPTER = "default"
-"""PEFT's name for the one adapter that D has."""
 _DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
 
 _MEND = "copy it again from where it was made, or export it again"
@@ -81,7 +80,7 @@ def write_export(
     Args:
         folder: the export's folder.
         parts: the modules to write, each to a file of its own.
-        adapter: the LoRA's weights by their names in D.
+        adapter: the LoRA's weights by their names in PEFT's file.
         lora: PEFT's config for the LoRA.
         base: D's pretrained weights. A file is linked or copied into the export; the folder or the hub name of a
             release is only written down.
@@ -96,7 +95,7 @@ def write_export(
     for name, (module, config) in parts.items():
         save_weights(making / f"{name}.safetensors", module.state_dict(), config)
     lora.save_pretrained(str(making))
-    write_safetensors(making / _ADAPTER_FILE, named_as_in_peft(adapter), {"format": "pt"})
+    write_safetensors(making / _ADAPTER_FILE, adapter, {"format": "pt"})
     if base.is_file():
         _link_or_copy(base, making / "dit.safetensors")
     described = {
@@ -202,7 +201,7 @@ def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
         outlined(outline, stored, str(path))
     adapter = open_safetensors(folder / _ADAPTER_FILE)[1]
     ranks = {value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}
-    if ranks != {config.lora["rank"]}:
+    if ranks != {file_rank(config.lora)}:
         raise damaged(folder / _DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
 
 
@@ -218,23 +217,22 @@ def fill_parts(folder: Path, parts: Parts) -> None:
             value.copy_(stored[key].read())
 
 
-def fill_adapter(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Load the LoRA's weights into D's parameters.
+def read_adapter(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the LoRA's weights, which have the names and shapes of `wanted`.
 
     Raises:
-        ValueError: the file is missing, or its LoRA adapts other layers than `parameters`.
+        ValueError: the file is missing, or its LoRA adapts other layers than `wanted`.
     """
     path = folder / _ADAPTER_FILE
     require_file(path)
     stored = open_safetensors(path)[1]
-    if set(stored) != {_peft_name(name) for name in parameters}:
+    if set(stored) != set(wanted):
         raise ValueError(
             f"{path} does not fit this base model: it adapts other layers; "
             "give the base model that the codec was trained on"
         )
-    require_fit(parameters, stored, f"the weights in {path}", _peft_name)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(stored[_peft_name(name)].read())
+    require_fit(wanted, stored, f"the weights in {path}")
+    return {name: stored[name].read() for name in wanted}
 
 
 def require_hashes(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
@@ -252,16 +250,6 @@ def require_hashes(folder: Path, found: Mapping[str, str], expected: Mapping[str
     ]
     if differing:
         raise ValueError(f"{folder} is damaged, or holds files of another export ({'; '.join(differing)}): {_MEND}")
-
-
-def named_as_in_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the LoRA's weights to host memory and rename them as PEFT names them in its file."""
-    return {_peft_name(name): value.detach().cpu().contiguous() for name, value in adapter.items()}
-
-
-def _peft_name(name: str) -> str:
-    """Return the name that PEFT gives a LoRA weight in its file."""
-    return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
 
 
 def _stored_path(base: Path) -> str | None:

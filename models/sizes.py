@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from models.documents import Positive, build, damaged, fits
 from models.later_fields import added_later, since
@@ -304,9 +304,14 @@ class Formulation(TypedDict):
     options: dict[str, float]
 
 
+LORA_VARIANTS = ("plain", "rslora", "dora", "pissa")
+"""The variants of LoRA, see `models.lora`."""
+
+
 class _Lora(TypedDict):
     rank: Positive
     alpha: float
+    variant: NotRequired[Literal["rslora", "dora", "pissa"]]
 
 
 class _CodecValues(TypedDict):
@@ -333,7 +338,7 @@ class CodecConfig:
     diffusion: dict[str, Any]
     """`name` and `options` of the diffusion's formulation."""
     lora: dict[str, Any]
-    """`rank` and `alpha` of D's LoRA."""
+    """`rank` and `alpha` of D's LoRA, and its `variant` unless that is plain."""
     window: int
     """Frames of x0 that g and D see at once: the length of training's crops, a multiple of the pooling."""
     rates: list[int] = field(default_factory=list)
@@ -367,5 +372,5 @@ class CodecConfig:
             yield f"sampling.steps is {sampling.steps}, not between 1 and {_MOST_STEPS}"
         if foreign := self.autoencoder.keys() - {"kind", "folder"}:
             yield f"autoencoder has an unknown field `{min(foreign)}`"
-        if foreign := self.lora.keys() - {"rank", "alpha"}:
+        if foreign := self.lora.keys() - {"rank", "alpha", "variant"}:
             yield f"lora has an unknown field `{min(foreign)}`"

@@ -21,7 +21,7 @@ from trainer.recipes.schema import Config
 
 def of_recipe(config: Config) -> dict[str, Any]:
     """Return the recipe's `diffusion` and `lora`, as plain values; a checkpoint stores them."""
-    return {"diffusion": dataclasses.asdict(config.diffusion), "lora": dataclasses.asdict(config.lora)}
+    return {"diffusion": dataclasses.asdict(config.diffusion), "lora": config.lora.description()}
 
 
 def require_same(config: Config, trained: Mapping[str, Any], where: object, *, lora: bool = True) -> None:
@@ -36,7 +36,9 @@ def require_same(config: Config, trained: Mapping[str, Any], where: object, *, l
     if trained.get("diffusion"):
         _require_same_diffusion(config, trained["diffusion"], where)
     ours, theirs = dataclasses.asdict(config.lora), trained.get("lora") or {}
-    for key in ("rank", "alpha"):
+    if theirs:
+        theirs = {"variant": "plain", **theirs}
+    for key in ("rank", "alpha", "variant"):
         if lora and key in theirs and theirs[key] != ours[key]:
             raise ValueError(
                 f"{where} was trained with lora.{key}={theirs[key]}, but the recipe says {ours[key]}: set "

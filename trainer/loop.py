@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from trainer.checkpoints import snapshots
 from trainer.recipes.schema import Config
 from trainer.schedule import is_due, learning_rate
 from trainer.stop import Stop
@@ -114,13 +115,15 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]
 
 
 def _do_scheduled_work(t: Training, step: Step) -> None:
-    """Write a log line, listening samples, or a checkpoint with its held-out loss if the step passed their interval."""
+    """Write what is due: a log line, listening samples, averages, or a checkpoint with its held-out loss."""
     config, state, before = t.config, t.state, step.before
     if is_due(before, state.samples, config.log.every) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=step.grad_norm, feed=t.feed, saver=t.saver)
     if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)
+    if is_due(before, state.samples, snapshots.interval(t.settings)) and not t.ended:
+        t.save_snapshot()
     state.save_due = state.save_due or is_due(before, state.samples, config.checkpoint.every) or t.ended
     if state.save_due and not t.stopping and t.health.good:
         with t.watchdog.allow_longer():

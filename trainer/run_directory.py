@@ -44,6 +44,7 @@ class RunDirectory:
         """`require_ownership` is called before writing; it raises if a later start of this run has taken over."""
         self.path, self.stage, self.require_ownership = path, stage, require_ownership
         self.checkpoints = path / "checkpoints"
+        self.averages = path / "averages"
         self.tensorboard = path / "tensorboard"
         self.samples = path / "samples"
         self.export = path / "export"

@@ -14,6 +14,16 @@ from models.documents import LARGEST, Lines, Moment, Natural, read_json
 logger = logging.getLogger(__name__)
 
 
+class TriedAverage(TypedDict):
+    """An average whose held-out loss was measured after training."""
+
+    width: float
+    """Relative width σ_rel of its profile."""
+    error: float
+    """How far the profile is from the exact one, see `checkpoints.profiles.Combination`."""
+    loss: float | None
+
+
 class Status(TypedDict):
     """The content of `status.json`."""
 
@@ -29,13 +39,17 @@ class Status(TypedDict):
     """Hash of the export, once the stage is done."""
     files: NotRequired[list[str]]
     """Names of the export's files, likewise."""
+    averages: NotRequired[list[TriedAverage]]
+    """The widths of averages that were tried after training, if the stage keeps profiles."""
+    average: NotRequired[float]
+    """The width that was exported, likewise."""
 
 
 class MetricsLine(TypedDict):
     """A line of `metrics.jsonl`, without the fields that nothing reads."""
 
     kind: str
-    """train or held_out."""
+    """train, held_out, or average for the averages that are tried after training."""
     samples: Natural
     time: NotRequired[Moment]
     loss: NotRequired[float | None]

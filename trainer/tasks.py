@@ -22,17 +22,18 @@ from models.block_pca import BlockMoments
 from models.codec import SPresso
 from models.diffusion import make_diffusion
 from models.latent_encoder import start_features
+from models.lora import start_factors
 from models.prior import Prior
 from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
 from models.samplers import generate
-from models.sizes import CodecConfig
 from models.weights import hash_state, save_weights
 from trainer import formulation
 from trainer.data.conditions import ConditionReader
 from trainer.data.stream import Batch
 from trainer.data.text_embeddings import TextReader
 from trainer.formatting import in_markdown
+from trainer.fresh_codec import fresh_codec
 from trainer.objectives import CodePrior, Denoiser, LatentDenoiser, Objective, Quantization, mask_of_z
 from trainer.randomness import keys, uniform
 from trainer.recipes.schema import Config
@@ -182,6 +183,12 @@ class CodecTask(Task):
             for parameter in part.parameters() if isinstance(part, nn.Module) else part:
                 parameter.requires_grad_(True)
 
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The fixed factors of D's LoRA, which `pissa` has, if the stage trains D's LoRA."""
+        trained = isinstance(self.module, LatentDenoiser)
+        return {f"dit.{name}": value for name, value in start_factors(self.codec.dit).items()} if trained else {}
+
     def modules(self) -> list[nn.Module]:
         """The whole codec in addition: decoding for the log also uses parts that the stage's module lacks."""
         return [*super().modules(), self.codec]
@@ -232,7 +239,7 @@ class Autoencode(CodecTask):
 
     def __init__(self, config: Config, stage: str, models: Models) -> None:
         super().__init__(config, stage)
-        codec = fresh_codec(config, models)
+        codec = fresh_codec(config, dit=models.pretrained_dit(), autoencoder=models.autoencoder())
         if codec.base_hash and (before := stage_before(config, stage)) is not None:
             require_recorded(config, before, codec.base_hash)
         self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
@@ -240,9 +247,10 @@ class Autoencode(CodecTask):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What z starts from."""
+        """What z starts from, and the fixed factors of D's LoRA."""
         start = self.codec.g.start
-        return {} if start is None else {f"g.start.{name}": value for name, value in start.named_buffers()}
+        of_z = {} if start is None else {f"g.start.{name}": value for name, value in start.named_buffers()}
+        return of_z | super().statistics
 
     @torch.no_grad()
     def initialise(
@@ -365,24 +373,3 @@ def make_task(config: Config, stage: str, models: Models | None = None) -> Task:
     """
     module, _, name = STAGES[stage].task.partition(":")
     return getattr(importlib.import_module(module), name)(config, stage, models or LoadedModels(config))
-
-
-def fresh_codec(config: Config, models: Models) -> SPresso:
-    """Create the codec that step 1 starts from: a pretrained D with randomly initialised LoRA, g and f."""
-    dit = models.pretrained_dit()
-    autoencoder = models.autoencoder()
-    shapes = dataclasses.replace(
-        config.latent_encoder,
-        latent_channels=dit.config.channels,
-        signed_channels=autoencoder.signed_channels if config.latent_encoder.start == "pca" else 0,
-    )
-    codec_config = CodecConfig(
-        autoencoder=dataclasses.asdict(config.autoencoder),
-        latent_encoder=shapes,
-        dit=dit.config,
-        diffusion=dataclasses.asdict(config.diffusion),
-        lora=dataclasses.asdict(config.lora),
-        window=config.stage("autoencode").crop_frames,
-        sampling=config.sampling,
-    )
-    return SPresso(codec_config, autoencoder=autoencoder, dit=dit)

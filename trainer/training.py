@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from trainer import formulation
-from trainer.checkpoints import checkpoint, resume
+from trainer.checkpoints import checkpoint, resume, snapshots
 from trainer.checkpoints.ema import EMA
-from trainer.checkpoints.names import checkpoints
+from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.state import TrainState, fill_task
+from trainer.choose_average import Tried, choose_average, chosen
 from trainer.failures import explained_failures, hopeless_run
 from trainer.feed import Feed
 from trainer.health import Health
@@ -78,6 +79,17 @@ class Training:
             meta = self.facts | self.state.next_meta() | figures
             self.saver.save(self.state.samples, self.state.owned(), meta)
 
+    def save_snapshot(self) -> None:
+        """Start saving a snapshot of the two averages. All ranks."""
+        self.saver.save_snapshot(
+            self.run.averages,
+            self.state.samples,
+            self.state.owned_averages(),
+            self.facts,
+            every=snapshots.interval(self.settings),
+        )
+        self.saver.wait_for_copy()  # a held-out loss at the same step swaps the averages and the weights
+
 
 @contextmanager
 def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[], None]) -> Iterator[Training]:
@@ -127,7 +139,8 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         strategy = parallel.prepare(task.module, settings)
         parallel.give_up_after(timeout)
         values = {name: held.value.data for name, held in strategy.held().items()}
-        ema = EMA(values, halflife=settings.ema_halflife, refresh=strategy.refresh)
+        profiles = settings.ema_profiles
+        ema = EMA(values, halflife=settings.ema_halflife, profiles=profiles, refresh=strategy.refresh)
         health = Health(config.health, scaled=config.parallel.precision == "fp16")
         state = TrainState(task, strategy, ema, health, parallel)
         if source is not None:
@@ -198,7 +211,9 @@ def _begin(t: Training, source: Path | None) -> None:
         *(t.settings.global_batch, t.config.parallel.strategy, t.parallel.world_size),
     )
     t.log.begin(t.state.samples, fresh=source is None)
-    if source is not None and source in checkpoints(t.run.checkpoints):
+    ours = source is not None and source in checkpoints(t.run.checkpoints)
+    snapshots.discard_after(t.run.averages, t.state.samples if ours else 0)
+    if ours:
         t.state.saved_at = t.state.samples
     elif source is not None:  # The checkpoint is another run's: save a copy of it in this run's directory.
         t.state.save_due = True
@@ -220,6 +235,7 @@ def go_back(t: Training) -> None:
         raise ValueError(hopeless_run(t.health, t.task.stage, t.settings, t.state.samples, no_checkpoint=good is None))
     later = [path for path in checkpoints(t.run.checkpoints) if path.name > good.name]
     collective.on_rank_0(lambda: checkpoint.discard(later))
+    snapshots.discard_after(t.run.averages, samples_of(good))
     left_at = t.state.samples
     t.state.go_back(good)
     t.feed.begin(t.state.position)
@@ -236,7 +252,8 @@ def finish(t: Training) -> str:
         if not t.parallel.any(t.stop.has_less_than(_SAVE_MARGIN * t.saver.write_seconds)):
             t.save()
         t.saver.wait()
-        if not t.ended or not t.log.listen(t.state.samples):
+        tried = _choose(t)
+        if not t.ended or tried is None or not t.log.listen(t.state.samples):
             t.strategy.close()
             if t.parallel.main:
                 saved = t.state.saved_at == t.state.samples
@@ -246,18 +263,26 @@ def finish(t: Training) -> str:
         weights = t.state.averaged_weights()
         t.strategy.close()
         if t.parallel.main:
-            _export(t, weights)
+            _export(t, weights, tried)
         t.parallel.wait()
         return "done"
 
 
-def _export(t: Training, weights: dict[str, torch.Tensor]) -> None:
+def _choose(t: Training) -> Tried | None:
+    """Choose the average to export, see `choose_average`; empty if there is no choice. All ranks."""
+    if not t.ended or not t.settings.ema_profiles:
+        return []
+    return choose_average(t.run.averages, t.state, t.log.measure)
+
+
+def _export(t: Training, weights: dict[str, torch.Tensor], tried: Tried) -> None:
     """Fill a fresh Task with the averaged weights, and write the export that later stages load. On rank 0."""
     finished = fill_task(make_task(t.config, t.task.stage), weights, t.task.statistics)
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)
     files = sorted(path.name for path in t.run.export.iterdir() if path.suffix in (".json", ".safetensors"))
-    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files)
+    averages = {"averages": tried, "average": chosen(tried)} if tried else {}
+    t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files, **averages)
     logger.info("%s: done, exported to %s", t.task.stage, t.run.export)
 
 

@@ -62,6 +62,14 @@ def test_the_sums_do_not_depend_on_how_the_blocks_arrive():
     torch.testing.assert_close(one.directions, other.directions, atol=1e-6, rtol=0)
 
 
+def test_a_lower_precision_of_training_changes_nothing():
+    blocks = blocks_of_rank(256, 3, 5, rank=6)
+    pca = fitted(blocks, 6)
+    expected = pca(blocks.flatten(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.nn.Sequential(pca).bfloat16()[0](blocks.flatten(1)), expected)
+
+
 def test_before_the_fit_z_is_zero():
     assert BlockPCA(15, 4)(torch.randn(7, 15)).abs().max() == 0
 

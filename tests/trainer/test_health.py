@@ -147,6 +147,16 @@ def test_a_run_in_trouble_goes_back_and_passes_over_the_data(tiny, tmp_path, poi
     assert curve == list(range(8, 129, 8))
 
 
+def test_a_run_that_goes_back_deletes_later_snapshots(tiny, tmp_path, poison):
+    poison(41, 50, 62)  # it goes back from 64 to 32
+    config = tiny(*RUN, "pretrain.ema_profiles=[0.05,0.1]")
+    assert train(config, "pretrain", stop=stop_after(7)) == "stopped"
+    folder = tmp_path / "run/pretrain/averages"
+    assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(folder)] == [16, 32, 48]
+    assert train(config, "pretrain", stop=stop_after(2)) == "stopped"
+    assert [checkpoint.samples_of(path) for path in checkpoint.checkpoints(folder)] == [16, 32]
+
+
 @pytest.mark.parametrize(
     ("bad", "every", "stops"),
     [

@@ -1,4 +1,4 @@
-"""Asynchronous saving: checkpoints are written while training continues.
+"""Asynchronous saving: checkpoints, and snapshots of the averages, are written while training continues.
 
 The saved tensors do not change until the next optimizer step. The copy to host memory therefore overlaps with that
 step's forward and backward passes, and writing the copy to disk overlaps with later steps. Training stands still only
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import checkpoint, snapshots
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.recipes.schema import CheckpointConfig
@@ -28,11 +28,14 @@ _GRACE_PERIOD = 60.0  # seconds that a failing run waits for a save in progress
 
 @dataclass(frozen=True)
 class _Request:
+    directory: Path
     samples: int
     tensors: Mapping[str, FlatRange]
     meta: Mapping[str, Any]
     ready: torch.cuda.Event | None
     """Recorded after the GPU work that computes the tensors; None without a GPU."""
+    prune: Callable[[], object]
+    """Called after the save, on all ranks: deletes what is not to be kept in the directory."""
 
 
 class Saver:
@@ -70,12 +73,36 @@ class Saver:
         Raises:
             OSError, ValueError: the error of the previous save.
         """
+        keep = self.settings
+
+        def prune() -> None:
+            checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
+
+        self._begin(self.directory, samples, tensors, meta, prune)
+
+    def save_snapshot(
+        self, directory: Path, samples: int, averages: Mapping[str, FlatRange], meta: Mapping[str, Any], *, every: int
+    ) -> None:
+        """Start saving a snapshot of the averages (`checkpoints.snapshots`), in the way of `save`. All ranks.
+
+        `every` is the interval of the snapshots that are kept, in samples.
+        """
+        self._begin(directory, samples, averages, meta, lambda: snapshots.prune(directory, every))
+
+    def _begin(
+        self,
+        directory: Path,
+        samples: int,
+        tensors: Mapping[str, FlatRange],
+        meta: Mapping[str, Any],
+        prune: Callable[[], object],
+    ) -> None:
         start = time.perf_counter()
         self.wait()
         self._copied.clear()
         self._written.clear()
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        self._requests.put(_Request(samples, tensors, dict(meta), ready))
+        self._requests.put(_Request(directory, samples, tensors, dict(meta), ready, prune))
         self.waited_seconds = time.perf_counter() - start
 
     def wait_for_copy(self) -> None:
@@ -108,7 +135,8 @@ class Saver:
             begun = time.perf_counter()
             try:
                 self._write(request)
-                self.write_seconds = time.perf_counter() - begun
+                if request.directory == self.directory:
+                    self.write_seconds = time.perf_counter() - begun
             except Exception as error:  # `wait` raises it in the training thread.
                 self._error = error
             self._written.set()
@@ -124,15 +152,14 @@ class Saver:
 
         collective.together(copy, self._group)
         checkpoint.save(
-            self.directory,
+            request.directory,
             request.samples,
             copies,
             request.meta,
             group=self._group,
             require_ownership=self.require_ownership,
         )
-        keep = self.settings
-        checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
+        request.prune()
 
     def __enter__(self) -> Self:
         return self

@@ -108,8 +108,15 @@ class TrainState:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """Gather the whole moving averages into rank 0's host memory; empty on all other ranks."""
-        ranges = split_among_copies(self._averages(), index=self.strategy.copy, copies=self.strategy.copies)
-        return self.parallel.whole(ranges)
+        owned = self.owned_averages()
+        return self.parallel.whole(
+            {name.removeprefix("ema/"): part for name, part in owned.items() if name.startswith("ema/")}
+        )
+
+    def owned_averages(self) -> dict[str, FlatRange]:
+        """Return the ranges of the averages that this rank saves in a snapshot: `ema/NAME` and `ema_wide/NAME`."""
+        averages = {name: part for name, part in self._trained().items() if name.startswith(("ema/", "ema_wide/"))}
+        return split_among_copies(averages, index=self.strategy.copy, copies=self.strategy.copies)
 
     def _statistics(self) -> Mapping[str, Tensor]:
         return {f"statistics/{name}": value for name, value in self.task.statistics.items()}
@@ -119,11 +126,10 @@ class TrainState:
         for name, held in self.strategy.held().items():
             average = FlatRange(self.ema.averages[name], held.value.shape, held.value.start)
             parts = {"param": held.value, "ema": average, **held.moments}
+            if self.ema.wide:
+                parts["ema_wide"] = FlatRange(self.ema.wide[name], held.value.shape, held.value.start)
             ranges |= {f"{kind}/{name}": part for kind, part in parts.items()}
         return ranges
-
-    def _averages(self) -> dict[str, FlatRange]:
-        return {name.removeprefix("ema/"): part for name, part in self._trained().items() if name.startswith("ema/")}
 
 
 @torch.no_grad()

@@ -98,15 +98,18 @@ class TrainingLog:
                 )
         self.progress.to(min(samples, self.settings.samples), loss=f"{loss:.4f}")
 
-    def measure(self, samples: int) -> float | None:
-        """Measure the averaged weights' loss on held-out clips. All ranks. None if the run is asked to stop first."""
+    def measure(self, samples: int, *, kind: str = "held_out", **facts: float) -> float | None:
+        """Measure the averaged weights' loss on held-out clips. All ranks. None if the run is asked to stop first.
+
+        `kind` is that of the line in the metrics, to which `facts` are added.
+        """
         try:
             with self.ema.applied():
                 loss = self.held_out(self.strategy, self._between)
         except StopRequested:
             return None
         if self.metrics is not None:
-            self.metrics.write("held_out", samples, loss=loss)
+            self.metrics.write(kind, samples, loss=loss, **facts)
         return loss
 
     def listen(self, samples: int) -> bool:

@@ -84,6 +84,7 @@ class Estimate:
             precision=parallel.precision,
             accumulated=batch > world_size * self.micro,
             cuda=parallel.device != "cpu",
+            averages=2 if config.stage(stage).ema_profiles else 1,
         )
         self.own = Sharing.of(parallel)
         self._measured = cache(self._measure)

@@ -97,6 +97,8 @@ class Ranks:
     accumulated: bool
     """Whether a step accumulates gradients over more than one micro batch."""
     cuda: bool
+    averages: int = 1
+    """How many averages of each trained weight a rank holds."""
 
     @property
     def width(self) -> int:
@@ -118,7 +120,7 @@ def _ddp(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         trained=4 * trained,
         gradients=4 * trained,
         moments=8 * trained,
-        ema=4 * trained,
+        ema=4 * ranks.averages * trained,
         buffers=4 * trained if ranks.count > 1 else 0,  # the reducer's buckets
     )
 
@@ -140,15 +142,15 @@ def _zero_1_2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         trained=width * whole + 4 * part,
         gradients=width * (part + gathering),
         moments=8 * part,
-        ema=4 * owned,
+        ema=4 * ranks.averages * owned,
         # CUDA fills a second bucket while the first is reduced; lower precision needs a float32 copy of a bucket
         buffers=bucket * (width * (2 if ranks.cuda else 1) + (4 if width < 4 else 0)),
         step=4 * part,
     )
     if sharing.offload == "none":
         return parts
-    # masters, moments, their gradients, a pinned copy for the transfer back; the EMA; accumulated gradients
-    host = (4 + 8 + 4 + width) * part + 4 * owned + (width * whole if ranks.accumulated else 0)
+    # masters, moments, their gradients, a pinned copy for the transfer back; the averages; accumulated gradients
+    host = (4 + 8 + 4 + width) * part + parts.ema + (width * whole if ranks.accumulated else 0)
     return dataclasses.replace(
         parts, trained=width * whole, gradients=width * gathering, moments=0, ema=0, step=0, host=host
     )
@@ -169,14 +171,14 @@ def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         trained=width * (cut_trained + kept_trained) + 4 * cut_trained,
         gradients=width * cut_trained,
         moments=8 * cut_trained,
-        ema=4 * cut_trained,
+        ema=4 * ranks.averages * cut_trained,
         buffers=4 * reduce_bucket(sum(trained)) + width * gathered,
         step=4 * cut_trained if width < 4 else 0,
     )
     if sharing.offload == "none":
         return parts
-    # masters, moments, the EMA, gradients of the masters, and gradients in the lower precision
-    host = (4 + 8 + 4 + 4 + width) * cut_trained
+    # masters, moments, averages, gradients of the masters, and gradients in the lower precision
+    host = (4 + 8 + 4 + width) * cut_trained + parts.ema
     on_device = dataclasses.replace(
         parts, trained=parts.trained - 4 * cut_trained, gradients=0, moments=0, ema=0, step=0
     )
@@ -202,7 +204,7 @@ def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         trained=4 * cut,
         gradients=4 * (cut + (trained if ranks.accumulated else 0)),  # unsharded until the last micro batch
         moments=8 * cut,
-        ema=4 * cut,
+        ema=4 * ranks.averages * cut,
         # weights outside blocks stay gathered, and so do two blocks while a third arrives; gradients leave in float32
         buffers=width * (outside + 3 * largest) + (4 + width) * reduced,
     )

@@ -39,7 +39,7 @@ class Outline:
     """The names of the parameters in each Transformer block."""
     beside: int
     """Bytes of the models outside the stage's module, in float32 on every rank: the AudioAE, and the parts of the codec
-    that only decode samples for the log."""
+    that only decode samples for the log; and of the module's buffers."""
 
 
 def outline(config: Config, stage: str) -> Outline:
@@ -57,7 +57,7 @@ def outline(config: Config, stage: str) -> Outline:
         trained={name: value.shape for name, value in named.items() if value.requires_grad},
         frozen={name: value.shape for name, value in named.items() if not value.requires_grad},
         blocks=[{names[id(value)] for value in block.parameters()} for block in blocks_of(task.module)],
-        beside=_float32_bytes(task.modules()) - _float32_bytes([task.module]),
+        beside=_float32_bytes(task.modules()) - sum(4 * value.numel() for value in named.values()),
     )
 
 

@@ -186,6 +186,10 @@ def _shard_weights(deepspeed: Any, computed: PrecisionModule, options: dict[str,
     for parameter in computed.parameters():
         parameter.data = parameter.data.to(computed.dtype)
     deepspeed.zero.Init(module=computed, config_dict_or_path=options)
+    layers: list[Any] = [module for module in computed.modules() if hasattr(module, "lora_magnitude_vector")]
+    for layer in layers:  # DoRA reads its layer's weight, which ZeRO-3 would gather for the layer alone
+        for magnitude in layer.lora_magnitude_vector.values():
+            deepspeed.zero.register_external_parameter(magnitude, layer.get_base_layer().weight)
 
 
 def _deepspeed(device_type: str) -> Any:

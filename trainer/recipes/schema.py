@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.later_fields import added_later
+from models.later_fields import added_later, since
 from models.ranges import ranged
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
@@ -109,12 +109,20 @@ class DiffusionConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on D (arXiv 2106.09685)."""
+    """Low-rank adapters (LoRA) on D (arXiv 2106.09685)."""
 
     rank: int = ranged(32, least=1)
     """Rank r of the adapters."""
     alpha: float = ranged(32.0, above=0)
-    """The adapters' output is scaled by alpha / rank."""
+    """The adapters' output is scaled by alpha / rank; with `rslora`, by alpha / √rank."""
+    variant: str = since("plain", before="plain")
+    """`plain`; `rslora` (arXiv 2312.03732), whose scale suits large ranks; `dora` (arXiv 2402.09353), which also trains
+    the norm of each row of D's weights; `pissa` (arXiv 2404.02948), which starts from D's largest singular vectors."""
+
+    def description(self) -> dict[str, Any]:
+        """Return the LoRA of a codec's config, which names no variant if it is plain, as older exports."""
+        plain = {"rank": self.rank, "alpha": self.alpha}
+        return plain if self.variant == "plain" else plain | {"variant": self.variant}
 
 
 @dataclass
@@ -178,6 +186,10 @@ class TrainConfig:
     ema_halflife: float = ranged(2_000.0, least=0, note="0 turns averaging off")
     """Half-life in samples of the exponential moving average (EMA) of the trained weights, which the export holds;
     0: no averaging."""
+    ema_profiles: list[float] = ranged(list, above=0, most=0.288, metadata=added_later([]))
+    """Two relative widths σ_rel, narrow then wide, such as [0.05, 0.1]: two averages with power-function profiles
+    (arXiv 2312.02696) replace the one of `ema_halflife`. After training, averages of further widths are computed from
+    them, and the one with the lowest held-out loss is exported. Empty: `ema_halflife`."""
     condition_dropout: float = ranged(0.1, least=0, below=1)
     """Fraction of the clips whose z is dropped, which classifier-free guidance and unconditional sampling need."""
     text_dropout: float = ranged(0.9, least=0, most=1)

@@ -11,6 +11,7 @@ from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
 from models.readable import file_trouble
+from models.sizes import LORA_VARIANTS
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
@@ -62,6 +63,7 @@ _CHOICES = {
     "data.shuffle": SHUFFLES,
     "text.kind": TEXT_KINDS,
     "quantizer.kind": QUANTIZER_KINDS,
+    "lora.variant": LORA_VARIANTS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
     "parallel.offload": ("none", "optimizer", "all"),
@@ -84,8 +86,15 @@ def _contradictions(config: Config) -> list[str]:
     for name in _trained(config):
         if len(config.stage(name).betas) != 2:
             found.append(f"{name}.betas={config.stage(name).betas} must be two numbers, such as [0.9, 0.99]")
-        found += _cut(config, name)
+        found += [*_profiles(config, name), *_cut(config, name)]
     return found
+
+
+def _profiles(config: Config, name: str) -> list[str]:
+    widths = config.stage(name).ema_profiles
+    if not widths or (len(widths) == 2 and widths[0] < widths[1]):
+        return []
+    return [f"{name}.ema_profiles={widths} must be two widths, narrow then wide, such as [0.05, 0.1], or [] for none"]
 
 
 def _trained(config: Config) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import RobertaConfig, RobertaModel
@@ -19,10 +18,9 @@ from transformers import RobertaConfig, RobertaModel
 from models.backbones.oobleck import OobleckAE, load_oobleck
 from models.backbones.pretrained import latent_timing, load_autoencoder, load_dit, outline_autoencoder, read_dit_config
 from models.backbones.stable_audio import StableAudioDiT, load_stable_audio
-from models.codec import lora_config
 from models.decoder import make_decoder
 from models.diffusion import VPrediction
-from models.export import ADAPTER
+from models.lora import inject_lora
 from models.sizes import block_counts, decoder_config, with_blocks
 from models.text_encoder import load_stable_audio_text, load_text_encoder
 from models.weights import hash_state
@@ -146,7 +144,7 @@ def test_lora_is_on_the_attentions_and_the_mlp_of_every_block(folder):
     dit = load_stable_audio(folder).requires_grad_(False)
     x, t, _ = inputs()
     before = dit(x, t)
-    inject_adapter_in_model(lora_config({"rank": 2, "alpha": 2}, dit), dit, adapter_name=ADAPTER)
+    inject_lora(dit, {"rank": 2, "alpha": 2})
     adapted = {name.split(".lora_")[0] for name, value in dit.named_parameters() if value.requires_grad}
     attention = [f"attn{number}.{part}" for number in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")]
     parts = [*attention, "ff.net.0.proj", "ff.net.2"]

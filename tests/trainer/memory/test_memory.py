@@ -79,6 +79,19 @@ def test_offloaded_parts_are_those_of_a_live_strategy(really, folder, way, preci
     assert 0.75 * predicted <= sum(real.values()) <= predicted
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_profiles_keep_one_more_average(folder, way):
+    """On the device, or in host memory if it is offloaded there."""
+    one, two = (
+        ledger(recipe(folder, *overrides(way, "fp32"), *profiles), 2)
+        for profiles in ((), ("autoencode.ema_profiles=[0.05,0.1]",))
+    )
+    offloaded = "offloaded" in way
+    average = two.host - one.host if offloaded else one.ema
+    assert average > 0
+    assert dataclasses.replace(one, host=one.host + average * offloaded, ema=2 * one.ema) == two
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "autoencode"])
 def test_the_outline_has_the_shapes_of_the_real_task(folder, stage):
     config = recipe(folder)

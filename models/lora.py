@@ -1,0 +1,175 @@
+"""D's low-rank adapters (LoRA) and their variants, by PEFT: injected into D, and as the tensors of PEFT's file.
+
+A layer computes W x + s B A x. The variants, where r is the rank and α the recipe's `lora.alpha`:
+    plain   s = α / r (arXiv 2106.09685)
+    rslora  s = α / √r (arXiv 2312.03732)
+    dora    each row of W + s B A is scaled to a trained norm (arXiv 2402.09353)
+    pissa   A and B start from the r largest singular vectors of W (arXiv 2404.02948), with s = α / r
+
+PEFT's PiSSA subtracts s B₀ A₀, the product that training starts from, from the base. Here the base stays as its hash
+says: each layer keeps the fixed factors A₀ and B₀ beside the trained ones and computes W x + s (B A - B₀ A₀) x. A file
+holds both as one plain LoRA of the rank 2r, which fits the unchanged base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER = "default"
+"""PEFT's name for the one adapter that D has."""
+_START = "pissa_start"
+
+
+class StartFactors(nn.Module):
+    """The fixed factors A₀ and B₀ of a layer's PiSSA: float32 in every precision, because training starts from them."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("A", a_RI)
+        self.register_buffer("B", b_OR)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return s B₀ A₀ x."""
+        return functional.linear(functional.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartFactors:
+        """Follow the model to a device, but not to a lower precision."""
+        super()._apply(lambda value: value.to(fn(value).device), recurse)
+        return self
+
+
+def inject_lora(dit: Decoder, lora: Mapping[str, Any]) -> None:
+    """Inject a LoRA into the layers `lora_targets` of D. Its start changes nothing that D computes.
+
+    Args:
+        dit: D, which is changed in place.
+        lora: `rank`, `alpha` and, unless it is plain, `variant`.
+    """
+    from peft import inject_adapter_in_model  # imported here because peft takes longer to import than torch
+
+    inject_adapter_in_model(_computed_config(lora, dit), dit, adapter_name=ADAPTER)
+    if lora.get("variant") == "pissa":
+        for layer in _layers(dit):
+            a_RI, b_OR = _factors(layer)
+            start = StartFactors(a_RI.detach().clone(), b_OR.detach().clone(), scale=layer.scaling[ADAPTER])
+            layer.add_module(_START, start)
+            layer.register_forward_hook(_without_start)
+
+
+@torch.no_grad()
+def start_from_base(dit: Decoder) -> None:
+    """Set the factors of a PiSSA, fixed and trained, to √S of the largest singular values of the base's weights.
+
+    Does nothing for other variants, or for a model on the meta device.
+    """
+    for layer in _layers(dit):
+        start = getattr(layer, _START, None)
+        if start is None or start.A.is_meta:
+            continue
+        u, s, v = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False)
+        rank = len(start.A)
+        root_R = (s[:rank] / start.scale).sqrt()
+        a_RI, b_OR = _factors(layer)
+        for value, factors in ((root_R[:, None] * v[:rank], (start.A, a_RI)), (u[:, :rank] * root_R, (start.B, b_OR))):
+            for factor in factors:
+                factor.copy_(value)
+
+
+def start_factors(dit: Decoder) -> dict[str, Tensor]:
+    """Return the fixed factors of a PiSSA by their names in D; empty for other variants."""
+    return {name: value for name, value in dit.named_buffers() if f".{_START}." in name}
+
+
+def file_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
+    """Return PEFT's config of the LoRA that `file_tensors` returns."""
+    factor = file_rank(lora) // lora["rank"]
+    doubled = {"rank": factor * lora["rank"], "alpha": factor * lora["alpha"]}
+    return _computed_config({**lora, **doubled}, dit)
+
+
+def file_rank(lora: Mapping[str, Any]) -> int:
+    """Return the rank of the LoRA that `file_tensors` returns."""
+    return lora["rank"] * (2 if lora.get("variant") == "pissa" else 1)
+
+
+def file_tensors(dit: Decoder) -> dict[str, Tensor]:
+    """Copy the LoRA to host memory as PEFT's file holds it, by the names in that file."""
+    tensors = {
+        _peft_name(name): value.detach().cpu().contiguous()
+        for name, value in dit.named_parameters()
+        if f".{ADAPTER}." in name
+    }
+    for name, start in start_factors(dit).items():
+        key = _file_name(name)
+        joined = (tensors[key], start.cpu()) if name.endswith(".A") else (tensors[key], -start.cpu())
+        tensors[key] = torch.cat(joined, dim=0 if name.endswith(".A") else 1)
+    return tensors
+
+
+@torch.no_grad()
+def load_file_tensors(dit: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `file_tensors` returned."""
+    starts = {_file_name(name): (name.endswith(".A"), start) for name, start in start_factors(dit).items()}
+    for name, parameter in dit.named_parameters():
+        if f".{ADAPTER}." not in name:
+            continue
+        value = tensors[_peft_name(name)]
+        if _peft_name(name) in starts:
+            is_a, start = starts[_peft_name(name)]
+            value, fixed = value.chunk(2, dim=0 if is_a else 1)
+            start.copy_(fixed if is_a else -fixed)
+        parameter.copy_(value)
+
+
+def _computed_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
+    """Return PEFT's config of the trained factors. PEFT computes `pissa` as a plain LoRA."""
+    from peft import LoraConfig
+
+    variant = lora.get("variant")
+    return LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=list(dit.lora_targets),
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
+    )
+
+
+def _layers(dit: Decoder) -> Iterator[Any]:
+    from peft.tuners.lora import Linear
+
+    return (module for module in dit.modules() if isinstance(module, Linear))
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def _without_start(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return (output - getattr(layer, _START)(inputs[0])).to(output.dtype)
+
+
+def _peft_name(name: str) -> str:
+    """Return the name that PEFT gives a LoRA weight in its file."""
+    plain = name.replace(f".{ADAPTER}.", ".")
+    return "base_model.model." + plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+
+
+def _file_name(start: str) -> str:
+    """Return the name of the tensor in PEFT's file that holds a fixed factor and the trained one."""
+    layer, _, factor = start.rpartition(f".{_START}.")
+    return _peft_name(f"{layer}.lora_{factor}.{ADAPTER}.weight")
