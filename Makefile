@@ -31,13 +31,18 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy models trainer launch
 
-install: $(VENV)/.installed $(if $(shell command -v g++),$(VENV)/.visqol)
+install: $(VENV)/.installed $(if $(shell command -v g++),$(VENV)/.visqol) $(VENV)/.aisfx
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'Python cannot make environments: sudo apt-get install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# Of aisfx only the weights are used, and it asks for numpy 1.23. Without them `evaluate` takes mel-stat.
+$(VENV)/.aisfx: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-deps aisfx==0.1.2
 	@touch $@
 
 # ViSQOL stands on libsvm, of which there is no wheel for Linux: it has to be compiled.

@@ -14,7 +14,7 @@ from models.text_encoder import load_text_encoder
 from tests import stable_audio as release
 from tests.trainer.tiny_codecs import save_tiny_codecs
 from trainer.evaluate.baselines import make_baseline
-from trainer.evaluate.embedding import Clap
+from trainer.evaluate.embeddings import Clap
 
 ROOT = Path(__file__).parents[1]
 FILES = [path for room in ("models", "trainer", "launch", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -52,7 +52,7 @@ def test_the_search_finds_loaders():
     found = {str(path.relative_to(ROOT)) for path in FILES for name, _ in calls_of(path) if "from_pretrained" in name}
     assert found >= {
         "models/text_encoder.py",
-        "trainer/evaluate/embedding.py",
+        "trainer/evaluate/embeddings/clap.py",
         "trainer/evaluate/baselines/huggingface.py",
     }
 

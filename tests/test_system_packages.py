@@ -111,7 +111,7 @@ def make_test(folder: Path, *statuses: int) -> subprocess.CompletedProcess[str]:
         f"for file in {folder}/status*; do status=$(cat $file); rm $file; exit $status; done\n"
     )
     (folder / "bin/python").chmod(0o755)
-    for stamp in (".installed", ".visqol"):
+    for stamp in (".installed", ".aisfx", ".visqol"):
         (folder / stamp).touch()
     command = ["make", "test", f"VENV={folder}"]
     # These tests may run below a make themselves, whose variables would make this one announce its folders.

@@ -11,5 +11,5 @@ own: the same system, decoded from another clip's z or codes.
     baselines/        the codecs by others                   systems.py         a row of the tables, ranges of bit rates
     scores.py         decodes of a block → its figures       tables.py          text, Markdown and LaTeX tables
     figures.py        the figures themselves                 listening_test.py  a blind listening test
-    embedding.py      embeddings for distances of sets
+    embeddings/       embeddings for distances of sets and for retrieval
 """

@@ -18,7 +18,7 @@ from models.export import read_description
 from trainer.data.audio import write_audio
 from trainer.evaluate.bit_curve import Probe, curve_of, probes_of
 from trainer.evaluate.bootstrap import LEVEL
-from trainer.evaluate.embedding import make_embedding
+from trainer.evaluate.embeddings import make_embedding
 from trainer.evaluate.other_codecs import other_sources
 from trainer.evaluate.own_codecs import Export, OwnCodec, own_sources
 from trainer.evaluate.pieces import Piece, Pieces
@@ -115,8 +115,9 @@ class _Plan:
         self._all: list[SystemUnderTest | Probe] = [*self.sources, *self.probes]
         self.pieces = Pieces(self.folder)
         chosen = config.evaluate
+        self.embedding = make_embedding(chosen.embedding, self.device)
         of_all = {"format": _FORMAT, "clips": self.clips.identity, "batch": chosen.batch}
-        of_all |= {"embedding": chosen.embedding, "visqol": chosen.visqol}
+        of_all |= {"embedding": self.embedding.identity, "visqol": chosen.visqol}
         self.names = {
             source.key: f"{source.key}-{hash_values(of_all | {'source': source.identity})[:8]}" for source in self._all
         }
@@ -159,9 +160,7 @@ class _Plan:
 
     def work(self, part: int, parts: int) -> None:
         """Make the missing pieces of this part; part 0 also measures the speed."""
-        chosen = self.config.evaluate
-        embedding = make_embedding(chosen.embedding, self.device)
-        scorer = Scorer(embedding, self.clips.sample_rate, visqol=chosen.visqol)
+        scorer = Scorer(self.embedding, self.clips.sample_rate, visqol=self.config.evaluate.visqol)
         mine = range(part, len(self.blocks), parts)
         total = len(self._all) * len(mine) + 1
         with Progress("evaluate", total=total, unit="pieces") as progress:
@@ -261,9 +260,7 @@ class _Plan:
     def _report(self) -> dict[str, Any]:
         config, clips = self.config, self.clips
         gathered = [self._gather(source) for source in self.sources]
-        figures = figures_of(
-            embedding := make_embedding(config.evaluate.embedding, self.device), visqol=config.evaluate.visqol
-        )
+        figures = figures_of(self.embedding, clips=len(clips), visqol=config.evaluate.visqol)
         results = results_of(gathered, gathered[0].embedding, figures)
         page = range(clips.on_page)
         return {
@@ -275,7 +272,7 @@ class _Plan:
             "systems": systems_of(gathered),
             "tables": {key: each.title for key, each in RATE_RANGES.items()},
             "figures": [dataclasses.asdict(figure) for figure in figures],
-            "embedding": embedding.name,
+            "embedding": self.embedding.name,
             "confidence": LEVEL,
             "results": results,
             "variability": variability(results, config.evaluate.decodes),

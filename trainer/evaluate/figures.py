@@ -38,6 +38,8 @@ class Figure:
     note: str
     digits: int | None = None
     """Digits after the decimal point; None: as many as the values need."""
+    chance: float | None = None
+    """The mean that guessing would have; None if the figure can't be guessed."""
 
 
 FIGURES = {
@@ -100,6 +102,15 @@ FIGURES = {
             better="lower",
             note="It compares the same sets as the Fréchet distance, by the squared maximum mean discrepancy with a "
             "Gaussian kernel. It is unbiased for few clips, so it may be slightly below zero.",
+        ),
+        Figure(
+            key="retrieval",
+            title="Retrieval",
+            unit="%",
+            better="higher",
+            note="How often the original is the nearest of all scored originals to its decode. It shows whether a "
+            "decode can be told from the other sounds.",
+            digits=1,
         ),
     )
 }
@@ -194,6 +205,24 @@ def mel_statistics(audio: Tensor, sample_rate: int) -> Tensor:
     windows = bels.unfold(-1, frames_per_window, frames_per_window)  # (..., bands, windows, frames)
     statistics = torch.cat([windows.mean(-1), windows.std(-1)], dim=-2)
     return statistics.transpose(-2, -1).reshape(-1, statistics.shape[-2])
+
+
+def retrieval(originals: Tensor, decodes: Tensor, own: Tensor) -> Tensor:
+    """Return for each decode whether its original is the nearest of all originals: 100 or 0, in percent.
+
+    If several originals are equally near, as copies of one sound are, the 100 % are divided among them.
+
+    Args:
+        originals: (clips, dim), the mean over a clip's embedding.
+        decodes: (decodes, dim), likewise.
+        own: (decodes,), the row of each decode's own original.
+
+    Returns:
+        float64 (decodes,).
+    """
+    distances = torch.cdist(decodes.double(), originals.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances == distances.amin(1, keepdim=True)
+    return 100.0 * nearest.gather(1, own[:, None])[:, 0] / nearest.sum(1)
 
 
 def frechet_distance(reference: Tensor, estimate: Tensor) -> float:

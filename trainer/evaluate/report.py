@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.evaluate import bootstrap
 from trainer.evaluate.bootstrap import Numbers, SetReplicates
-from trainer.evaluate.figures import Figure, set_figures
+from trainer.evaluate.figures import Figure, retrieval, set_figures
 from trainer.evaluate.pieces import Piece
 from trainer.evaluate.scores import SPREAD
 from trainer.evaluate.systems import RATE_RANGES, System
@@ -78,6 +78,7 @@ def results_of(
     replicates: dict[str, dict[str, Numbers]] = {}
     results: dict[str, dict[str, Any]] = {}
     for one in scored:
+        _retrieve(one, originals)
         key, hidden = one.system.key, _hidden(one)
         results[key], replicates[key] = {}, {}
         for figure in (*figures, SPREAD):
@@ -110,6 +111,19 @@ def _of_clips(values_C: Numbers, replicates: dict[str, Numbers], key: str) -> di
         "ci": None if bounds is None else list(bounds),
         "clips": [value if math.isfinite(value) else None for value in values_C.tolist()],
     }
+
+
+def _retrieve(one: Gathered, originals: Mapping[int, Tensor]) -> None:
+    """Add the figure `retrieval` of each clip for which the system has a decode; NaN for the others."""
+    places = {row: place for place, row in enumerate(originals)}
+    decoded = [row for row in one.rows if row in one.embedding]
+    values = dict.fromkeys(one.rows, math.nan)
+    if decoded:
+        reference = torch.stack([rows.mean(0) for rows in originals.values()])
+        estimate = torch.stack([one.embedding[row].mean(0) for row in decoded])
+        found = retrieval(reference, estimate, torch.tensor([places[row] for row in decoded]))
+        values |= dict(zip(decoded, found.tolist(), strict=True))
+    one.figures["retrieval"] = np.array(list(values.values()))
 
 
 class _Sets:

@@ -42,6 +42,7 @@ class _Figure(TypedDict):
     better: Literal["lower", "higher", ""]
     note: str
     digits: Annotated[int, msgspec.Meta(ge=0, le=20)] | None
+    chance: NotRequired[float | None]
 
 
 class _Result(TypedDict):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluate.baselines.baseline import resample_mono
-from trainer.evaluate.embedding import Embedding
+from trainer.evaluate.embeddings import Embedding
 from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance
 from trainer.evaluate.under_test import Decoded
 
@@ -39,11 +39,14 @@ _VISQOL = Figure(
     digits=2,
 )
 _VISQOL_RATE = 48_000
-_OVER_EMBEDDINGS = ("frechet", "kernel")
+_OVER_EMBEDDINGS = ("frechet", "kernel", "retrieval")
 
 
-def figures_of(embedding: Embedding, *, visqol: bool) -> list[Figure]:
-    """Return the figures of a report, in the order of its tables; set distances name their embedding."""
+def figures_of(embedding: Embedding, *, clips: int, visqol: bool) -> list[Figure]:
+    """Return the figures of a report on so many clips, in the order of its tables.
+
+    Figures that are computed from embeddings name the embedding; retrieval says what guessing would reach.
+    """
     figures = []
     for figure in FIGURES.values():
         if figure.key in _OVER_EMBEDDINGS:
@@ -52,6 +55,8 @@ def figures_of(embedding: Embedding, *, visqol: bool) -> list[Figure]:
                 title=f"{figure.title} ({embedding.name})",
                 note=f"{figure.note} It is computed over {embedding.note}",
             )
+        if figure.key == "retrieval":
+            figure = dataclasses.replace(figure, chance=100 / clips)
         figures.append(figure)
     return [*figures, *([_VISQOL] if visqol else [])]
 

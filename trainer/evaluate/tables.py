@@ -26,6 +26,7 @@ _SHORT = {
     "denoising": "Denoising",
     "frechet": "FD ({embedding})",
     "kernel": "KD ({embedding})",
+    "retrieval": "Retrieval ({embedding})",
     "spread": "Spread",
 }
 """Short column heads for LaTeX, for figures whose title is long."""
@@ -110,8 +111,13 @@ def table(report: EvaluationReport) -> str:
         f"speed relative to real time: encode {speed['encode_realtime_factor']}×, decode "
         f"{speed['decode_realtime_factor']}× ({speed['steps']} steps, {speed['device']})"
     )
+    chances = "".join(
+        f"; {column['key']} by chance {_chance(column)} {column['unit']}".rstrip()
+        for column in columns
+        if _chance(column)
+    )
     legend = (
-        f"mean ± half of the 95 % interval [decoded from another clip's z]; set distances over {report['embedding']}; "
+        f"mean ± half of the 95 % interval [decoded from another clip's z]; embedding: {report['embedding']}{chances}; "
         "* best, or not significantly worse"
     )
     below = [printable(line) for line in (legend, *notes, *_of_z(report), speed_line)]
@@ -137,7 +143,7 @@ def markdown(report: EvaluationReport) -> str:
     parts.append(
         "Each cell shows the mean ± half of the 95 % interval (bootstrap over clips), and in brackets the mean of the "
         "same system decoded from another clip's z. The best system of each table and all that do not differ "
-        "significantly from it are bold. Set distances are computed over "
+        "significantly from it are bold. Distances between sets, and retrieval, are computed over "
         f"{in_markdown(report['embedding'])} embeddings."
     )
     return "\n\n".join(parts) + "\n"
@@ -148,7 +154,7 @@ def latex(report: EvaluationReport) -> str:
     columns = _columns(report)
     width = len(columns) + 2
     heads = ["System", "kbps", *(_latex_head(column, report["embedding"]) for column in columns)]
-    units = ["", "", *(_escaped(column["unit"]) for column in columns)]
+    units = ["", "", *(_escaped(_unit_and_chance(column)) for column in columns)]
     lines = [
         r"% \usepackage{booktabs,graphicx}",
         r"\begin{table*}",
@@ -261,7 +267,18 @@ def _note(row: TableRow) -> str:
 
 def _unit_and_way(column: Mapping[str, Any]) -> str:
     way = {"lower": "↓", "higher": "↑"}.get(column["better"], "")
-    return f"({', '.join(filter(None, [column['unit'], way]))})" if column["unit"] or way else ""
+    parts = [*filter(None, [_unit_and_chance(column), way])]
+    return f"({', '.join(parts)})" if parts else ""
+
+
+def _unit_and_chance(column: Mapping[str, Any]) -> str:
+    chance = _chance(column)
+    return ", ".join(filter(None, [column["unit"], chance and f"chance {chance}"]))
+
+
+def _chance(column: Mapping[str, Any]) -> str:
+    """Return what guessing would reach; empty for a figure, or a report of an older release, that does not tell."""
+    return "" if column.get("chance") is None else f"{column['chance']:.1f}"
 
 
 def _latex_head(column: Mapping[str, Any], embedding: str) -> str:

@@ -177,6 +177,8 @@ class _Column:
         note = f"{self.figure['better'].capitalize()} is better. {self.figure.get('note') or ''}".strip()
         unit = " ".join(filter(None, [self.figure["unit"], self.way]))
         title = [explained(self.figure["title"], note), element("small", unit)]
+        if is_number(chance := self.figure.get("chance")):
+            title.append(element("small", f"chance: {self._text(chance)}"))
         return element("th", *title, scope="col", class_=self.class_)
 
     def cell(self, system: SystemEntry) -> Html:

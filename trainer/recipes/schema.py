@@ -314,8 +314,10 @@ class EvaluateConfig:
     stable_audio, music2latent]`. If one or its weights are not installed, its row of the table says so."""
     weights: dict[str, str] = field(default_factory=dict)
     """Name of a baseline codec → folder of its weights; if not named, they are in the Hugging Face cache."""
-    embedding: str = "mel-stat"
-    """Embedding for distances between sets: `mel-stat`, or `clap:` and a folder or a name in the Hugging Face cache."""
+    embedding: str = "auto"
+    """Embedding for distances between sets and for retrieval: `aisfx` (of sound effects; see docs/evaluation.md for how
+    to install it), `mel-stat` (needs nothing), or `clap:` and a folder or a name in the Hugging Face cache. `auto` is
+    aisfx where it is installed, otherwise mel-stat."""
     visqol: bool = False
     """Also compute ViSQOL, which takes seconds per clip on a CPU and needs `pip install 'spresso[visqol]'`."""
 

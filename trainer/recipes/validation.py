@@ -249,14 +249,13 @@ def _folders(config: Config) -> list[str]:
 
 
 def _evaluation(config: Config) -> list[str]:
-    from trainer.evaluate import baselines
+    from trainer.evaluate import baselines, embeddings
     from trainer.evaluate.baselines.baseline import why_not_installed
 
     chosen = config.evaluate
     found = baselines.problems_of(chosen.baselines, chosen.weights)
-    kind, colon, where = chosen.embedding.partition(":")
-    if chosen.embedding != "mel-stat" and not (kind == "clap" and colon and where):
-        found.append(f"evaluate.embedding={chosen.embedding} is neither mel-stat nor clap:FOLDER_OR_NAME")
+    if problem := embeddings.problem_of(chosen.embedding):
+        found.append(problem)
     if chosen.visqol and (
         missing := why_not_installed("visqol", "pip install 'spresso[visqol]', or remove evaluate.visqol")
     ):

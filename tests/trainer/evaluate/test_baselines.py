@@ -1,4 +1,4 @@
-"""Codecs by others: tiny random instances of the real classes, Opus by the real libopus, and what is not there."""
+"""Codecs by others: tiny random instances of the real classes; the real Opus, LC3 and Codec 2; what is not there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from tests.trainer.tiny_codecs import save_tiny_codecs
-from trainer.evaluate.baselines import BASELINES, make_baseline, problems_of
+from trainer.evaluate.baselines import BASELINES, Opus, make_baseline, problems_of
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -98,6 +98,19 @@ def test_a_pickle_is_not_read(weights, tmp_path):
 # ---- Opus
 
 
+def test_opus_at_its_lowest_codes_every_frame():
+    """At a still lower nominal rate, the packets are the same ones or empty."""
+    audio, lowest = burst(), Opus.rates[0]
+
+    def packets(kbps: float) -> list[bytes]:
+        return [bytes(packet) for packet in Opus(kbps)._encode(audio)[0]]
+
+    assert sum(map(len, packets(lowest))) < sum(map(len, packets(Opus.rates[1])))
+    assert min(map(len, packets(lowest))) > 10
+    assert packets(lowest - 1) == packets(lowest) != packets(Opus.rates[1])
+    assert max(map(len, packets(lowest / 4))) < 5
+
+
 @pytest.mark.parametrize("kbps", [6, 12, 32])
 def test_opus_keeps_time_and_costs_what_it_says(kbps):
     audio = burst(seconds=2.0)
@@ -138,12 +151,62 @@ def test_opus_sounds_as_by_another_decoder_and_its_packets_are_the_payload():
     np.testing.assert_allclose(decoded, heard, atol=2**-14)
 
 
+# ---- LC3 and Codec 2
+
+
+@pytest.mark.parametrize("kbps", [16, 32])
+def test_lc3_keeps_time_and_costs_whole_frames(kbps):
+    pytest.importorskip("lc3", reason="lc3py has wheels for x86_64 and macOS alone")
+    codec = make_baseline(f"lc3@{kbps}")
+    assert codec.missing() == ""
+    codec.load(CPU)
+    for rate in (48_000, 44_100):
+        audio = burst(seconds=2.0, rate=rate)
+        decoded, bits = codec.code(audio, rate)
+        assert decoded.shape == audio.shape
+        assert lag(audio, decoded) == 0
+        assert bits == 201 * kbps * 10  # 2 s and its delay of 2.5 ms, in frames of 10 ms
+        assert np.corrcoef(audio, decoded)[0, 1] > 0.7
+    assert codec.code(audio[:5], rate)[0].shape == (5,)
+
+
+def test_lc3_has_no_lower_rate():
+    lc3 = pytest.importorskip("lc3", reason="lc3py has wheels for x86_64 and macOS alone")
+    for rate in (8000, 16_000, 24_000, 32_000, 48_000):
+        encoder = lc3.Encoder(10_000, rate)
+        assert encoder.get_frame_bytes(0) * 8 / 10 == BASELINES["lc3"].rates[0]
+
+
+@pytest.mark.parametrize("kbps", BASELINES["codec2"].rates)
+def test_codec_2_keeps_the_time_of_what_it_takes_for_speech(kbps):
+    """Its envelope; of the waveform it keeps nothing."""
+
+    def envelope(audio: np.ndarray) -> np.ndarray:
+        smooth = np.convolve(audio.astype(float) ** 2, np.hanning(480), "same")
+        return smooth - smooth.mean()
+
+    codec = make_baseline(f"codec2@{kbps}")
+    assert codec.missing() == ""
+    codec.load(CPU)
+    lags = []
+    for seed in range(4):
+        audio = burst(seconds=2.0, seed=seed)
+        decoded, bits = codec.code(audio, 48_000)
+        assert decoded.shape == audio.shape
+        lags.append(lag(envelope(audio), envelope(decoded)) / 48)
+        assert bits == pytest.approx(2000 * kbps, abs=40 * kbps)
+    assert abs(np.median(lags)) < 6  # ms
+    spectrum = np.abs(np.fft.rfft(decoded)) ** 2
+    assert spectrum[2 * 4100 :].sum() < 1e-4 * spectrum.sum()
+    assert codec.code(audio[:5], 44_100)[0].shape == (5,)
+
+
 # ---- packages that nobody has to have
 
 
 def test_what_is_not_installed_says_how_to(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("opus", "music2latent", "semanticodec", "dac", "stable_audio"):
+    for name in ("opus", "lc3", "codec2", "music2latent", "semanticodec", "dac", "stable_audio"):
         codec = make_baseline(name)
         assert "is not installed: pip install" in codec.missing()
         assert not codec.fetches
@@ -235,7 +298,8 @@ def test_what_is_unknown_is_refused_with_the_nearest():
 def test_a_name_alone_is_the_rate_of_the_papers_page():
     named = {name: make_baseline(name).spec for name in BASELINES}
     assert named == {
-        "opus": "opus@6", "dac": "dac@1.7", "encodec": "encodec@1.5", "semanticodec": "semanticodec@1.4",
+        "opus": "opus@6", "lc3": "lc3@16", "codec2": "codec2@0.7",
+        "dac": "dac@1.7", "encodec": "encodec@1.5", "semanticodec": "semanticodec@1.4",
         "stable_audio": "stable_audio", "music2latent": "music2latent",
     }  # fmt: skip
     assert all(kind.licence for kind in BASELINES.values())
@@ -245,5 +309,16 @@ def test_nothing_of_others_is_imported_before_it_is_loaded():
     for path in (ROOT / "trainer/evaluate").rglob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", None) for node in top}
-        others = {"av", "transformers", "diffusers", "music2latent", "semanticodec", "huggingface_hub", "visqol"}
+        others = {
+            "av",
+            "lc3",
+            "pycodec2",
+            "aisfx",
+            "transformers",
+            "diffusers",
+            "music2latent",
+            "semanticodec",
+            "huggingface_hub",
+            "visqol",
+        }
         assert not others & {str(name).partition(".")[0] for name in names}, path

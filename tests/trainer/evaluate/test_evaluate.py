@@ -18,7 +18,8 @@ from models.sizes import Sampling
 from tests.trainer.tiny_codecs import save_tiny_codecs
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.baselines import DAC, Opus
-from trainer.evaluate.figures import kernel_distance, log_mel_distance, mel_statistics
+from trainer.evaluate.embeddings import Aisfx
+from trainer.evaluate.figures import kernel_distance, log_mel_distance, mel_statistics, retrieval
 from trainer.evaluate.own_codecs import LEVELS, NOISE_SEED
 from trainer.evaluate.pieces import Pieces
 from trainer.evaluate.scored_clips import load_clips
@@ -83,9 +84,16 @@ def test_beside_each_figure_stands_that_of_another_clips_codes(trained, run_dir)
             assert results["zq2"]["log_mel"][name] == pytest.approx(expected.item(), rel=1e-4)
             embedded = [torch.cat([mel_statistics(clip[0], 48_000) for clip in set_]) for set_ in (audio, decoded)]
             assert results["zq2"]["kernel"][name] == pytest.approx(kernel_distance(*embedded), rel=1e-3)
+            means = [
+                torch.stack([mel_statistics(clip[0], 48_000).mean(0) for clip in set_]) for set_ in (audio, decoded)
+            ]
+            found = retrieval(*means, torch.arange(len(audio)))
+            assert results["zq2"]["retrieval"][name] == pytest.approx(found.mean().item())
+            assert name == "control" or results["zq2"]["retrieval"]["clips"] == found.tolist()
     ours = ("z", "zq4", "zq2", "zq4_before", "zq2_before")
     assert all("control" in results[key][figure] for key in ours for figure in ("si_sdr", "denoising", "frechet"))
     assert not any(key.endswith("_other") for key in results if key != "z_other")
+    assert results["autoencoder"]["retrieval"]["mean"] > results["z_other"]["retrieval"]["mean"]
 
 
 def test_the_spread_is_that_of_the_decodes_that_are_kept(trained, run_dir):
@@ -211,6 +219,7 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
 
     opus = report["results"]["opus_6"]["log_mel"]["clips"]
     assert [value is None for value in opus] == [False, True, False]
+    assert [value is None for value in report["results"]["opus_6"]["retrieval"]["clips"]] == [False, True, False]
     assert report["results"]["opus_6"]["log_mel"]["mean"] == pytest.approx(np.mean([opus[0], opus[2]]))
     assert "Failed on 1 of 3 clips: RuntimeError: a third party's own trouble" in systems["opus_6"]["note"]
     assert systems["opus_6"]["payload_kbps"] == pytest.approx(6, rel=0.5)
@@ -246,10 +255,22 @@ def test_codecs_by_others_cost_their_own_decodes_alone_and_end_nothing(trained, 
         assert "Opus, 6 kbps" in (folder / f"table.{name}").read_text()
 
 
+def test_pieces_of_another_embedding_are_not_mixed(trained, monkeypatch):
+    monkeypatch.setattr(Aisfx, "missing", staticmethod(lambda: ""))
+    chosen = ("mel-stat", "aisfx", "clap:a", "clap:b")
+    plans = {name: evaluation._Plan(small(trained, embedding=name)) for name in chosen}
+    names = [name for plan in plans.values() for name in plan.names.values()]
+    assert len(set(names)) == len(names) == 4 * len(plans["aisfx"].names)
+    assert len({plan.identity for plan in plans.values()}) == 4
+    assert evaluation._Plan(small(trained, embedding="auto")).names == plans["aisfx"].names
+    monkeypatch.setattr(Aisfx, "missing", staticmethod(lambda: "it is gone"))
+    assert evaluation._Plan(small(trained, embedding="auto")).names == plans["mel-stat"].names
+
+
 def test_an_export_that_is_none_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="is not an export: give a folder such as runs/NAME/finetune/export"):
         tiny(f"evaluate.codecs={{x: {tmp_path}}}")
     with pytest.raises(ValueError, match=r"the nearest is dac@1\.7"):
         tiny("evaluate.baselines=[dac@2]")
-    with pytest.raises(ValueError, match="neither mel-stat nor clap:FOLDER_OR_NAME"):
+    with pytest.raises(ValueError, match="neither auto, aisfx, mel-stat nor clap:FOLDER_OR_NAME"):
         tiny("evaluate.embedding=clip")

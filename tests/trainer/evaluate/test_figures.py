@@ -37,7 +37,8 @@ def measure(key: str, reference: torch.Tensor, estimate: torch.Tensor) -> torch.
 def test_every_figure_is_explained_and_every_explained_figure_computed():
     clip = figures.clip_figures(noise(4800), noise(4800, seed=1), RATE)
     of_sets = figures.set_figures(noise(8, 4), noise(8, 4, seed=1))
-    assert [*clip, "denoising", *of_sets] == list(figures.FIGURES)  # the middle one is of D, in `evaluate`
+    # D's own error and retrieval are computed in `evaluate`
+    assert [*clip, "denoising", *of_sets, "retrieval"] == list(figures.FIGURES)
     assert all(key == figure.key and figure.note for key, figure in figures.FIGURES.items())
 
 
@@ -277,6 +278,15 @@ def test_the_embedding_tells_sets_of_sounds_apart():
     alike = figures.set_figures(embed(300, 1), embed(300, 2))
     apart = figures.set_figures(embed(300, 1), embed(3000, 3))
     assert all(apart[key] > 3 * alike[key] for key in apart)
+
+
+def test_retrieval_is_how_often_the_original_is_the_nearest():
+    originals = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0], [0.0, 4.0]])
+    decodes = torch.tensor([[1.0, 0.0], [1.9, 0.0], [9.0, 0.0], [0.5, 3.0], [2.0, 0.0]])
+    found = figures.retrieval(originals, decodes, torch.tensor([0, 1, 1, 3, 0]))
+    assert found.tolist() == [100, 0, 100, 50, 50]  # the last two have two originals that are equally near
+    same = figures.retrieval(originals[:3], torch.ones(3, 2), torch.arange(3))
+    assert same.mean() == pytest.approx(100 / 3)  # whoever always answers the same is right by chance
 
 
 # ---- pictures

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.system_packages import COMPILER, require
-from trainer.evaluate.embedding import Clap, make_embedding
+from trainer.evaluate.embeddings import Clap, make_embedding
 from trainer.evaluate.figures import mel_statistics
 from trainer.evaluate.scores import Scorer, figures_of
 from trainer.evaluate.systems import System
@@ -48,11 +48,12 @@ def test_clap_hears_48_khz_in_windows_and_is_named(clap):
         assert embedding(sounds(1, seconds=4.5)[0], 48_000).shape == (3, 12)
         at_half = embedding(sounds(1, rate=24_000)[0], 24_000)
         assert at_half.shape == (1, 12)
-    figures = {figure.key: figure for figure in figures_of(embedding, visqol=False)}
-    for key in ("frechet", "kernel"):
+    figures = {figure.key: figure for figure in figures_of(embedding, clips=24, visqol=False)}
+    for key in ("frechet", "kernel", "retrieval"):
         assert figures[key].title.endswith("(CLAP clap-tiny)")
         assert "CLAP clap-tiny" in figures[key].note
         assert "mel" not in figures[key].note
+    assert {key: figure.chance for key, figure in figures.items() if figure.chance} == {"retrieval": 100 / 24}
 
 
 def test_clap_that_is_nowhere_is_one_line(monkeypatch, tmp_path):
@@ -61,13 +62,13 @@ def test_clap_that_is_nowhere_is_one_line(monkeypatch, tmp_path):
         make_embedding(f"clap:{tmp_path}", CPU)(sounds(1)[0], 48_000)
 
 
-def test_mel_statistics_are_the_default():
+def test_mel_statistics_need_nothing():
     embedding = make_embedding("mel-stat", CPU)
     clips = sounds(2)
     rows, windows = Scorer(embedding, 48_000, visqol=False).embed(clips)
     assert windows == [1, 1]
     torch.testing.assert_close(rows, mel_statistics(clips[:, 0], 48_000))
-    titles = [figure.title for figure in figures_of(embedding, visqol=True)]
+    titles = [figure.title for figure in figures_of(embedding, clips=2, visqol=True)]
     assert "Kernel distance (mel-stat)" in titles
     assert titles[-1] == "ViSQOL"
 

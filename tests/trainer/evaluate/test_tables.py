@@ -142,6 +142,21 @@ def test_bit_rates_are_those_of_all_clips_and_the_entropy_coded_one_stands_besid
     assert "entropy-coded" not in line_of(tables.markdown(report), "zq1")
 
 
+def test_retrieval_is_told_beside_what_guessing_would_reach(report):
+    report["figures"].append(
+        {"key": "retrieval", "title": "Retrieval (mel-stat)", "unit": "%", "better": "higher", "digits": 1}
+        | {"chance": 100 / 48}
+    )
+    report["results"]["zq9"]["retrieval"] = {"mean": 87.5, "std": 33.1, "ci": [79.1, 95.9], "control": 0.0}
+    text = tables.table(report)
+    assert line_of(text, "zq9").split()[-3:] == ["87.5", "±8.4", "[0.0]"]
+    assert "; embedding: mel-stat; retrieval by chance 2.1 %; *" in text
+    assert "| Retrieval (mel-stat) (%, chance 2.1, ↑) |" in tables.markdown(report)
+    assert r"Retrieval (mel-stat) $\uparrow$ &" in tables.latex(report)
+    assert r" & \%, chance 2.1 & " in tables.latex(report)
+    assert "chance" not in tables.table(report | {"figures": report["figures"][:2]})
+
+
 INVISIBLE = "\x1b[2J\x1b]0;x\x07\x9b1m\u202egpj.\u2066 end"
 VISIBLE = r"\x1b[2J\x1b]0;x\x07\x9b1m\u202egpj.\u2066 end"
 

@@ -244,6 +244,14 @@ def test_intervals_controls_and_what_cannot_be_told_from_the_best(report, tmp_pa
     assert all(words in lead for words in ("95 % confidence", "In round brackets", "≈ marks values that do not differ"))
 
 
+def test_what_guessing_would_reach_stands_in_the_head(report, tmp_path):
+    report["figures"].append({"key": "retrieval", "title": "Retrieval", "unit": "%", "better": "higher", "digits": 1})
+    assert "chance" not in "".join(write(report, tmp_path).texts("th"))
+    report["figures"][-1]["chance"] = 100 / 48
+    heads = write(report, tmp_path).texts("th")
+    assert [head for head in heads if "chance" in head] == ["Retrieval?% ↑chance: 2.1"]
+
+
 def test_other_codecs_stand_apart_with_their_licence_or_why_they_are_not_there(report, tmp_path):
     report["systems"] += [
         {"key": "dac", "title": "DAC", "role": "baseline", "payload_kbps": 1.7, "licence": "MIT", "note": "A note."},

@@ -8,14 +8,16 @@ from __future__ import annotations
 import difflib
 
 from trainer.evaluate.baselines.baseline import Baseline
+from trainer.evaluate.baselines.codec2 import Codec2
 from trainer.evaluate.baselines.huggingface import DAC, EnCodec, StableAudio
+from trainer.evaluate.baselines.lc3 import LC3
 from trainer.evaluate.baselines.opus import Opus
 from trainer.evaluate.baselines.packages import Music2Latent, SemantiCodec
 
 __all__ = ["BASELINES", "Baseline", "make_baseline", "problems_of"]
 
 BASELINES: dict[str, type[Baseline]] = {
-    kind.name: kind for kind in (Opus, DAC, EnCodec, SemantiCodec, StableAudio, Music2Latent)
+    kind.name: kind for kind in (Opus, LC3, Codec2, DAC, EnCodec, SemantiCodec, StableAudio, Music2Latent)
 }
 
 

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 class Opus(Baseline):
-    """48 kHz, in frames of 60 ms, the longest that all versions know: the least overhead."""
+    """48 kHz, in frames of 60 ms, the longest that all versions know: the least overhead.
+
+    4 kbps is libopus's lowest rate: a lower nominal one gives the same packets or, from about 2 kbps down, empty ones.
+    Longer frames get by with less only where some of them are left empty.
+    """
 
     name, title, licence = "opus", "Opus", "BSD (libopus); FFmpeg's own"
-    rates = (6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
+    rates = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
     default_kbps = 6.0
     sample_rate = 48_000
 

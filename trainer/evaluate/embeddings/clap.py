@@ -1,9 +1,8 @@
-"""Embeddings over which the distances between sets of clips are computed."""
+"""The audio embedding of CLAP, from transformers."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,9 @@ import torch
 from torch import Tensor
 
 from trainer.evaluate.baselines.baseline import offline, resample_mono, why_not_installed
-from trainer.evaluate.figures import EMBEDDING, mel_statistics
+from trainer.evaluate.embeddings.embedding import Embedding
 
 CLAP = "clap:"
-
-
-class Embedding(ABC):
-    """Turns audio into vectors that are close to each other if the audio is similar."""
-
-    name: str
-    """The name to show with every figure over this embedding."""
-    note: str
-
-    @abstractmethod
-    def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
-        """Embed one clip (1, samples): (windows, dim), float32 on the CPU."""
-
-
-class MelStatistics(Embedding):
-    """The embedding by `trainer.evaluate.figures.mel_statistics`, which needs no weights."""
-
-    name = EMBEDDING
-    note = f"the {EMBEDDING} embedding: means and standard deviations of log-mel bands in half-second windows."
-
-    def __call__(self, audio_1S: Tensor, sample_rate: int) -> Tensor:
-        """Embed one clip, with one row for each half second."""
-        return mel_statistics(audio_1S, sample_rate).float().cpu()
 
 
 class Clap(Embedding):
@@ -45,6 +21,7 @@ class Clap(Embedding):
 
     def __init__(self, where: str, device: torch.device) -> None:
         self.where, self.device, self.name = where, device, f"CLAP {where.rstrip('/').rpartition('/')[2]}"
+        self.identity = f"{CLAP}{where}"
         self.note = f"the audio embedding of {self.name}, with one row for every ten seconds or part of them."
 
     @functools.cached_property
@@ -80,8 +57,3 @@ class Clap(Embedding):
             parts, sampling_rate=extractor.sampling_rate, truncation="rand_trunc", return_tensors="pt"
         ).to(self.device)
         return model.get_audio_features(**inputs).pooler_output.float().cpu()
-
-
-def make_embedding(choice: str, device: torch.device) -> Embedding:
-    """Return the embedding of `evaluate.embedding`: `mel-stat`, or `clap:` with a folder or a name on the hub."""
-    return Clap(choice.removeprefix(CLAP), device) if choice.startswith(CLAP) else MelStatistics()
