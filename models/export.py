@@ -175,11 +175,15 @@ def read_part(folder: Path, name: str, kind: Callable[[dict[str, Any]], Part]) -
     if not path.exists():
         return None
     config, stored = open_weights(path)
-    try:
-        outlined(lambda: kind(config), stored, str(path))
-        return kind(config)
-    except TypeError as error:
-        raise damaged(path, f"its config builds no {name}: {error}", _MEND) from None
+
+    def build_part() -> Part:
+        try:
+            return kind(config)
+        except (TypeError, ValueError) as error:
+            raise damaged(path, f"its config builds no {name}: {error}", _MEND) from None
+
+    outlined(build_part, stored, str(path))
+    return build_part()
 
 
 def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
