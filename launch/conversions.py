@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch import owner
 from launch.own_files import file_ids, refusal
 from models.atomic_write import remove_leftovers
 from models.documents import read_json, write_json
@@ -83,13 +84,20 @@ def convert_folder(
     Files that must not be written are named before anything is written.
 
     Raises:
-        ValueError: the file in the report's place is not a report.
+        ValueError: the file in the report's place is not a report, or another process converts into `out`.
         OSError: the disk is full or can't be written.
     """
+    _require_report(out / f"{converter.command}.report.json", f"spresso {converter.command}")
+    with owner.holding(out):
+        return _convert_folder(folder, out, jobs, converter, passed_over)
+
+
+def _convert_folder(
+    folder: Path, out: Path, jobs: Sequence[Conversion], converter: Converter, passed_over: Counts
+) -> ConversionReport:
     report = ConversionReport(f"spresso {converter.command}", as_unicode(str(folder)), files=len(jobs))
     report.passed_over = passed_over.report()
     place = out / f"{converter.command}.report.json"
-    _require_report(place, report.written_by)
     inputs = file_ids(job.source for job in jobs)
     refused = {**_refused(jobs, inputs, converter), **_colliding(jobs, out)}
     for source, reason in refused.items():

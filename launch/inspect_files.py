@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from launch import owner
 from trainer.data.remote import is_url
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.shards import SetInfo
@@ -22,10 +24,16 @@ def index(location: str, *, kind: str | None, weights: Path | None, workers: int
         workers: number of processes.
 
     Raises:
-        ValueError: the autoencoder is unknown, or a tar file does not fit.
+        ValueError: the autoencoder is unknown, a tar file does not fit, or another process writes into the folder.
     """
-    for part in _parts(location):
-        _index(Path(part), kind=kind, weights=weights, workers=workers)
+    parts = [Path(part) for part in _parts(location)]
+    with ExitStack() as owned:
+        for folder in dict.fromkeys([Path(location), *parts]):  # `prepare` owns the folder of both parts
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is not a folder: give one that holds tars of latents")
+            owned.enter_context(owner.holding(folder))
+        for part in parts:
+            _index(part, kind=kind, weights=weights, workers=workers)
 
 
 def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:

@@ -202,7 +202,8 @@ def listening_test(config: Config, out: Path, *, systems: list[str] | None, clip
     folder = stage_folder(config, "evaluate")
     report = _evaluated(config)
     assert report is not None
-    made = write_listening_test(report, folder, out, systems=systems, clips=clips, seed=seed)
+    sole = functools.partial(owner.holding, out)
+    made = write_listening_test(report, folder, out, systems=systems, clips=clips, seed=seed, sole=sole)
     say(f"{made.trials} trials of {made.conditions} sounds: copy {out}/configs into webMUSHRA's folder and open")
     say(f"  …/webMUSHRA/?config={made.config.name}; keep {made.key} from the listeners: it names the systems")
 

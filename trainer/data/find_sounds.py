@@ -29,8 +29,8 @@ _NAMED, _KINDS = 1000, 1000  # names listed of a kind, and kinds told apart
 _SHOWN = 8  # kinds in a line for the user
 _OF_A_RUN = (*STAGES, "latents")
 """Folders that a run writes into its directory, apart from `audio`, which holds the sounds of `synth`."""
-_RECORDS = (".encoded.jsonl", "encode.report.json", "decode.report.json")
-"""Files that `encode` and `decode` leave in a folder, which are not counted."""
+_RECORDS = (".encoded.jsonl", "encode.report.json", "decode.report.json", ".owner.json", ".owner.lock")
+"""Files that `encode` and `decode` leave in a folder, or keep there meanwhile, which are not counted."""
 _OF_PREPARE = ("report.json", ".prepare", ".prepare.lock")
 
 

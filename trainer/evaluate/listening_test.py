@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -60,6 +61,7 @@ def write_listening_test(
     systems: Sequence[str] | None = None,
     clips: int | None = None,
     seed: int = 0,
+    sole: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> ListeningTest:
     """Write the test's folder and its key; the same report and seed write the same files.
 
@@ -70,6 +72,7 @@ def write_listening_test(
         systems: keys of the systems; None: all systems that the page plays, except floors.
         clips: number of the page's clips to use; None: all of them.
         seed: seed of the file names and of the order of versions.
+        sole: makes `out`, and gives it to this process alone for as long as it writes.
 
     Raises:
         ValueError: a system or its audio is missing, there are too many systems, or `out` holds other files.
@@ -78,6 +81,15 @@ def write_listening_test(
     trials = list(report["clips"])[:clips]
     if not trials or (clips is not None and clips < 1):
         raise ValueError("--clips must be at least 1, and the evaluation needs clips that the page plays")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder")
+    with sole():
+        return _write(report, audio_root, out, chosen, trials, seed)
+
+
+def _write(
+    report: Mapping[str, Any], audio_root: Path, out: Path, chosen: list[str], trials: list[Any], seed: int
+) -> ListeningTest:
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in report["recipe"])
     sounds = Path("configs") / "resources" / name
     key_file = out.with_name(f"{out.name}.key.json")
@@ -141,8 +153,6 @@ def _require_own(out: Path, key_file: Path) -> None:
     key = _key_in(key_file)
     if key is None:
         raise ValueError(f"{key_file} is not the key of a listening test, which would replace it: give another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder")
     entries = {path.name for path in out.iterdir() if path.name[0] != "."} if out.exists() else set()
     # A killed command may have left the older test beside the new key, so the older keys count, too.
     older = [
