@@ -13,7 +13,7 @@ from launch import pipeline
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 
-pytest_plugins = ["tests.system_packages"]
+pytest_plugins = ["tests.system_packages", "tests.mutant_counts"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 

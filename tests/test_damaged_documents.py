@@ -28,6 +28,7 @@ from launch.slurm.submitted_jobs import Submitted, keep
 from models.backbones.oobleck import read_oobleck_config
 from models.backbones.woosh import read_woosh_sizes
 from tests.damage import Document, Folder, LinesDocument, YamlDocument, watched
+from tests.mutant_counts import MutantCounts
 from trainer.checkpoints import checkpoint, inventory, resume
 from trainer.checkpoints.manifest import digest
 from trainer.data import prepare, shard_plan
@@ -54,6 +55,8 @@ FIRST = 4
 """Ways in which each kind of document is damaged in the default suite."""
 MANY = 150
 """Ways in the slow one."""
+_statuses: list[int] = []
+"""Exit statuses of the commands that the last reader has called."""
 
 
 class Sealed(Document):
@@ -96,7 +99,8 @@ class Kind:
 
 def spresso(*arguments: object) -> int:
     """Call a command as a user does; errors that it reports in a line end with status 2."""
-    return main([str(argument) for argument in arguments])
+    _statuses.append(main([str(argument) for argument in arguments]))
+    return _statuses[-1]
 
 
 def done_before(stage: str) -> None:
@@ -316,16 +320,21 @@ def _there(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPRESSO_ATTEMPT", raising=False)
 
 
-def require_answer(folder: Folder, kind: Kind, random: Random) -> None:
+def require_answer(folder: Folder, kind: Kind, random: Random, counts: MutantCounts) -> None:
     """Damage a document and read it; anything but an answer or an error that a user understands is a failure."""
     way = kind.document(RUN / kind.path).damage(random)
+    name = f"documents: {Path(kind.path).name}"
+    counts.begin(name)
+    _statuses.clear()
     try:
         with watched():
             kind.read()
+        counts.end(name, refused=2 in _statuses)
     except (ValueError, OSError) as error:
         path = Path(kind.path)
         if not kind.by_key and path.name not in str(error) and path.parent.name not in str(error):
             raise AssertionError(f"{kind.path}, {way}: the error does not name it: {error}") from error
+        counts.end(name, refused=True)
     except BaseException as error:
         raise AssertionError(f"{kind.path}, {way}: {type(error).__name__}: {error}") from error
     finally:
@@ -339,13 +348,13 @@ def test_an_undamaged_document_is_read(folder, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_damaged_document_is_answered(folder, name):
+def test_a_damaged_document_is_answered(folder, name, mutant_counts):
     for seed in range(FIRST):
-        require_answer(folder, KINDS[name], Random(f"{name} {seed}"))
+        require_answer(folder, KINDS[name], Random(f"{name} {seed}"), mutant_counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_a_document_damaged_in_many_ways_is_answered(folder, name):
+def test_a_document_damaged_in_many_ways_is_answered(folder, name, mutant_counts):
     for seed in range(FIRST, MANY):
-        require_answer(folder, KINDS[name], Random(f"{name} {seed}"))
+        require_answer(folder, KINDS[name], Random(f"{name} {seed}"), mutant_counts)

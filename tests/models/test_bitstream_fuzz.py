@@ -6,6 +6,7 @@ import math
 import time
 import tracemalloc
 import zlib
+from random import Random
 
 import numpy as np
 import pytest
@@ -58,8 +59,8 @@ def whole(*, coded: bool, channels: int = 1) -> bytes:
 VALID = [whole(coded=coded, channels=channels) for coded in (False, True) for channels in (1, 2)]
 
 
-def answers(data: bytes) -> None:
-    """Read it under watch; all else than a stream or a ValueError is a failure."""
+def answers(data: bytes) -> bool:
+    """Read it under watch; all else than a stream or a ValueError is a failure. Return whether it is a stream."""
     tracemalloc.start()
     begun = time.process_time()
     try:
@@ -76,6 +77,7 @@ def answers(data: bytes) -> None:
         assert 0 <= stream.codes.min(initial=0) <= stream.codes.max(initial=0) < stream.header.size
     assert taken < SECONDS + 0.05 * len(data)
     assert held < ROOM + EACH * len(data)
+    return stream is not None
 
 
 def sealed(body: bytes) -> bytes:
@@ -131,6 +133,30 @@ def test_short_payloads_that_promise_many_codes(frames, payload):
     """The true prior's hash before it: so it is decoded, as far as its length allows."""
     fields = varint(frames * 4_320) + bytes([BOOKS, 4, 0x81, 0]) + CODER.hash
     answers(sealed(b"SPR\x02" + bytes(4) + fields + payload))
+
+
+def mutant(chance: Random) -> bytes:
+    """Return a stream with bytes changed, cut out or put in, half of them with a checksum that is right."""
+    data = bytearray(chance.choice(VALID)[:-4])
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        first, last = sorted(chance.randrange(len(data)) for _ in range(2))
+        way = chance.randrange(6)
+        if way < 3:
+            data[first % (len(data) if way else 20)] = chance.randrange(256)
+        elif way == 3 and last - first < len(data) // 2:
+            del data[first:last]
+        else:
+            data[first:first] = chance.choice((bytes(40), b"\xff" * 40, data[first:last]))
+    return sealed(bytes(data)) if chance.random() < 0.5 else bytes(data) + chance.randbytes(4)
+
+
+@pytest.mark.slow
+def test_thousands_of_mutants(mutant_counts):
+    for seed in range(4000):
+        mutant_counts.begin("streams")
+        mutant_counts.end("streams", refused=not answers(mutant(Random(seed))))
+    assert mutant_counts.kinds["streams"]["right"] > 100
+    assert mutant_counts.kinds["streams"]["refused"] > 2000
 
 
 def test_what_is_watched_would_be_seen(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 from models.codec import SPresso
 from models.prior import Prior
 from models.weights import load_weights, save_weights
+from tests.damage import watched
 from tests.models.test_codec import DIT, DiT, make_codec
+from tests.mutant_counts import MutantCounts
 
 PARTS = ("latent_encoder", "upsampler", "adapter_model", "quantizer", "prior")
 
@@ -70,6 +73,67 @@ def test_an_undamaged_export_is_believed(exported):
 def test_a_flipped_bit_is_noticed(exported, part, place):
     flip(exported / f"{part}.safetensors", place)
     assert "is damaged, or holds files of another export" in refusal(exported)
+
+
+def mutant(content: bytes, chance: Random) -> bytes:
+    """Return a safetensors file with bytes changed, most of them in its header, or with parts cut off or put in."""
+    data, header = bytearray(content), 8 + struct.unpack("<Q", content[:8])[0]
+    for _ in range(chance.choice((1, 1, 1, 3))):
+        place = chance.randrange(chance.choice((8, header, len(content)))) % len(data)
+        way = chance.randrange(8)
+        if way < 6:
+            data[place] = chance.randrange(256)
+        elif way == 6:
+            del data[max(1, place) :]
+        else:
+            data[place:place] = chance.choice((b"0", b'"', b"[" * 1000, bytes(8), content[:place]))
+    return bytes(data)
+
+
+def load_mutants(folder: Path, seeds: range, counts: MutantCounts) -> None:
+    whole = {part: (folder / f"{part}.safetensors").read_bytes() for part in PARTS}
+    expected = state_of(SPresso.from_pretrained(folder))
+    for seed in seeds:
+        chance = Random(seed)
+        part = chance.choice(PARTS)
+        path = folder / f"{part}.safetensors"
+        path.write_bytes(mutant(whole[part], chance))
+        counts.begin("files of weights in exports")
+        state, told = {}, ""
+        try:
+            with watched():
+                state = state_of(SPresso.from_pretrained(folder))
+        except ValueError as error:
+            told = str(error)
+        if told:
+            assert str(folder) in told, (seed, told)
+            assert "\n" not in told, (seed, told)
+        else:
+            assert state.keys() == expected.keys(), seed
+            assert all(torch.equal(state[name], expected[name]) for name in state), f"{seed}: loaded, but wrong"
+        counts.end("files of weights in exports", refused=bool(told))
+        path.write_bytes(whole[part])
+
+
+def state_of(codec: SPresso) -> dict[str, torch.Tensor]:
+    """Return all weights of a codec, by its part and name."""
+    parts = {"f": codec.f, "g": codec.g, "dit": codec.dit, "quantizer": codec.quantizer, "prior": codec.prior}
+    return {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+
+
+def test_mutated_files_of_weights(exported, mutant_counts):
+    load_mutants(exported, range(100), mutant_counts)
+
+
+@pytest.mark.slow
+def test_thousands_of_mutated_files_of_weights(exported, mutant_counts):
+    load_mutants(exported, range(100, 3100), mutant_counts)
+    assert mutant_counts.kinds["files of weights in exports"]["refused"] > 2000
 
 
 def test_a_file_of_another_stages_export_is_noticed(exported, tmp_path):

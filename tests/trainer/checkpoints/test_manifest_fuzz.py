@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.mutant_counts import MutantCounts
 from tests.trainer.checkpoints.test_checkpoint import META, blank, same, save, state
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.manifest import read_manifest, signed
@@ -124,7 +125,7 @@ def at(document: Any, place: tuple[Any, ...]) -> Any:
     return parent_of(document, place)[place[-1]] if place else document
 
 
-def try_many(written: tuple[Path, dict[str, Any]], seeds: range) -> tuple[int, int]:
+def try_many(written: tuple[Path, dict[str, Any]], seeds: range, counts: MutantCounts) -> tuple[int, int]:
     """Load under mutated manifests; return how many were refused, and how many gave the right numbers."""
     path, manifest = written
     refused = right = 0
@@ -132,6 +133,7 @@ def try_many(written: tuple[Path, dict[str, Any]], seeds: range) -> tuple[int, i
         wrong = mutated(manifest, random.Random(seed))
         (path / "manifest.json").write_text(signed(wrong))
         tensors, told = blank(), ""
+        counts.begin("manifests of checkpoints")
         try:
             checkpoint.load(path, whole_ranges(tensors))
         except ValueError as error:
@@ -145,19 +147,20 @@ def try_many(written: tuple[Path, dict[str, Any]], seeds: range) -> tuple[int, i
         else:
             assert same(tensors, state()), f"{seed}: loaded, but wrong"
             right += 1
+        counts.end("manifests of checkpoints", refused=bool(told))
     (path / "manifest.json").write_text(signed(manifest))
     return refused, right
 
 
-def test_a_hundred_wrong_manifests(written):
-    refused, right = try_many(written, range(100))
+def test_a_hundred_wrong_manifests(written, mutant_counts):
+    refused, right = try_many(written, range(100), mutant_counts)
     assert refused > 60
     assert refused + right == 100
 
 
 @pytest.mark.slow
-def test_thousands_of_wrong_manifests(written):
-    refused, right = try_many(written, range(100, 5100))
+def test_thousands_of_wrong_manifests(written, mutant_counts):
+    refused, right = try_many(written, range(100, 5100), mutant_counts)
     assert refused > 3000
     assert right > 0
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutant_counts import MutantCounts
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -20,20 +22,23 @@ def read_mutants(first: int, last: int) -> list[str]:
     return outcomes
 
 
-def check(first: int, last: int) -> None:
+def check(first: int, last: int, counts: MutantCounts) -> None:
     outcomes = read_mutants(first, last)
     assert len(outcomes) == last - first
     assert [text for text in outcomes if "WRONG" in text] == []
     kinds = [text.split()[1] for text in outcomes]
+    for kind in kinds:
+        counts.begin("sounds")
+        counts.end("sounds", refused=kind == "refused:")
     assert kinds.count("read") > len(kinds) / 20
     assert kinds.count("refused:") > len(kinds) / 10
 
 
-def test_mutated_sounds():
-    check(0, 150)
+def test_mutated_sounds(mutant_counts):
+    check(0, 150, mutant_counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(150, 6150, 500))
-def test_many_mutated_sounds(first):
-    check(first, first + 500)
+def test_many_mutated_sounds(first, mutant_counts):
+    check(first, first + 500, mutant_counts)

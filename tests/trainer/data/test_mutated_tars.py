@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.mutant_counts import MutantCounts
 from tests.trainer.data.raw_tars import BLOCK, END, latents, member, npy, npy_with_header, pax, with_checksum
 from trainer.data.shards import find_members, index_rows, parse_metadata
 
@@ -168,14 +169,17 @@ def check(path: Path, content: bytes) -> bool:
     return True
 
 
-def fuzz_tars(path: Path, seed: int, count: int) -> None:
+def fuzz_tars(path: Path, seed: int, count: int, counts: MutantCounts) -> None:
     rng, accepted = random.Random(seed), 0
     for number in range(count):
         tar = bytearray(rng.choice(TARS))
         mutation = MUTATIONS[number % len(MUTATIONS)]
         mutation(rng, tar)
         start = time.monotonic()
-        accepted += check(path, bytes(tar))
+        counts.begin("tars")
+        right = check(path, bytes(tar))
+        counts.end("tars", refused=not right)
+        accepted += right
         assert time.monotonic() - start < MOST_SECONDS, (number, mutation)
     assert count / 20 < accepted < count / 2
 
@@ -223,11 +227,14 @@ def mutated_header(rng: random.Random) -> str:
     return text
 
 
-def fuzz_headers(path: Path, seed: int, count: int) -> None:
+def fuzz_headers(path: Path, seed: int, count: int, counts: MutantCounts) -> None:
     rng, accepted = random.Random(seed), 0
     for _ in range(count):
         content = npy_with_header(mutated_header(rng), rng.choice((*[latents(0).tobytes()] * 3, b"", bytes(7))))
-        accepted += check(path, member(b"k.x0.npy", content) + END)
+        counts.begin("headers of arrays in tars")
+        right = check(path, member(b"k.x0.npy", content) + END)
+        counts.end("headers of arrays in tars", refused=not right)
+        accepted += right
     assert count / 50 < accepted < count / 2
 
 
@@ -241,21 +248,21 @@ def test_what_is_not_mutated_is_accepted(tmp_path):
             assert values == latents(number).tobytes()
 
 
-def test_mutated_tars(tmp_path):
-    fuzz_tars(tmp_path / "a.tar", seed=0, count=100)
+def test_mutated_tars(tmp_path, mutant_counts):
+    fuzz_tars(tmp_path / "a.tar", seed=0, count=100, counts=mutant_counts)
 
 
-def test_mutated_headers(tmp_path):
-    fuzz_headers(tmp_path / "a.tar", seed=0, count=100)
+def test_mutated_headers(tmp_path, mutant_counts):
+    fuzz_headers(tmp_path / "a.tar", seed=0, count=100, counts=mutant_counts)
 
 
 @pytest.mark.slow
-def test_many_mutated_tars_and_headers(tmp_path):
+def test_many_mutated_tars_and_headers(tmp_path, mutant_counts):
     tracemalloc.start()
     try:
         for seed in range(1, 9):
-            fuzz_tars(tmp_path / "a.tar", seed=seed, count=500)
-            fuzz_headers(tmp_path / "a.tar", seed=seed, count=500)
+            fuzz_tars(tmp_path / "a.tar", seed=seed, count=500, counts=mutant_counts)
+            fuzz_headers(tmp_path / "a.tar", seed=seed, count=500, counts=mutant_counts)
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
         tracemalloc.stop()

@@ -1,0 +1,57 @@
+"""Counts what becomes of mutants in tests that damage files at random; `pytest -m slow` prints a table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+
+_PROPERTY = "mutants"
+
+
+class MutantCounts:
+    """How many mutants of each kind were tried, refused in a clear line, and read right."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, dict[str, int]] = {}
+
+    def begin(self, kind: str) -> None:
+        """Count a mutant that is about to be read. If nothing else is counted of it, its reader has failed."""
+        self.kinds.setdefault(kind, {"mutants": 0, "refused": 0, "right": 0})["mutants"] += 1
+
+    def end(self, kind: str, *, refused: bool) -> None:
+        """Count the outcome of the mutant that was begun."""
+        self.kinds[kind]["refused" if refused else "right"] += 1
+
+
+@pytest.fixture
+def mutant_counts(record_property: Callable[[str, object], None]) -> MutantCounts:
+    """Counts that are reported with the test, also if it fails."""
+    counts = MutantCounts()
+    record_property(_PROPERTY, counts.kinds)
+    return counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table after the slow tests."""
+    if config.option.markexpr != "slow":
+        return
+    stats = terminalreporter.stats
+    reports = [report for outcome in ("passed", "failed") for report in stats.get(outcome, [])]
+    counts = [value for report in reports for name, value in report.user_properties if name == _PROPERTY]
+    terminalreporter.write("".join(f"{line}\n" for line in table(counts)))
+
+
+def table(counts: Iterable[dict[str, dict[str, int]]]) -> Iterator[str]:
+    """Yield the lines of a table of all counts, of which several may be of one kind; nothing if there are none."""
+    total: dict[str, dict[str, int]] = {}
+    for kinds in counts:
+        for kind, numbers in kinds.items():
+            row = total.setdefault(kind, dict.fromkeys(numbers, 0))
+            for name, number in numbers.items():
+                row[name] += number
+    if total:
+        yield f"{'mutants of':36}{'tried':>8}{'refused':>9}{'right':>8}{'failed':>8}"
+    for kind, row in sorted(total.items()):
+        failed = row["mutants"] - row["refused"] - row["right"]
+        yield f"{kind:36}{row['mutants']:8,}{row['refused']:9,}{row['right']:8,}{failed:8,}"
