@@ -36,6 +36,7 @@ class _Shard(TypedDict):
 
 class _Description(_Info):
     fingerprint: str
+    checksum: NotRequired[Natural]
     samples: Natural
     total_frames: Natural
     shortest_frames: Natural

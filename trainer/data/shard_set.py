@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from models.disk_errors import NO_FILE, PASSING, with_number
 from models.documents import DamagedDocument, opened
 from models.readable import describe_os_error
+from trainer.data.index_file import CHECKED, is_described, read_whole
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.set_description import read_description
 from trainer.data.shards import (
@@ -33,7 +34,6 @@ from trainer.data.shards import (
     member_at,
     parse_metadata,
     pread,
-    set_fingerprint,
     text_fits,
     well_formed,
 )
@@ -75,7 +75,8 @@ class ShardSet:
         ValueError: the files in the folder do not match the set's index.
     """
 
-    def __init__(self, folder: Path | ShardCache):
+    def __init__(self, folder: Path | ShardCache, *, verify: bool = True):
+        """`verify`: whether to compare an index that is read whole with its checksum in `set.json`."""
         self.location, self._cache = str(folder), None
         if isinstance(folder, ShardCache):
             self.location, self._cache, folder = folder.url, folder, folder.folder
@@ -93,6 +94,8 @@ class ShardSet:
         except Exception as error:  # numpy evaluates the header of the index as Python, whose errors are of many kinds
             raise ValueError(f"the index of {self.location} is damaged ({error}): {MAKE_AGAIN}") from error
         shards = description.pop("shards")
+        self._said = {name: description[name] for name in description.keys() & CHECKED}
+        description.pop("checksum", None)
         self.shards: list[tuple[str, int]] = [(shard["name"], shard["bytes"]) for shard in shards]
         self.fingerprint: str = description.pop("fingerprint")
         samples: int = description.pop("samples")
@@ -109,7 +112,9 @@ class ShardSet:
         ):
             raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
         small = mapped.nbytes <= _MOST_READ
-        self.index: NDArray[np.void] = _read_whole(folder / "index.npy", mapped) if small else mapped
+        self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if small else mapped
+        if verify and small and not self.has_own_index():
+            raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
         for name, size in self.shards if self._cache is None else ():
             try:
                 found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (faster, for a hundred thousand shards)
@@ -136,9 +141,9 @@ class ShardSet:
         """The paths of the shards, in their order."""
         return [self.folder / name for name, _ in self.shards]
 
-    def recomputed_fingerprint(self) -> str:
-        """Compute the fingerprint from the whole index; it equals `fingerprint` if the index is intact."""
-        return set_fingerprint(self.info, self.index)
+    def has_own_index(self) -> bool:
+        """Whether the index, which is read whole, is the one that `set.json` was written for."""
+        return is_described(self.index, self.info, self.shards, self._said)
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.float16]) -> dict[int, DamagedSample]:
         """Read the latents of samples into the rows of `out`.
@@ -155,6 +160,7 @@ class ShardSet:
         """
         rows = self.index[ids]
         intact = well_formed(rows, self.info.latent_channels) & (rows["shard"] < len(self.shards))
+        intact &= rows["x0_length"] <= out.shape[1] * out.itemsize
         problems = {row: self._index_damaged() for row in np.flatnonzero(~intact).tolist()}
         # Sort the samples by their place on disk, and group those that are close together.
         sequence = np.lexsort((rows["x0_offset"], rows["shard"]))
@@ -354,24 +360,6 @@ class ShardSet:
 
     def _index_damaged(self) -> DamagedSample:
         return DamagedSample(f"{self.location}/index.npy is damaged: {MAKE_AGAIN}")
-
-
-def _read_whole(path: Path, mapped: np.memmap[Any, np.dtype[np.void]]) -> NDArray[np.void]:
-    """Read a mapped index, read-only: an error of the disk kills a process that reads from a map, without a word.
-
-    Raises:
-        ValueError: the file has become shorter.
-        OSError: the file can't be read now.
-    """
-    with opened(path) as file:
-        file.seek(mapped.offset)
-        try:
-            content = file.read(mapped.nbytes)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-    if len(content) != mapped.nbytes:
-        raise ValueError(f"{path} has become shorter: {MAKE_AGAIN}")
-    return np.frombuffer(content, mapped.dtype)
 
 
 def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:

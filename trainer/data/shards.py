@@ -16,7 +16,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -324,18 +324,17 @@ def write_index(folder: Path, info: SetInfo, shards: Mapping[str, NDArray[np.voi
     if "text_tokens" in (index.dtype.names or ()) and (info.text is None or not text_fits(index, info.text).all()):
         raise ValueError(f"some text in {folder} does not fit the tokens and width in {info.text}")
     index["shard"] = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards.values()])
+    sizes = {name: (folder / name).stat().st_size for name in shards}
     description = {
         "version": SET_VERSION,
         **asdict(info),
         "fingerprint": set_fingerprint(info, index),
+        "checksum": set_checksum(info, list(sizes.items()), index),
         "samples": len(index),
         "total_frames": int(index["frames"].sum(dtype=np.int64)),
         "shortest_frames": int(index["frames"].min()),
         "longest_frames": int(index["frames"].max()),
-        "shards": [
-            {"name": name, "bytes": (folder / name).stat().st_size, "samples": len(rows)}
-            for name, rows in shards.items()
-        ],
+        "shards": [{"name": name, "bytes": sizes[name], "samples": len(rows)} for name, rows in shards.items()],
     }
     with replacing(folder / "index.npy") as partial, partial.open("wb") as file:
         np.save(file, index, allow_pickle=False)
@@ -350,12 +349,23 @@ def set_fingerprint(info: SetInfo, index: NDArray[np.void]) -> str:
     return digest.hexdigest()
 
 
+def set_checksum(info: SetInfo, shards: Sequence[tuple[str, int]], index: NDArray[np.void]) -> int:
+    """Return a CRC-32 of the whole index, of each shard's (name, bytes), and of what says how to read the samples."""
+    facts = [info.sample_rate, info.hop, info.latent_channels, info.clip_seconds, info.text, list(shards)]
+    return crc32(np.ascontiguousarray(index).view(np.uint8).data, crc32(json.dumps(facts, sort_keys=True).encode()))
+
+
 def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
     """Whether the latents' length of each row fits its number of frames."""
-    return rows["x0_length"] == np.uint64(2 * channels) * rows["frames"]
+    return rows["x0_length"] == _bytes_each(channels) * rows["frames"]
 
 
 def text_fits(rows: NDArray[np.void], text: Mapping[str, Any]) -> NDArray[np.bool]:
     """Whether each row's text length fits its number of tokens, which is at most the maximum per caption."""
-    whole = rows["text_length"] == np.uint64(2 * text["width"]) * rows["text_tokens"]
+    whole = rows["text_length"] == _bytes_each(text["width"]) * rows["text_tokens"]
     return whole & (rows["text_tokens"] <= text["tokens"])
+
+
+def _bytes_each(values: int) -> np.uint64:
+    """Return the bytes of so many float16 values, or a number that is more than any row's length."""
+    return np.uint64(min(2 * values, _LONGEST_MEMBER + 1))

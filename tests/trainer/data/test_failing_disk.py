@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.data.test_shards import SAMPLES, latents, write_set
-from trainer.data import index
+from trainer.data import index, index_file
 from trainer.data import shard_set as shard_set_module
 from trainer.data.remote import CacheSettings, ShardCache
 from trainer.data.shard_set import open_set
@@ -172,14 +172,14 @@ class FailingFile:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_an_index_that_can_not_be_read_is_an_error_of_the_disk(shards, monkeypatch, number):
-    real = shard_set_module.opened
+    real = index_file.opened
 
     @contextmanager
     def opened(path):
         with real(path) as file:
             yield FailingFile(file, number)
 
-    monkeypatch.setattr(shard_set_module, "opened", opened)
+    monkeypatch.setattr(index_file, "opened", opened)
     with pytest.raises(OSError, match=r"index\.npy") as error:
         open_set(str(shards.folder))
     assert error.value.errno == number

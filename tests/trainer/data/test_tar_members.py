@@ -301,7 +301,7 @@ def test_a_damaged_row_does_not_ask_for_more_than_the_shard(tmp_path, column, va
     index[column][0] = value
     np.save(tmp_path / "index.npy", index)
     with pytest.raises(DamagedSample, match=r"index\.npy is damaged"):
-        ShardSet(tmp_path).metadata(0)
+        ShardSet(tmp_path, verify=False).metadata(0)
 
 
 def test_audio_that_is_no_sound_is_named(tmp_path):
