@@ -48,16 +48,17 @@ class MagnitudeAE(AudioAE):
     # An iteration spreads a frame over those that overlap with it, two on either side, as the last synthesis does.
     context = 2 * (iterations + 1) + segment
 
+    # A band's interpolated energies are scaled by at most this factor to have the band's energy.
+    most_scaled = 4.0
     # Magnitudes in relation to which the decoder judges partials and onsets; smaller ones count as silent.
     silence = 1e-4
-    # Around a peak, the spectrum of a Hann window resembles a Gaussian with this variance in bins².
-    peak_variance = 0.72
-    # The window itself resembles a Gaussian with this standard deviation in samples.
+    # The window resembles a Gaussian with this standard deviation in samples.
     window_deviation = 0.18 * window
     # A partial stands out by this factor e^x from its neighbourhood, and at an onset the magnitudes change by this
     # factor from frame to frame.
     prominence, onset = 1.0, 1.0
 
+    band: Tensor
     share: Tensor
     lower: Tensor
     upper: Tensor
@@ -71,7 +72,9 @@ class MagnitudeAE(AudioAE):
         super().__init__({"version": 2, **{setting: getattr(self, setting) for setting in settings}})
         edges = _band_edges(self.single_bins, self.window // 2 + 1, self.latent_channels)
         bins = torch.arange(self.window // 2 + 1)
-        member = torch.bucketize(bins, edges[1:], right=True)[:, None] == torch.arange(self.latent_channels)
+        band = torch.bucketize(bins, edges[1:], right=True)
+        member = band[:, None] == torch.arange(self.latent_channels)
+        self._constant("band", band)
         self._constant("share", member.float() / member.sum(0))
         centres = (edges[:-1] + edges[1:] - 1) / 2
         upper = torch.bucketize(bins, centres).clamp(1, self.latent_channels - 1)
@@ -98,16 +101,21 @@ class MagnitudeAE(AudioAE):
         before_BTF = torch.zeros_like(spectrum_BTF)
         for _ in range(self.iterations):
             consistent_BTF = self._analyse(self._synthesise(spectrum_BTF))
-            ahead_BTF = consistent_BTF - (self.momentum * before_BTF)
-            spectrum_BTF = ahead_BTF * (magnitude_BTF / (ahead_BTF.abs() + 1e-9))
+            ahead_BTF = torch.sub(consistent_BTF, before_BTF, alpha=self.momentum)
+            scale_BTF = magnitude_BTF * (_power(ahead_BTF) + 1e-18).rsqrt()
+            spectrum_BTF = torch.view_as_complex(torch.view_as_real(ahead_BTF) * scale_BTF[..., None])
             before_BTF = consistent_BTF
         return self._synthesise(spectrum_BTF)[:, None]
 
     def _magnitudes(self, x0_BCT: Tensor) -> Tensor:
-        """Return the magnitude of each bin, interpolated between the centres of the bands."""
+        """Return the magnitude of each bin: interpolated between the centres of the bands, and scaled in each band so
+        that it keeps its energy, which lies higher than both neighbours at a peak."""
         companded_BTC = (x0_BCT.transpose(1, 2) * self.spread + self.mean).clamp(0, self.loudest**self.companding)
-        companded_BTF = torch.lerp(companded_BTC[..., self.lower], companded_BTC[..., self.upper], self.fraction)
-        return companded_BTF ** (0.5 / self.companding) * self.taper.square().sum().sqrt()
+        smooth_BTF = torch.lerp(companded_BTC[..., self.lower], companded_BTC[..., self.upper], self.fraction)
+        energy_BTF = smooth_BTF ** (1 / self.companding)
+        wanted_BTC = companded_BTC ** (1 / self.companding)
+        scale_BTC = (wanted_BTC / (energy_BTF @ self.share + 1e-20)).clamp(1 / self.most_scaled, self.most_scaled)
+        return (energy_BTF * scale_BTC[..., self.band] * self.taper.square().sum()).sqrt()
 
     def _analyse(self, audio_BS: Tensor) -> Tensor:
         """Compute the STFT `(B, T, F)`; frames are centred on hop boundaries."""
@@ -128,27 +136,27 @@ class MagnitudeAE(AudioAE):
         log_BTF = (magnitude_BTF + self.silence).log()
         frame = torch.arange(begin, begin + log_BTF.shape[1], device=log_BTF.device)[:, None]
         bin = torch.arange(log_BTF.shape[2], device=log_BTF.device)
-        phase_BTF = torch.where(
-            _stands_out(log_BTF, self.prominence), self._partials(begin, bin, log_BTF), _random_turns(frame, bin)
-        )
+        top_BTF, peak_BTF = F.max_pool1d(log_BTF, 5, stride=1, padding=2, return_indices=True)
+        partial_BTF = self._partials(begin, (bin + _offsets(magnitude_BTF)).gather(2, peak_BTF))
+        stands_out_BTF = top_BTF - _smooth(log_BTF, 13) > self.prominence
+        phase_BTF = torch.where(stands_out_BTF, partial_BTF, _random_turns(frame, bin))
         change_BTF = _slope(log_BTF.transpose(1, 2)).transpose(1, 2)
         sudden_BTF = _smooth(change_BTF.abs(), 33) > self.onset
         # In the middle of a window, a phase of -bin/2 turns is that of an impulse.
         return torch.where(sudden_BTF, self._impulses(change_BTF), phase_BTF) - bin / 2
 
-    def _partials(self, begin: int, bin: Tensor, log_BTF: Tensor) -> Tensor:
-        """Return phases that advance by the frequency of the nearest peak; the bins of a peak start with one phase.
+    def _partials(self, begin: int, frequency_BTF: Tensor) -> Tensor:
+        """Return phases that advance by the frequency in bins of the peak that a bin belongs to.
 
-        As near a peak the log magnitude is a parabola, its slope shows how far away the peak is.
+        At the begin of each segment, the bins of a peak have one phase, which is random.
         """
-        frequency_BTF = bin + (self.peak_variance * _slope(log_BTF)).clamp(-1.5, 1.5)
         mean_BTF = (frequency_BTF[:, 1:] + frequency_BTF[:, :-1]) / 2
         advance_BTF = F.pad((mean_BTF * (self.hop / self.window)) % 1, (0, 0, 1, 0))
         # the sum of all advances since the first frame of the segment
-        front, frames = begin % self.segment, log_BTF.shape[1]
+        front, frames = begin % self.segment, frequency_BTF.shape[1]
         padded = F.pad(advance_BTF, (0, 0, front, -(front + frames) % self.segment)).unflatten(1, (-1, self.segment))
         since_BTF = (padded.cumsum(2) - padded[:, :, :1]).flatten(1, 2)[:, front : front + frames]
-        place = torch.arange(front, front + frames, device=log_BTF.device)
+        place = torch.arange(front, front + frames, device=frequency_BTF.device)
         first = (place - place % self.segment - front).clamp(min=0)
         segment = (place[:, None] + (begin - front)) // self.segment
         return since_BTF + _random_turns(segment, frequency_BTF[:, first].round().long())
@@ -202,9 +210,14 @@ def _smooth(x_BTF: Tensor, bins: int) -> Tensor:
     return F.avg_pool1d(x_BTF, bins, stride=1, padding=bins // 2, count_include_pad=False)
 
 
-def _stands_out(log_BTF: Tensor, prominence: float) -> Tensor:
-    """Whether a bin is beside a peak that is higher than the mean around it."""
-    return F.max_pool1d(log_BTF, 5, stride=1, padding=2) - _smooth(log_BTF, 13) > prominence
+def _offsets(magnitude_BTF: Tensor) -> Tensor:
+    """Return how far from a bin, in bins, a partial lies whose peak is at the bin: exact for a sine and a Hann window.
+
+    It is ±(2r - 1) / (r + 1) with the ratio r of the larger neighbour to the peak (Grandke, 1983).
+    """
+    below, above = F.pad(magnitude_BTF, (1, 0))[..., :-1], F.pad(magnitude_BTF, (0, 1))[..., 1:]
+    ratio = below.maximum(above) / (magnitude_BTF + 1e-9)
+    return ((2 * ratio - 1) / (ratio + 1)).clamp(0, 0.5) * (above - below).sign()
 
 
 def _random_turns(row: Tensor, column: Tensor) -> Tensor:
