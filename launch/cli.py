@@ -15,8 +15,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from launch.number_option import add_number
 from launch.output import survive_readers
 from launch.signals import INTERRUPTED
+from models.ranges import Range
 from trainer.cpus import usable_cpus
 from trainer.stages import STAGES, trained_stages
 
@@ -24,7 +26,9 @@ _OVERRIDES = (
     "settings that replace those of the recipe, such as autoencode.lr=1e-4 run_dir=runs/try2; `spresso plan RECIPE` "
     "lists all settings"
 )
-_WORKERS = "number of processes (default: the number of CPUs that may be used, %(default)s)"
+_WORKERS = Range(least=1, most=4096)
+_SEED = Range(least=0)
+_RATE = Range(least=100, most=768_000)  # of a stream, see `models.bitstream`, whose import takes longer than `--help`
 _RECIPE = "a YAML file, or the name of a recipe in configs/, such as demo"
 
 
@@ -62,9 +66,10 @@ def parser() -> argparse.ArgumentParser:
         subs, "synth", "on_sounds:synth", "synthesize captioned sound effects, to try training without a data set"
     )
     synth.add_argument("folder", type=_path, help="folder to write the sounds to")
-    synth.add_argument("--hours", type=float, default=0.5, help="hours of sound to make (default: %(default)s)")
-    synth.add_argument("--seed", type=int, default=0, help="random seed of the sounds (default: %(default)s)")
-    synth.add_argument("--workers", type=int, default=usable_cpus(), help=_WORKERS)
+    hours = Range(above=0, most=100_000)
+    add_number(synth, "--hours", hours, "hours of sound to make", kind=float, default=0.5)
+    add_number(synth, "--seed", Range(least=0, most=2**64 - 1), "random seed of the sounds", default=0)
+    _add_workers(synth)
 
     _add_recipe_commands(subs)
     _add_listening_test(subs)
@@ -144,12 +149,12 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
         help="autoencoder that made the latents (default: the one that the existing index names)",
     )
     index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh and oobleck")
-    index.add_argument("--workers", type=int, default=usable_cpus(), help=_WORKERS)
+    _add_workers(index)
 
     data = _add_command(subs, "data", "on_files:data", "summarize a set of latents")
     data.add_argument("location", metavar="DIR", help="folder or URL of a set, or of its parent with train/ and test/")
     data.add_argument("--play-to", type=_path, metavar="FOLDER", help="decode some samples to wav files in this folder")
-    data.add_argument("--samples", type=int, default=5, help="number of samples to decode (default: %(default)s)")
+    add_number(data, "--samples", Range(least=1), "number of samples to decode", default=5)
 
 
 def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -159,7 +164,7 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     )
     encode.add_argument("input", type=_path, metavar="IN.wav", help="sound file, or folder of sound files")
     encode.add_argument("output", type=_path, metavar="OUT.spr", help="stream to write, or folder of streams")
-    encode.add_argument("--books", type=int, help="codebooks to use; fewer give a lower bit rate (default: all)")
+    add_number(encode, "--books", Range(least=1), "codebooks to use; fewer give a lower bit rate", without="all")
     encode.add_argument(
         "--channels",
         default="auto",
@@ -178,20 +183,12 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     )
     decode.add_argument("input", type=_path, metavar="IN.spr", help="stream, or folder of streams")
     decode.add_argument("output", type=_path, metavar="OUT.wav", help="sound file to write, or folder of sound files")
-    decode.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="random seed; another seed gives another sound (default: %(default)s)",
-    )
-    decode.add_argument("--steps", type=int, help="steps of the diffusion sampler (default: as stored in the codec)")
-    decode.add_argument(
-        "--samples",
-        type=int,
-        default=1,
-        help="number of times to decode the same codes, to OUT.0.wav, OUT.1.wav … (default: %(default)s)",
-    )
-    decode.add_argument("--rate", type=int, help="sample rate in Hz to write (default: that of the encoded sound)")
+    add_number(decode, "--seed", _SEED, "random seed; another seed gives another sound", default=0)
+    steps = Range(least=1, most=100_000)
+    add_number(decode, "--steps", steps, "steps of the diffusion sampler", without="as stored in the codec")
+    times = "number of times to decode the same codes, to OUT.0.wav, OUT.1.wav …"
+    add_number(decode, "--samples", Range(least=1, most=100_000), times, default=1)
+    add_number(decode, "--rate", _RATE, "sample rate in Hz to write", without="that of the encoded sound")
     _add_codec_options(decode)
 
     info = _add_command(subs, "info", "on_sounds:info", "show the contents and the bit rate of a stream")
@@ -220,8 +217,8 @@ def _add_listening_test(subs: argparse._SubParsersAction[argparse.ArgumentParser
     test.add_argument(
         "--systems", help="systems to test: keys in evaluation.json, separated by commas (default: all on the page)"
     )
-    test.add_argument("--clips", type=int, help="number of clips to test (default: all on the page)")
-    test.add_argument("--seed", type=int, default=0, help="random seed of file names and order (default: %(default)s)")
+    add_number(test, "--clips", Range(least=1), "number of clips to test", without="all on the page")
+    add_number(test, "--seed", _SEED, "random seed of file names and order", default=0)
 
 
 def _add_run_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -237,7 +234,7 @@ def _add_run_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser])
     logs = _add_command(subs, "logs", "on_runs:logs", "show the log of a run")
     logs.add_argument("run", metavar="RUN", help=run)
     logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")
-    logs.add_argument("--rank", type=int, help="rank whose log to show (default: 0)")
+    add_number(logs, "--rank", Range(least=0), "rank whose log to show", without="0")
     logs.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until Ctrl-C")
     for name, command, help_ in (
         ("cancel", "on_runs:cancel", "cancel all jobs of a run; training jobs save first"),
@@ -260,6 +257,12 @@ def _add_command(
     sub = subs.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".", allow_abbrev=False)
     sub.set_defaults(command=command)
     return sub
+
+
+def _add_workers(sub: argparse.ArgumentParser) -> None:
+    """Add the option that sets the number of processes."""
+    without = "the number of CPUs that may be used, %(default)s"
+    add_number(sub, "--workers", _WORKERS, "number of processes", default=usable_cpus(), without=without)
 
 
 def _add_codec_options(sub: argparse.ArgumentParser) -> None:

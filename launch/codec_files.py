@@ -103,11 +103,6 @@ def decode(
     Raises:
         ValueError: source, target, codec or a setting can't be used; a single file can't be converted.
     """
-    if samples < 1 or (steps is not None and steps < 1):
-        raise ValueError("--samples and --steps must be at least 1")
-    low, high = bitstream.RATE_RANGE
-    if rate is not None and not low <= rate <= high:
-        raise ValueError(f"--rate {rate} must be between {low} and {high}")
     if codec is not None:
         require_codec_folder(codec)
     decoder = FileDecoder(codec, device, seed, steps, samples, rate)

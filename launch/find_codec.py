@@ -11,16 +11,28 @@ import torch
 from launch.find_exports import find_exports
 from models.codec import SPresso
 from models.export import read_description
-from models.readable import folder_trouble
+from models.readable import describe_os_error, folder_trouble
 from trainer.file_names import printable
 
 
 def newest_codec() -> Path:
     """Return the newest export under runs/ that can encode. Raises ValueError if there is none."""
-    exports = [path for path in _exports() if (path / "quantizer.safetensors").exists()]
-    if not exports:
+    written = {path: time for path in _exports() if (time := _written_at(path)) is not None}
+    if not written:
         raise ValueError("there is no codec under runs/: train one with `spresso run demo`, or give --codec FOLDER")
-    return max(exports, key=lambda path: (path / "codec.json").stat().st_mtime)
+    return max(written, key=lambda path: written[path])
+
+
+def _written_at(export: Path) -> float | None:
+    """Return when an export was written; None if it can't encode or can't be read."""
+    try:
+        (export / "quantizer.safetensors").stat()
+        return (export / "codec.json").stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        _pass_over(error)
+        return None
 
 
 def fitting_codec(model: str, source: Path) -> Path:
@@ -38,14 +50,20 @@ def exports_of(model: str) -> Iterable[Path]:
         try:
             found = read_description(path)["model"].startswith(model)
         except (OSError, ValueError) as error:  # a damaged export must not hide the others
-            print(f"spresso: {printable(str(error))}; it is passed over", file=sys.stderr)
+            _pass_over(error)
             continue
         if found:
             yield path
 
 
 def _exports() -> list[Path]:
-    return find_exports(Path("runs"))
+    return find_exports(Path("runs"), _pass_over)
+
+
+def _pass_over(error: Exception) -> None:
+    """Say on stderr that an export, or a folder that may hold some, is passed over."""
+    reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+    print(f"spresso: {printable(reason)}; it is passed over", file=sys.stderr)
 
 
 def require_codec_folder(folder: Path) -> None:

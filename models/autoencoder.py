@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sizes import VocosConfig
+from models.autoencoder_sizes import VocosConfig
 from models.weights import hash_state
 
 FRAMES_PER_BLOCK = 3000
@@ -38,6 +38,8 @@ class AudioAE(nn.Module):
     surplus_frames = 1
     """Latent frames in excess of one per hop: 1 if a frame is centred on each hop boundary, including the first and
     last ones; 0 if each frame covers one hop."""
+    signed_channels = 0
+    """Channels, counted from the first, that are coefficients of a spectrum: their signs are noise to a codec."""
     context: int | None = None
     """Frames on either side that a latent frame, or the decoded samples around it, may depend on. If the context is
     unlimited, it is None, and long sounds are not cut into blocks."""
@@ -139,6 +141,7 @@ class SpectralAE(AudioAE):
     name = "spectral"
     sample_rate, channels, latent_channels, hop = 48000, 1, 128, 480
     coefficients, bands = 96, 32
+    signed_channels = coefficients
     context = 1
 
     # Bins with less energy than white noise at -80 dBFS count as silent.

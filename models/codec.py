@@ -25,11 +25,12 @@ from models.decoder import Decoder
 from models.diffusion import Diffusion, make_diffusion
 from models.encoding import check_audio, encode_sound, resize
 from models.latent_encoder import LatentEncoder, Upsampler
+from models.later_fields import without_later
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
 from models.resampling import resampled_samples
 from models.samplers import generate
-from models.sizes import CodecConfig, Sampling
+from models.sizes import CodecConfig, LatentEncoderConfig, Sampling
 from models.weights import hash_state
 
 if TYPE_CHECKING:
@@ -344,7 +345,8 @@ class SPresso(nn.Module):
 
     def _hash(self, config: Mapping[str, Any] | None = None) -> str:
         """Hash the model; `config` is the one of an export, which lacks the settings that were added after it."""
-        config = dataclasses.asdict(self.config) if config is None else config
+        config = dict(dataclasses.asdict(self.config) if config is None else config)
+        config["latent_encoder"] = without_later(config["latent_encoder"], LatentEncoderConfig)
         tensors: dict[str, Tensor] = {
             f"adapter.{name}": value for name, value in export.named_as_in_peft(self.adapter_parameters()).items()
         }

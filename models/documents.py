@@ -24,6 +24,7 @@ from typing import Annotated, Any, BinaryIO, Generic, TypeVar, get_args, get_typ
 import msgspec
 
 from models.atomic_write import write_whole
+from models.later_fields import values_before
 from models.readable import kind_of
 
 T = TypeVar("T")
@@ -183,10 +184,11 @@ def _of_type(value: Any, kind: type[T]) -> T:
 def build(kind: type[T], values: Any, where: object, *, mend: str) -> T:
     """Check values against a dataclass as `fits` does, but build it from the values as they are.
 
-    `fits` turns the 1 of a field for real numbers into 1.0. A hash of the fields would change by that.
+    `fits` turns the 1 of a field for real numbers into 1.0. A hash of the fields would change by that. A field that was
+    added later, and that the values lack, gets the value that it means in an older file.
     """
     fits(values, kind, where, mend=mend)
-    return kind(**values)
+    return kind(**{**values_before(kind), **values})
 
 
 def _explained(problem: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.block_pca import BlockPCA
 from models.rotary import Rotary, rope_frequencies
 from models.sizes import LatentEncoderConfig
 
@@ -58,38 +59,56 @@ class TransformerBlock(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """g: x0 (B, C, T) → z (B, Z, T / pooling): Transformer blocks, a linear layer, average pooling in time."""
+    """g: x0 (B, C, T) → z (B, Z, T / pooling).
+
+    z is the sum of a start from the data (`BlockPCA`) and of what the Transformer blocks add. With `pool=places`, the
+    tokens of a z are projected together, with weights of their own for each place; with `average`, as in the paper, all
+    places share their weights and the mean is taken.
+    """
 
     def __init__(self, config: LatentEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        features = config.latent_channels * (2 if config.magnitudes else 1)
-        self.project_in = nn.Linear(features * config.patch_size, config.width)
+        self.start = BlockPCA(config.block_features, config.z_channels) if config.start == "pca" else None
+        self.project_in = nn.Linear(config.frame_features * config.patch_size, config.width)
         self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.encoder_depth))
         self.norm = nn.LayerNorm(config.width)
-        self.project_out = nn.Linear(config.width, config.z_channels)
+        if config.pool == "places":
+            self.narrow = nn.Linear(config.width, config.place_width)
+        self.project_out = nn.Linear(config.pooled_width, config.z_channels)
+        if self.start is not None:
+            nn.init.zeros_(self.project_out.weight)
+            nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x0_BCT: Tensor) -> Tensor:
         """Encode x0 to z; raise ValueError if T is not a multiple of the pooling."""
-        if x0_BCT.shape[-1] % self.config.pooling:
+        config = self.config
+        if x0_BCT.shape[-1] % config.pooling:
             raise ValueError(
-                f"{x0_BCT.shape[-1]} frames are not a multiple of the pooling {self.config.pooling}: "
+                f"{x0_BCT.shape[-1]} frames are not a multiple of the pooling {config.pooling}: "
                 "crop or pad the latents to a multiple of it"
             )
-        if self.config.magnitudes:
-            x0_BCT = torch.cat([x0_BCT, x0_BCT.abs() - MEAN_MAGNITUDE], dim=1)
-        h_BTW = self.project_in(_to_patches(x0_BCT, self.config.patch_size))
+        h_BTW = self.project_in(_to_patches(_features(x0_BCT, config), config.patch_size))
         for block in self.blocks:
             h_BTW = block(h_BTW)
-        z_BTZ = self.project_out(self.norm(h_BTW))
-        tokens_per_z = self.config.pooling // self.config.patch_size
-        return z_BTZ.unflatten(1, (-1, tokens_per_z)).mean(2).transpose(1, 2)
+        z_BNZ = self._pooled(self.norm(h_BTW))
+        if self.start is not None:
+            z_BNZ = z_BNZ + self.start(start_features(x0_BCT, config).flatten(2))
+        return z_BNZ.transpose(1, 2)
+
+    def _pooled(self, h_BTW: Tensor) -> Tensor:
+        tokens = self.config.tokens_per_z
+        if self.config.pool == "average":
+            return self.project_out(h_BTW).unflatten(1, (-1, tokens)).mean(2)
+        # Divided by the number of places, so that one step of the optimizer changes z as much as with the average.
+        return self.project_out(self.narrow(h_BTW).unflatten(1, (-1, tokens)).flatten(2) / tokens)
 
 
 class Upsampler(nn.Module):
     """f: z (B, Z, N) → condition (B, dit width, tokens of the DiT).
 
-    f repeats each z for all of its tokens, refines them by Transformer blocks, and projects them to D's width. The last
+    f spreads each z over its tokens, refines them by Transformer blocks, and projects them to D's width. With
+    `pool=places`, each place of a z has weights of its own; with `average`, all places get the same vector. The last
     layer is initialised to zero, so that an untrained f leaves a pretrained D's output unchanged.
     """
 
@@ -97,22 +116,47 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.dit_patch_size = dit_patch_size
-        self.project_in = nn.Linear(config.z_channels, config.width)
+        if config.pool == "places":
+            self.spread = nn.Linear(config.z_channels, config.tokens_per_z * config.place_width)
+            self.project_in = nn.Linear(config.place_width, config.width)
+        else:
+            self.project_in = nn.Linear(config.z_channels, config.width)
         # A learned embedding of a token's position within its z; the repeated tokens would otherwise be identical.
-        self.place = nn.Parameter(torch.randn(config.pooling // config.patch_size, config.width) * 0.02)
+        self.place = nn.Parameter(torch.randn(config.tokens_per_z, config.width) * 0.02)
         self.blocks = nn.ModuleList(TransformerBlock(config.width, config.heads) for _ in range(config.upsampler_depth))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, dit_width)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
 
+    @torch.no_grad()
+    def start_from(self, start: BlockPCA) -> None:
+        """Initialise what f gives each place: a random projection of the features there that z stands for.
+
+        Does nothing with `average`, where no weights belong to a place.
+        """
+        if self.config.pool == "average":
+            return
+        features_ZTF = start.features_of_channels().unflatten(1, (self.config.tokens_per_z, -1))
+        features, width = features_ZTF.shape[2], self.config.place_width
+        projection_FW = torch.empty(features, width)
+        gain = max(1.0, features / width) ** 0.5  # so that the numbers of a place vary as much as the features do
+        nn.init.orthogonal_(projection_FW, gain, generator=torch.Generator().manual_seed(0))
+        self.spread.weight.copy_((features_ZTF @ projection_FW).flatten(1).T)
+        self.spread.bias.zero_()
+
     def forward(self, z_BZN: Tensor) -> Tensor:
         """Upsample z to one condition vector per token of the DiT, for N · pooling frames."""
-        h_BNW = self.project_in(z_BZN.transpose(1, 2))
-        h_BTW = (h_BNW[:, :, None] + self.place).flatten(1, 2)
+        h_BTW = (self._spread(z_BZN.transpose(1, 2)) + self.place).flatten(1, 2)
         for block in self.blocks:
             h_BTW = block(h_BTW)
         return self._to_dit_tokens(self.project_out(self.norm(h_BTW)).transpose(1, 2))
+
+    def _spread(self, z_BNZ: Tensor) -> Tensor:
+        """Return the vectors of each place of each z, (B, N, places, width); one for all places with `average`."""
+        if self.config.pool == "average":
+            return self.project_in(z_BNZ)[:, :, None]
+        return self.project_in(self.spread(z_BNZ).unflatten(-1, (self.config.tokens_per_z, -1)))
 
     def _to_dit_tokens(self, condition_BWT: Tensor) -> Tensor:
         """Resample from tokens of `patch_size` frames to tokens of `dit_patch_size` frames."""
@@ -120,6 +164,17 @@ class Upsampler(nn.Module):
             return condition_BWT
         frames = condition_BWT.repeat_interleave(self.config.patch_size, dim=-1)
         return F.avg_pool1d(frames, self.dit_patch_size)
+
+
+def start_features(x0_BCT: Tensor, config: LatentEncoderConfig) -> Tensor:
+    """Return what z starts from: x0 by z, of signed channels the magnitudes; (B, N, pooling, C)."""
+    signed_BCT, others_BCT = x0_BCT.split([config.signed_channels, x0_BCT.shape[1] - config.signed_channels], dim=1)
+    features_BCT = torch.cat([signed_BCT.abs() - MEAN_MAGNITUDE, others_BCT], dim=1)
+    return features_BCT.transpose(1, 2).unflatten(1, (-1, config.pooling))
+
+
+def _features(x0_BCT: Tensor, config: LatentEncoderConfig) -> Tensor:
+    return torch.cat([x0_BCT, x0_BCT.abs() - MEAN_MAGNITUDE], dim=1) if config.magnitudes else x0_BCT
 
 
 def _to_patches(x_BCT: Tensor, patch_size: int) -> Tensor:

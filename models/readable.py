@@ -54,6 +54,11 @@ def kind_of(mode: int) -> str:
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "something unknown")
 
 
+def is_broken_link(path: Path) -> bool:
+    """Whether a path is a link to something that is missing, perhaps only now: a mount may be away."""
+    return path.is_symlink() and not path.exists()
+
+
 def describe_os_error(error: OSError) -> str:
     """Return an OSError as a sentence that begins with the path; the error's own text if it has no path."""
     if error.filename is None or error.errno is None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 from models.documents import Positive, build, damaged, fits
+from models.later_fields import added_later, since
 from models.ranges import ranged
 
 _LARGEST = 2**24
 """The largest size that a config may name, see `models.documents.Size`."""
 _DEEPEST = 2**12
 """The largest number of Transformer blocks."""
+_POOLS, _STARTS = ("places", "average"), ("pca", "random")
 _MEND = "export it again"
 
 
@@ -209,6 +210,44 @@ class LatentEncoderConfig:
     magnitudes: bool = False
     """Whether g sees |x0| in addition to x0. In signed spectra, such as the latents of `spectral`, the sound is in the
     magnitudes and the signs are noise; without |x0|, g spends most of a short training on learning that."""
+    pool: str = since("places", before="average")
+    """`places`: the tokens of a z are projected together, with weights for each place, and f spreads z the same way;
+    `average`: all places share their weights and are averaged, as in the paper."""
+    start: str = since("pca", before="random")
+    """`pca`: z starts as the principal components of a block's features, to which g adds; `random`: from g alone."""
+    whitening: float = ranged(0.0, least=0, most=1, metadata=added_later(0.0))
+    """`start=pca`: each component is divided by its standard deviation to this power; 1 makes all variances equal. 0
+    keeps those of the data, so that codes are spent on what varies most: at 16 bits a z, log-mel is 0.5 dB better than
+    with 0.5."""
+
+    signed_channels: int = ranged(0, least=0, metadata=added_later(0))
+    """`start=pca`: channels of x0, counted from the first, of which z starts from the magnitudes, because their signs
+    are noise. The AudioAE says how many there are."""
+
+    @property
+    def frame_features(self) -> int:
+        """Numbers that g sees of a frame."""
+        return self.latent_channels * (2 if self.magnitudes else 1)
+
+    @property
+    def block_features(self) -> int:
+        """Features of the frames of one z, from which z starts."""
+        return self.latent_channels * self.pooling
+
+    @property
+    def tokens_per_z(self) -> int:
+        """Tokens of g and f per vector z."""
+        return self.pooling // self.patch_size
+
+    @property
+    def place_width(self) -> int:
+        """Features of a token that have weights of their own for each place: enough for z, however wide a token is."""
+        return min(self.width, 2 * self.z_channels)
+
+    @property
+    def pooled_width(self) -> int:
+        """Features that g projects to a vector z."""
+        return self.width if self.pool == "average" else self.tokens_per_z * self.place_width
 
     def problems(self) -> list[str]:
         """Return one line for each problem with these sizes, which says how to fix it."""
@@ -227,52 +266,10 @@ class LatentEncoderConfig:
             found.append(
                 f"latent_encoder.width={self.width} is not a multiple of 2·heads: take a multiple of {2 * self.heads}"
             )
+        for name, kinds in (("pool", _POOLS), ("start", _STARTS)):
+            if (value := getattr(self, name)) not in kinds:
+                found.append(f"latent_encoder.{name}={value} is unknown: set one of {', '.join(kinds)}")
         return found
-
-
-@dataclass
-class VocosConfig:
-    """Size and shape of a `VocosAE`; the defaults are the public release's."""
-
-    latent_channels: int = 128
-    """Channels of the latents."""
-    width: int = 2048
-    """Features of a frame inside the encoder and the decoder."""
-    hidden_width: int = 3072
-    """Features of the MLPs' hidden layer."""
-    encoder_depth: int = 8
-    """Number of blocks in the encoder."""
-    decoder_depth: int = 8
-    """Number of blocks in the decoder."""
-    n_fft: int = 960
-    """Length of an STFT frame in samples; at least twice the hop."""
-    hop: int = 480
-    """Samples from the start of one frame to the start of the next."""
-    sample_rate: int = 48000
-    """Samples per second."""
-
-
-@dataclass
-class OobleckConfig:
-    """Size and shape of an `OobleckAE`; the defaults are the public release's."""
-
-    latent_channels: int = 64
-    """Channels of the latents."""
-    width: int = 128
-    """Features of the decoder at the audio's sample rate; the encoder has 2 · latent_channels there."""
-    multiples: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """Factors by which the number of features grows after each strided convolution."""
-    strides: list[int] = field(default_factory=lambda: [2, 4, 4, 8, 8])
-    """Strides of the encoder's convolutions, all even; their product is the hop."""
-    audio_channels: int = 2
-    """Audio channels that the model takes and returns; 2 is stereo."""
-    sample_rate: int = 44100
-    """Samples per second."""
-
-    @property
-    def hop(self) -> int:
-        """Samples per latent frame."""
-        return math.prod(self.strides)
 
 
 @dataclass

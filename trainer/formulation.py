@@ -66,7 +66,8 @@ def require_same_codec(
         quantizer: the settings of the codec's quantizer, if it has one.
     """
     require_same(config, {"diffusion": codec.diffusion, "lora": codec.lora}, where)
-    shapes = dataclasses.asdict(config.latent_encoder) | {"latent_channels": codec.latent_encoder.latent_channels}
+    by_models = {key: getattr(codec.latent_encoder, key) for key in ("latent_channels", "signed_channels")}
+    shapes = dataclasses.asdict(config.latent_encoder) | by_models
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
     pairs = [("latent_encoder", dataclasses.asdict(codec.latent_encoder), shapes)]
     if quantizer is not None:

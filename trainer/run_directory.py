@@ -20,7 +20,7 @@ from trainer.checkpoints.names import checkpoints
 from trainer.exported import missing_export
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
-from trainer.recipes.values import added_later, flatten, hash_values, to_yaml
+from trainer.recipes.values import flatten, hash_values, is_stored, older_values, to_yaml
 from trainer.run_documents import read_optional, read_status
 from trainer.stages import STAGES
 
@@ -30,8 +30,6 @@ _MISSING = object()  # equal to no value
 _BY_CONTENT = ("pretrained.folder", "autoencoder.folder")
 """Keys whose value is the path of a release. The hash of its files is an input of the stage, or decides the latents and
 is compared with theirs, so that the release may move."""
-_SECTIONS = {"name", "run_dir", "seed", "data", "quantizer", "parallel", "cluster", "checkpoint", "evaluate"}
-"""Keys that the config of every run has, of any version."""
 
 
 def stage_folder(config: Config, stage: str) -> Path:
@@ -69,13 +67,18 @@ class RunDirectory:
         _append(self.path / "command.txt", " ".join(sys.argv))
         write_whole(self.path / "environment.txt", environment())
 
-    def identity(self, config: Config, inputs: dict[str, str], *, with_paths: bool = False) -> str:
+    def identity(
+        self, config: Config, inputs: dict[str, str], *, with_paths: bool = False, zero_clip: bool = False
+    ) -> str:
         """Hash the settings and inputs that the stage learns from. The number of samples does not change the hash.
 
-        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0.
+        Neither does the place of a release (`_BY_CONTENT`), except `with_paths`, as it was up to 0.1.0. `zero_clip`
+        hashes no clipping as 0, which meant that under ZeRO up to 0.1.0.
         """
-        later = added_later()
+        later = older_values()
         relevant = self._relevant(config)
+        if zero_clip and config.parallel.strategy.startswith("zero"):
+            relevant |= {key: 0.0 for key, value in relevant.items() if key.endswith(".clip_norm") and value is None}
         if not with_paths:
             relevant = {key: value for key, value in relevant.items() if key not in _BY_CONTENT or value is None}
         return hash_values(
@@ -107,7 +110,7 @@ class RunDirectory:
         known = flatten(config)
         if config.checkpoint.start_from is None:
             relevant.pop("checkpoint.start_from")  # A run that has begun need not name its first weights again.
-        before = self._relevant(added_later() | _flatten_stored(self._stored_config(), known))
+        before = self._relevant(_without_old_zero(older_values() | _flatten_stored(self._stored_config(), known)))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
             before |= {f"input {name}": value for name, value in self._stored_inputs().items()}
@@ -176,6 +179,13 @@ class RunDirectory:
         return enough and not missing_export(self.path, status)
 
 
+def _without_old_zero(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored config in which null turns clipping off, as 0 did under ZeRO up to 0.1.0."""
+    if not str(stored.get("parallel.strategy")).startswith("zero"):
+        return stored
+    return {key: None if key.endswith(".clip_norm") and value == 0 else value for key, value in stored.items()}
+
+
 def _is_same_place(key: str, before: object, now: object) -> bool:
     """Whether two values of a setting are paths of the same thing, or of things that are compared by their content."""
     if not isinstance(before, str) or not isinstance(now, str):
@@ -201,7 +211,7 @@ def require_own_config(folder: Path) -> None:
         return
     require_file(path)
     try:
-        complete = read_yaml(path, mend="").keys() >= _SECTIONS
+        complete = is_stored(read_yaml(path, mend=""))
         text = read_bytes(path, mend="")
     except ValueError:
         complete, text = False, b""

@@ -12,17 +12,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.autoencoder import AudioAE
-from models.backbones.pretrained import load_autoencoder, load_dit
+from models.backbones.pretrained import load_dit
+from models.block_pca import BlockMoments
 from models.codec import SPresso
-from models.decoder import Decoder
 from models.diffusion import make_diffusion
-from models.dit import DiT
+from models.latent_encoder import start_features
 from models.prior import Prior
 from models.quantizers.quantizer import make_quantizer
 from models.quantizers.residual import VECTORS_PER_CODEWORD
@@ -40,61 +39,13 @@ from trainer.recipes.schema import Config
 from trainer.run_directory import stage_folder
 from trainer.stage_inputs import base_model, require_recorded
 from trainer.stages import STAGES, stage_before
+from trainer.task_models import LoadedModels, Models
 
 logger = logging.getLogger(__name__)
 
 Progressed = Callable[[int, int], None] | None
+_BLOCKS_PER_FEATURE = 8
 _VECTORS_PER_CODEWORD = 16  # for counting how often each code occurs, before the prior is trained
-
-
-class Models(Protocol):
-    """The source of a Task's models: `LoadedModels`, or `trainer.memory.outline` for the memory plan."""
-
-    def autoencoder(self) -> AudioAE:
-        """The recipe's AudioAE."""
-
-    def fresh_dit(self) -> Decoder:
-        """A D of the recipe's sizes with random weights."""
-
-    def pretrained_dit(self) -> Decoder:
-        """The D that `pretrain` exported, or that a release contains."""
-
-    def codec(self, stage: str) -> SPresso:
-        """The codec that a stage exported."""
-
-
-class LoadedModels:
-    """Models with their weights, loaded from the recipe's folders and from the exports of earlier stages.
-
-    Raises:
-        ValueError: (each method) a folder is missing or damaged. The message names it.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def autoencoder(self) -> AudioAE:
-        """See `Models`."""
-        return load_autoencoder(**dataclasses.asdict(self.config.autoencoder))
-
-    def fresh_dit(self) -> Decoder:
-        """See `Models`."""
-        return DiT(self.config.dit)
-
-    def pretrained_dit(self) -> Decoder:
-        """See `Models`. Raises ValueError if D was trained with another diffusion formulation than the recipe's."""
-        dit = load_dit(base_model(self.config))
-        formulation.require_same(self.config, {"diffusion": dit.diffusion}, base_model(self.config))
-        return dit
-
-    def codec(self, stage: str) -> SPresso:
-        """See `Models`. Raises ValueError if the codec is not the one that the stage has on record."""
-        folder = stage_folder(self.config, stage) / "export"
-        codec = SPresso.from_pretrained(
-            folder, base=self.config.pretrained.folder, autoencoder=self.config.autoencoder.folder
-        )
-        require_recorded(self.config, stage, codec.model_hash)
-        return codec
 
 
 class Task(ABC):
@@ -131,13 +82,16 @@ class Task(ABC):
         """Tensors that checkpoints and exports store with the trained parameters, but that have no gradient."""
         return {}
 
-    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:  # noqa: B027
+    def initialise(  # noqa: B027
+        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
+    ) -> None:
         """Initialise weights from data, before the first step of a fresh run. All ranks.
 
         Args:
             batches: this rank's parts of the first global batches.
             gather: joins the rows of all ranks, in the order of the global batch.
-            main: whether this is rank 0, whose weights the other ranks then receive.
+            whole: on rank 0, whose weights the other ranks then receive, the first global batches with all samples;
+                None on the other ranks.
         """
 
     def finish(self, batches: Iterator[Batch], device: torch.device) -> None:  # noqa: B027
@@ -284,6 +238,32 @@ class Autoencode(CodecTask):
         self._take(codec, [codec.g, codec.f, list(codec.adapter_parameters().values())])
         self.module = LatentDenoiser(config, stage, codec, rates=[])
 
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What z starts from."""
+        start = self.codec.g.start
+        return {} if start is None else {f"g.start.{name}": value for name, value in start.named_buffers()}
+
+    @torch.no_grad()
+    def initialise(
+        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
+    ) -> None:
+        """Start z and f from the principal components of random crops. On rank 0, so that all ranks agree."""
+        g, shapes = self.codec.g, self.codec.config.latent_encoder
+        if g.start is None or whole is None:
+            return
+        moments = BlockMoments(shapes.pooling, shapes.latent_channels)
+        while moments.count < _BLOCKS_PER_FEATURE * moments.size:
+            batch = next(whole)
+            blocks_BNTC = start_features(batch.x0.float(), shapes)
+            moments.add(blocks_BNTC[mask_of_z(batch.mask, blocks_BNTC)])
+        held = g.start.fit(moments, whitening=shapes.whitening)
+        self.codec.f.start_from(g.start)
+        logger.info(
+            "%s: z starts from %d blocks of %d frames; its %d channels hold %.0f %% of what varies in them",
+            *(self.stage, moments.count, shapes.pooling, shapes.z_channels, 100 * held),
+        )
+
 
 class Quantize(CodecTask):
     """Fits the quantizer on z (step 2), then refines it by gradient descent for `quantize.samples` samples."""
@@ -303,10 +283,12 @@ class Quantize(CodecTask):
         return {f"quantizer.{name}": value for name, value in self.codec.quantizer.named_buffers()}
 
     @torch.no_grad()
-    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+    def initialise(
+        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
+    ) -> None:
         """Fit the codebooks on z of random crops: the same clip gives other vectors at another frame offset."""
         every = self._vectors(batches, gather, self.config.quantizer.vectors)
-        if main:
+        if whole is not None:
             assert self.codec.quantizer is not None
             self.codec.quantizer.fit(every, seed=self.config.seed)
 
@@ -346,7 +328,9 @@ class FitPrior(CodecTask):
         self.module = CodePrior(config, stage, codec)
 
     @torch.no_grad()
-    def initialise(self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], main: bool) -> None:
+    def initialise(
+        self, batches: Iterator[Batch], gather: Callable[[Tensor], Tensor], whole: Iterator[Batch] | None
+    ) -> None:
         """Initialise the prior with each code's frequency at the highest rate."""
         quantizer, prior = self.codec.quantizer, self.codec.prior
         assert quantizer is not None
@@ -386,7 +370,12 @@ def make_task(config: Config, stage: str, models: Models | None = None) -> Task:
 def fresh_codec(config: Config, models: Models) -> SPresso:
     """Create the codec that step 1 starts from: a pretrained D with randomly initialised LoRA, g and f."""
     dit = models.pretrained_dit()
-    shapes = dataclasses.replace(config.latent_encoder, latent_channels=dit.config.channels)
+    autoencoder = models.autoencoder()
+    shapes = dataclasses.replace(
+        config.latent_encoder,
+        latent_channels=dit.config.channels,
+        signed_channels=autoencoder.signed_channels if config.latent_encoder.start == "pca" else 0,
+    )
     codec_config = CodecConfig(
         autoencoder=dataclasses.asdict(config.autoencoder),
         latent_encoder=shapes,
@@ -396,4 +385,4 @@ def fresh_codec(config: Config, models: Models) -> SPresso:
         window=config.stage("autoencode").crop_frames,
         sampling=config.sampling,
     )
-    return SPresso(codec_config, autoencoder=models.autoencoder(), dit=dit)
+    return SPresso(codec_config, autoencoder=autoencoder, dit=dit)

@@ -108,7 +108,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
-        older = run.identity(config, inputs, with_paths=True)
+        older = {run.identity(config, inputs, with_paths=True, zero_clip=zero_clip) for zero_clip in (False, True)}
         torch.manual_seed(config.seed)
         task = make_task(config, stage)
         task.to(parallel.device)
@@ -119,7 +119,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         if parallel.main:
             run.claim(config, inputs)
         parallel.wait()
-        source = resume.find_start(config, run, {identity, older})
+        source = resume.find_start(config, run, {identity, *older})
         if source is None:
             _start_weights(task, config, feed, parallel)
 
@@ -176,7 +176,8 @@ def _facts(config: Config, run: RunDirectory, identity: str, task: Task, inputs:
 
 def _start_weights(task: Task, config: Config, feed: Feed, parallel: Parallel) -> None:
     """Initialise the weights of a fresh run, the same on all ranks."""
-    task.initialise(feed.from_the_beginning(), parallel.gather, parallel.main)
+    whole = feed.from_the_beginning(whole=True) if parallel.main else None
+    task.initialise(feed.from_the_beginning(), parallel.gather, whole)
     if config.checkpoint.start_from is not None:
         resume.start(task, config.checkpoint.start_from)
     parallel.broadcast(task.statistics.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from launch import pipeline
@@ -14,6 +15,8 @@ from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.stages import STAGES, is_trained, trained_stages
+
+_PART = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,10 +80,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _part(options: argparse.Namespace) -> tuple[int, int]:
-    part, slash, parts = (options.part or "0/1").partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"--part {options.part} is not K/N with K from 0 to N-1, such as 0/8")
-    return int(part), int(parts)
+    match = _PART.fullmatch(options.part or "0/1")
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--part {options.part} is not K/N with K from 0 to N-1, such as 0/8, and N below a million")
+    return int(match[1]), int(match[2])
 
 
 def page(options: argparse.Namespace) -> None:

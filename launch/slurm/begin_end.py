@@ -20,9 +20,11 @@ from launch import owner
 from launch.signals import MISTAKE
 from launch.slurm import scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
-from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, judge
+from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
 from launch.slurm.slurm_task import rendezvous
 from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
+from models.disk_errors import LASTING
+from models.readable import describe_os_error
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
 from trainer.stages import STAGES, is_trained
@@ -63,9 +65,11 @@ def _end(attempt: Attempt, status: int) -> int:
     if is_trained(folder.name) and held is not None and held.token != attempt.token:
         print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
-    progress = place(folder)
+    progress, refused = _place_now(folder)
     past = ended(history(folder), attempt.job)
     verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
+    if refused and verdict.then == REQUEUE:
+        verdict = Verdict(OVER, refused, failure="mistake")
     entry = {"ended": time.time(), **_who(attempt), "place": progress, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     told = f"{folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}"
@@ -94,7 +98,7 @@ def _close_killed_attempt(attempt: Attempt) -> None:
     if lines and "then" not in lines[-1] and lines[-1]["restart"] < attempt.restart:
         why = "SLURM requeued the job: a node failed, or the job was preempted without a grace period"
         before = {"job": attempt.job, "restart": lines[-1]["restart"], "ended": time.time()}
-        entry = {**before, "place": place(attempt.stage_folder), "then": REQUEUE, "why": why, "failure": ""}
+        entry = {**before, "place": _place_now(attempt.stage_folder)[0], "then": REQUEUE, "why": why, "failure": ""}
         record(attempt.stage_folder, entry | {"by": "slurm"})
 
 
@@ -112,6 +116,21 @@ def place(folder: Path) -> int | None:
         counted = STAGES[folder.name].progress_files
         return None if counted is None else sum(1 for _ in folder.glob(counted)) if counted else 0
     return max(map(samples_of, checkpoints(folder / "checkpoints")), default=0)
+
+
+def _place_now(folder: Path) -> tuple[int | None, str]:
+    """Return how far a stage is, None if that can't be read; and why only a person can mend that, else an empty text.
+
+    An error that may pass, such as EIO, is named in the log.
+    """
+    try:
+        return place(folder), ""
+    except OSError as error:
+        number, problem = error.errno, f"{describe_os_error(error)}: the progress of {folder.name} can't be read"
+    if number in LASTING:
+        return None, f"{problem}; allow reading there or mount it, then submit the job again with `spresso requeue RUN`"
+    print(f"spresso: {printable_lines(problem)} now", file=sys.stderr, flush=True)
+    return None, ""
 
 
 def _rank_count() -> int:
@@ -138,7 +157,7 @@ def _requeue(attempt: Attempt) -> int:
             problem = str(error)
             print(f"spresso: {problem}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
             time.sleep(_PAUSE)
-    entry = {"ended": time.time(), **_who(attempt), "place": place(attempt.stage_folder), "then": OVER}
+    entry = {"ended": time.time(), **_who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
     record(attempt.stage_folder, entry | {"why": f"could not be requeued: {problem}", "failure": "requeue"})
     print("spresso: the job was not requeued; `spresso requeue RUN` submits it again", file=sys.stderr)
     return 1

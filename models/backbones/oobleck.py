@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from models.autoencoder import AudioAE
+from models.autoencoder_sizes import OobleckConfig
 from models.backbones.released import find_part, open_part, read_config, require, require_package
 from models.documents import Size
-from models.sizes import OobleckConfig
 from models.weights import filled
 
 _CLASS = "AutoencoderOobleck"

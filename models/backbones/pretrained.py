@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models.autoencoder import AudioAE, SpectralAE, VocosAE
+from models.autoencoder_sizes import VocosConfig
 from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
 from models.backbones.released import is_hub_name, locate, missing
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
@@ -17,7 +18,7 @@ from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
 from models.magnitude_autoencoder import MagnitudeAE
-from models.sizes import DecoderConfig, DiTConfig, Formulation, VocosConfig, decoder_config
+from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.autoencoder import VocosAE
+from models.autoencoder_sizes import VocosConfig
 from models.dit import DiT
 from models.documents import Natural, Size, damaged, fits
-from models.sizes import DiTConfig, VocosConfig
+from models.sizes import DiTConfig
 from models.weights import Stored, Weights, filled, listed, open_safetensors, read
 from models.yaml_document import read_yaml
 

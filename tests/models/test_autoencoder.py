@@ -8,8 +8,8 @@ import soundfile
 import torch
 
 from models.autoencoder import AudioAE, SpectralAE, VocosAE
+from models.autoencoder_sizes import VocosConfig
 from models.magnitude_autoencoder import MagnitudeAE
-from models.sizes import VocosConfig
 from tests.system_packages import require
 
 SPEECH = Path("/usr/share/sounds/alsa")  # 48 kHz, of alsa-utils

@@ -112,9 +112,12 @@ def test_silence_before_an_onset_stays_quiet():
 
 
 def test_sounds_stay_near_their_originals():
-    """The bounds are a little above what was measured; phases left random, without iterations, give 3.5 dB and more."""
-    distances = log_mel_distance(sounds(), again(sounds()), RATE).flatten()
-    assert distances.max().item() < 1.5
+    """The bounds are a little above what was measured. From random first phases the voice is at 1.16 dB, and without
+    iterations the three are at 2.2, 3.1 and 1.1 dB."""
+    voice, knocks, chord = log_mel_distance(sounds(), again(sounds()), RATE).flatten().tolist()
+    assert voice < 1
+    assert knocks < 1.6
+    assert chord < 0.6
 
 
 def test_sounds_survive_noise_on_their_latents():
@@ -153,7 +156,7 @@ def test_wild_latents_do_not_overflow(value):
 
 
 def test_the_context_is_what_a_sample_depends_on():
-    """A change of a frame is heard within the context, and past the iterations' own reach (34 frames) in partials."""
+    """A changed frame is heard within the context, and where partials started with it, past the iterations' reach."""
     ae = MagnitudeAE()
     x0 = ae.encode(tone(440, 4))
     changed = x0.clone()
@@ -161,4 +164,4 @@ def test_the_context_is_what_a_sample_depends_on():
     change = (ae.decode(changed) - ae.decode(x0))[0, 0].unflatten(0, (-1, ae.hop)).abs().amax(1)
     heard = change.nonzero().flatten()
     assert 200 - ae.context <= heard.min().item()
-    assert heard.max().item() < 200 + ae.context
+    assert 200 + 2 * (ae.iterations + 1) < heard.max().item() < 200 + ae.context

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from models.atomic_write import sync
 from models.disk_errors import NO_FILE, mend_words, room_words, with_number
-from models.readable import describe_os_error
+from models.readable import describe_os_error, is_broken_link
 from models.weights import write_safetensors
 from trainer.checkpoints.manifest import (
     CHECKPOINT_FORMAT,
@@ -382,7 +382,7 @@ def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -
             return f"{file.name} has a wrong checksum"
         return _header_problem(file, expected["ranges"]) if checksums else None
     except OSError as error:
-        if error.errno in NO_FILE:
+        if error.errno in NO_FILE and not is_broken_link(file):
             return f"{file.name} is missing" if error.errno == errno.ENOENT else describe_os_error(error)
         raise
 

@@ -6,9 +6,11 @@ merged by hand, or written by a faulty version. It is therefore checked whether 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,6 +20,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import msgspec
 
 from models.documents import LARGEST_LIST, Moment, Natural, Positive, damaged, fits, read_json, to_json
+from models.readable import is_broken_link
 from trainer.checkpoints.names import MANIFEST
 from trainer.ranks.flat_ranges import FlatRange
 
@@ -85,6 +88,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         most = min(_LARGEST, max(LARGEST_LIST, (path / MANIFEST).stat().st_size))
         manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=most)
     except (FileNotFoundError, NotADirectoryError):
+        if link := next((link for link in (path, path / MANIFEST) if is_broken_link(link)), None):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(link)) from None
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
     if manifest.pop("sha256", None) != digest(manifest):
         raise damaged(path / MANIFEST, "its checksum is wrong", _MEND)

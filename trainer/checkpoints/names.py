@@ -27,6 +27,10 @@ def checkpoints(directory: Path) -> list[Path]:
     """
     try:
         names = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        if directory.is_symlink():  # its disk may be away, and then nobody knows what it holds
+            raise
+        return []
+    except NotADirectoryError:
         return []
     return sorted(names, key=samples_of)

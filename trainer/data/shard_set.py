@@ -46,6 +46,8 @@ _NO_SUCH_PLACE = NO_FILE | {errno.EINVAL}
 """Errors that come from the set itself: a shard is gone, or an offset is none that a file can have."""
 _OPEN_FILES = 512  # shards that one process keeps open
 _LARGE_INDEX = 1 << 30  # bytes
+_MOST_READ = 256 << 20
+"""Bytes up to which an index is read whole; that of a billion samples is not, as each rank would hold it in memory."""
 _GAP = 16 << 10  # a gap of this many bytes between two samples is cheaper to read than to skip
 _BUFFERS = 512  # per read; Linux allows 1024
 
@@ -82,7 +84,7 @@ class ShardSet:
             description = read_description(folder, self.location)
             with opened(folder / "index.npy"):  # a pipe would hold up numpy
                 pass
-            self.index = np.lib.format.open_memmap(folder / "index.npy", mode="r")
+            mapped = np.lib.format.open_memmap(folder / "index.npy", mode="r")
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
@@ -98,14 +100,16 @@ class ShardSet:
         self.shortest_frames: int = description.pop("shortest_frames")
         self.longest_frames: int = description.pop("longest_frames")
         self.info = SetInfo(**description)
-        columns = self.index.dtype.names or ()
+        columns = mapped.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
         if (
-            self.index.dtype not in INDEX_ROWS
-            or self.index.shape != (samples,)
+            mapped.dtype not in INDEX_ROWS
+            or mapped.shape != (samples,)
             or self.has_text != (self.info.text is not None)
         ):
             raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
+        small = mapped.nbytes <= _MOST_READ
+        self.index: NDArray[np.void] = _read_whole(folder / "index.npy", mapped) if small else mapped
         for name, size in self.shards if self._cache is None else ():
             try:
                 found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (faster, for a hundred thousand shards)
@@ -350,6 +354,24 @@ class ShardSet:
 
     def _index_damaged(self) -> DamagedSample:
         return DamagedSample(f"{self.location}/index.npy is damaged: {MAKE_AGAIN}")
+
+
+def _read_whole(path: Path, mapped: np.memmap[Any, np.dtype[np.void]]) -> NDArray[np.void]:
+    """Read a mapped index, read-only: an error of the disk kills a process that reads from a map, without a word.
+
+    Raises:
+        ValueError: the file has become shorter.
+        OSError: the file can't be read now.
+    """
+    with opened(path) as file:
+        file.seek(mapped.offset)
+        try:
+            content = file.read(mapped.nbytes)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    if len(content) != mapped.nbytes:
+        raise ValueError(f"{path} has become shorter: {MAKE_AGAIN}")
+    return np.frombuffer(content, mapped.dtype)
 
 
 def open_set(location: str, cache: CacheSettings | None = None) -> ShardSet:

@@ -83,7 +83,7 @@ def outlined_task(config: Config, stage: str, dit: DecoderConfig) -> Task:
 
 
 class _OutlinedModels:
-    """An implementation of `trainer.tasks.Models` whose models have shapes and no weights."""
+    """An implementation of `trainer.task_models.Models` whose models have shapes and no weights."""
 
     def __init__(self, config: Config, dit: DecoderConfig) -> None:
         self.config, self.dit = config, dit

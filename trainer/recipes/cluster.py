@@ -24,6 +24,7 @@ OURS = (
     *("no-requeue", "signal", "wrap", "nodes", "gpus-per-node", "ntasks-per-node", "ntasks", "cpus-per-task", "mem"),
     *("time", "partition", "account", "qos", "constraint"),
 )
+_WHOLE = ("gpus",)  # an option of sbatch that begins like one of `OURS`
 
 
 @dataclass
@@ -166,12 +167,18 @@ def _problems_of(cluster: ClusterConfig, where: str) -> list[str]:
     if strange := [line for line in cluster.setup if not isinstance(line, str) or "\0" in line]:
         found.append(f"{where}.setup holds {printable(str(strange[0]))}, which is no line of bash")
     for key in cluster.options:
-        name = option_name(key)
-        if name in OURS:
+        if name := _ours_for(option_name(key)):
             setting = name.replace("-", "_").replace("ntasks_per_node", "tasks_per_node")
             mend = f"set {where}.{setting} instead" if setting in _OF_STAGES else "remove it: requeueing depends on it"
             found.append(f"{where}.options.{key}: {mend}")
     return found
+
+
+def _ours_for(name: str) -> str:
+    """Return the option of `OURS` that sbatch takes a name for, the whole one or its beginning; empty if it is none."""
+    if name in OURS or name in _WHOLE:
+        return name if name in OURS else ""
+    return next((ours for ours in OURS if name and ours.startswith(name)), "")
 
 
 def option_name(key: str) -> str:

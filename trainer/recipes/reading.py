@@ -18,7 +18,7 @@ from models.yaml_document import read_yaml
 from trainer.recipes.paths import expand_homes, expanded
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.text import is_text, may_be_none, quote_text
-from trainer.recipes.values import flatten
+from trainer.recipes.values import flatten, is_stored, older_values
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _CHOICES = ("cluster",)
@@ -130,7 +130,18 @@ def _read_recipe(path: Path, key: str = "") -> DictConfig:
     """Read a recipe, or what belongs under a key of one."""
     require_file(path)
     mend = "a recipe is a YAML file with keys such as `name: demo`"
-    return read_yaml(path, mend=mend, prepare=functools.partial(quote_text, key=key))
+    recipe = read_yaml(path, mend=mend, prepare=functools.partial(quote_text, key=key))
+    return _with_older_values(recipe) if is_stored(recipe) else recipe
+
+
+def _with_older_values(stored: DictConfig) -> DictConfig:
+    """Add the settings that a run's config lacks because they are newer than the run."""
+    before = OmegaConf.create({})
+    for key, value in older_values().items():
+        OmegaConf.update(before, key, value)
+    merged = OmegaConf.merge(before, stored)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _parse(overrides: list[str]) -> DictConfig:

@@ -7,15 +7,12 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.later_fields import added_later
 from models.ranges import ranged
 from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
 from trainer.stages import STAGES, trained_stages
-
-ADDED_LATER = {"added_later": True}
-"""Metadata of a setting that older runs did not have. The hash of a run's settings leaves such a setting out while it
-has its default, so older checkpoints keep the hash that they were saved with."""
 
 
 @dataclass
@@ -189,7 +186,7 @@ class TrainConfig:
     the codec has no text at inference; the paper gives no value. In `pretrain`, where D learns to read, it is 0.1."""
     crop_frames: int = ranged(495, least=1)
     """Length of a training crop in x0 frames, a multiple of `latent_encoder.pooling`."""
-    loss_weights: dict[str, float] = ranged(dict, least=0, metadata=ADDED_LATER)
+    loss_weights: dict[str, float] = ranged(dict, least=0, metadata=added_later({}))
     """Name of a loss term → its weight; 1 for a term that is not named. The log has a curve for each term."""
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from models.later_fields import is_added_later, value_before
 from trainer.recipes.schema import Config, recipe_schema
+
+_SECTIONS = {"name", "run_dir", "seed", "data", "quantizer", "parallel", "cluster", "checkpoint", "evaluate"}
+"""Keys that the config of every run has, of any version."""
 
 
 def to_yaml(config: Config) -> str:
@@ -33,9 +37,19 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
             yield key, item, value
 
 
-def added_later() -> dict[str, Any]:
-    """Return the defaults of the settings that older runs did not have, by their dotted keys."""
-    return {key: value for key, item, value in settings(recipe_schema()()) if item.metadata.get("added_later")}
+def older_values() -> dict[str, Any]:
+    """Return what the settings that older runs did not have mean for such a run, by their dotted keys.
+
+    The hash of a run's settings leaves such a setting out while it has this value, so that older checkpoints keep the
+    hash that they were saved with.
+    """
+    every = settings(recipe_schema()())
+    return {key: value_before(item) for key, item, _ in every if is_added_later(item)}
+
+
+def is_stored(values: Mapping[Any, Any]) -> bool:
+    """Whether these are the values of a run's `config.yaml`, of any version, rather than of a recipe by hand."""
+    return values.keys() >= _SECTIONS
 
 
 def hash_values(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -195,3 +196,55 @@ def test_ranks_that_left_no_note_are_named(start, monkeypatch):
     attempt.note(0, "failed", type="RuntimeError", message="Connection closed by peer")
     begin_end._end(attempt, 137)
     assert "rank 1 ended without a note" in history(attempt.stage_folder)[-1]["why"]
+
+
+def unlistable(monkeypatch, number: int) -> None:
+    """Let no folder of checkpoints be listed any more."""
+    real = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "checkpoints":
+            raise OSError(number, os.strerror(number), str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_checkpoints_that_can_not_be_listed_now_end_no_job(start, slurm, monkeypatch, capsys, number):
+    monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
+    attempt = start()
+    assert script("begin", "pretrain").returncode == 0
+    checkpoint(attempt, 600)
+    attempt.note(0, "stopped", why="was preempted")
+    unlistable(monkeypatch, number)
+    assert begin_end._end(attempt, 0) == 0
+    assert slurm.calls("scontrol")[-1] == "requeue 12"
+    assert "the progress of pretrain can't be read now" in capsys.readouterr().err
+    last = history(attempt.stage_folder)[-1]
+    assert (last["then"], last["place"]) == ("requeued", None)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_checkpoints_that_may_not_be_listed_end_the_job_with_the_mend(start, slurm, monkeypatch, capsys, number):
+    attempt = start()
+    assert script("begin", "pretrain").returncode == 0
+    checkpoint(attempt, 600)
+    attempt.note(0, "stopped", why="was preempted")
+    unlistable(monkeypatch, number)
+    assert begin_end._end(attempt, 0) == 2
+    assert not any("requeue" in call for call in slurm.calls("scontrol"))
+    told = capsys.readouterr().err
+    assert "checkpoints can't be opened: permission denied: the progress of pretrain can't be read; allow" in told
+    assert owner.holder(attempt.stage_folder) is None
+    last = history(attempt.stage_folder)[-1]
+    assert (last["then"], last["failure"]) == ("over", "mistake")
+
+
+def test_a_job_that_is_done_is_done_whatever_can_be_listed(start, slurm, monkeypatch):
+    attempt = start()
+    assert script("begin", "pretrain").returncode == 0
+    attempt.note(0, "done")
+    unlistable(monkeypatch, errno.EACCES)
+    assert begin_end._end(attempt, 0) == 0
+    assert history(attempt.stage_folder)[-1]["then"] == "done"

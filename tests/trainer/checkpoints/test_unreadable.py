@@ -181,3 +181,36 @@ def test_the_error_passes_and_the_checkpoint_is_used(tmp_path, directory, fail_t
     tensors = blank()
     checkpoint.load(path, whole_ranges(tensors))
     assert same(tensors, state())
+
+
+@pytest.mark.parametrize("away", ["rank_00000.safetensors", "manifest.json", ""])
+def test_a_link_to_what_is_away_stops_the_start(tmp_path, directory, away):
+    older, newer = save(directory, 8), save(directory, 16)
+    place, disk = newer / away if away else newer, tmp_path / "disk"
+    place.rename(disk)
+    place.symlink_to(disk)
+    assert decide(tmp_path) == newer
+    disk.rename(tmp_path / "away")
+    with pytest.raises(OSError, match=r"is a link to .*disk, which is missing: .*None was renamed") as error:
+        decide(tmp_path)
+    assert str(place) in str(error.value)
+    assert names(directory) == [older.name, newer.name]
+    (tmp_path / "away").rename(disk)
+    assert decide(tmp_path) == newer
+
+
+def test_a_folder_of_checkpoints_that_is_away_is_not_taken_for_an_empty_one(tmp_path, directory):
+    newer, disk = save(directory, 8), tmp_path / "disk"
+    directory.rename(disk)
+    directory.symlink_to(disk)
+    assert decide(tmp_path) == newer
+    disk.rename(tmp_path / "away")
+    with pytest.raises(OSError, match=r"is a link to .*disk, which is missing: .*None was renamed"):
+        decide(tmp_path)
+
+
+def test_a_file_that_is_missing_is_damage(tmp_path, directory):
+    older, newer = save(directory, 8), save(directory, 16)
+    (newer / "rank_00000.safetensors").unlink()
+    assert decide(tmp_path) == older
+    assert not newer.exists()

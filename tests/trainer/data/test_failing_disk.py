@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.trainer.data.test_shards import SAMPLES, latents, write_set
 from trainer.data import index
 from trainer.data import shard_set as shard_set_module
 from trainer.data.remote import CacheSettings, ShardCache
+from trainer.data.shard_set import open_set
 from trainer.data.stream import LatentStream
 from trainer.data.text_embeddings import TextFiles
 
@@ -153,3 +155,44 @@ def test_a_cache_on_a_failing_disk_is_told_from_a_full_one(tmp_path, monkeypatch
     with pytest.raises(kind, match=r"the cache .* can't be written") as error, cache._disk_errors_explained():
         fail()
     assert getattr(error.value, "errno", None) == (number if kind is OSError else None)
+
+
+class FailingFile:
+    """An open file whose content can't be read."""
+
+    def __init__(self, file, number: int) -> None:
+        self.file, self.number = file, number
+
+    def seek(self, place: int) -> int:
+        return self.file.seek(place)
+
+    def read(self, count: int) -> bytes:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_an_index_that_can_not_be_read_is_an_error_of_the_disk(shards, monkeypatch, number):
+    real = shard_set_module.opened
+
+    @contextmanager
+    def opened(path):
+        with real(path) as file:
+            yield FailingFile(file, number)
+
+    monkeypatch.setattr(shard_set_module, "opened", opened)
+    with pytest.raises(OSError, match=r"index\.npy") as error:
+        open_set(str(shards.folder))
+    assert error.value.errno == number
+
+
+def test_an_index_is_read_whole_unless_it_is_large(shards, monkeypatch):
+    assert type(shards.index) is np.ndarray
+    assert isinstance(shards.index.base, bytes)
+    assert not shards.index.flags.writeable
+    expected, ids = stream(shards).batch(0), np.arange(len(shards))
+    monkeypatch.setattr(shard_set_module, "_MOST_READ", shards.index.nbytes - 1)
+    mapped = open_set(str(shards.folder))
+    assert isinstance(mapped.index, np.memmap)
+    assert (mapped.index == shards.index).all()
+    assert stream(mapped).batch(0).x0.equal(expected.x0)
+    assert [a.tolist() for a in mapped.latents(ids)] == [b.tolist() for b in shards.latents(ids)]

@@ -41,6 +41,10 @@ def test_nodes_and_ranks():
         ("options.time=60", r"set cluster\.time instead"),
         ("options.ntasks-per-node=4", r"set cluster\.tasks_per_node instead"),
         ("options.no-requeue=true", "remove it: requeueing depends on it"),
+        ("options.arr=0-3", r"options\.arr: set cluster\.array instead"),
+        ("options.no_req=true", r"options\.no_req: remove it: requeueing depends on it"),
+        ("options.partit=high", r"set cluster\.partition instead"),
+        ("options.gpus-per-n=2", r"set cluster\.gpus_per_node instead"),
         ("stages.prepaer.array=2", "no such stage; the nearest one is prepare"),
         ("stages.prepare.arry=2", r"unknown key cluster\.stages\.prepare\.arry.*array"),
         ("stages.prepare.array=many", "must be of type int"),
@@ -50,3 +54,8 @@ def test_nodes_and_ranks():
 def test_what_is_wrong_is_named_with_its_mend(override, told):
     with pytest.raises(ValueError, match=told):
         load_recipe("tiny", ["cluster=slurm", f"cluster.{override}"])
+
+
+@pytest.mark.parametrize("option", ["gpus", "gpus-per-task", "mem-per-gpu", "time-min", "nodelist", "exclusive"])
+def test_an_option_that_begins_alike_is_allowed(option):
+    assert load_recipe("tiny", ["cluster=slurm", f"cluster.options.{option}=1"]).cluster.options == {option: 1}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from trainer.objectives import LatentDenoiser
 from trainer.recipes.schema import Config
 from trainer.stages import Stage
-from trainer.tasks import CodecTask, Models
+from trainer.task_models import Models
+from trainer.tasks import CodecTask
 
 POLISH = Stage(
     "polish",
