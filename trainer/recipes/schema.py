@@ -66,8 +66,8 @@ class DataConfig:
 class AutoencoderConfig:
     """The AudioAE, which turns audio into latents x0 and back."""
 
-    kind: str = "spectral"
-    """`spectral` (signed MDCT coefficients) and `magnitude` (STFT magnitudes) need no weights. `woosh` is the Vocos
+    kind: str = "magnitude"
+    """`magnitude` (STFT magnitudes) and `spectral` (signed MDCT coefficients) need no weights. `woosh` is the Vocos
     autoencoder of Woosh, and `oobleck` is that of Stable Audio Open."""
     folder: str | None = None
     """Folder of the released weights of `woosh` or `oobleck`, or for `oobleck` their name on the Hugging Face hub."""
