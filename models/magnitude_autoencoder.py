@@ -52,8 +52,6 @@ class MagnitudeAE(AudioAE):
     most_scaled = 4.0
     # Magnitudes in relation to which the decoder judges partials and onsets; smaller ones count as silent.
     silence = 1e-4
-    # The window resembles a Gaussian with this standard deviation in samples.
-    window_deviation = 0.18 * window
     # A partial stands out by this factor e^x from its neighbourhood, and at an onset the magnitudes change by this
     # factor from frame to frame.
     prominence, onset = 1.0, 1.0
@@ -140,10 +138,10 @@ class MagnitudeAE(AudioAE):
         partial_BTF = self._partials(begin, (bin + _offsets(magnitude_BTF)).gather(2, peak_BTF))
         stands_out_BTF = top_BTF - _smooth(log_BTF, 13) > self.prominence
         phase_BTF = torch.where(stands_out_BTF, partial_BTF, _random_turns(frame, bin))
-        change_BTF = _slope(log_BTF.transpose(1, 2)).transpose(1, 2)
-        sudden_BTF = _smooth(change_BTF.abs(), 33) > self.onset
+        change_BTF = _smooth(log_BTF[:, 1:] - log_BTF[:, :-1], 33).abs()
+        sudden_BTF = F.pad(change_BTF, (0, 0, 1, 0)).maximum(F.pad(change_BTF, (0, 0, 0, 1))) > self.onset
         # In the middle of a window, a phase of -bin/2 turns is that of an impulse.
-        return torch.where(sudden_BTF, self._impulses(change_BTF), phase_BTF) - bin / 2
+        return torch.where(sudden_BTF, self._impulses(magnitude_BTF), phase_BTF) - bin / 2
 
     def _partials(self, begin: int, frequency_BTF: Tensor) -> Tensor:
         """Return phases that advance by the frequency in bins of the peak that a bin belongs to.
@@ -161,14 +159,18 @@ class MagnitudeAE(AudioAE):
         segment = (place[:, None] + (begin - front)) // self.segment
         return since_BTF + _random_turns(segment, frequency_BTF[:, first].round().long())
 
-    def _impulses(self, change_BTF: Tensor) -> Tensor:
-        """Return phases of impulses whose delay follows from the change of the log magnitude from frame to frame.
+    def _impulses(self, magnitude_BTF: Tensor) -> Tensor:
+        """Return phases of impulses whose delays follow from the magnitudes of neighbouring frames.
 
-        An impulse moves through the window from frame to frame, and its magnitude is the window at its place: for a
-        Gaussian window the change of the logarithm is proportional to the delay.
+        An impulse d samples after the middle of a frame has the magnitude of the Hann window there, cos²(π d / W). With
+        the root r of its ratio to the next frame's magnitude, tan(π d / W) = (r - cos(π h / W)) / sin(π h / W), where h
+        is the hop; the louder one of both neighbours decides.
         """
-        delay_BTF = (change_BTF * (self.window_deviation**2 / self.hop)).clamp(-self.window / 2, self.window / 2)
-        return -(delay_BTF / self.window).cumsum(-1)
+        earlier_BTF, later_BTF = F.pad(magnitude_BTF, (0, 0, 1, 0))[:, :-1], F.pad(magnitude_BTF, (0, 0, 0, 1))[:, 1:]
+        ratio_BTF = (earlier_BTF.maximum(later_BTF) / (magnitude_BTF + self.silence)).sqrt()
+        angle = math.pi * self.hop / self.window
+        turns_BTF = ((ratio_BTF - math.cos(angle)) / math.sin(angle)).atan() / math.pi
+        return -(turns_BTF * (later_BTF - earlier_BTF).sign()).cumsum(-1)
 
 
 def _band_edges(single_bins: int, bins: int, bands: int) -> Tensor:

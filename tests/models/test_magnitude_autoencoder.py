@@ -93,13 +93,13 @@ def test_a_partial_is_steady(frequency):
     assert (envelope.std() / envelope.mean()).item() < 0.15
 
 
-@pytest.mark.parametrize("place", [24_000, 24_137, 24_400])
+@pytest.mark.parametrize("place", [24_000, *range(24_030, 24_480, 60)])  # anywhere within a hop
 def test_a_click_stays_sharp(place):
     click = torch.zeros(1, 1, RATE)
     click[..., place] = 0.9
     energy = again(click)[0, 0].square()
     near = energy[place - 240 : place + 240].sum()
-    assert (near / energy.sum()).item() > 0.95  # within 5 ms
+    assert (near / energy.sum()).item() > 0.999  # within 5 ms
     assert abs(decibels(energy.sum() / 0.81)) < 1
 
 
