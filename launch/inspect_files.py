@@ -48,7 +48,9 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
         options = {"kind": kind, "folder": None if weights is None else str(weights)}
         info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
     if info is None:
-        raise ValueError(f"{folder} names no autoencoder of its latents: add --autoencoder spectral, woosh or oobleck")
+        raise ValueError(
+            f"{folder} names no autoencoder of its latents: add --autoencoder spectral, magnitude, woosh or oobleck"
+        )
     with Progress("index", total=0, unit="shards") as progress:
         shard_set = index_folder(
             folder, info, workers=workers, progress=lambda done, total: progress.to(done, of=total)

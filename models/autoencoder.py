@@ -221,10 +221,15 @@ def _log_bands(first_bin: int, bins: int, bands: int) -> Tensor:
 def _random_signs(begin: int, frames: int, bins: int, *, device: torch.device) -> Tensor:
     """Return ±1 for each frame and bin by hashing its position, so the signs are equal on all devices and all runs."""
     frame = torch.arange(begin, begin + frames, device=device)[:, None]
-    bits = frame * bins + torch.arange(bins, device=device)
-    for multiplier in (0x7FEB352D, 0x846CA68B):  # the mixing steps of a 32-bit hash with low bias
-        bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
+    bits = scrambled(frame * bins + torch.arange(bins, device=device))
     return ((bits >> 16) & 1).float() * 2 - 1
+
+
+def scrambled(bits: Tensor) -> Tensor:
+    """Hash whole numbers to whole numbers of 32 bits by the mixing steps of a hash with low bias."""
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
+    return bits
 
 
 class VocosAE(AudioAE):

@@ -17,11 +17,13 @@ from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_
 from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
+from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [
     "AUTOENCODERS",
+    "EMBEDDED",
     "autoencoder_from_woosh",
     "dit_from_woosh",
     "hash_state",
@@ -38,7 +40,9 @@ __all__ = [
     "weight_files",
 ]
 
-AUTOENCODERS = ("spectral", "woosh", "oobleck")
+EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {"spectral": SpectralAE, "magnitude": MagnitudeAE}
+"""The kinds of AudioAE that are computed by a formula and need no weights."""
+AUTOENCODERS = (*EMBEDDED, "woosh", "oobleck")
 """The kinds of AudioAE."""
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,15 +103,15 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
     """Load an AudioAE.
 
     Args:
-        kind: `spectral`, `woosh` or `oobleck`.
-        folder: unused for `spectral`; the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a
-            Stable Audio Open release for `oobleck`.
+        kind: one of `AUTOENCODERS`.
+        folder: the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a Stable Audio Open release
+            for `oobleck`; unused for the kinds of `EMBEDDED`.
 
     Raises:
         ValueError: the kind is unknown, or the folder is missing, damaged or another model's.
     """
-    if kind == "spectral":
-        return SpectralAE()
+    if kind in EMBEDDED:
+        return EMBEDDED[kind]()
     where = _require_release(kind, folder)
     return load_oobleck(where) if kind == "oobleck" else _require_kind(VocosAE, load_woosh_folder(where), where)
 
@@ -122,8 +126,8 @@ def _require_release(kind: str, folder: str | Path | None) -> Path:
 
 def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> tuple[int, int]:
     """Return the sample rate and hop of an AudioAE from its config alone; raises as `load_autoencoder` does."""
-    if kind == "spectral":
-        return SpectralAE.sample_rate, SpectralAE.hop
+    if kind in EMBEDDED:
+        return EMBEDDED[kind].sample_rate, EMBEDDED[kind].hop
     where = _require_release(kind, folder)
     sizes = read_oobleck_config(where) if kind == "oobleck" else _read_woosh_sizes(VocosConfig, where)
     return sizes.sample_rate, sizes.hop
@@ -142,9 +146,9 @@ def read_dit_config(path: str | Path) -> DecoderConfig:
 
 def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:
     """Build the AudioAE that `load_autoencoder` would load on the meta device: it has shapes, but no weights."""
-    if kind == "spectral" or folder is None:
+    if kind in EMBEDDED or folder is None:
         with torch.device("meta"):
-            return SpectralAE()
+            return EMBEDDED.get(kind, SpectralAE)()
     where = _require_release(kind, folder)
     if kind == "oobleck":
         sizes = read_oobleck_config(where)

@@ -66,10 +66,11 @@ class DataConfig:
 class AutoencoderConfig:
     """The AudioAE, which turns audio into latents x0 and back."""
 
-    kind: str = "spectral"
-    """`spectral` (no weights), `woosh` (the Vocos autoencoder of Woosh) or `oobleck` (of Stable Audio Open)."""
+    kind: str = "magnitude"
+    """`magnitude` (STFT magnitudes) and `spectral` (signed MDCT coefficients) need no weights. `woosh` is the Vocos
+    autoencoder of Woosh, and `oobleck` is that of Stable Audio Open."""
     folder: str | None = None
-    """Folder of the released weights, or for `oobleck` their name on the Hugging Face hub. `spectral` needs none."""
+    """Folder of the released weights of `woosh` or `oobleck`, or for `oobleck` their name on the Hugging Face hub."""
 
 
 @dataclass

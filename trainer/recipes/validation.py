@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.backbones.pretrained import AUTOENCODERS, latent_timing, locate, missing
+from models.backbones.pretrained import AUTOENCODERS, EMBEDDED, latent_timing, locate, missing
 from models.diffusion import make_diffusion
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
@@ -80,6 +80,11 @@ def _contradictions(config: Config) -> list[str]:
     found = []
     if config.evaluate.clips == 1:
         found.append("evaluate.clips=1 must be at least 2, because each clip is also decoded from another clip's z")
+    if config.latent_encoder.magnitudes and config.autoencoder.kind == "magnitude":
+        found.append(
+            "latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind=magnitude has none: set "
+            "latent_encoder.magnitudes=false"
+        )
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
         found.append(f"data.window={config.data.window} must hold a block in each lane: set at least {least}")
@@ -211,7 +216,7 @@ def _formulation(config: Config) -> list[str]:
 
 def _folders(config: Config) -> list[str]:
     found = []
-    if config.autoencoder.kind != "spectral" and config.autoencoder.folder is None:
+    if config.autoencoder.kind not in EMBEDDED and config.autoencoder.folder is None:
         found.append(
             f"autoencoder.kind={config.autoencoder.kind} needs autoencoder.folder: the folder of the release, with its "
             f"config and weights"

@@ -28,6 +28,7 @@ from models.backbones.pretrained import (
     save_weights,
 )
 from models.dit import DiT
+from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DiTConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -392,7 +393,8 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
 
 def test_autoencoder_kinds():
     assert isinstance(load_autoencoder(), SpectralAE)
-    with pytest.raises(ValueError, match="take one of spectral, woosh, oobleck"):
+    assert isinstance(load_autoencoder("magnitude"), MagnitudeAE)
+    with pytest.raises(ValueError, match="take one of spectral, magnitude, woosh, oobleck"):
         load_autoencoder("encodec")
     with pytest.raises(ValueError, match="needs the folder"):
         load_autoencoder("woosh")
