@@ -205,6 +205,17 @@ def test_a_damaged_row_of_the_index_is_found(shard_set, column):
         damaged.latents(range(SAMPLES))
 
 
+def test_a_sample_that_is_longer_than_its_row_fills_no_other(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for number, frames in enumerate((FRAMES, FRAMES + 1, FRAMES)):
+            writer.write(f"s{number}", latents(number, frames), {})
+    write_index(tmp_path, INFO, {name: scan_shard(tmp_path / name) for name in writer.names})
+    out = np.empty((3, CHANNELS * FRAMES), np.float16)
+    assert list(ShardSet(tmp_path).read(np.arange(3), out)) == [1]
+    for number in (0, 2):
+        np.testing.assert_array_equal(out[number], latents(number).ravel())
+
+
 def test_damaged_metadata_and_audio_are_found(tmp_path):
     shards = write_set(tmp_path, with_audio=True)
     row = shards.index[0]
