@@ -21,9 +21,6 @@ def export_codec(folder: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     save_weights(folder / "dit.safetensors", DiT(DIT).state_dict(), dataclasses.asdict(DIT))
     made = make_codec(load_dit(folder / "dit.safetensors"))
-    for parameter in made.g.parameters():
-        if not parameter.any():  # what training fills from the data; left so, all sounds have one z
-            torch.nn.init.normal_(parameter, std=0.2)
     made.prior = Prior(3, 16)
     codes = made.encode(torch.from_numpy(sound(2.0)[:, 0])[None].float()).codes
     made.prior.fit(torch.from_numpy(codes[0]))

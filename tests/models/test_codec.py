@@ -53,6 +53,8 @@ def make_codec(dit: DiT | None = None) -> SPresso:
     codec = SPresso(config, autoencoder=SpectralAE(), dit=dit or DiT(DIT), quantizer=quantizer)
     for parameter in [*codec.f.parameters(), *codec.adapter_parameters().values()]:
         torch.nn.init.normal_(parameter, std=0.2)
+    for value in (codec.g.project_out.weight, codec.g.start.directions):
+        torch.nn.init.normal_(value, std=0.05)
     codec.model_hash = "0123456789abcdef"
     return codec.eval()
 
