@@ -36,7 +36,6 @@ from models.codec import SPresso  # noqa: E402
 from models.quantizers.qinco2 import QINCo2  # noqa: E402
 from models.quantizers.residual import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
-from trainer.objectives import at_gain  # noqa: E402
 
 SIZE, BITS = 256, (64, 96, 120)
 BOOKS = [bits // 8 for bits in BITS]
@@ -118,7 +117,7 @@ def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float
             say(f"vectors: {number} of {len(ids)} clips")
         x0_1CT = torch.from_numpy(np.asarray(shards.latents([id_])[0], np.float32))[None]
         for gain_db in gains_db:
-            scaled = x0_1CT if gain_db == 0 else at_gain(codec.autoencoder, x0_1CT, torch.tensor([gain_db]))
+            scaled = x0_1CT if gain_db == 0 else codec.autoencoder.at_gain(x0_1CT, torch.tensor([gain_db]))
             for offset in range(pooling):
                 shifted = scaled[..., offset:]
                 windows = [part for part in shifted.split(window, dim=-1) if part.shape[-1] == window]

@@ -115,6 +115,15 @@ class AudioAE(nn.Module):
             last = min(first + FRAMES_PER_BLOCK, frames)
             yield first, last, max(0, first - self.context), min(last + self.context, frames)
 
+    def at_gain(self, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:
+        """Return the latents of the same sounds at other gains in dB (B,): by way of the audio, unless it is a formula.
+
+        The shape stays, also without a surplus frame's hop of audio after the last frame.
+        """
+        padded_BCT = torch.cat([x0_BCT, x0_BCT[..., -1:]], dim=-1).float()  # so that the last frame has a hop of audio
+        audio_B1S = self.decode(padded_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
+        return self.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
+
     def identity(self) -> str:
         """Return a short hash of name, config and weights; autoencoders with equal latents have equal hashes."""
         return hash_state({"name": self.name, **self.config}, self.state_dict())[:12]

@@ -93,6 +93,13 @@ class MagnitudeAE(AudioAE):
         companded_BTC = (energy_BTF @ self.share) ** self.companding
         return ((companded_BTC - self.mean) / self.spread).transpose(1, 2).contiguous()
 
+    def at_gain(self, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:
+        """See `AudioAE.at_gain`. A gain multiplies the energies, so no phase has to be found."""
+        factor_B11 = 10 ** (gain_db_B.float() / 10 * self.companding)[:, None, None]
+        mean_C1, spread_C1 = self.mean[:, None], self.spread[:, None]
+        companded_BCT = (x0_BCT.float() * spread_C1 + mean_C1).clamp(min=0) * factor_B11
+        return ((companded_BCT - mean_C1) / spread_C1).to(x0_BCT.dtype)
+
     def _decode_from(self, begin: int, x0_BCT: Tensor) -> Tensor:
         magnitude_BTF = self._magnitudes(x0_BCT)
         spectrum_BTF = torch.polar(magnitude_BTF, 2 * math.pi * self._first_phases(begin, magnitude_BTF))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import AudioAE
 from models.codec import SPresso
 from models.decoder import Decoder
 from models.diffusion import Prediction, make_diffusion
@@ -128,16 +127,7 @@ class Quantization(Objective):
         (autoencoder,) = self.frozen
         gain_db_B = self.gain_db * (2 * uniform(keys(self.seed, self.purpose, positions_B)) - 1)
         with torch.autocast(x0_BCT.device.type, enabled=False):
-            return at_gain(autoencoder, x0_BCT, gain_db_B)
-
-
-def at_gain(autoencoder: AudioAE, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:
-    """Recompute x0 at other gains: decode to audio, apply the gains in dB (b,), and encode again."""
-    padded_BCT = torch.cat(
-        [x0_BCT, x0_BCT[..., -1:]], dim=-1
-    ).float()  # so that the last frame has a whole hop of audio
-    audio_B1S = autoencoder.decode(padded_BCT) * 10 ** (gain_db_B.float() / 20)[:, None, None]
-    return autoencoder.encode(audio_B1S)[..., : x0_BCT.shape[-1]].to(x0_BCT.dtype)
+            return autoencoder.at_gain(x0_BCT, gain_db_B)
 
 
 class CodePrior(Objective):

@@ -11,12 +11,15 @@ from launch.signals import StopFlag
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_sets_the_flag_and_handlers_come_back(number):
-    before = signal.getsignal(number)
-    with StopFlag() as stop:
-        assert not stop()
-        os.kill(os.getpid(), number)
-        assert stop()
-    assert signal.getsignal(number) is before
+    at_first = signal.signal(number, signal.SIG_DFL)  # also where the tests run under nohup
+    try:
+        with StopFlag() as stop:
+            assert not stop()
+            os.kill(os.getpid(), number)
+            assert stop()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, at_first)
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():

@@ -165,3 +165,11 @@ def test_the_context_is_what_a_sample_depends_on():
     heard = change.nonzero().flatten()
     assert 200 - ae.context <= heard.min().item()
     assert 200 + 2 * (ae.iterations + 1) < heard.max().item() < 200 + ae.context
+
+
+@pytest.mark.parametrize("gain_db", [-12.0, 6.0])
+def test_a_gain_of_the_latents_is_that_of_the_sound(gain_db):
+    autoencoder, audio = MagnitudeAE(), sounds()
+    louder = autoencoder.encode(audio * 10 ** (gain_db / 20))
+    ours = autoencoder.at_gain(autoencoder.encode(audio), torch.full((len(audio),), gain_db))
+    torch.testing.assert_close(ours, louder, atol=0.01, rtol=0)  # rounding is seen in silent bands

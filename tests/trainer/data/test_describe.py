@@ -60,7 +60,7 @@ def test_a_set_elsewhere_is_described_from_its_first_shards(tmp_path):
 def test_the_command_shows_both_sets_and_plays_samples(prepared, tmp_path, capsys):
     assert main(["data", str(prepared / "latents"), "--samples", "2", "--play-to", str(tmp_path / "play")]) == 0
     text = capsys.readouterr().out
-    assert text.count("AudioAE     spectral") == 2
+    assert text.count("AudioAE     magnitude") == 2
     assert ", with their audio" in text
     played = sorted((tmp_path / "play").glob("*.wav"))
     assert len(played) == 4

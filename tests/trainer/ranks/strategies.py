@@ -95,7 +95,7 @@ class Trained:
         task = make_task(config, "autoencode")
         torch.manual_seed(2)
         with torch.no_grad():  # a fresh f outputs zeros, and g and LoRA would have no gradient for two steps
-            for parameter in task.learned.values():
+            for parameter in (*task.learned.values(), *task.statistics.values()):
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         task.to(parallel.device)
         strategy = parallel.prepare(task.module, settings)

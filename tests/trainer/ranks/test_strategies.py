@@ -99,11 +99,12 @@ def test_replicas_of_sharded_groups_give_the_same_curve(begun, reference):
 
 def test_what_is_trained_is_saved_and_nothing_else(begun, folder):
     """By name, shape and norm; LoRA under ZeRO-3 saved empty is a known fault elsewhere."""
-    learned = make_task(recipe(folder), "autoencode").learned
+    task = make_task(recipe(folder), "autoencode")
     kinds = ("param", "exp_avg", "exp_avg_sq", "ema")
-    expected = {f"{kind}/{name}": list(value.shape) for kind in kinds for name, value in learned.items()}
-    assert any("lora_B" in name for name in learned)
-    assert not any("base_layer" in name for name in learned)
+    expected = {f"{kind}/{name}": list(value.shape) for kind in kinds for name, value in task.learned.items()}
+    expected |= {f"statistics/{name}": list(value.shape) for name, value in task.statistics.items()}
+    assert any("lora_B" in name for name in task.learned)
+    assert not any("base_layer" in name for name in task.learned)
     norms = begun["ddp", 1]["norms"]
     assert all(norm > 0 for norm in norms.values())
     for result in begun.values():
@@ -130,7 +131,8 @@ def test_an_engine_that_is_closed_lets_go_of_its_memory(folder):
     left = json.loads((folder / "let_go.json").read_text())
     assert left.keys() == set(STRATEGIES)
     for name, after in left.items():
-        assert after[-1] <= after[0] + 100_000, (name, after)  # one of them holds more than two million bytes
+        # One of them holds more than two million bytes. DeepSpeed keeps the module, and so what z starts from: 78,400.
+        assert after[-1] <= after[0] + 200_000, (name, after)
 
 
 def test_null_turns_clipping_off_under_every_strategy(folder):

@@ -76,7 +76,7 @@ def test_all_problems_are_found_at_once():
         (["pretrain.samples=.inf"], "pretrain.samples: Value 'inf' .* could not be converted to Integer"),
         (["pretrain.betas=[0.9]"], "two numbers"),
         (["evaluate.clips=1"], "at least 2"),
-        (["autoencoder.kind=magnitude"], "autoencoder.kind=magnitude has none: set latent_encoder.magnitudes=false"),
+        (["latent_encoder.magnitudes=true"], "kind=magnitude has none: set latent_encoder.magnitudes=false"),
         (["evaluate.page_clips=0"], "page_clips=0 must be at least 1"),
         (["quantizer.vectors=100"], "at least 10240"),
         (["data.clip_seconds=1"], "autoencode.crop_frames=126 is longer .* 100 frames: set 99"),
