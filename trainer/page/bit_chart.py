@@ -11,7 +11,9 @@ from trainer.page.system_cells import EvaluationReport
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 28, 414, 12, 238  # the plot's edges within the chart
-_LINES = {"autoencoder": "AudioAE alone", "z": "continuous z", "z_other": "another clip's z"}
+_LINES = {"autoencoder": "AudioAE alone", "z": "continuous z"}
+"""Systems that are drawn as lines. Another clip's z is not: it lies so far above that the curve would look flat."""
+_CONTROL = "another clip's z"
 
 
 def bits_section(report: EvaluationReport) -> Html | None:
@@ -31,9 +33,8 @@ def bits_section(report: EvaluationReport) -> Html | None:
 
 def _chart(curve: Mapping[str, Any]) -> Html:
     points, lines = curve["points"], curve["lines"]
-    shown = [*points, *lines.values()]
+    shown = [*points, *(lines[key] for key in _LINES)]
     bounds = [bound for each in shown for bound in (each["ci"] or (each["mean"], each["mean"]))]
-    bounds += [point["control"] for point in points if "control" in point]
     margin = 0.06 * (max(bounds) - min(bounds)) or 0.5
     x_axis = Axis(0, 1.04 * points[-1]["bits"], _LEFT, _RIGHT)
     y_axis = Axis(max(0.0, min(bounds) - margin), max(bounds) + margin, _BOTTOM, _TOP)
@@ -60,14 +61,14 @@ def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
 
 
 def _level(name: str, line: Mapping[str, Any], y_axis: Axis) -> Html:
-    """Draw a system that does not depend on the bits as a horizontal line with its name.
+    """Draw a system that does not depend on the bits as a horizontal line with its name below.
 
-    The name of z stands below its line, because the curve comes down to z from above.
+    The names stand at different ends, so that they do not meet where the lines are near each other.
     """
     y = y_axis.place(line["mean"])
-    y_name = y + (13 if name == _LINES["z"] else -5)
+    x, side = (_RIGHT, "name") if name == _LINES["z"] else (_LEFT, "name left")
     drawn = element("line", x1=_LEFT, x2=_RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level")
-    return element("g", drawn, element("text", name, x=_RIGHT, y=f"{y_name:.1f}", class_="name"))
+    return element("g", drawn, element("text", name, x=x, y=f"{y + 13:.1f}", class_=side))
 
 
 def _point(point: Mapping[str, Any], x_axis: Axis, y_axis: Axis) -> list[Html]:
@@ -77,27 +78,25 @@ def _point(point: Mapping[str, Any], x_axis: Axis, y_axis: Axis) -> list[Html]:
         parts.append(element("line", x1=x, x2=x, y1=low, y2=high, class_="interval"))
     title = element("title", f"{point['bits']} bits, {point['kbps']:.3f} kbps: {point['mean']:.2f} dB")
     parts.append(element("circle", title, cx=x, cy=f"{y_axis.place(point['mean']):.1f}", r=4))
-    if "control" in point:
-        parts.append(element("circle", cx=x, cy=f"{y_axis.place(point['control']):.1f}", r=4, class_="control"))
     return parts
 
 
 def _legend(curve: Mapping[str, Any]) -> Html:
-    entries = [element("span", "log-mel distance in dB, lower is better")]
-    if any("control" in point for point in curve["points"]):
-        entries.append(element("span", "rings: decoded from another clip's codes", class_="raw"))
-    return element("p", *entries, class_="legend")
+    other = f"{_CONTROL} gives {curve['lines']['z_other']['mean']:.1f} dB"
+    return element("p", element("span", "log-mel distance in dB, lower is better"), other, class_="legend")
 
 
 def _numbers(curve: Mapping[str, Any]) -> Html:
-    heads = ("bits", "kbps", "dB", "95 % interval")
+    heads = ("bits", "kbps", "dB", "95 % interval", "another clip's codes")
     rows = [element("tr", *(element("th", head, scope="col") for head in heads))]
     for point in curve["points"]:
         rows.append(_row(str(point["bits"]), f"{point['kbps']:.3f}", point))
-    rows += [_row(name, "", curve["lines"][key]) for key, name in _LINES.items()]
+    named = {**_LINES, "z_other": _CONTROL}
+    rows += [_row(name, "", curve["lines"][key]) for key, name in named.items()]
     return element("details", element("summary", "The numbers"), element("table", *rows))
 
 
 def _row(name: str, kbps: str, each: Mapping[str, Any]) -> Html:
     interval = "" if each["ci"] is None else "{:.2f} to {:.2f}".format(*each["ci"])
-    return element("tr", *(element("td", text) for text in (name, kbps, f"{each['mean']:.2f}", interval)))
+    control = f"{each['control']:.2f}" if "control" in each else ""
+    return element("tr", *(element("td", text) for text in (name, kbps, f"{each['mean']:.2f}", interval, control)))

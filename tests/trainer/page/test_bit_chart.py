@@ -32,26 +32,29 @@ def drawn(tmp_path, curve: dict | None) -> Page:
 
 def test_each_point_is_where_its_bits_and_decibels_are(tmp_path):
     page = drawn(tmp_path, CURVE)
-    filled = [circle for circle in page.find("circle") if circle.get("class") != "control"]
-    x, y = ([float(circle[name]) for circle in filled] for name in ("cx", "cy"))
+    x, y = ([float(circle[name]) for circle in page.find("circle")] for name in ("cx", "cy"))
     assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(8 / 24, abs=0.01)
     assert (y[1] - y[0]) / (y[2] - y[0]) == pytest.approx(0.5, abs=0.01)
     assert y == sorted(y)  # lower is better, and drawn lower
-    assert len(page.find("circle", "control")) == 2
     assert len(page.find("line", "interval")) == 2
     heights = [float(line["y1"]) for line in page.find("line", "level")]
-    assert len(heights) == 3
-    names = page.texts("text", "name")
-    assert [name for _, name in sorted(zip(heights, names, strict=True))] == [
-        "another clip's z", "continuous z", "AudioAE alone"
-    ]  # fmt: skip
+    assert heights == sorted(heights, reverse=True)
+    assert [*page.texts("text", "name left"), *page.texts("text", "name")] == ["AudioAE alone", "continuous z"]
+
+
+def test_the_control_does_not_flatten_the_curve(tmp_path):
+    """Another clip's z stands in words and in the table: the points span much of the chart."""
+    page = drawn(tmp_path, CURVE)
+    y = [float(circle["cy"]) for circle in page.find("circle")]
+    assert max(y) - min(y) > 0.15 * 280
+    assert "another clip's z gives 13.0 dB" in page.texts("p", "legend")[0]
 
 
 def test_the_words_say_what_is_drawn(tmp_path):
     page = drawn(tmp_path, CURVE)
     assert "9 directions of its 64 channels" in page.texts("p", "lead")[0]
     assert page.find("svg")[0]["aria-label"] == "Log-mel distance: 7.00 dB at 8 bits, 5.00 dB at 32"
-    assert page.texts("td")[:4] == ["8", "0.089", "7.00", "6.00 to 8.00"]
+    assert page.texts("td")[:5] == ["8", "0.089", "7.00", "6.00 to 8.00", "12.00"]
 
 
 def test_a_single_point_and_no_curve(tmp_path):
@@ -59,6 +62,5 @@ def test_a_single_point_and_no_curve(tmp_path):
     one["points"] = one["points"][1:2]
     page = drawn(tmp_path, one)
     assert len(page.find("circle")) == 1
-    assert "rings" not in " ".join(page.texts("span"))
     assert bits_section({"curve": None}) is None
     assert bits_section({}) is None
