@@ -216,7 +216,7 @@ def test_latents_of_another_run_are_shared_wherever_they_are_named_from(trained,
 
 
 def test_latents_of_another_autoencoder_are_refused(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("models.autoencoder.SpectralAE.identity", lambda _: "0123456789")
+    monkeypatch.setattr("models.magnitude_autoencoder.MagnitudeAE.identity", lambda _: "0123456789")
     paths = (f"run_dir={tmp_path}", f"data.latents={trained / 'runs/tiny/latents'}")
     assert "made by another autoencoder" in refused(capsys, "train", "tiny", "stage=pretrain", *QUICK, *paths)
 
