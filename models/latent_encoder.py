@@ -142,7 +142,7 @@ class Upsampler(nn.Module):
         projection_FW = torch.empty(features, width)
         gain = max(1.0, features / width) ** 0.5  # so that the numbers of a place vary as much as the features do
         nn.init.orthogonal_(projection_FW, gain, generator=torch.Generator().manual_seed(0))
-        self.spread.weight.copy_((features_ZTF @ projection_FW).flatten(1).T)
+        self.spread.weight.copy_((features_ZTF @ projection_FW.to(features_ZTF.device)).flatten(1).T)
         self.spread.bias.zero_()
 
     def forward(self, z_BZN: Tensor) -> Tensor:
