@@ -139,20 +139,15 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             _start_weights(task, config, feed, parallel)
 
         # Shard the model among the ranks, and load each rank's part of the checkpoint.
-        strategy = parallel.prepare(task.module, settings)
+        state = _sharded_state(task, config, parallel)
         parallel.give_up_after(timeout)
-        values = {name: held.value.data for name, held in strategy.held().items()}
-        profiles = settings.ema_profiles
-        ema = EMA(values, halflife=settings.ema_halflife, profiles=profiles, refresh=strategy.refresh)
-        health = Health(config.health, scaled=config.parallel.precision == "fp16")
-        state = TrainState(task, strategy, ema, health, parallel)
         if source is not None:
             state.load(source)
             logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
 
         with (
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
-            TrainingLog(config, run, task, strategy, ema, parallel, stop) as log,
+            TrainingLog(config, run, task, state.strategy, state.ema, parallel, stop) as log,
             closing(feed),
         ):
             training = Training(
@@ -163,9 +158,9 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
                 watchdog=watchdog,
                 feed=feed,
                 task=task,
-                strategy=strategy,
-                ema=ema,
-                health=health,
+                strategy=state.strategy,
+                ema=state.ema,
+                health=state.health,
                 state=state,
                 saver=saver,
                 log=log,
@@ -174,6 +169,17 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             )
             _begin(training, source)
             yield training
+
+
+def _sharded_state(task: Task, config: Config, parallel: Parallel) -> TrainState:
+    """Put the task's module under the recipe's strategy, and return the state before the first sample. All ranks."""
+    settings = config.stage(task.stage)
+    strategy = parallel.prepare(task.module, settings)
+    values = {name: held.value.data for name, held in strategy.held().items()}
+    profiles = settings.ema_profiles
+    ema = EMA(values, halflife=settings.ema_halflife, profiles=profiles, refresh=strategy.refresh)
+    health = Health(config.health, scaled=config.parallel.precision == "fp16")
+    return TrainState(task, strategy, ema, health, parallel)
 
 
 def _facts(config: Config, run: RunDirectory, identity: str, task: Task, inputs: dict[str, str]) -> dict[str, Any]:
