@@ -128,6 +128,10 @@ class AudioAE(nn.Module):
         """Return a short hash of name, config and weights; autoencoders with equal latents have equal hashes."""
         return hash_state({"name": self.name, **self.config}, self.state_dict())[:12]
 
+    def _constant(self, name: str, value: Tensor) -> None:
+        """Register a tensor that follows from the config: it moves with the module and is no part of its state."""
+        self.register_buffer(name, value, persistent=False)
+
     def _encode(self, audio_B1S: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -185,9 +189,6 @@ class SpectralAE(AudioAE):
         self._constant("band_of_bin", _log_bands(self.coefficients, self.hop, self.bands))
         self._constant("mean", torch.cat((torch.zeros(self.coefficients), mean)))
         self._constant("spread", torch.cat((spread, torch.full((self.bands,), self.band_spread))))
-
-    def _constant(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
 
     def _encode(self, audio_B1S: Tensor) -> Tensor:
         frames_BTS = F.pad(audio_B1S[:, 0], (self.hop, self.hop)).unfold(-1, 2 * self.hop, self.hop)

@@ -9,16 +9,17 @@ Shape suffixes: B batch, N z vectors, F features of a block, Z channels of z, T 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.float32_buffers import Float32Buffers
 
 _MOST_FEATURES = 2048
 """Features of a block whose covariance is computed; of a block with more, only the low orders of its DCT in time."""
 
 
-class BlockPCA(nn.Module):
+class BlockPCA(Float32Buffers):
     """A fixed affine map between a block's features (…, F) and z (…, Z), and back to the nearest features.
 
     Direction k of the PCA has the standard deviation s_k over the data. z holds the component along it divided by
@@ -47,11 +48,6 @@ class BlockPCA(nn.Module):
     def features_of_channels(self) -> Tensor:
         """Return by how much each channel of z changes the features: (Z, F)."""
         return self.directions * self.scale[:, None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockPCA:
-        """Follow the model to a device, but not to a lower precision: every strategy starts from the same z."""
-        super()._apply(lambda value: value.to(fn(value).device), recurse)
-        return self
 
     @torch.no_grad()
     def fit(self, moments: BlockMoments, *, whitening: float) -> float:

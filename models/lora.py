@@ -13,7 +13,7 @@ holds both as one plain LoRA of the rank 2r, which fits the unchanged base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.decoder import Decoder
+from models.float32_buffers import Float32Buffers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,7 +31,7 @@ ADAPTER = "default"
 _START = "pissa_start"
 
 
-class StartFactors(nn.Module):
+class StartFactors(Float32Buffers):
     """The fixed factors A₀ and B₀ of a layer's PiSSA: float32 in every precision, because training starts from them."""
 
     A: Tensor
@@ -45,11 +46,6 @@ class StartFactors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return s B₀ A₀ x."""
         return functional.linear(functional.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartFactors:
-        """Follow the model to a device, but not to a lower precision."""
-        super()._apply(lambda value: value.to(fn(value).device), recurse)
-        return self
 
 
 def inject_lora(dit: Decoder, lora: Mapping[str, Any]) -> None:

@@ -84,9 +84,6 @@ class MagnitudeAE(AudioAE):
         self._constant("spread", _between(self.spread_knots, self.latent_channels))
         self._constant("taper", torch.hann_window(self.window))
 
-    def _constant(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
-
     def _encode(self, audio_B1S: Tensor) -> Tensor:
         spectrum_BTF = self._analyse(audio_B1S[:, 0])
         energy_BTF = _power(spectrum_BTF) / self.taper.square().sum()
@@ -208,11 +205,6 @@ def _overlap_add(frames_BTW: Tensor, hop: int) -> Tensor:
     for place, part in enumerate(parts):
         audio[:, place : place + frames] += part
     return audio.flatten(1)
-
-
-def _slope(x: Tensor) -> Tensor:
-    """Return half the difference of both neighbours along the last dimension; 0 at the ends."""
-    return F.pad((x[..., 2:] - x[..., :-2]) / 2, (1, 1))
 
 
 def _smooth(x_BTF: Tensor, bins: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.page.curves import Axis
+from trainer.page.curves import Axis, levels
 from trainer.page.html import Html, count, element, section
 from trainer.page.system_cells import EvaluationReport
 
@@ -49,11 +49,7 @@ def _chart(curve: Mapping[str, Any]) -> Html:
 
 
 def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
-    parts = []
-    for tick in y_axis.ticks():
-        y = f"{y_axis.place(tick):.1f}"
-        parts.append(element("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{tick:g}", x=_LEFT - 8, y=y, class_="y"))
+    parts = levels(y_axis, left=_LEFT, right=_RIGHT)
     for tick in x_axis.ticks():
         parts.append(element("text", f"{tick:g}", x=f"{x_axis.place(tick):.1f}", y=_BOTTOM + 18, class_="x"))
     parts.append(element("text", "bits per vector z", x=(_LEFT + _RIGHT) / 2, y=_HEIGHT - 6, class_="x"))

@@ -123,14 +123,20 @@ def _line(points: Sequence[tuple[int, float]], x_axis: Axis, y_axis: Axis, kind:
 
 
 def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
+    return [
+        *levels(y_axis, left=_LEFT, right=_RIGHT),
+        *(element("text", _short(t), x=f"{x_axis.place(t):.1f}", y=_BOTTOM + 17, class_="x") for t in x_axis.ticks()),
+        element("text", "samples seen", x=(_LEFT + _RIGHT) / 2, y=_CHART_HEIGHT - 4, class_="x"),
+    ]
+
+
+def levels(y_axis: Axis, *, left: float, right: float) -> list[Html]:
+    """Draw a line at each tick of a chart's vertical axis, from edge to edge of the plot, with its number."""
     parts = []
     for tick in y_axis.ticks():
         y = f"{y_axis.place(tick):.1f}"
-        parts.append(element("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{tick:g}", x=_LEFT - 8, y=y, class_="y"))
-    for tick in x_axis.ticks():
-        parts.append(element("text", _short(tick), x=f"{x_axis.place(tick):.1f}", y=_BOTTOM + 17, class_="x"))
-    parts.append(element("text", "samples seen", x=(_LEFT + _RIGHT) / 2, y=_CHART_HEIGHT - 4, class_="x"))
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", f"{tick:g}", x=left - 8, y=y, class_="y"))
     return parts
 
 
