@@ -66,13 +66,17 @@ def _namespace() -> str:
 
 
 def _lives(pid: int) -> bool:
+    """Whether a process can still write: one that was killed and that its parent has not waited for yet cannot."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:  # the process has ended since, or the system has no /proc: a leftover that stays does no harm
+        return True
 
 
 def _hidden_name(name: str, ending: str) -> str:

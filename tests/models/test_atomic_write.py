@@ -45,6 +45,24 @@ def test_long_names_of_one_beginning_are_written_at_once(tmp_path):
     assert [Path(path).read_text() for path in paths] == ["x", "y"]
 
 
+def test_what_a_killed_process_left_is_removed_before_its_parent_waits_for_it(tmp_path):
+    code = "import time; from pathlib import Path; from models.atomic_write import replacing\n"
+    code += f"with replacing(Path({str(tmp_path / 'a.flac')!r})) as partial: partial.touch(); print(1, flush=True); "
+    code += "time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.readline() == b"1\n"
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1, "the writer lives"
+        writer.kill()
+        assert writer.stdout.read() == b"", "the writer has ended, and nobody has asked how"
+        while "Z" not in Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2]:
+            pass
+        remove_leftovers(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     code = "import os; from pathlib import Path; from models.atomic_write import replacing\n"
     code += f"with replacing(Path({str(tmp_path / 'a.flac')!r})) as partial: partial.touch(); os.kill(os.getpid(), 9)"
