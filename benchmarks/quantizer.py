@@ -1,11 +1,11 @@
 """Compare quantizers on z of held-out sounds: python benchmarks/quantizer.py CODEC LATENTS [--json FILE].
 
-CODEC is the export of an `autoencode` stage; LATENTS holds its latents (`train/` and `test/`, split by file). The
-vectors are z at every frame offset and, with `--vectors 0`, at several gains. Each method is fitted on the same vectors
-with the same number of threads. Errors are mean squared errors on vectors of held-out files, relative to the vectors'
-variance. Methods that learn by gradient descent take the same number of steps and the same batch size, and stop early
-on validation clips, never on the test files. ResidualVQ needs `pip install vector-quantize-pytorch`; without that
-package, name the other methods with `--only`.
+CODEC is the export of an `autoencode` stage; LATENTS holds its latents (`train/` and `test/`, split by file). At 1 Hz,
+`--bits 96 300 --book-bits 6` are the paper's rates. The vectors are z at every frame offset and, with `--vectors 0`, at
+several gains. Each method is fitted on the same vectors with the same number of threads. Errors are mean squared errors
+on vectors of held-out files, relative to the vectors' variance. Methods that learn by gradient descent take the same
+number of steps and the same batch size, and stop early on validation clips, never on the test files. ResidualVQ needs
+`pip install vector-quantize-pytorch`; without that package, name the other methods with `--only`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ from models.quantizers.qinco2 import QINCo2  # noqa: E402
 from models.quantizers.residual import VECTORS_PER_CODEWORD, ResidualQuantizer  # noqa: E402
 from trainer.data.shard_set import ShardSet  # noqa: E402
 
-SIZE, BITS = 256, (64, 96, 120)
-BOOKS = [bits // 8 for bits in BITS]
 GAINS_DB = (-9.0, -6.0, -3.0, 3.0, 6.0, 9.0, -12.0, 12.0, 0.0)
 POINTS, MANY_POINTS = 256, 4096
-"""Vectors per codeword that faiss's k-means takes by default, and that one row takes (a million in all)."""
+"""Vectors per codeword that faiss's k-means takes by default, and that one row takes."""
 TRAINING, SEARCH = (4, 8), (32, 64)
 """Beam and candidates of our QINCo2, in training and when it is measured."""
 Decoded = Callable[[Tensor], Tensor]
@@ -59,9 +57,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, help="vectors per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate of QINCo2 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--bits", nargs="+", type=int, default=[64, 96, 120], help="bits a z (default: 64 96 120)")
+    parser.add_argument("--book-bits", type=int, default=8, help="bits of a codebook (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="methods to measure, by their names in the table")
     parser.add_argument("--json", type=Path, help="a file to write the figures to, updated after each row")
     options = parser.parse_args()
+    if any(bits % options.book_bits for bits in options.bits):
+        parser.error(f"--bits must be multiples of --book-bits, which is {options.book_bits}")
+    options.size, options.books = 2**options.book_bits, [bits // options.book_bits for bits in sorted(options.bits)]
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -73,6 +76,8 @@ def main() -> None:
         "vectors": {name: len(part) for name, part in data.items()},
         "steps": options.steps,
         "batch": options.batch,
+        "book_bits": options.book_bits,
+        "books": options.books,
         "rows": [],
     }
     for name, method in METHODS.items():
@@ -130,16 +135,18 @@ def z_of(codec: SPresso, shards: ShardSet, ids: list[int], gains_db: tuple[float
 
 
 def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Fit one QINCo2 of 15 codebooks; its first 8 and 12 codebooks give the lower rates."""
+    """Fit one QINCo2 for the highest rate; its first codebooks give the lower rates."""
     torch.manual_seed(0)
-    quantizer = QINCo2(data["train"].shape[1], max(BOOKS), SIZE, beam=TRAINING[0], candidates=TRAINING[1])
+    quantizer = QINCo2(
+        data["train"].shape[1], max(options.books), options.size, beam=TRAINING[0], candidates=TRAINING[1]
+    )
     fit_seconds = time_call(lambda: quantizer.fit(data["train"], seed=0))[0]
     learn_seconds, quantizer = time_call(lambda: train_quantizer(quantizer, data, options))
     quantizer.beam, quantizer.candidates = SEARCH
-    quantizer.revive(data["train"][: VECTORS_PER_CODEWORD * SIZE])
+    quantizer.revive(data["train"][: VECTORS_PER_CODEWORD * options.size])
     used = sum(len(torch.unique(column)) for column in quantizer.encode(data["train"][:65_536]).T)
-    dead = SIZE * max(BOOKS) - used
-    for books in BOOKS:
+    dead = options.size * max(options.books) - used
+    for books in options.books:
         row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, fit_seconds + learn_seconds)
         prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
         yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"]), "dead": dead}
@@ -176,27 +183,27 @@ def train_quantizer(quantizer: nn.Module, data: dict[str, Tensor], options: argp
 
 
 def faiss_rq(train_beam: int, search_beam: int, points: int = POINTS) -> Callable[..., Iterator[dict[str, Any]]]:
-    """Return a method: faiss's residual quantizer of 15 codebooks, fitted on `points` vectors per codeword.
+    """Return a method: faiss's residual quantizer for the highest rate, fitted on `points` vectors per codeword.
 
-    Its first 8 and 12 codebooks give the lower rates.
+    Its first codebooks give the lower rates.
     """
 
     def method(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         width = data["train"].shape[1]
-        if points > POINTS and len(data["train"]) <= POINTS * SIZE:
+        if points > POINTS and len(data["train"]) <= POINTS * options.size:
             return  # this row would train on the same vectors as the other rows
-        quantizer = faiss.ResidualQuantizer(width, max(BOOKS), 8)
+        quantizer = faiss.ResidualQuantizer(width, max(options.books), options.book_bits)
         quantizer.max_beam_size, quantizer.cp.max_points_per_centroid = train_beam, points
         quantizer.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
-        seconds, _ = time_call(lambda: quantizer.train(sample(data["train"], points)))
-        codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(max(BOOKS), SIZE, width)
-        for books in BOOKS:
-            part = faiss.ResidualQuantizer(width, books, 8)
+        seconds, _ = time_call(lambda: quantizer.train(sample(data["train"], points * options.size)))
+        codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(max(options.books), options.size, width)
+        for books in options.books:
+            part = faiss.ResidualQuantizer(width, books, options.book_bits)
             faiss.copy_array_to_vector(codebooks[:books].ravel(), part.codebooks)
             part.is_trained, part.max_beam_size = True, search_beam
             row = measure(data["test"], *of_faiss(part), seconds)
             # the error of codes that were searched with all codebooks and then cut to the first ones
-            whole = ResidualQuantizer(width, max(BOOKS), SIZE, beam=search_beam)
+            whole = ResidualQuantizer(width, max(options.books), options.size, beam=search_beam)
             with torch.no_grad():
                 whole.codebooks.copy_(torch.from_numpy(codebooks))
                 prefix = whole.decode(whole.encode(data["test"])[:, :books])
@@ -212,9 +219,9 @@ def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[
     def standardised(z: np.ndarray) -> np.ndarray:
         return (z - mean) / scale
 
-    for books in BOOKS:
-        quantizer = faiss.LocalSearchQuantizer(data["train"].shape[1], books, 8)
-        points = standardised(sample(data["train"]))
+    for books in options.books:
+        quantizer = faiss.LocalSearchQuantizer(data["train"].shape[1], books, options.book_bits)
+        points = standardised(sample(data["train"], POINTS * options.size))
         seconds, _ = time_call(lambda quantizer=quantizer, points=points: quantizer.train(points))
         encode, decode = of_faiss(quantizer, standardised)
         row = measure(data["test"], encode, lambda codes, d=decode: d(codes) * scale + mean, seconds)
@@ -224,14 +231,16 @@ def faiss_lsq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[
 def faiss_pq(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Fit faiss's product quantizer for each rate; z is zero-padded to a multiple of the number of codebooks."""
     width = data["train"].shape[1]
-    for books in BOOKS:
+    for books in options.books:
         missing = -width % books
-        quantizer = faiss.ProductQuantizer(width + missing, books, 8)
+        quantizer = faiss.ProductQuantizer(width + missing, books, options.book_bits)
 
         def padded(z: np.ndarray, missing: int = missing) -> np.ndarray:
             return np.pad(z, ((0, 0), (0, missing)))
 
-        seconds, _ = time_call(lambda q=quantizer, pad=padded: q.train(pad(sample(data["train"]))))
+        seconds, _ = time_call(
+            lambda q=quantizer, pad=padded: q.train(pad(sample(data["train"], POINTS * options.size)))
+        )
         encode, decode = of_faiss(quantizer, padded)
         yield measure(data["test"], encode, lambda codes, d=decode: d(codes)[:, :width], seconds) | {"books": books}
 
@@ -244,7 +253,11 @@ def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator
     mean, scale = data["train"].mean(0), data["train"].std()
     torch.manual_seed(0)
     quantizer = ResidualVQ(
-        dim=width, num_quantizers=max(BOOKS), codebook_size=SIZE, kmeans_init=True, threshold_ema_dead_code=2
+        dim=width,
+        num_quantizers=max(options.books),
+        codebook_size=options.size,
+        kmeans_init=True,
+        threshold_ema_dead_code=2,
     )
 
     def train() -> None:
@@ -261,7 +274,7 @@ def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator
         with torch.no_grad():
             return quantizer(((z - mean) / scale)[None])[1][0]
 
-    for books in BOOKS:
+    for books in options.books:
 
         def decode(codes: Tensor, books: int = books) -> Tensor:
             codebooks = quantizer.codebooks[:books]
@@ -285,9 +298,9 @@ METHODS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 # ---- measuring
 
 
-def sample(train: Tensor, points: int = POINTS) -> np.ndarray:
+def sample(train: Tensor, count: int) -> np.ndarray:
     """Return the vectors to fit faiss on, as many as its k-means takes."""
-    return train[: points * SIZE].numpy()
+    return train[:count].numpy()
 
 
 def of_faiss(quantizer: Any, prepared: Callable[[np.ndarray], np.ndarray] = lambda z: z) -> tuple[Decoded, Decoded]:
@@ -322,34 +335,40 @@ def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """Return the table, and the ratio of our errors to those of RQ with beam 32."""
+    """Return the table, and the ratio of our errors to those of RQ with beam 32 and of the best peer."""
+    books, bits = figures["books"], [figures["book_bits"] * count for count in figures["books"]]
     lines = [
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}, faiss "
         f"{figures['versions']['faiss']}. Relative error in thousandths; {figures['vectors']['train']} vectors to "
-        f"train on, {figures['vectors']['test']} of held-out files; {figures['steps']} steps of {figures['batch']}.\n",
-        "| method | " + " | ".join(f"{bits} bits" for bits in BITS) + " | cut from 120 bits: "
-        "64 | 96 | fit s | encode µs | decode µs |",
-        "|---" * (len(BITS) + 6) + "|",
+        f"train on, {figures['vectors']['test']} of held-out files; {figures['steps']} steps of {figures['batch']}; "
+        f"codebooks of {figures['book_bits']} bits.\n",
+        "| method | " + " | ".join(f"{count} bits" for count in bits) + f" | cut from {bits[-1]} bits: "
+        f"{' | '.join(map(str, bits[:-1]))} | fit s | encode µs | decode µs |",
+        "|---" * (2 * len(bits) + 3) + "|",
     ]
     found = {name: {row["books"]: row for row in figures["rows"] if row["method"] == name} for name in METHODS}
     for name, rows in found.items():
         if rows:
-            middle = rows[BOOKS[1]]
-            errors = [f"{1000 * rows[books]['error']:.4g}" for books in BOOKS]
-            cut = [rows[books].get("prefix_error") for books in BOOKS[:2]]
+            last = rows[books[-1]]
+            errors = [f"{1000 * rows[count]['error']:.4g}" for count in books]
+            cut = [rows[count].get("prefix_error") for count in books[:-1]]
             errors += ["" if error is None else f"{1000 * error:.4g}" for error in cut]
-            times = f"{middle['fit_s']} | {middle['encode_us']} | {middle['decode_us']}"
-            lines.append(f"| {name} | {' | '.join(errors)} | {times} |")
-    mine, best = found["this project's QINCo2"], found["faiss RQ, trained and searched with beam 32"]
-    if mine and best:
-        ratios = [f"{mine[books]['error'] / best[books]['error']:.3f}" for books in BOOKS]
-        cut = [f"{mine[books]['prefix_error'] / best[books]['prefix_error']:.3f}" for books in BOOKS[:2]]
+            lines.append(
+                f"| {name} | {' | '.join(errors)} | {last['fit_s']} | {last['encode_us']} | {last['decode_us']} |"
+            )
+    mine, beam = found.pop("this project's QINCo2"), found["faiss RQ, trained and searched with beam 32"]
+    if mine and beam:
+        best = [min(rows[count]["error"] for rows in found.values() if rows) for count in books]
         lines.append(
-            f"\nOurs to RQ of beam 32: {' / '.join(ratios)} at {' / '.join(map(str, BITS))} bits; of codes that were "
-            f"found for all books and cut, {' / '.join(cut)} at 64 / 96. Codes that no training vector uses: "
-            f"{mine[BOOKS[0]]['dead']} of {SIZE * max(BOOKS)}."
+            f"\nOurs to RQ of beam 32: {_ratios(mine, [beam[count]['error'] for count in books], books)} at "
+            f"{' / '.join(map(str, bits))} bits; to the best other method at each rate: {_ratios(mine, best, books)}. "
+            f"Codes that no training vector uses: {mine[books[0]]['dead']} of {2 ** figures['book_bits'] * books[-1]}."
         )
     return "\n".join(lines)
+
+
+def _ratios(mine: dict[int, dict[str, Any]], errors: list[float], books: list[int]) -> str:
+    return " / ".join(f"{mine[count]['error'] / error:.3f}" for count, error in zip(books, errors, strict=True))
 
 
 def say(text: str) -> None:
