@@ -103,7 +103,7 @@ def base(options: argparse.Namespace, autoencoder: str) -> Path:
 
 def common(options: argparse.Namespace, autoencoder: str) -> list[str]:
     """Return the settings that all runs with an AudioAE share."""
-    sounds = options.audio.resolve() if options.audio else options.folder.resolve() / "sounds" / "audio"
+    sounds = options.audio.resolve() if options.audio else options.folder.resolve() / "sounds"
     steps = [f"pretrain.samples={8 * options.pretrain}", f"autoencode.samples={8 * options.steps}"]
     quiet = ["parallel.threads=1", "log.samples_every=0", f"checkpoint.every={8 * options.steps}"]
     latents = base(options, autoencoder) / "latents"
@@ -115,8 +115,8 @@ def prepare(options: argparse.Namespace, autoencoder: str) -> None:
     folder = base(options, autoencoder)
     if (folder / "pretrain" / "export").exists():
         return
-    if options.audio is None and not (options.folder / "sounds" / "audio").exists():
-        spresso("synth", "demo", f"run_dir={options.folder.resolve() / 'sounds'}")
+    if options.audio is None:
+        spresso("synth", options.folder.resolve() / "sounds", "--hours", 0.6)
     spresso("prepare", "demo", f"run_dir={folder}", *common(options, autoencoder))
     spresso("train", "demo", "stage=pretrain", f"run_dir={folder}", *common(options, autoencoder))
 

@@ -197,3 +197,17 @@ def test_an_error_per_bit_needs_entropy_coding(codec, tmp_path, capsys):
     assert spresso("encode", tmp_path / "a.wav", tmp_path / "a.spr", "--codec", codec, *arguments) == 2
     assert "leave --no-entropy-coding out" in capsys.readouterr().err
     assert not (tmp_path / "a.spr").exists()
+
+
+def test_an_error_per_bit_reaches_the_search_of_codes(codec, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", sound(2.0), 48_000, subtype="FLOAT")
+    audio = torch.from_numpy(sound(2.0).T).float()
+    itself, payloads = SPresso.from_pretrained(codec), []
+    for weight in (0, 100, 1000):
+        arguments = ("--codec", codec, "--error-per-bit", weight)
+        assert spresso("encode", tmp_path / "a.wav", tmp_path / "a.spr", *arguments) == 0
+        data = (tmp_path / "a.spr").read_bytes()
+        found = bitstream.read(data, frames_of=itself.z_frames, coder=itself.coder())
+        assert np.array_equal(found.codes, itself.encode(audio, error_per_bit=weight).codes)
+        payloads.append(bitstream.read_header(data)[1])
+    assert payloads[0] > payloads[1] > payloads[2]

@@ -56,6 +56,16 @@ def test_a_sound_that_was_moved_over_another_is_encoded(encode, date):
     assert encode() == (0, 2)
 
 
+def test_another_error_per_bit_encodes_all_anew(encode):
+    before = {path.name: path.read_bytes() for path in Path("streams").glob("*.spr")}
+    assert encode("--error-per-bit", 100) == (2, 0)
+    assert encode("--error-per-bit", 100) == (0, 2)
+    assert {path.name: path.read_bytes() for path in Path("streams").glob("*.spr")} != before
+    assert encode("--error-per-bit", 50) == (2, 0)
+    assert encode() == (2, 0)
+    assert {path.name: path.read_bytes() for path in Path("streams").glob("*.spr")} == before
+
+
 def test_a_sound_of_the_same_size_and_date_is_told_by_its_content(encode):
     before = Path("streams/a.wav.spr").read_bytes()
     soundfile.write("new.wav", sound(0.1, seed=9), 48_000)
