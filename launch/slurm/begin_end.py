@@ -13,8 +13,9 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch import owner
 from launch.signals import MISTAKE
@@ -29,8 +30,10 @@ from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
 from trainer.stages import STAGES, is_trained
 
+T = TypeVar("T")
+
 _PATIENCE = 10.0  # seconds until a note that a rank wrote on another node is visible here
-_PERSISTENCE = 600.0  # seconds for which a requeue is retried
+_PERSISTENCE = 600.0  # seconds for which a requeue, or reading the records, is retried
 _PAUSE = 10.0  # seconds between two tries
 
 
@@ -61,12 +64,12 @@ def _begin(attempt: Attempt) -> int:
 
 def _end(attempt: Attempt, status: int) -> int:
     folder = attempt.stage_folder
-    held = owner.holder(folder)
+    held = _readable(lambda: owner.holder(folder))
     if is_trained(folder.name) and held is not None and held.token != attempt.token:
         print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
     progress, refused = _place_now(folder)
-    past = ended(history(folder), attempt.job)
+    past = ended(_readable(lambda: history(folder)), attempt.job)
     verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
     if refused and verdict.then == REQUEUE:
         verdict = Verdict(OVER, refused, failure="mistake")
@@ -131,6 +134,20 @@ def _place_now(folder: Path) -> tuple[int | None, str]:
         return None, f"{problem}; allow reading there or mount it, then submit the job again with `spresso requeue RUN`"
     print(f"spresso: {printable_lines(problem)} now", file=sys.stderr, flush=True)
     return None, ""
+
+
+def _readable(read: Callable[[], T]) -> T:
+    """Return what `read` returns. An error of the disk that may pass, such as EIO, does not end the job: try again."""
+    until = time.monotonic() + _PERSISTENCE
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in LASTING or time.monotonic() >= until:
+                raise
+            told = printable_lines(describe_os_error(error))
+        print(f"spresso: {told}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(_PAUSE)
 
 
 def _rank_count() -> int:

@@ -22,7 +22,7 @@ class DataConfig:
     audio: str | None = None
     """Folder of sound files, or a manifest (.jsonl or .csv with `file` and `caption`). None: the
     `synth` stage makes sounds under the run directory."""
-    synth_hours: float = ranged(0.5, least=0)
+    synth_hours: float = ranged(0.5, least=0, most=100_000)
     """Hours of sound that `synth` makes if `audio` is None."""
     latents: str = "${run_dir}/latents"
     """Folder that holds the shards in `train/` and `test/`, or its URL (http(s)://, s3://, gs:// …). Several runs may

@@ -248,3 +248,39 @@ def test_a_job_that_is_done_is_done_whatever_can_be_listed(start, slurm, monkeyp
     unlistable(monkeypatch, errno.EACCES)
     assert begin_end._end(attempt, 0) == 0
     assert history(attempt.stage_folder)[-1]["then"] == "done"
+
+
+def unreadable(monkeypatch, name: str, number: int, times: int) -> None:
+    """Let the first `times` readings of a function of the records fail."""
+    real, left = getattr(begin_end, name, None) or getattr(owner, name), iter(range(times))
+
+    def read(folder):
+        if next(left, None) is not None:
+            raise OSError(number, os.strerror(number), str(folder / name))
+        return real(folder)
+
+    monkeypatch.setattr(owner if hasattr(owner, name) else begin_end, name, read)
+
+
+@pytest.mark.parametrize("name", ["holder", "history"])
+def test_records_that_can_not_be_read_now_are_read_again(start, slurm, monkeypatch, capsys, name):
+    monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
+    attempt = start()
+    assert script("begin", "pretrain").returncode == 0
+    attempt.note(0, "stopped", why="was preempted")
+    unreadable(monkeypatch, name, errno.EIO, times=3)
+    assert begin_end._end(attempt, 0) == 0
+    assert slurm.calls("scontrol")[-1] == "requeue 12"
+    assert capsys.readouterr().err.count("retrying") == 3
+
+
+@pytest.mark.parametrize(("number", "patience"), [(errno.EACCES, 600.0), (errno.EIO, 0.0)])
+def test_records_that_can_not_be_read_at_all_are_told(start, slurm, monkeypatch, capsys, number, patience):
+    monkeypatch.setattr(begin_end, "_PERSISTENCE", patience)
+    attempt = start()
+    assert script("begin", "pretrain").returncode == 0
+    attempt.note(0, "stopped", why="was preempted")
+    unreadable(monkeypatch, "holder", number, times=1)
+    with pytest.raises(OSError, match="holder"):
+        begin_end._end(attempt, 0)
+    assert not any("requeue" in call for call in slurm.calls("scontrol"))
