@@ -115,7 +115,7 @@ def _add_recipe_commands(subs: argparse._SubParsersAction[argparse.ArgumentParse
                 "--resume",
                 metavar="auto|never|PATH",
                 help="auto: resume from the newest complete checkpoint of the run, if there is one (the default); "
-                "never: refuse a directory that already holds a run; PATH: resume from this checkpoint",
+                "never: refuse a directory that already holds a run; PATH: resume from this checkpoint (train only)",
             )
 
 
@@ -169,7 +169,7 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
         "--channels",
         default="auto",
         choices=("auto", "separate", "mid_side"),
-        help="how to code stereo; auto codes it as mid and side (default: %(default)s)",
+        help="how to code stereo; auto: as mid and side, unless one channel is far quieter (default: %(default)s)",
     )
     encode.add_argument(
         "--no-entropy-coding",

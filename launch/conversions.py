@@ -20,7 +20,7 @@ from trainer.file_names import as_unicode, printable
 from trainer.progress import Progress
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of the disk, which would meet every further file, too."""
+"""Disk I/O errors, which would meet every further file, too."""
 
 
 @dataclass(frozen=True)

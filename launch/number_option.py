@@ -15,7 +15,7 @@ class NumberType:
     """The `type` of an option that is a number, for argparse."""
 
     kind: type[int] | type[float]
-    """Whether the number is a whole one."""
+    """`int` for a whole number, `float` for any number."""
     allowed: Range
     """The numbers that the option may have."""
 

@@ -1,7 +1,8 @@
 """Ownership of a directory. One process or job owns it; a new one takes over from an owner that is dead.
 
-The owner of a trained stage is named in `owner.json`. A rank calls `require` before it writes. Ranks of an earlier
-start that the cluster has given up, but that still run on a node cut off from it, find another owner there and end.
+`owner.json` names the owner of a trained stage's directory. A rank calls `require` before it writes. If SLURM has
+restarted a job while ranks of the earlier start still run on a disconnected node, these ranks find that the directory
+has another owner, and end.
 
 Everything else that writes into a directory (a whole run, `synth`, `prepare`, `evaluate`, `page`) owns it through
 `holding`, with a hidden record.

@@ -35,7 +35,7 @@ from trainer.stages import STAGES, trained_stages
 
 def run(config: Config) -> str:
     """Run all stages; return "done", or "stopped" if a signal asked a stage to stop. Raises ValueError, OSError."""
-    _require_settings_of_all_stages(config)
+    require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
     with owner.holding(Path(config.run_dir)):
@@ -47,7 +47,7 @@ def run(config: Config) -> str:
     return "done"
 
 
-def _require_settings_of_all_stages(config: Config) -> None:
+def require_settings_of_all_stages(config: Config) -> None:
     """Raise ValueError for settings that make sense for a single stage alone."""
     for key, value in (("start_from", config.checkpoint.start_from), ("resume", config.checkpoint.resume)):
         if value not in (None, "auto", "never"):

@@ -288,7 +288,8 @@ def _parse_start(data: bytes) -> tuple[_Reader, str]:
         raise ValueError("this is not an .spr file: it does not begin with SPR")
     if (version := reader.byte()) != BITSTREAM_VERSION:
         raise ValueError(
-            f"the .spr file has version {version} of the format, but this program reads version {BITSTREAM_VERSION}"
+            f"the .spr file has format version {version}, but this program reads version {BITSTREAM_VERSION}: decode "
+            "the file with the release that wrote it"
         )
     return reader, reader.take(_MODEL_BYTES).hex()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.float32_buffers import Float32Buffers
 
 _MOST_FEATURES = 2048
-"""Features of a block whose covariance is computed; of a block with more, only the low orders of its DCT in time."""
+"""Most features whose covariance is computed. A larger block is first reduced to the low orders of its DCT in time."""
 
 
 class BlockPCA(Float32Buffers):

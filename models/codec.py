@@ -383,5 +383,6 @@ def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(
-            f"{what} at {where} is another one than the codec was trained on (hash {found[:8]}, not {expected[:8]})"
+            f"{what} at {where} is not the one that the codec was trained on (hash {found[:8]}, not {expected[:8]}): "
+            f"restore it, or give the codec that was trained on it"
         )

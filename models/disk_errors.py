@@ -28,7 +28,7 @@ NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, err
 
 _ROOM_WORDS = {
     errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EDQUOT: "the disk quota is used up",
 }
 
 

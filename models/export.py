@@ -133,7 +133,9 @@ def _foreign_files(folder: Path) -> list[Path]:
         return []
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
     if entries and not (folder / _DESCRIPTION).is_file():
-        raise ValueError(f"{folder} is no export, which would replace it: give another folder, or move it away")
+        raise ValueError(
+            f"{folder} was not written as an export, which would replace it: give another folder, or move it away"
+        )
     ours = (_DESCRIPTION, "README.md", "adapter_config.json")
     return [path for path in entries if path.name not in ours and path.suffix != ".safetensors"]
 

@@ -167,7 +167,7 @@ class Upsampler(nn.Module):
 
 
 def start_features(x0_BCT: Tensor, config: LatentEncoderConfig) -> Tensor:
-    """Return what z starts from: x0 by z, of signed channels the magnitudes; (B, N, pooling, C)."""
+    """Return the features that the PCA sees: x0, its signed channels as magnitudes, by z vector: (B, N, pooling, C)."""
     signed_BCT, others_BCT = x0_BCT.split([config.signed_channels, x0_BCT.shape[1] - config.signed_channels], dim=1)
     features_BCT = torch.cat([signed_BCT.abs() - MEAN_MAGNITUDE, others_BCT], dim=1)
     return features_BCT.transpose(1, 2).unflatten(1, (-1, config.pooling))

@@ -13,7 +13,7 @@ _BEFORE = "before"
 
 
 def since(default: Any, *, before: Any) -> Any:
-    """Return a dataclass field that older files lack, where it means `before`."""
+    """Return a dataclass field that older files lack; a file without it is read as if it had the value `before`."""
     return dataclasses.field(default=default, metadata=added_later(before))
 
 

@@ -6,9 +6,9 @@ A layer computes W x + s B A x. The variants, where r is the rank and α the rec
     dora    each row of W + s B A is scaled to a trained norm (arXiv 2402.09353)
     pissa   A and B start from the r largest singular vectors of W (arXiv 2404.02948), with s = α / r
 
-PEFT's PiSSA subtracts s B₀ A₀, the product that training starts from, from the base. Here the base stays as its hash
-says: each layer keeps the fixed factors A₀ and B₀ beside the trained ones and computes W x + s (B A - B₀ A₀) x. A file
-holds both as one plain LoRA of the rank 2r, which fits the unchanged base.
+PEFT's PiSSA subtracts the initial product s B₀ A₀ from the base weights. Here the base and its hash do not change: each
+layer keeps the fixed initial factors A₀ and B₀ beside the trained ones and computes W x + s (B A - B₀ A₀) x. PEFT's
+file holds trained and fixed factors as one plain LoRA of rank 2r, which fits the unchanged base.
 """
 
 from __future__ import annotations

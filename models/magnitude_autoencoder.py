@@ -50,10 +50,10 @@ class MagnitudeAE(AudioAE):
 
     # A band's interpolated energies are scaled by at most this factor to have the band's energy.
     most_scaled = 4.0
-    # Magnitudes in relation to which the decoder judges partials and onsets; smaller ones count as silent.
+    # Added to magnitudes before a logarithm or a division, so that much smaller ones count as silent.
     silence = 1e-4
-    # A partial stands out by this factor e^x from its neighbourhood, and at an onset the magnitudes change by this
-    # factor from frame to frame.
+    # Thresholds in nepers (1 Np is a factor of e): a bin belongs to a partial if its peak exceeds the mean of its
+    # neighbourhood by `prominence`, and to an onset if the magnitudes change by `onset` from one frame to the next.
     prominence, onset = 1.0, 1.0
 
     band: Tensor

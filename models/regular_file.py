@@ -1,6 +1,6 @@
 """Opens files that users name: a pipe is never waited for, and a bad file is told from a bad disk.
 
-`WatchedFile` is for decoders, which would take an error of the disk for the end of the file.
+`WatchedFile` is for decoders, which would take a disk I/O error for the end of the file.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ class WatchedFile(io.RawIOBase):
         super().close()
 
     def require_sound_disk(self) -> None:
-        """Raise the error of the disk, if there was one."""
+        """Raise the disk I/O error, if there was one."""
         if self.error is not None:
             raise OSError(self.error.errno, self.error.strerror, str(self.path)) from self.error

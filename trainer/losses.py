@@ -28,7 +28,8 @@ class Losses(NamedTuple):
         """
         if unknown := [name for name in weights if name not in self.terms]:
             raise ValueError(
-                f"loss_weights names {', '.join(unknown)}, but the stage's loss has the terms {', '.join(self.terms)}"
+                f"loss_weights names {', '.join(unknown)}, but the stage's loss has the terms {', '.join(self.terms)}: "
+                f"remove {unknown[0]}, or name one of them"
             )
         weighted = [value * weights[name] if name in weights else value for name, value in self.terms.items()]
         return sum(weighted[1:], start=weighted[0])

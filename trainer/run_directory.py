@@ -135,7 +135,7 @@ class RunDirectory:
         for name in ("command.txt", "environment.txt", "export"):
             if (self.path / name).exists():
                 raise ValueError(
-                    f"{self.path / name} is no run's, because there is no config.yaml beside it, and a run would "
+                    f"{self.path / name} was not written by a run (there is no config.yaml beside it), and a run would "
                     f"replace it: take another run_dir=…, or move {self.path} away"
                 )
 

@@ -89,7 +89,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "prepare",
-            "sound files → latents x0, in plain tar shards; sets clips aside that no stage sees",
+            "sound files → latents x0, in plain tar shards; holds out clips that no stage trains on",
             makes_latents=True,
             resources=_ONE_CPU_TASK,
             array=True,

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
+    if stage is None:
+        pipeline.require_settings_of_all_stages(config)
     if not dry:
         submit.run(config, only=stage)
         return 0

@@ -137,7 +137,7 @@ def _place_now(folder: Path) -> tuple[int | None, str]:
 
 
 def _readable(read: Callable[[], T]) -> T:
-    """Return what `read` returns. An error of the disk that may pass, such as EIO, does not end the job: try again."""
+    """Return what `read` returns, and repeat it for a while after an I/O error that may pass, such as EIO."""
     until = time.monotonic() + _PERSISTENCE
     while True:
         try:

@@ -79,7 +79,10 @@ class Quantizer(nn.Module, ABC):
 
         The error is squared and summed over the width. Raises ValueError if the quantizer searches nothing.
         """
-        raise ValueError(f"a quantizer of kind {self.kind} has no search that could ask what codes cost")
+        raise ValueError(
+            f"quantizer.kind={self.kind} can't weigh error against bits, only residual and qinco2 can: leave the error "
+            "per bit at 0"
+        )
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_an_export_keeps_what_was_put_beside_it_and_takes_no_other_folder(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dit.safetensors", "export"]
     (folder / "codec.json").unlink()
     (tmp_path / "dit.safetensors").unlink()
-    with pytest.raises(ValueError, match="export is no export, which would replace it"):
+    with pytest.raises(ValueError, match="export was not written as an export, which would replace it"):
         export_codec(tmp_path)
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -87,7 +87,7 @@ def test_a_page_takes_no_folder_of_somebody_else(tmp_path):
         (page / name).write_text("mine")
         if "x-y" in name:
             continue
-        with pytest.raises(ValueError, match="of no listening page"):
+        with pytest.raises(ValueError, match="was not written by `spresso page`"):
             clear_page(page)
         assert (page / name).read_text() == "mine"
     page = tmp_path / "own"
@@ -105,10 +105,10 @@ def test_an_evaluation_keeps_what_it_did_not_write(tmp_path):
     Pieces(tmp_path).keep(set())
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["mine", "my songs"]
     (tmp_path / "table.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"table\.md is of no evaluation"):
+    with pytest.raises(ValueError, match=r"table\.md was not written by `spresso evaluate`"):
         require_own_report(tmp_path)
     (tmp_path / "evaluation.json").write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match=r"evaluation\.json is of no evaluation"):
+    with pytest.raises(ValueError, match=r"evaluation\.json was not written by `spresso evaluate`"):
         require_own_report(tmp_path)
     require_own_report(Path(__file__).parents[1] / "golden" / "old_run" / "evaluate")
 

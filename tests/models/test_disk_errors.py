@@ -41,7 +41,7 @@ def test_other_errors_of_flushing_a_folder_are_raised(tmp_path, monkeypatch, num
     ("number", "told"),
     [
         (errno.ENOSPC, "no space left on the disk for /a: free some space or set another run_dir"),
-        (errno.EDQUOT, "the quota of the disk is used up for /a: free some space or set another run_dir"),
+        (errno.EDQUOT, "the disk quota is used up for /a: free some space or set another run_dir"),
         (errno.EROFS, "/a is on a disk that can only be read; allow it or name another path"),
         (errno.EACCES, "/a can't be opened: permission denied; allow it or name another path"),
         (errno.EIO, "/a failed: input/output error"),

@@ -1,6 +1,6 @@
 """Reads one rank's file of a checkpoint: flat float32 ranges in the safetensors layout.
 
-This module reads with plain system calls instead of the library's memory map: an error of the disk then arrives as an
+This module reads with plain system calls instead of the library's memory map: a disk I/O error then arrives as an
 `OSError` with its number, while it would kill a process that reads from a map.
 """
 

@@ -121,7 +121,10 @@ def _require_fit(path: Path, run: RunDirectory, identities: set[str]) -> None:
         raise ValueError(f"checkpoint.resume={path} cannot be loaded: {'; '.join(problems)}")
     meta = read_manifest(path)["meta"]
     if meta.get("stage") != run.stage:
-        raise ValueError(f"checkpoint.resume={path} is of the stage {meta.get('stage')}, not {run.stage}")
+        raise ValueError(
+            f"checkpoint.resume={path} is a checkpoint of {meta.get('stage')}, not of {run.stage}: give a checkpoint "
+            f"of {run.stage}, or set stage={meta.get('stage')}"
+        )
     if meta.get("config") not in identities:
         raise ValueError(
             f"checkpoint.resume={path} was trained with other settings or data: checkpoint.start_from={path} starts a "

@@ -17,7 +17,7 @@ CHECKED = ("total_frames", "shortest_frames", "longest_frames", "fingerprint", "
 
 
 def read_whole(path: Path, mapped: np.memmap[Any, np.dtype[np.void]]) -> NDArray[np.void]:
-    """Read a mapped index, read-only: an error of the disk kills a process that reads from a map, without a word.
+    """Read a mapped index, read-only: a disk I/O error kills a process that reads from a map, without a word.
 
     Raises:
         ValueError: the file has become shorter.

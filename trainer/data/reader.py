@@ -121,7 +121,10 @@ class Reader:
             if not problems:
                 return int(id_[0])
             self.damage.note(self.shard_set, int(id_[0]), problems[0])
-        raise ValueError(f"{_SUBSTITUTES} successive samples of {self.shard_set.location} can't be read: {problems[0]}")
+        raise ValueError(
+            f"{_SUBSTITUTES} consecutive samples of {self.shard_set.location} can't be read ({problems[0]}): find the "
+            f"damaged shards with `spresso index DIR --verify` and restore them"
+        )
 
 
 class _DamageEntry(TypedDict):

@@ -99,7 +99,7 @@ class Remote:
 
         if _is_http(url) and "#" in url:
             raise ValueError(
-                f"{url} is cut off at its #, which no server is sent: write %23 for a # of a folder's name"
+                f"{url} holds a #, and what follows # is not sent to a server: write %23 for a # in a folder's name"
             )
         self.url, self.patience = url.rstrip("/"), patience
         self.interrupted = threading.Event()

@@ -126,7 +126,7 @@ class SoundReader:
         raise ValueError(f"{self.path} can't be read as sound: {reason}")
 
     def _checked(self, work: Callable[[], Result]) -> Result:
-        """Do a part of the work. An error of the disk is raised as such, and the decoder's with the file's name."""
+        """Do a part of the work. A disk I/O error is raised as such, and the decoder's with the file's name."""
         try:
             result = work()
         except Damaged as error:

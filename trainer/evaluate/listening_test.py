@@ -80,7 +80,10 @@ def write_listening_test(
     chosen = _chosen(report, systems)
     trials = list(report["clips"])[:clips]
     if not trials or (clips is not None and clips < 1):
-        raise ValueError("--clips must be at least 1, and the evaluation needs clips that the page plays")
+        raise ValueError(
+            "there are no clips to test: give --clips of at least 1, or raise evaluate.page_clips and run "
+            "`spresso evaluate` again"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder")
     with sole():

@@ -149,8 +149,8 @@ def require_own_report(folder: Path) -> None:
         foreign = [path.name for path in sorted(folder.glob("table.*")) if path.suffix in (".txt", ".md", ".tex")]
     if foreign:
         raise ValueError(
-            f"{folder / foreign[0]} is of no evaluation, which would replace it: move it away, or take another "
-            "run_dir=…"
+            f"{folder / foreign[0]} was not written by `spresso evaluate`, which would replace it: move it away, or "
+            "set another run_dir=…"
         )
 
 

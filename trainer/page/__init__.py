@@ -78,7 +78,8 @@ def clear_page(folder: Path) -> None:
     foreign = [index] if index.exists() and _PAPER not in index.read_text("utf-8", errors="replace") else []
     if foreign := [*foreign, *foreign_recordings(folder)]:
         raise ValueError(
-            f"{foreign[0]} is of no listening page, which would replace it: move it away, or take another run_dir=…"
+            f"{foreign[0]} was not written by `spresso page`, which would replace it: move it away, or set another "
+            "run_dir=…"
         )
     remove_recordings(folder)
 

@@ -52,7 +52,7 @@ class DataConfig:
     window: int | None = ranged(None, least=1)
     """Samples in a shuffle window; None: as many as fit into `window_mib`."""
     lanes: int = ranged(64, least=1)
-    """Parts of the order that share no block. If the number of nodes divides it, each node reads only its own parts."""
+    """Parts of the order that share no block. If the number of ranks divides it, each rank reads only its own lanes."""
     readers: int = ranged(1, least=0, note="0: no thread")
     """Threads of each rank that read and check batches ahead; 0: read each batch when it is needed."""
     buckets: list[int] = ranged(list, least=1)
@@ -121,7 +121,7 @@ class LoraConfig:
     the norm of each row of D's weights; `pissa` (arXiv 2404.02948), which starts from D's largest singular vectors."""
 
     def description(self) -> dict[str, Any]:
-        """Return the LoRA of a codec's config, which names no variant if it is plain, as older exports."""
+        """Return the `lora` of a codec's config. A plain LoRA has no `variant`, so it equals that of older exports."""
         plain = {"rank": self.rank, "alpha": self.alpha}
         return plain if self.variant == "plain" else plain | {"variant": self.variant}
 
@@ -133,7 +133,7 @@ class QuantizerConfig:
     kind: str = "qinco2"
     """`residual`: plain residual codebooks, fitted by faiss; `qinco2`: codebooks that start as `residual` and that
     networks then adapt to the preceding codes, trained for `quantize.samples` (arXiv 2501.03078); `fsq`: rounds each
-    number of z and fits nothing (arXiv 2309.15505)."""
+    number of z to a fixed level; only z's mean and standard deviations are fitted (arXiv 2309.15505)."""
     books: int = ranged(15, least=1)
     """Number of codebooks M. The bit rate is (z rate) · M · log2 K."""
     size: int = ranged(256, least=2)
@@ -314,7 +314,7 @@ class EvaluateConfig:
     """Codecs by others to compare with, by name and kbps: `[opus@6, dac@1.7, encodec@1.5, semanticodec@1.4,
     stable_audio, music2latent]`. If one or its weights are not installed, its row of the table says so."""
     weights: dict[str, str] = field(default_factory=dict)
-    """Name of a baseline codec → folder of its weights; if not named, they are in the Hugging Face cache."""
+    """Name of a baseline codec → folder of its weights. Weights without a folder come from the Hugging Face hub."""
     embedding: str = "auto"
     """Embedding for distances between sets and for retrieval: `aisfx` (of sound effects; see docs/evaluation.md for how
     to install it), `mel-stat` (needs nothing), or `clap:` and a folder or a name in the Hugging Face cache. `auto` is

@@ -49,7 +49,7 @@ def test_what_may_pass_is_tried_again(folder, name):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("EDQUOT", "the quota of the disk is used up"),
+        ("EDQUOT", "the disk quota is used up"),
         ("ENOSPC", "no space left on the disk"),
         ("EROFS", "can only be read .allow writing there or set another run_dir.. Older checkpoints are untouched"),
         ("EIO", "could not save .*nput/output error. Older checkpoints are untouched"),

@@ -129,6 +129,13 @@ def test_run_of_all_stages_refuses_what_is_one_stages(tiny):
         pipeline.run(tiny("checkpoint.start_from=somewhere"))
 
 
+@pytest.mark.parametrize("setting", ["resume", "start_from"])
+def test_so_does_run_on_a_cluster(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "tiny", "cluster=slurm", "--dry-run", f"checkpoint.{setting}=somewhere"]) == 2
+    assert "applies to one stage: use `spresso train" in capsys.readouterr().err
+
+
 def test_it_says_what_it_restored(copied, tiny):
     train(tiny(*KEPT, "autoencode.samples=48"), "autoencode")
     log = (copied / "autoencode/logs/rank_0.log").read_text()

@@ -259,7 +259,7 @@ def test_a_set_of_damage_alone_is_an_error_not_a_search_for_ever(shard_set, tmp_
     folder = shutil.copytree(shard_set.folder, tmp_path / "damaged")
     damage(ShardSet(folder), list(range(SAMPLES)))
     stream = LatentStream(ShardSet(folder), crop_frames=CROP, global_batch=4, seed=5, max_damaged=1)
-    with pytest.raises(ValueError, match=r"64 successive samples"):
+    with pytest.raises(ValueError, match=r"64 consecutive samples"):
         stream.batch(0)
 
 

@@ -82,7 +82,7 @@ def mel_spectrogram(audio_S: Tensor) -> Tensor:
 
 @functools.cache
 def _filters() -> Tensor:
-    """Return triangles on HTK's mel scale up to Nyquist, straight in mel and of sum 1: (96, 1025)."""
+    """Return a filterbank (96, 1025): triangles linear in mel (HTK's scale) up to Nyquist, each normalized to sum 1."""
     hertz = torch.linspace(0, SAMPLE_RATE / 2, _WINDOW // 2 + 1, dtype=torch.float64)
     mel = (hertz / 700).log1p()  # the scale's factor cancels out
     edges = torch.linspace(0, float(mel[-1]), _BANDS + 2, dtype=torch.float64)[:, None]
