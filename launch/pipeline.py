@@ -25,6 +25,7 @@ from trainer.evaluate.listening_test import write_listening_test
 from trainer.exported import missing_export
 from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
+from trainer.page.recordings import require_recordings
 from trainer.progress import Progress
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
@@ -214,6 +215,7 @@ def page(config: Config) -> Path:
     assert report is not None
     curves = {stage: stage_folder(config, stage) / "metrics.jsonl" for stage in trained_stages()}
     with owner.holding(stage_folder(config, "page")):
+        require_recordings(report, stage_folder(config, "evaluate"))  # before anything of an older page goes
         clear_page(stage_folder(config, "page"))
         index = write_page(
             report,

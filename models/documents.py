@@ -257,12 +257,14 @@ class Lines(Generic[T]):
         damaged: how many lines were passed over.
         first: what is wrong with the first of them.
         problem: why the file can't be read; empty if it can.
+        error: the OSError behind `problem`, for callers that must not take an unreadable file for an empty one.
     """
 
     def __init__(self, path: Path, kind: type[T]) -> None:
         """Name the file, and the type of its lines, see `fits`."""
         self.path, self.kind = path, kind
         self.damaged, self.first, self.problem = 0, "", ""
+        self.error: OSError | None = None
 
     def __iter__(self) -> Iterator[T]:
         for _, value in self.pairs():
@@ -274,7 +276,7 @@ class Lines(Generic[T]):
         Args:
             tail: read only so many bytes at the end of the file; the line that they begin in is left out.
         """
-        self.damaged, self.first, self.problem = 0, "", ""
+        self.damaged, self.first, self.problem, self.error = 0, "", "", None
         try:
             with opened(self.path) as file:
                 if tail is not None and (size := os.fstat(file.fileno()).st_size) > tail:
@@ -285,6 +287,12 @@ class Lines(Generic[T]):
             return
         except (ValueError, OSError) as error:
             self.problem = str(error)
+            self.error = error if isinstance(error, OSError) else None
+
+    def require_readable(self) -> None:
+        """Raise the OSError that ended the reading, if there was one."""
+        if self.error is not None:
+            raise self.error
 
     def _pairs(self, file: BinaryIO) -> Iterator[tuple[bytes, T]]:
         for number, line in enumerate(_lines(file), 1):

@@ -130,6 +130,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
 
         # Claim the run directory, and find the checkpoint to resume from.
         if parallel.main:
+            resume.require_own_settings(run, {identity, *older})
             run.claim(config, inputs)
         parallel.wait()
         source = resume.find_start(config, run, {identity, *older})

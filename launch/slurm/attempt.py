@@ -103,9 +103,10 @@ def history_lines(stage_folder: Path) -> Lines[Any]:
 
 
 def history(stage_folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of the stage's history, with a warning if some are damaged."""
+    """Read the lines of the stage's history, with a warning if some are damaged. Raises OSError if it can't be read."""
     lines = history_lines(stage_folder)
     read = list(lines)
+    lines.require_readable()
     if lines.remark:
         logger.warning("%s", lines.remark)
     return read

@@ -97,7 +97,8 @@ def _add_to_submitted(attempt: Attempt) -> None:
 
 def _close_killed_attempt(attempt: Attempt) -> None:
     """Record the end of the previous attempt of this job, if its batch script was killed before it could."""
-    lines = [entry for entry in history(attempt.stage_folder) if entry["job"] == attempt.job]
+    past = _readable(lambda: history(attempt.stage_folder))
+    lines = [entry for entry in past if entry["job"] == attempt.job]
     if lines and "then" not in lines[-1] and lines[-1]["restart"] < attempt.restart:
         why = "SLURM requeued the job: a node failed, or the job was preempted without a grace period"
         before = {"job": attempt.job, "restart": lines[-1]["restart"], "ended": time.time()}

@@ -30,9 +30,15 @@ def keep(root: Path, jobs: Sequence[Submitted]) -> None:
 
 
 def submitted(root: Path) -> dict[str, Submitted]:
-    """Return the last job of each stage. Raises ValueError if a line is damaged, which may name a job that runs."""
+    """Return the last job of each stage.
+
+    Raises:
+        ValueError: a line is damaged, which may name a job that runs.
+        OSError: the file can't be read.
+    """
     lines = Lines(root / _FILE, Submitted)
     found = {item.stage: item for item in lines}
+    lines.require_readable()
     if lines.problem or lines.damaged:
         raise damaged(root / _FILE, lines.problem or lines.first, "repair or remove the line")
     return found

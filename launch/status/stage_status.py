@@ -80,7 +80,7 @@ class StageStatus:
     def _held(self) -> tuple[owner.Owner | None, str]:
         try:
             return owner.holder(self.folder), ""
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return None, str(error)
 
     @property

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launch.error_line import describe_error
 from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
@@ -25,6 +26,7 @@ _HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss"
 _RIGHT = (4, 5, 6)
 _WIDTH = 120
 _INDENT = " " * 14  # of the remarks below the row of a stage, to the right of its name
+_FAR = 10 * 365 * 86400.0  # seconds beyond which the expected end is not a date
 _NODES = 14  # characters of the list of nodes; the lines on the starts of a run show the full list
 _WAITS = {
     "": "waits",
@@ -63,8 +65,8 @@ def report(run: Path | None) -> str:
     for folder in [run] if run is not None else runs():
         try:
             stages[folder] = stages_of(folder)
-        except ValueError as error:  # a damaged run must not hide the others
-            problems.append(str(error))
+        except (ValueError, OSError) as error:  # a run that is damaged, or can't be read, must not hide the others
+            problems.append(describe_error(error))
     # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
     open_stages = [stage for each in stages.values() for stage in each if not stage.over]
     if problem := ask_the_queue(open_stages):
@@ -209,7 +211,9 @@ def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
     if (quiet := time.time() - stage.line["time"]) > SILENT_AFTER:
         return f"silent for {span(quiet)}"
     left, speed = stage.status.get("of", 0) - stage.line["samples"], stage.line.get("samples_per_second")
-    return _clock(max(time.time(), stage.line["time"] + max(0, left) / speed)) if speed else ""
+    if not speed or (seconds := max(0, left) / speed) > _FAR:
+        return "in years" if speed else ""
+    return _clock(max(time.time(), stage.line["time"] + seconds))
 
 
 def _remarks(stage: StageStatus) -> Iterator[str]:
@@ -269,11 +273,11 @@ def _is_running(stage: StageStatus, key: tuple[str, int]) -> bool:
 
 def _age(folder: Path) -> str:
     """Return the age of the newest checkpoint."""
-    newest = place(folder)
-    path = folder / "checkpoints" / folder_name(newest or 0) / MANIFEST
     try:
+        newest = place(folder)
+        path = folder / "checkpoints" / folder_name(newest or 0) / MANIFEST
         return f"{span(time.time() - path.stat().st_mtime)} ago" if newest else ""
-    except OSError:  # just removed, or damaged
+    except OSError:  # just removed, damaged, or on a disk that is away
         return ""
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
+from models import documents
 from trainer.log.metrics import Metrics, read_metrics
 from trainer.log.training_log import TrainingLog
 from trainer.run_directory import RunDirectory
@@ -41,6 +45,19 @@ def test_a_resumed_curve_keeps_all_lines_but_damaged_ones(run, caplog):
     assert path.read_text().splitlines()[:2] == kept[:2]
     assert [line["samples"] for line in read_metrics(path)] == [8, 16, 17]
     assert f"2 damaged lines are passed over in {path} (line 2: `samples`: expected a whole number" in caplog.text
+
+
+def test_a_curve_that_can_not_be_read_now_stays(run, monkeypatch):
+    path = run.path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "samples": 8, "time": 1.0}\n')
+
+    def fails(path: Path) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(documents, "opened", fails)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        Metrics(run, resumed_at=16, sample_rate=48_000)
+    assert path.read_text() == '{"kind": "train", "samples": 8, "time": 1.0}\n'
 
 
 def test_a_damaged_list_of_incidents_is_kept_beside_a_new_one(run, caplog):

@@ -105,6 +105,26 @@ def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None
     return path_here
 
 
+def require_own_settings(run: RunDirectory, identities: set[str]) -> None:
+    """Raise ValueError if a directory that lacks its config.yaml holds a checkpoint of other settings or data.
+
+    With a config.yaml, `RunDirectory.require_same` compares the settings, and names those that differ. A checkpoint
+    whose manifest can't be read is left to `find_start`.
+    """
+    if (run.path / "config.yaml").exists():
+        return
+    for path in checkpoints(run.checkpoints):
+        try:
+            trained_with = read_manifest(path)["meta"].get("config")
+        except (ValueError, OSError):
+            continue
+        if trained_with not in identities:
+            raise ValueError(
+                f"{path} was trained with other settings or data, and {run.path} has lost its config.yaml: put the "
+                f"file back, or set another run_dir=… and checkpoint.start_from={path}, which takes its weights alone"
+            )
+
+
 def was_followed(run: RunDirectory, choice: str) -> bool:
     """Whether the run has resumed from this checkpoint before, which may lie elsewhere now."""
     followed = (

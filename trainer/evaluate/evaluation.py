@@ -140,6 +140,9 @@ class _Plan:
             return None
         if "curve" in report and (report["curve"] or {}).get("identity") != self._curve_identity:
             return None  # a report of an older version does not know of the curve and stays as it is
+        recordings = [file for clip in report["clips"] for files in clip["audio"].values() for file in files]
+        if not all((self.folder / file).is_file() for file in recordings):
+            return None
         lacking = {system["key"] for system in report["systems"] if system["unavailable"]}
         return None if any(source.key in lacking and source.retry() for source in self.sources) else report
 
@@ -188,10 +191,12 @@ class _Plan:
         name = self.names[source.key]
         if not self.pieces.path(name, number).is_file():
             return False
-        if not source.retry():
-            return True
+        if not source.retry() and self.blocks[number][0] >= self.clips.on_page:
+            return True  # a piece without recordings, which need not be read
         piece = self.pieces.read(name, number)
-        return piece is not None and not piece.unavailable
+        if piece is None or not all((self.folder / file).is_file() for files in piece.audio.values() for file in files):
+            return False
+        return not (source.retry() and piece.unavailable)
 
     def _make(self, source: SystemUnderTest | Probe, number: int, scorer: Scorer) -> None:
         rows, clips = self.blocks[number], self.clips

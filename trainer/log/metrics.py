@@ -96,6 +96,7 @@ class Metrics:
             lines = metrics_lines(self.path)
             with replacing(self.path) as partial, partial.open("wb") as file:
                 file.writelines(line + b"\n" for line, values in lines.pairs() if values["samples"] <= samples)
+                lines.require_readable()
             warn_of(lines)
 
     def go_back_to(self, samples: int) -> None:

@@ -57,6 +57,13 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
     return takes
 
 
+def require_recordings(report: EvaluationReport, audio_root: Path) -> None:
+    """Raise ValueError if a recording that the report names is missing."""
+    for _, _, source, _ in _recordings(report):
+        if not (audio_root / source).is_file():
+            raise ValueError(f"{audio_root / source} is missing: `spresso evaluate` makes it again")
+
+
 def foreign_recordings(folder: Path) -> list[Path]:
     """Return what is in the page's folders of recordings, but was not written by `gather_takes`."""
     return [

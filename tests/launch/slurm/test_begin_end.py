@@ -13,6 +13,7 @@ from launch import owner
 from launch.slurm import begin_end, scheduler
 from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.variables import RUN, TASKS_PER_NODE
+from models import documents
 
 ROOT = Path(__file__).parents[3]
 
@@ -251,18 +252,18 @@ def test_a_job_that_is_done_is_done_whatever_can_be_listed(start, slurm, monkeyp
 
 
 def unreadable(monkeypatch, name: str, number: int, times: int) -> None:
-    """Let the first `times` readings of a function of the records fail."""
-    real, left = getattr(begin_end, name, None) or getattr(owner, name), iter(range(times))
+    """Let the first `times` openings of a record fail."""
+    real, left = documents.opened, iter(range(times))
 
-    def read(folder):
-        if next(left, None) is not None:
-            raise OSError(number, os.strerror(number), str(folder / name))
-        return real(folder)
+    def opened(path: Path):
+        if path.name == name and next(left, None) is not None:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
 
-    monkeypatch.setattr(owner if hasattr(owner, name) else begin_end, name, read)
+    monkeypatch.setattr(documents, "opened", opened)
 
 
-@pytest.mark.parametrize("name", ["holder", "history"])
+@pytest.mark.parametrize("name", ["owner.json", "history.jsonl"])
 def test_records_that_can_not_be_read_now_are_read_again(start, slurm, monkeypatch, capsys, name):
     monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
     attempt = start()
@@ -275,12 +276,13 @@ def test_records_that_can_not_be_read_now_are_read_again(start, slurm, monkeypat
 
 
 @pytest.mark.parametrize(("number", "patience"), [(errno.EACCES, 600.0), (errno.EIO, 0.0)])
-def test_records_that_can_not_be_read_at_all_are_told(start, slurm, monkeypatch, capsys, number, patience):
+@pytest.mark.parametrize("name", ["owner.json", "history.jsonl"])
+def test_records_that_can_not_be_read_at_all_are_told(start, slurm, monkeypatch, name, number, patience):
     monkeypatch.setattr(begin_end, "_PERSISTENCE", patience)
     attempt = start()
     assert script("begin", "pretrain").returncode == 0
     attempt.note(0, "stopped", why="was preempted")
-    unreadable(monkeypatch, "holder", number, times=1)
-    with pytest.raises(OSError, match="holder"):
+    unreadable(monkeypatch, name, number, times=1)
+    with pytest.raises(OSError, match=name):
         begin_end._end(attempt, 0)
     assert not any("requeue" in call for call in slurm.calls("scontrol"))

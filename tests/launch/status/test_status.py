@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from launch.slurm.attempt import record
 from launch.slurm.submitted_jobs import Submitted, keep
 from launch.status import table
 from launch.status.stage_status import elements_of, last_line, span
+from models import documents
 from models.atomic_write import write_whole
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +95,44 @@ def test_where_each_stage_is(run, slurm):
     assert len(slurm.calls("squeue")) == 1
     assert not slurm.calls("sacct")  # what its own script has declared over is not asked about
     assert max(map(len, told.splitlines())) <= 120
+
+
+def unreadable(monkeypatch, name: str) -> None:
+    """Let no file of this name be opened any more."""
+    real = documents.opened
+
+    def opened(path: Path):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(documents, "opened", opened)
+
+
+@pytest.mark.parametrize("name", ["owner.json", "status.json", "metrics.jsonl", "history.jsonl", "jobs.jsonl"])
+def test_a_file_that_can_not_be_read_now_hides_no_run(run, slurm, monkeypatch, name):
+    begin(run.parent / "other" / "pretrain", "running", 1, 2)
+    (run / "autoencode" / "owner.json").write_text("{}")
+    queue_says(slurm)
+    unreadable(monkeypatch, name)
+    told = table.report(None)
+    assert "runs/other" in told
+    assert name == "metrics.jsonl" or name in told
+
+
+def test_checkpoints_on_a_disk_that_is_away_hide_no_run(run, slurm):
+    queue_says(slurm, "2|2|RUNNING|n1|None")
+    newest = run / "autoencode" / "checkpoints"
+    newest.rename(run / "elsewhere")
+    newest.symlink_to("/not/mounted")
+    assert row(table.report(None), "autoencode")[1:3] == ["2", "running"]
+
+
+@pytest.mark.parametrize(("of", "speed"), [(9 * 10**15, 20.0), (9000, 1e-300)])
+def test_an_end_in_the_far_future_is_no_date(run, slurm, of, speed):
+    begin(run / "autoencode", "running", 3000, of, samples_per_second=speed, loss=1.25)
+    queue_says(slurm, "2|2|RUNNING|n1|None")
+    assert row(table.report(None), "autoencode")[-1].endswith("in years")
 
 
 def test_large_numbers_fit_as_well(run, slurm):

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_belong_is_refused(whole, tiny, tmp_path):
     path = whole / "pretrain/checkpoints/step_000000000064"
     cases = {
         r"trained with other settings.*start_from": tiny(*KEPT, "pretrain.lr=1e-3", f"checkpoint.resume={path}"),
-        r"of the stage autoencode, not pretrain": tiny(
+        r"is a checkpoint of autoencode, not of pretrain": tiny(
             *KEPT, f"checkpoint.resume={whole / 'autoencode/checkpoints/step_000000000032'}"
         ),
         r"not a checkpoint": tiny(*KEPT, f"checkpoint.resume={tmp_path / 'nowhere'}"),
@@ -142,6 +142,17 @@ def test_a_dry_run_trains_nothing(command, tmp_path, monkeypatch, capsys):
     assert main([*command, "--dry-run"]) == 2
     assert "`spresso plan tiny`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["autoencode.lr=0.01", "seed=3"])
+def test_checkpoints_without_a_config_resume_with_their_own_settings_alone(copied, tiny, setting):
+    (copied / "autoencode/config.yaml").unlink()
+    before = steps_in(copied, "autoencode")
+    with pytest.raises(ValueError, match=r"trained with other settings or data, and .* has lost its config\.yaml"):
+        train(tiny(*KEPT, "autoencode.samples=48", setting), "autoencode")
+    assert steps_in(copied, "autoencode") == before
+    assert not (copied / "autoencode/config.yaml").exists()
+    train(tiny(*KEPT, "autoencode.samples=48"), "autoencode")
 
 
 def test_it_says_what_it_restored(copied, tiny):

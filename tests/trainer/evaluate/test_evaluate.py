@@ -23,6 +23,7 @@ from trainer.evaluate.figures import kernel_distance, log_mel_distance, mel_stat
 from trainer.evaluate.own_codecs import LEVELS, NOISE_SEED
 from trainer.evaluate.pieces import Pieces
 from trainer.evaluate.scored_clips import load_clips
+from trainer.page.recordings import require_recordings
 from trainer.recipes.schema import Config
 
 
@@ -128,6 +129,24 @@ def test_each_system_has_its_table_and_interval(trained):
         low, high = score["difference_ci"]
         assert score["significant"] == (low > 0 or high < 0)
         assert score["difference"] == pytest.approx(score["mean"] - report["results"][best[0]]["log_mel"]["mean"])
+
+
+def test_what_was_removed_of_an_evaluation_is_made_again(trained, run_dir):
+    """The report, as the message on a damaged one says to, and a recording."""
+    whole, folder = evaluation.evaluate(trained), run_dir / "evaluate"
+    (folder / "evaluation.json").unlink()
+    assert lasting(evaluation.evaluate(trained)) == lasting(whole)
+    pipeline.page(trained)
+    page = {path for path in (run_dir / "page").rglob("*") if path.is_file()}
+    recording = folder / whole["clips"][0]["audio"]["zq2"][1]
+    content = recording.read_bytes()
+    recording.unlink()
+    with pytest.raises(ValueError, match="is missing: `spresso evaluate` makes it again"):
+        require_recordings(whole, folder)
+    assert lasting(evaluation.evaluate(trained)) == lasting(whole)
+    assert recording.read_bytes() == content
+    pipeline.page(trained)
+    assert {path for path in (run_dir / "page").rglob("*") if path.is_file()} == page
 
 
 # ---- in parts
