@@ -34,7 +34,7 @@ _RECIPE = "a YAML file, or the name of a recipe in configs/, such as demo"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 2 for a user's mistake, which is reported in one line."""
-    options = parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         module, _, function = options.command.partition(":")
         command = getattr(importlib.import_module(f"launch.commands.{module}"), function)
@@ -49,6 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(textwrap.indent(describe_error(error), "spresso: "), file=sys.stderr)
         return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; settings of a recipe may also follow an option, where argparse alone does not take them."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ Everything else that writes into a directory (a whole run, `synth`, `prepare`, `
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -34,6 +35,8 @@ _BEAT = 60.0  # seconds between two signs of life
 _SETTLING = 1.0  # seconds after which all machines see who wrote last, on a file system without locks
 _SHOWN = 160  # characters of a command line in a message; the record has them all
 _RETRY = 1.0  # seconds between two looks at an owner that is waited for
+
+logger = logging.getLogger(__name__)
 
 _locked: dict[Path, BinaryIO] = {}
 """Open record of each directory that this process owns; the lock on a record lasts until the file is closed."""
@@ -200,7 +203,12 @@ def release(folder: Path, token: str) -> None:
 
 
 def _release(record: Path, token: str) -> None:
-    held = _read(record)
+    try:
+        held = _read(record)
+    except (ValueError, OSError) as error:  # the work is done all the same
+        logger.warning("%s", error)
+        _unlock(record)
+        return
     if held is not None and held.token == token:
         record.unlink(missing_ok=True)
         _unlock(record)

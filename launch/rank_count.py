@@ -15,7 +15,7 @@ def usable_ranks(config: Config, stage: str, tasks: int) -> tuple[int, int]:
         ValueError: no number of ranks up to `tasks` fits.
     """
     batch, replicas = config.stage(stage).global_batch, config.parallel.replicas
-    fitting = [ranks for ranks in range(1, tasks + 1) if batch % ranks == 0 and ranks % replicas == 0]
+    fitting = [ranks for ranks in range(1, min(tasks, batch) + 1) if batch % ranks == 0 and ranks % replicas == 0]
     if not fitting:
         raise ValueError(
             f"no number of ranks up to {tasks} divides {stage}.global_batch={batch} and is a multiple of "

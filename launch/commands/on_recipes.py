@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, _overrides(options))
     if config.cluster.kind == "slurm":
         return _submit(config, None, dry=options.dry_run)
+    _require_no_dry_run(options)
     require_whole_launch()
     return _exit_status(pipeline.run(config))
 
@@ -39,6 +40,14 @@ def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
     return 0
 
 
+def _require_no_dry_run(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        raise ValueError(
+            f"--dry-run prints the scripts of cluster=slurm: add that, or take `spresso plan {options.recipe}`, which "
+            "shows what a run would do here"
+        )
+
+
 def train(options: argparse.Namespace) -> int:
     """Train one stage, or submit it as a job; return the exit status. Raises ValueError without a trained stage."""
     stage, overrides = _named_stage(_overrides(options))
@@ -47,6 +56,7 @@ def train(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, overrides)
     if config.cluster.kind == "slurm":
         return _submit(config, stage, dry=options.dry_run)
+    _require_no_dry_run(options)
     require_whole_launch()
     return _exit_status(pipeline.train(config, stage))
 

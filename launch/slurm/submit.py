@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch import owner
 from launch.pipeline import require_own_settings, say, shared_latents
 from launch.slurm import preflight, scheduler
 from launch.slurm.job_script import Job, require_writable
@@ -40,6 +41,11 @@ def run(config: Config, *, only: str | None = None) -> list[Submitted]:
     root = Path(config.run_dir).resolve()
     require_writable(config.name, root)
     require_own_config(root)
+    with owner.holding(root):  # two submissions at one moment would both find the run idle
+        return _submit(config, stages, root)
+
+
+def _submit(config: Config, stages: Sequence[str], root: Path) -> list[Submitted]:
     require_idle(root, stages)
     submission = _copy_code_and_config(config, root)
     preflight.check(config, stages, submission, _jobs(config, stages, root, submission))

@@ -167,6 +167,16 @@ def test_streams_that_cannot_be_decoded(trained, tmp_path, monkeypatch, capsys):
     assert not Path("x.wav").exists()
 
 
+def test_settings_may_follow_an_option_and_nothing_else_may(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "tiny", "--dry-run", "name=x", "cluster=slurm", "pretrain.samples=-3"]) == 2
+    assert "pretrain.samples=-3" in capsys.readouterr().err
+    for wrong in (["run", "tiny", "--dry-run", "x"], ["run", "tiny", "--dri=1"], ["info", "a.spr", "name=x"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments: " in capsys.readouterr().err
+
+
 def test_a_folder_without_sound(tmp_path, capsys):
     (tmp_path / "readme.txt").write_text("no sound here")
     line = refused(capsys, "run", "tiny", f"data.audio={tmp_path}", f"run_dir={tmp_path / 'run'}")

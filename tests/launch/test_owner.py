@@ -118,3 +118,9 @@ def test_a_damaged_one_names_its_mend(tmp_path):
     (tmp_path / "owner.json").write_text('{"token": ')
     with pytest.raises(ValueError, match="remove it if nothing trains there"):
         owner.take(tmp_path, owner.by_hand())
+
+
+def test_a_record_that_was_damaged_meanwhile_ends_no_work(tmp_path, caplog):
+    with owner.training(tmp_path):
+        (tmp_path / "owner.json").write_text("{")
+    assert "owner.json" in caplog.text

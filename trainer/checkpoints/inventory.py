@@ -84,7 +84,7 @@ def explanation(path: Path) -> str:
         raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
     manifest = read_manifest(path)
     meta = dict(manifest["meta"])
-    health = meta.pop("health", {})
+    health = meta.pop("health", None) or {}
     known = {
         "stage": meta.pop("stage", "?"),
         "samples": f"{meta.pop('samples')} in {meta.pop('steps', '?')} steps",

@@ -46,6 +46,7 @@ _SPECIAL = {
     ">": r"$>$",
     "|": r"$|$",
     "`": r"\`{}",
+    **{sign: f"{{{sign}}}" for sign in "[]*"},  # at the start of a row, LaTeX takes them for options of the row before
 }
 
 

@@ -15,6 +15,7 @@ from trainer.run_documents import metrics_lines, warn_of
 _CHART_WIDTH, _CHART_HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # the plot's edges within the chart
 _MOST_POINTS = 300
+_MOST_LOSS = 1e30  # a larger loss, as of a run that diverges, is left out of the chart, whose scale it would overflow
 _LOG_FROM_RATIO = 8.0  # the loss axis is logarithmic if highest / lowest is at least this
 
 
@@ -169,7 +170,7 @@ def _point(line: Mapping[str, Any]) -> Point:
 
 
 def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+    return float(value) if value is not None and abs(value) < _MOST_LOSS else None
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:

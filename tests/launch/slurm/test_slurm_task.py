@@ -58,6 +58,10 @@ def test_as_many_ranks_as_the_batch_divides_among(tasks, expected):
     assert usable_ranks(config(), "pretrain", tasks) == expected
 
 
+def test_any_number_of_nodes_is_judged_at_once():
+    assert usable_ranks(config(), "pretrain", 10**15) == (12, 1)
+
+
 def test_what_goes_through_a_rank_at_once_is_bounded():
     for micro, tasks, expected in ((3, 2, (2, 3)), (4, 2, (2, 3)), (12, 4, (4, 3))):
         bounded = config()

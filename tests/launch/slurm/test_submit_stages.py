@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
 
+ROOT = Path(__file__).parents[3]
 ACCEPTED = 'case "$*" in *--test-only*) ;; *) echo "Submitted batch job $((100 + count))";; esac'
 FREE = "echo 'spresso: all is there'"
 
@@ -88,6 +91,18 @@ def test_a_stage_waits_for_no_other_s_job(config, root, slurm):
     submit.require_idle(root, ["prepare"])
     with pytest.raises(ValueError, match=r"7 \(synth\)"):
         submit.require_idle(root, ["synth", "prepare"])
+
+
+def test_two_submissions_at_one_moment_are_one(config, root, slurm):
+    tiny, code = config(), "from launch import owner; from pathlib import Path; import sys\n"
+    code += f"with owner.holding(Path({str(root)!r})): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="wait for it, or end it"):
+            submit.run(tiny)
+    assert slurm.calls("sbatch") == []
+    assert submit.run(tiny)
 
 
 def test_the_copy_says_what_it_was_made_of_and_no_edit_reaches_it(config, root, tmp_path, monkeypatch):

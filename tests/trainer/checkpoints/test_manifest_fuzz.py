@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.mutant_counts import MutantCounts
 from tests.trainer.checkpoints.test_checkpoint import META, blank, same, save, state
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import checkpoint, inventory
 from trainer.checkpoints.manifest import read_manifest, signed
 from trainer.ranks.flat_ranges import FlatRange, equal_ranges, whole_ranges
 
@@ -233,3 +233,8 @@ def test_a_start_that_the_file_contradicts_is_refused(tmp_path):
     (path / "manifest.json").write_text(signed(manifest))
     with pytest.raises(ValueError, match=r"rank_00000\.safetensors holds w from 0 on, but the manifest says 4"):
         checkpoint.load(path, whole_ranges({"w": target}))
+
+
+def test_a_checkpoint_without_a_word_on_its_health_is_explained(tmp_path):
+    path = checkpoint.save(tmp_path, 8, whole_ranges({"w": torch.zeros(8)}), META | {"health": None})
+    assert "8 in " in inventory.explanation(path)

@@ -136,6 +136,14 @@ def test_so_does_run_on_a_cluster(setting, tmp_path, monkeypatch, capsys):
     assert "applies to one stage: use `spresso train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("run", "tiny"), ("train", "tiny", "stage=pretrain")])
+def test_a_dry_run_trains_nothing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--dry-run"]) == 2
+    assert "`spresso plan tiny`" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_says_what_it_restored(copied, tiny):
     train(tiny(*KEPT, "autoencode.samples=48"), "autoencode")
     log = (copied / "autoencode/logs/rank_0.log").read_text()

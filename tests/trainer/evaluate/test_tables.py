@@ -187,6 +187,16 @@ def test_latex_prints_every_special_character(report):
 
 
 @pytest.mark.parametrize(
+    ("title", "escaped"), [("[ours] 2 kbps", "{[}ours{]} 2 kbps"), ("*best", "{*}best"), ("]", "{]}")]
+)
+def test_no_title_is_an_option_of_the_row_before(report, title, escaped):
+    for system in report["systems"]:
+        system["title"] = title
+    rows = [line for line in tables.latex(report).splitlines() if line.endswith(r"\\") and " & " in line]
+    assert sum(line.startswith(f"{escaped} & ") for line in rows) == len(rows) - 2 > 2  # all but two lines of heads
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *("![](https://a.b/c.png)", "[x](javascript:alert(1))", "[x]: https://a.b", "<img src=x onerror=alert(1)>"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -185,6 +186,14 @@ def test_hostile_text_is_shown_and_never_run(report, tmp_path):
     assert found.texts("b") == [HOSTILE]
     assert {e["data-caption"] for e in found.find("tbody") if "data-clip" in e} == {HOSTILE, "caption wind"}
     assert any(hint["data-note"].endswith(HOSTILE) for hint in found.find("button", "hint"))
+
+
+@pytest.mark.parametrize("losses", [(1e308, -1e308), (1e308, 1e308)])
+def test_losses_beyond_all_scales_leave_the_page_whole(report, tmp_path, losses):
+    curve = tmp_path / "metrics.jsonl"
+    lines = ({"kind": "train", "samples": n, "loss": loss} for n, loss in enumerate((*losses, 0.5, 0.4), 1))
+    curve.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write(report, tmp_path, curves={"pretrain": curve}).find("svg")
 
 
 def test_file_names_are_plain_whatever_the_keys_and_sources_are(report, tmp_path):
