@@ -18,6 +18,7 @@ from trainer.checkpoints.resume import was_followed
 from trainer.data.find_sounds import summary_of
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
+from trainer.data.set_description import info_of
 from trainer.data.synth.dataset import write_sounds
 from trainer.data.text_embeddings import embedder_factory
 from trainer.evaluate import evaluation, tables
@@ -85,6 +86,25 @@ def shared_latents(config: Config) -> bool:
     )
 
 
+def require_own_settings(config: Config) -> str:
+    """Return how the sets of `shared_latents` were prepared, as far as the recipe says otherwise; empty if it doesn't.
+
+    Raises:
+        ValueError: it says otherwise, and the sets lie in the run's own directory, whose `config.yaml` speaks of them.
+    """
+    latents = Path(config.data.latents)
+    info = None if is_url(config.data.latents) else info_of(latents / "test")
+    prepared = info.prepared if info else {}
+    wanted = {"data.clip_seconds": config.data.clip_seconds, "data.holdout": config.data.holdout, "seed": config.seed}
+    found = {key: prepared.get(key.removeprefix("data."), value) for key, value in wanted.items()}
+    words = " ".join(f"{key}={value}" for key, value in found.items() if value != wanted[key])
+    if words and latents.resolve().is_relative_to(Path(config.run_dir).resolve()):
+        raise ValueError(
+            f"{latents} was prepared with other settings: set {words}, or move it elsewhere and name it in data.latents"
+        )
+    return words
+
+
 def synth(config: Config) -> None:
     """Synthesize captioned sound effects, unless the recipe names latents that exist."""
     if shared_latents(config):
@@ -110,7 +130,8 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     Runs may share their latents and begin at once: one of them encodes, and the others wait for it.
     """
     if shared_latents(config):
-        say(f"  made before: {config.data.latents}")
+        other = require_own_settings(config)
+        say(f"  made before: {config.data.latents}{other and f', prepared with {other}'}")
         return
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)
     start = time.monotonic()

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 EXPORT_FORMAT = 1
-_DESCRIPTION, _ADAPTER_FILE = "codec.json", "adapter_model.safetensors"
+_DESCRIPTION, _ADAPTER_FILE, _CARD = "codec.json", "adapter_model.safetensors", "README.md"
+_BASE_FILE = "dit.safetensors"
+_PARTS = ("latent_encoder", "upsampler", "quantizer", "prior")
+_OWN = frozenset(
+    {_DESCRIPTION, _CARD, "adapter_config.json", _ADAPTER_FILE, _BASE_FILE, *(f"{part}.safetensors" for part in _PARTS)}
+)
+"""The files that exports may hold; all others in an export's folder are a user's."""
 
 _MEND = "copy it again from where it was made, or export it again"
 
@@ -75,7 +81,8 @@ def write_export(
 ) -> None:
     """Write an export's folder, which appears whole or not at all; an older export at that path is replaced.
 
-    Other files in the older export's folder are kept. Raises ValueError if there is something other than an export.
+    Other files in the older export's folder are kept, and so is a model card that was edited, under another name.
+    Raises ValueError if there is something other than an export.
 
     Args:
         folder: the export's folder.
@@ -88,7 +95,7 @@ def write_export(
             `base_hash`, `autoencoder_identity`, `config` and `parts`.
         card: text of the model card.
     """
-    foreign = _foreign_files(folder)
+    kept = _kept_files(folder, card=card, model=description["model"])
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -97,7 +104,7 @@ def write_export(
     lora.save_pretrained(str(making))
     write_safetensors(making / _ADAPTER_FILE, adapter, {"format": "pt"})
     if base.is_file():
-        _link_or_copy(base, making / "dit.safetensors")
+        _link_or_copy(base, making / _BASE_FILE)
     described = {
         "format": EXPORT_FORMAT,
         "model": description["model"],
@@ -107,37 +114,52 @@ def write_export(
         "parts": description["parts"],
     }
     (making / _DESCRIPTION).write_text(to_json(described, indent=2))
-    (making / "README.md").write_text(card)
-    _exchange(folder, making, kept=foreign)
+    (making / _CARD).write_text(card, "utf-8")
+    _exchange(folder, making, kept=kept)
 
 
-def _exchange(folder: Path, making: Path, *, kept: list[Path]) -> None:
-    """Replace a folder by the one that was made, and move the files `kept`, such as a user's notes, into it."""
+def _exchange(folder: Path, making: Path, *, kept: Mapping[str, str]) -> None:
+    """Replace a folder by the one that was made, and move into it the files `kept`: their names → their new names."""
     if not folder.exists():
         making.rename(folder)
         return
     older = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.older"))
     making.rename(folder)
-    for path in kept:
-        (older / path.name).rename(folder / path.name)
+    for name, new_name in kept.items():
+        (older / name).rename(folder / new_name)
     shutil.rmtree(older)
 
 
-def _foreign_files(folder: Path) -> list[Path]:
-    """Return the entries of an export's folder that no export wrote; empty if there is no folder.
+def _kept_files(folder: Path, *, card: str, model: str) -> dict[str, str]:
+    """Return the entries of an export's folder that are a user's, with the names that they get beside a new export.
+
+    Empty if there is no folder. A model card that was edited is a user's; `card` and `model` are the new export's.
 
     Raises:
         ValueError: it is a file, or a folder without an export.
     """
     if not folder.exists():
-        return []
+        return {}
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
     if entries and not (folder / _DESCRIPTION).is_file():
         raise ValueError(
             f"{folder} was not written as an export, which would replace it: give another folder, or move it away"
         )
-    ours = (_DESCRIPTION, "README.md", "adapter_config.json")
-    return [path for path in entries if path.name not in ours and path.suffix != ".safetensors"]
+    kept = {path.name: path.name for path in entries if path.name not in _OWN}
+    if (folder / _CARD).exists() and not _is_own_card(folder, card.replace(model[:8], "")):
+        kept[_CARD] = f"{_CARD}.{secrets.token_hex(4)}.older"
+    return kept
+
+
+def _is_own_card(folder: Path, text: str) -> bool:
+    """Whether an export's model card has this text, apart from the hash of its model."""
+    if not (folder / _CARD).is_file():
+        return False
+    try:
+        model = read_description(folder)["model"]
+        return (folder / _CARD).read_text("utf-8").replace(model[:8], "") == text
+    except ValueError:
+        return False
 
 
 def read_description(folder: Path) -> ExportDescription:

@@ -10,11 +10,15 @@ from typing import Any
 
 _KEY = "range"
 _END_OF_INTEGERS = 2**63  # files and tensors hold integers below it
+_END_OF_FLOATS = 1e15  # no setting means more, and products with it stay finite and exact enough to count
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have: all finite ones between its ends. An end that is None does not exist."""
+    """The numbers that a setting may have: all finite ones between its ends.
+
+    Where an end is None, whole numbers end as 64-bit integers do, and others at ±10^15 unless they are `unlimited`.
+    """
 
     above: float | None = None
     least: float | None = None
@@ -38,6 +42,8 @@ class Range:
                 return False
         elif not math.isfinite(value):
             return self.unlimited and value == math.inf
+        elif not self.unlimited and abs(value) > _END_OF_FLOATS:
+            return False
         return (
             (self.above is None or value > self.above)
             and (self.least is None or value >= self.least)
@@ -51,8 +57,13 @@ class Range:
             return ""
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name}={value} must be a finite number"
-        too_large = isinstance(value, int) and value >= _END_OF_INTEGERS and self.most is None
-        return f"{name}={value} must be {'below 2^63 and ' if too_large else ''}{self}"
+        return f"{name}={value} must be {self._end_passed(value)}{self}"
+
+    def _end_passed(self, value: float) -> str:
+        """Return the words for the end of all numbers of its type, if a value is beyond it; else an empty text."""
+        if isinstance(value, int):
+            return "below 2^63 and " if value >= _END_OF_INTEGERS and self.most is None else ""
+        return "between -1e15 and 1e15 and " if abs(value) > _END_OF_FLOATS and not self.unlimited else ""
 
 
 def ranged(

@@ -11,10 +11,12 @@ from models.documents import Positive, build, damaged, fits
 from models.later_fields import added_later, since
 from models.ranges import ranged
 
-_LARGEST = 2**24
+LARGEST_SIZE = 2**24
 """The largest size that a config may name, see `models.documents.Size`."""
 _DEEPEST = 2**12
 """The largest number of Transformer blocks."""
+_MOST_STEPS = 100_000
+"""The largest number of steps of the sampler."""
 _POOLS, _STARTS = ("places", "average"), ("pca", "random")
 _MEND = "export it again"
 
@@ -45,7 +47,7 @@ class DiTConfig:
     """Extra tokens in the latent stream for information that belongs to no frame; they share one learned vector."""
     rotary_width: int | None = ranged(None, least=0)
     """Features of a head that RoPE rotates; the other features carry no position. None rotates all features."""
-    rotary_base: float = ranged(10000.0, above=0)
+    rotary_base: float = ranged(10000.0, least=1)
     """RoPE's base: the slowest feature makes one turn in about 2π · base tokens."""
     rotary_span: int = ranged(501, least=1)
     """Tokens over which the memory tokens are spread evenly; longer inputs work, too."""
@@ -99,7 +101,7 @@ class DiTConfig:
 def _out_of_range(config: object, names: tuple[str, ...], *, least: int = 1) -> Iterator[str]:
     """Yield a line for each of the sizes that is below `least`, or that no model has."""
     for name in names:
-        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else _LARGEST
+        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else LARGEST_SIZE
         if value < least:
             yield f"{name} is {value}: give at least {least}"
         elif value > most:
@@ -278,16 +280,13 @@ class Sampling:
 
     sampler: str = "dpmpp"
     """`euler`, `heun` or `dpmpp` (DPM-Solver++ 2M)."""
-    steps: int = ranged(16, least=1)
+    steps: int = ranged(16, least=1, most=_MOST_STEPS)
     """Steps of the sampler; `heun` calls D twice per step, the others once."""
     guidance: float = ranged(1.0)
     """Scale of classifier-free guidance by z; 1 turns guidance off."""
     temperature: float = ranged(1.0, above=0)
     """Factor on the noise that sampling starts from. Below 1, decodes of the same codes differ less and stay closer to
     the most likely sound."""
-
-
-_MOST_STEPS = 100_000
 
 
 class AutoencoderChoice(TypedDict):
@@ -366,8 +365,8 @@ class CodecConfig:
 
     def _problems(self) -> Iterator[str]:
         sampling, pooling = self.sampling, self.latent_encoder.pooling
-        if self.window % pooling or self.window > _LARGEST:
-            yield f"window is {self.window}, not a multiple of the pooling {pooling} up to {_LARGEST}"
+        if self.window % pooling or self.window > LARGEST_SIZE:
+            yield f"window is {self.window}, not a multiple of the pooling {pooling} up to {LARGEST_SIZE}"
         if not 1 <= sampling.steps <= _MOST_STEPS:
             yield f"sampling.steps is {sampling.steps}, not between 1 and {_MOST_STEPS}"
         if foreign := self.autoencoder.keys() - {"kind", "folder"}:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import owner
-from launch.pipeline import say, shared_latents
+from launch.pipeline import require_own_settings, say, shared_latents
 from launch.slurm import preflight, scheduler
 from launch.slurm.job_script import Job, require_writable
 from launch.slurm.submitted_jobs import Submitted, keep, submitted
@@ -109,7 +109,8 @@ def _stages(config: Config, only: str | None) -> list[str]:
     """Return the stages that are not done, in order."""
     if only is not None:
         return [] if _ended(config, only) else [only]
-    made = shared_latents(config)
+    if made := shared_latents(config):
+        require_own_settings(config)
     return [
         stage for stage in config.stages if not (made and STAGES[stage].makes_latents) and not _ended(config, stage)
     ]

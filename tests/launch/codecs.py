@@ -24,7 +24,7 @@ def export_codec(folder: Path, seed: int = 1) -> Path:
     made.prior = Prior(3, 16)
     codes = made.encode(torch.from_numpy(sound(2.0)[:, 0])[None].float()).codes
     made.prior.fit(torch.from_numpy(codes[0]))
-    made.save_pretrained(folder / "export", base=folder / "dit.safetensors", card="")
+    made.save_pretrained(folder / "export", base=folder / "dit.safetensors", card="# A codec, model {model}\n")
     return folder / "export"
 
 

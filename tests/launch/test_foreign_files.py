@@ -80,6 +80,27 @@ def test_an_export_keeps_what_was_put_beside_it_and_takes_no_other_folder(tmp_pa
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_an_export_keeps_weights_of_somebody_else_and_a_model_card_that_was_edited(tmp_path):
+    folder = export_codec(tmp_path)
+    (folder / "merged_for_comfy.safetensors").write_text("mine")
+    written = {path.name for path in folder.iterdir()}
+
+    def export_again(seed: int) -> set[str]:
+        (tmp_path / "dit.safetensors").unlink()
+        export_codec(tmp_path, seed)
+        return {path.name for path in folder.iterdir()}
+
+    card = (folder / "README.md").read_text()
+    assert export_again(seed=2) == written
+    assert (folder / "merged_for_comfy.safetensors").read_text() == "mine"
+    assert (folder / "README.md").read_text() != card  # the new model's
+    (folder / "README.md").write_text("# My codec\n")
+    [older] = export_again(seed=3) - written
+    assert (folder / older).read_text() == "# My codec\n"
+    assert older.startswith("README.md.")
+    assert export_again(seed=4) == {*written, older}
+
+
 def test_a_page_takes_no_folder_of_somebody_else(tmp_path):
     for name in ("index.html", "audio/song.js", "audio/001-01-1-a.wav", "images/me.png", "audio/001-01-1-x-y.js/in"):
         page = tmp_path / name.replace("/", "_")

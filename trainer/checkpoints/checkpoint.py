@@ -42,14 +42,12 @@ from trainer.checkpoints.manifest import (
     signed,
     uncovered,
 )
-from trainer.checkpoints.names import MANIFEST, checkpoints, folder_name, samples_of
+from trainer.checkpoints.names import MANIFEST, TEMPORARY, checkpoints, folder_name, leftovers, samples_of
 from trainer.checkpoints.rank_file import RankFile
 from trainer.files import file_digest
 from trainer.ranks import collective
 from trainer.ranks.collective import shortened
 from trainer.ranks.flat_ranges import FlatRange
-
-_TEMPORARY = "tmp_"
 
 Wanted = Callable[[dict[str, Any]], bool]
 
@@ -92,7 +90,7 @@ def save(
     """
     _check_cover(tensors, group)
     final = directory / folder_name(samples)
-    temporary = directory / collective.on_rank_0(lambda: f"{_TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
+    temporary = directory / collective.on_rank_0(lambda: f"{TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
         collective.on_rank_0(lambda: _begin(temporary, require_ownership), group)
         written = collective.together(lambda: _write(temporary, tensors), group)
@@ -284,7 +282,7 @@ def _begin(temporary: Path, require_ownership: Callable[[], None]) -> None:
     """Creates the temporary directory, and deletes those of earlier saves that were killed."""
     require_ownership()
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in temporary.parent.glob(f"{_TEMPORARY}*"):
+    for leftover in leftovers(temporary.parent):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
 
@@ -353,7 +351,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_owne
 
 def _rename_for_deletion(path: Path) -> Path:
     """Renames a checkpoint before it is deleted, so that a kill half-way leaves nothing that looks like one."""
-    return path.rename(path.with_name(f"{_TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
+    return path.rename(path.with_name(f"{TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
 
 
 def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+TEMPORARY = "tmp_"
+"""Beginning of the name of a checkpoint that is being written or deleted."""
 _NAME = re.compile(r"step_(\d{12,})")
+_LEFTOVER = re.compile(TEMPORARY + r"(old_)?step_\d{12,}_[0-9a-f]{8}")
 
 
 def folder_name(samples: int) -> str:
@@ -34,3 +37,8 @@ def checkpoints(directory: Path) -> list[Path]:
     except NotADirectoryError:
         return []
     return sorted(names, key=samples_of)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """List what killed saves and deletions left in a directory; folders that others named `tmp_…` are not among it."""
+    return [path for path in directory.glob(f"{TEMPORARY}*") if _LEFTOVER.fullmatch(path.name)]

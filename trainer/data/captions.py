@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
@@ -14,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models.disk_errors import NO_FILE, with_number
+from models.readable import describe_os_error, is_broken_link
+from models.regular_file import open_regular
 from trainer.data.find_sounds import Counts
 from trainer.file_names import as_unicode, printable
 
@@ -84,6 +86,7 @@ class CaptionFile:
 
     Raises:
         ValueError: the file can't be read, or a line has another form.
+        OSError: its disk failed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +96,7 @@ class CaptionFile:
         self._forms: dict[str, str] = {}
         """Plain form of a name → the name in the file."""
         self._used: set[str] = set()
-        for number, entry in _json_lines(path, _read_text(path)) if path.is_file() else ():
+        for number, entry in _json_lines(path, _read_text(path)) if _is_there(path) else ():
             found = captions_of(entry)
             if not (isinstance(entry, dict) and isinstance(entry.get("file"), str) and found):
                 raise ValueError(f'{path}, line {number} is not like {{"file": "a/b.wav", "caption": "…"}}')
@@ -131,19 +134,38 @@ def captions_of(entry: object) -> list[str]:
 
 
 def sidecar_captions(path: Path, notes: Counts) -> list[str]:
-    """Return the captions of `NAME.txt` or `NAME.json` next to a sound; `notes` counts those that can't be read."""
+    """Return the captions of `NAME.txt` or `NAME.json` next to a sound; `notes` counts those that can't be used.
+
+    Raises:
+        ValueError: one of them is a link to something that is missing, perhaps only now.
+        OSError: its disk failed. The caption may be whole, so the words of the file's name must not replace it.
+    """
     for suffix in (".txt", ".json"):
         sidecar = path.with_suffix(suffix)
+        if not _is_there(sidecar) or sidecar.is_dir():
+            continue
+        if is_broken_link(sidecar):
+            raise ValueError(
+                f"{sidecar} is a link to {sidecar.readlink()}, which is missing: fetch it or remove the link"
+            )
         try:
-            if sidecar.is_file():
-                text = _read_text(sidecar)
-                return captions_of({"caption": text} if suffix == ".txt" else _parse(text, str(sidecar)))
-        except (ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                continue
+            text = _read_text(sidecar)
+            return captions_of({"caption": text} if suffix == ".txt" else _parse(text, str(sidecar)))
+        except ValueError:
             notes.add("files of captions that can't be read", str(sidecar))
             return []
     return []
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of this name, be it a link to nothing; raises OSError if the disk can't say."""
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return False
+        raise
+    return True
 
 
 def caption_from_name(stem: str) -> str:
@@ -157,12 +179,16 @@ def caption_from_name(stem: str) -> str:
 
 
 def _read_text(path: Path) -> str:
+    """Return the text of a file; raises ValueError if it holds none or is no file, OSError if its disk failed."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with os.fdopen(open_regular(path), encoding="utf-8-sig") as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not text in UTF-8: convert the file, such as with iconv -f LATIN1 -t UTF-8"
         ) from error
+    except OSError as error:
+        raise with_number(error.errno, describe_os_error(OSError(error.errno, error.strerror, str(path)))) from error
 
 
 def _parse(text: str, where: str) -> object:

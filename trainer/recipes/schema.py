@@ -9,7 +9,7 @@ from typing import Any
 
 from models.later_fields import added_later, since
 from models.ranges import ranged
-from models.sizes import DiTConfig, LatentEncoderConfig, Sampling
+from models.sizes import LARGEST_SIZE, DiTConfig, LatentEncoderConfig, Sampling
 from trainer.data.remote import CacheSettings
 from trainer.recipes.cluster import ClusterConfig
 from trainer.stages import STAGES, trained_stages
@@ -29,14 +29,14 @@ class DataConfig:
     share one folder."""
     cache: CacheSettings = field(default_factory=CacheSettings)
     """Local cache in which each node keeps the shards that it downloads from a URL."""
-    clip_seconds: float = ranged(5.0, above=0)
+    clip_seconds: float = ranged(5.0, above=0, most=86_400)
     """Length of a clip in seconds; 5 as in the paper."""
     holdout: float = ranged(0.1, above=0, below=1)
     """Fraction of the files that no stage trains on and that `evaluate` scores. A hash of the name selects them, or
     of the folder's name where many folders hold the same names."""
     workers: int = ranged(2, least=1)
     """Processes that `synth` and `prepare` use. The result does not depend on their number."""
-    shard_mb: float = ranged(64.0, above=0)
+    shard_mb: float = ranged(64.0, above=0, most=2**30)
     """Size in MiB at which a new shard begins."""
     mix: dict[str, int] = ranged(dict, least=1)
     """Sets of latents to train on instead of `latents`: folder or URL → its share of a batch, a whole number. A folder
@@ -47,7 +47,7 @@ class DataConfig:
     stay sequential; `global`: shuffle all samples; `none`: keep the order on disk."""
     block: int = ranged(64, least=1)
     """Consecutive samples that `windowed` moves together into a window."""
-    window_mib: float = ranged(2048.0, above=0)
+    window_mib: float = ranged(2048.0, above=0, most=2**30)
     """MiB of latents in a shuffle window, from which each batch is drawn."""
     window: int | None = ranged(None, least=1)
     """Samples in a shuffle window; None: as many as fit into `window_mib`."""
@@ -84,7 +84,7 @@ class TextConfig:
     """Folder of the encoder or the embeddings. `stable_audio` and `transformers` also take a Hugging Face name."""
     tokens: int = ranged(77, least=1)
     """Text tokens that D reads; longer captions are cut. `stable_audio` uses its own number instead."""
-    layer: int = ranged(-1)
+    layer: int = ranged(-1, least=-1_000, most=1_000)
     """`transformers` only: index of the layer whose hidden states are used; -1 is the last layer, -2 the one before."""
 
 
@@ -112,7 +112,7 @@ class DiffusionConfig:
 class LoraConfig:
     """Low-rank adapters (LoRA) on D (arXiv 2106.09685)."""
 
-    rank: int = ranged(32, least=1)
+    rank: int = ranged(32, least=1, most=LARGEST_SIZE)
     """Rank r of the adapters."""
     alpha: float = ranged(32.0, above=0)
     """The adapters' output is scaled by alpha / rank; with `rslora`, by alpha / √rank."""
@@ -134,16 +134,16 @@ class QuantizerConfig:
     """`residual`: plain residual codebooks, fitted by faiss; `qinco2`: codebooks that start as `residual` and that
     networks then adapt to the preceding codes, trained for `quantize.samples` (arXiv 2501.03078); `fsq`: rounds each
     number of z to a fixed level; only z's mean and standard deviations are fitted (arXiv 2309.15505)."""
-    books: int = ranged(15, least=1)
+    books: int = ranged(15, least=1, most=LARGEST_SIZE)
     """Number of codebooks M. The bit rate is (z rate) · M · log2 K."""
-    size: int = ranged(256, least=2)
+    size: int = ranged(256, least=2, most=LARGEST_SIZE)
     """Vectors per codebook K, a power of two."""
     rates: list[int] = ranged(list, least=1)
     """Numbers of codebooks for which the codec is finetuned and evaluated, as any prefix of the codes can be decoded.
     Empty: `books` alone."""
-    vectors: int = ranged(65_536, least=2)
+    vectors: int = ranged(65_536, least=2, most=2**32)
     """At most so many z vectors are used to fit the codebooks, before any training by gradient."""
-    gain_db: float = ranged(0.0, least=0, note="0: none")
+    gain_db: float = ranged(0.0, least=0, most=100, note="0: none")
     """Gain augmentation in `quantize`: each clip's gain is uniform between minus and plus this many dB, which gives
     more z vectors from few sounds but decodes and encodes each clip with the autoencoder. 0: none."""
     beam: int = ranged(16, least=1)
@@ -196,7 +196,7 @@ class TrainConfig:
     text_dropout: float = ranged(0.9, least=0, most=1)
     """Fraction of the clips whose text is dropped, if the set holds text and D reads it. The default is high because
     the codec has no text at inference; the paper gives no value. In `pretrain`, where D learns to read, it is 0.1."""
-    crop_frames: int = ranged(495, least=1)
+    crop_frames: int = ranged(495, least=1, most=LARGEST_SIZE)
     """Length of a training crop in x0 frames, a multiple of `latent_encoder.pooling`."""
     loss_weights: dict[str, float] = ranged(dict, least=0, metadata=added_later({}))
     """Name of a loss term → its weight; 1 for a term that is not named. The log has a curve for each term."""
@@ -230,7 +230,7 @@ class ParallelConfig:
     """Compile each block with torch.compile: the first step is slow, later steps are faster."""
     device: str = "auto"
     """`auto` (CUDA if available), `cpu` or `cuda`."""
-    threads: int | None = ranged(None, least=1)
+    threads: int | None = ranged(None, least=1, most=4_096)
     """CPU threads per rank; None: OMP_NUM_THREADS, or the cores that the process may use / ranks on this machine."""
     gpu_gib: float = ranged(80.0, above=0)
     """Memory of a GPU in GiB that `spresso plan` assumes on a machine without one."""
@@ -248,7 +248,7 @@ class LogConfig:
     """Number of held-out clips to decode, the same each time."""
     held_out: int = ranged(64, least=1)
     """Held-out clips whose loss is computed at each checkpoint, with the same noise each time."""
-    bins: int = ranged(8, least=1)
+    bins: int = ranged(8, least=1, most=1_000)
     """Noise level bins, equally populated, for each of which the loss is logged."""
 
 
@@ -304,7 +304,7 @@ class EvaluateConfig:
     """Prefixes of the codes at which the page's clips are decoded, for the curve of log-mel against bits a vector: all
     if the quantizer has so few codebooks, else spread geometrically. Each that is none of the `rates` costs a decode of
     each clip on the page. 0: no curve."""
-    seconds: float | None = ranged(None, above=0, note="null: whole clips")
+    seconds: float | None = ranged(None, least=0.1, most=86_400, note="null: whole clips")
     """Seconds of each clip to use, from its start; None: whole clips."""
     batch: int = ranged(8, least=1)
     """Clips per batch. The parts of an array job take batches in turn."""

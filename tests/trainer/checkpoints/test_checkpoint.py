@@ -289,6 +289,18 @@ def test_no_checkpoint_gives_none(tmp_path):
     assert checkpoint.newest_on_all_ranks(tmp_path) is None
 
 
+def test_a_save_deletes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    for name in ("tmp_step_000000000008_0badcafe", "tmp_old_step_1000000000000_0badcafe"):
+        (tmp_path / name).mkdir()
+    kept = {"tmp_best_so_far", "tmp_step_000000000008", "tmp_step_000000000008_0badcafe_mine"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    save(tmp_path, 8)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000000000008", *kept}
+    assert all((tmp_path / name / "notes.txt").is_file() for name in kept)
+
+
 def test_checkpoints_are_ordered_by_samples_not_by_letters(tmp_path):
     for samples in (9, 10**12, 10, 999_999_999_999):
         save(tmp_path, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -82,6 +83,49 @@ def test_files_of_captions_that_cannot_be_read_are_named(tmp_path):
         "files of captions that can't be read": [str(tmp_path / "a.txt"), str(tmp_path / "b.json")],
         "sounds with several captions, whose first is used": ["c.wav"],
     }
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "captions.jsonl"])
+def test_captions_on_a_failing_disk_stop_the_work(tmp_path, monkeypatch, name, number):
+    touch(tmp_path, "a.wav")
+    (tmp_path / name).write_text(json_lines({"file": "a.wav", "caption": "rain"}))
+    real = os.open
+
+    def fail(path, *arguments):
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match=rf"{name} failed: ") as error:
+        find_sources(tmp_path)
+    assert error.value.errno == number
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "captions.jsonl"])
+def test_captions_whose_disk_is_away_are_not_made_of_names(tmp_path, name):
+    touch(tmp_path, "a.wav")
+    (tmp_path / name).symlink_to(tmp_path / "away/caption")
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*/away/caption, which is missing"):
+        find_sources(tmp_path)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "a folder"), (os.mkfifo, "a pipe")])
+def test_what_is_no_file_of_captions_is_told(tmp_path, make, kind):
+    touch(tmp_path, "a.wav", "b.wav", "b.json")
+    for name in ("a.txt", "b.txt"):
+        make(tmp_path / name)
+    (tmp_path / "b.json").write_text('{"caption": "rain"}')
+    found = find_sources(tmp_path)
+    named = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    if kind == "a folder":  # such a name says nothing about a caption
+        assert ([source.caption for source in found.files], found.captions.names) == (["a", "rain"], {})
+    else:
+        assert found.captions.names == {"files of captions that can't be read": named}
+    make(tmp_path / "captions.jsonl")
+    with pytest.raises(ValueError, match=rf"captions\.jsonl is {kind}, not a file"):
+        find_sources(tmp_path)
 
 
 def test_captions_find_their_sounds_however_they_are_spelled(tmp_path):

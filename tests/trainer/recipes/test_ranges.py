@@ -59,6 +59,48 @@ def test_no_number_takes_what_is_not_finite(value):
     assert refused == set(keys) - unlimited
 
 
+@pytest.mark.parametrize("value", [1e16, 1e300, -1e300])
+def test_no_number_is_so_large_that_computing_with_it_fails(value):
+    keys = [key for key, item in _numbers(recipe_schema()) if "float" in str(item.type) and "[" not in str(item.type)]
+    with pytest.raises(ValueError, match="must be") as error:
+        load_recipe("tiny", [f"{key}={value}" for key in keys])
+    refused = {line.partition("=")[0] for line in str(error.value).splitlines()}
+    unlimited = {key for key in keys if all_ranges()[key].unlimited and value > 0}
+    assert refused == set(keys) - unlimited
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.clip_seconds=86401",
+        "data.window_mib=1e12",
+        "data.shard_mb=1e12",
+        "evaluate.seconds=1e-9",
+        "evaluate.seconds=86401",
+        "log.bins=1001",
+        "parallel.threads=1000000000000",
+        "lora.rank=4611686018427387904",
+        "quantizer.books=4611686018427387904",
+        "quantizer.size=4611686018427387904",
+        "quantizer.vectors=9000000000000000000",
+        "quantizer.gain_db=101",
+        "text.layer=-999999999",
+        "dit.rotary_base=1e-300",
+        "diffusion.options={logit_mean: 1e300}",
+    ],
+)
+def test_numbers_that_nobody_can_mean_are_refused_by_their_key(override):
+    with pytest.raises(ValueError, match=rf"^{override.partition('=')[0]}(: logit_mean)?=\S+ must be") as error:
+        load_recipe("tiny", [override])
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("override", ["sampling.steps=100001", "finetune.crop_frames=16777217"])
+def test_a_recipe_refuses_what_no_export_can_hold(override):
+    with pytest.raises(ValueError, match=rf"^{override} must be at least 1 and at most 1"):
+        load_recipe("tiny", [override])
+
+
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
@@ -72,6 +114,7 @@ def test_no_number_takes_what_is_not_finite(value):
         (["weight_decay=-1"], ["weight_decay=-1.0 must be at least 0"]),
         (["betas=[0.9,1]"], ["betas[1]=1.0 must be at least 0 and below 1"]),
         (["loss_weights={flow: -1}"], ["loss_weights: flow=-1.0 must be at least 0"]),
+        (["lr=1e16"], ["lr=1e+16 must be between -1e15 and 1e15 and at least 0"]),
         (["samples=9223372036854775808"], ["samples=9223372036854775808 must be below 2^63 and at least 0"]),
     ],
 )
@@ -139,6 +182,8 @@ def test_plan_shows_each_range_and_its_settings_can_still_be_read():
         (Range(least=0, below=1), [0, 0.5], [1, -0.1]),
         (Range(least=1, most=3), [1, 3], [0, 4]),
         (Range(), [-5, 0.0, 2**63 - 1], [float("nan"), 2**63, -(2**63) - 1]),
+        (Range(), [-1e15, 1e15], [-1e16, 1e16]),
+        (Range(above=0, unlimited=True), [1e300, float("inf")], [-1e300]),
     ],
 )
 def test_a_range_holds_its_numbers(allowed, inside, outside):
