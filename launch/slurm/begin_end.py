@@ -53,7 +53,7 @@ def _begin(attempt: Attempt) -> int:
     folder = attempt.stage_folder
     _close_killed_attempt(attempt)
     if is_trained(folder.name):
-        owner.take(folder, owner.by_job(attempt))
+        _readable(lambda: owner.take(folder, owner.by_job(attempt)))
     _add_to_submitted(attempt)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
@@ -87,7 +87,7 @@ def _end(attempt: Attempt, status: int) -> int:
 def _add_to_submitted(attempt: Attempt) -> None:
     """Add the job to the submitted jobs of the run, if the user gave its script to sbatch by hand."""
     root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job.partition("_")[0]
-    known = submitted_jobs.submitted(root).get(stage)
+    known = _readable(lambda: submitted_jobs.submitted(root)).get(stage)
     if known is None or known.job != job:
         log = str(root / "logs" / f"job_{job}.out")
         submitted_jobs.keep(

@@ -275,6 +275,21 @@ def test_records_that_can_not_be_read_now_are_read_again(start, slurm, monkeypat
     assert capsys.readouterr().err.count("retrying") == 3
 
 
+@pytest.mark.parametrize("name", ["owner.json", "history.jsonl", "jobs.jsonl"])
+def test_a_start_reads_the_records_again_too(start, slurm, monkeypatch, capsys, name):
+    monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
+    start()
+    assert script("begin", "pretrain").returncode == 0
+    attempt = start(restart=1)
+    unreadable(monkeypatch, name, errno.EIO, times=3)
+    assert begin_end._begin(attempt) == 0
+    told = capsys.readouterr()
+    assert told.err.count("retrying") == 3
+    assert f"export {TOKEN}=12_1\n" in told.out
+    assert owner.holder(attempt.stage_folder).restart == 1
+    assert [entry["restart"] for entry in history(attempt.stage_folder) if "began" in entry] == [0, 1]
+
+
 @pytest.mark.parametrize(("number", "patience"), [(errno.EACCES, 600.0), (errno.EIO, 0.0)])
 @pytest.mark.parametrize("name", ["owner.json", "history.jsonl"])
 def test_records_that_can_not_be_read_at_all_are_told(start, slurm, monkeypatch, name, number, patience):
