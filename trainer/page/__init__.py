@@ -43,7 +43,8 @@ def write_page(
         config_text: the config as the page shows it.
 
     Raises:
-        ValueError: the report is incomplete, or audio is missing or unreadable.
+        ValueError: the report is incomplete, or audio is missing or damaged.
+        OSError: audio can't be read now.
     """
     _require_complete(report)
     takes = gather_takes(report, folder, audio_root)

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
+from numpy.typing import NDArray
 
 from trainer.page.system_cells import EvaluationReport
 from trainer.spectrogram import log_mel_image, save_png
@@ -47,7 +49,8 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
     """Write audio and spectrogram of every recording into the folder.
 
     Raises:
-        ValueError: a recording can't be read.
+        ValueError: a recording is missing or damaged.
+        OSError: a recording can't be read now.
     """
     for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -58,10 +61,11 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
 
 
 def require_recordings(report: EvaluationReport, audio_root: Path) -> None:
-    """Raise ValueError if a recording that the report names is missing."""
+    """Raise ValueError if a recording that the report names is missing or damaged, OSError if it can't be read now."""
     for _, _, source, _ in _recordings(report):
         if not (audio_root / source).is_file():
             raise ValueError(f"{audio_root / source} is missing: `spresso evaluate` makes it again")
+        _read_sound(audio_root / source)
 
 
 def foreign_recordings(folder: Path) -> list[Path]:
@@ -92,16 +96,29 @@ def _recordings(report: EvaluationReport) -> Iterator[tuple[str, str, str, str]]
 
 
 def _add_take(source: Path, folder: Path, name: str) -> Take:
-    try:
-        content = source.read_bytes()
-        samples, sample_rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(f"{source}: no readable audio ({error}): run `spresso evaluate` again") from error
+    content, samples, sample_rate = _read_sound(source)
     script = f'spressoSound("{name}","{base64.b64encode(content).decode()}");\n'
     (folder / "audio" / f"{name}.js").write_text(script, encoding="ascii")
     take = Take(name, seconds=len(samples) / sample_rate)
     save_png(log_mel_image(torch.from_numpy(samples.T), sample_rate, **IMAGE_SIZE), folder / take.image)
     return take
+
+
+def _read_sound(source: Path) -> tuple[bytes, NDArray[np.float32], int]:
+    """Return a recording's file, its samples (time, channels) and their rate.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        OSError: it can't be read now. It may be whole.
+    """
+    try:
+        content = source.read_bytes()
+        samples, sample_rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{source}: no readable audio ({error}): remove it, and `spresso evaluate` makes it again"
+        ) from error
+    return content, samples, sample_rate
 
 
 def _plain(text: str) -> str:

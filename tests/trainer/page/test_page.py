@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import soundfile
 
 from trainer.page import write_page
+from trainer.page.recordings import require_recordings
 
 HOSTILE = """</td></table><script>alert("x")</script>'"><img src=x onerror=alert(1)> &amp; пёс 🐕"""
 VOID = {"img", "input", "meta"}
@@ -407,6 +411,18 @@ def test_audio_that_is_missing_or_broken_is_named(content, report, tmp_path):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bell-z-0\.flac: no readable audio"):
+    with pytest.raises(ValueError, match=r"bell-z-0\.flac: no readable audio.*remove it, and `spresso evaluate` makes"):
         write(report, tmp_path)
+    with pytest.raises(ValueError, match=r"bell-z-0\.flac.*`spresso evaluate` makes it again"):
+        require_recordings(report, tmp_path / "run")
     assert not (tmp_path / "page" / "index.html").exists()
+
+
+def test_audio_that_can_not_be_read_now_is_not_called_damaged(report, tmp_path, monkeypatch):
+    def fails(path: Path) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(OSError, match=r"\.flac") as failure:
+        require_recordings(report, tmp_path / "run")
+    assert failure.value.errno == errno.EIO
