@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.error_line import describe_error
 from launch.slurm import scheduler
@@ -21,6 +21,8 @@ from launch.status.stage_status import SILENT_AFTER, StageStatus, count, span
 from trainer.checkpoints.names import MANIFEST, folder_name
 from trainer.formatting import aligned
 from trainer.stages import STAGES
+
+T = TypeVar("T")
 
 _HEADER = ("run, stage", "job", "state", "nodes", "samples", "samples/s", "loss", "saved", "expected end")
 _RIGHT = (4, 5, 6)
@@ -56,26 +58,40 @@ def resolve(text: str) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "jobs.jsonl").exists() or any(StageStatus(folder / name, None).begun for name in STAGES)
+    try:
+        return (folder / "jobs.jsonl").exists() or any(StageStatus(folder / name, None).begun for name in STAGES)
+    except OSError:  # it may be one, and `stages_of` says why nobody can tell
+        return True
 
 
 def report(run: Path | None) -> str:
     """Return a table of all runs; or of one run, followed by a line for each start of its jobs."""
-    stages, problems = {}, []
-    for folder in [run] if run is not None else runs():
-        try:
-            stages[folder] = stages_of(folder)
-        except (ValueError, OSError) as error:  # a run that is damaged, or can't be read, must not hide the others
-            problems.append(describe_error(error))
+    problems: list[str] = []
+    stages = _of_each([run] if run is not None else runs(), stages_of, problems)
     # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
     open_stages = [stage for each in stages.values() for stage in each if not stage.over]
     if problem := ask_the_queue(open_stages):
         problems.append(textwrap.shorten(f"from the run directories alone: {problem}", _WIDTH, placeholder=" …"))
-    lines = [_table(stages)] if any(stages.values()) else [f"no run has begun under {_shown(run or Path('runs'))}"]
-    if run is not None:
-        starts = [line for stage in stages.get(run, ()) for line in _starts(stage)]
+    rows = _of_each(stages, lambda folder: _rows(stages[folder]), problems)
+    lines = [_table(rows)] if any(rows.values()) else [f"no run has begun under {_shown(run or Path('runs'))}"]
+    if run in rows:
+        starts = [line for stage in stages[run] for line in _starts(stage)]
         lines += ["", *starts] if starts else []
     return "\n".join([*lines, *problems])
+
+
+def _of_each(runs: Iterable[Path], read: Callable[[Path], T], problems: list[str]) -> dict[Path, T]:
+    """Return what `read` returns for each run, except for those that are damaged or can't be read.
+
+    What is wrong with these is added to `problems`: they must not hide the others.
+    """
+    found = {}
+    for run in runs:
+        try:
+            found[run] = read(run)
+        except (ValueError, OSError) as error:
+            problems.append(describe_error(error))
+    return found
 
 
 def stages_of(run: Path) -> list[StageStatus]:
@@ -160,14 +176,22 @@ def _named(living: dict[str, tuple[str, list[scheduler.JobState]]], jobs: Sequen
     return ", ".join(f"{job} ({living[job][0]})" for job in jobs)
 
 
-def _table(stages: dict[Path, list[StageStatus]]) -> str:
+def _rows(stages: Sequence[StageStatus]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Return the row of each stage of a run, and the lines of remarks below it."""
+    return [
+        (_row(stage, stages[:number]), [line for text in _remarks(stage) for line in _wrapped(text, _INDENT)])
+        for number, stage in enumerate(stages)
+    ]
+
+
+def _table(runs: dict[Path, list[tuple[tuple[str, ...], list[str]]]]) -> str:
     rows: list[tuple[str, ...]] = [_HEADER]
     above, below = [list[str]()], [list[str]()]
-    for run, each in stages.items():
-        for number, stage in enumerate(each):
-            rows.append(_row(stage, each[:number]))
+    for run, each in runs.items():
+        for number, (row, remarks) in enumerate(each):
+            rows.append(row)
             above.append([] if number else [_shown(run)])
-            below.append([line for text in _remarks(stage) for line in _wrapped(text, _INDENT)])
+            below.append(remarks)
     lines = aligned(rows, right=_RIGHT).split("\n")
     return "\n".join(
         text for three in zip(above, lines, below, strict=True) for text in (*three[0], three[1], *three[2])

@@ -128,6 +128,34 @@ def test_checkpoints_on_a_disk_that_is_away_hide_no_run(run, slurm):
     assert row(table.report(None), "autoencode")[1:3] == ["2", "running"]
 
 
+def test_a_done_stage_whose_checkpoints_can_not_be_listed_hides_no_run(run, slurm):
+    """Its export is gone, so that its checkpoints decide what mends that."""
+    begin(run.parent / "other" / "pretrain", "running", 1, 2)
+    (run / "pretrain" / "status.json").write_text('{"state": "done", "export": "c0ffee"}')
+    (run / "pretrain" / "checkpoints").symlink_to("/not/mounted")
+    queue_says(slurm)
+    told = table.report(None)
+    assert "runs/other" in told.splitlines()
+    assert "pretrain/checkpoints is a link to /not/mounted, which is missing" in told.splitlines()[-1]
+    assert "which is missing" in table.report(run)
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_no_run(run, slurm, monkeypatch):
+    theirs, real = run.parent / "theirs", os.stat
+    theirs.mkdir()
+
+    def stat(path, **options):
+        if not isinstance(path, int) and theirs in Path(path).absolute().parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    queue_says(slurm)
+    told = table.report(None)
+    assert row(told, "pretrain")
+    assert "runs/theirs/jobs.jsonl can't be opened: permission denied" in told
+
+
 @pytest.mark.parametrize(("of", "speed"), [(9 * 10**15, 20.0), (9000, 1e-300)])
 def test_an_end_in_the_far_future_is_no_date(run, slurm, of, speed):
     begin(run / "autoencode", "running", 3000, of, samples_per_second=speed, loss=1.25)
