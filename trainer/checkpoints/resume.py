@@ -56,11 +56,7 @@ def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path 
         except ValueError as error:
             return None, str(error), None
         except OSError as error:
-            problem = (
-                f"{describe_os_error(error)}: the checkpoints of {run.path} can't be read now. None was renamed or "
-                f"passed over: mend the disk or the permissions, then repeat the command"
-            )
-            return None, problem, error.errno or 0
+            return None, _unreadable(run, error), error.errno or 0
 
     path, problem, number = collective.on_rank_0(decide)
     if number is not None:
@@ -68,6 +64,13 @@ def find_start(config: Config, run: RunDirectory, identities: set[str]) -> Path 
     if problem:
         raise ValueError(problem)
     return path
+
+
+def _unreadable(run: RunDirectory, error: OSError) -> str:
+    return (
+        f"{describe_os_error(error)}: the checkpoints of {run.path} can't be read now. None was renamed or "
+        f"passed over: mend the disk or the permissions, then repeat the command"
+    )
 
 
 def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None:
@@ -108,21 +111,31 @@ def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None
 def require_own_settings(run: RunDirectory, identities: set[str]) -> None:
     """Raise ValueError if a directory that lacks its config.yaml holds a checkpoint of other settings or data.
 
-    With a config.yaml, `RunDirectory.require_same` compares the settings, and names those that differ. A checkpoint
-    whose manifest can't be read is left to `find_start`.
+    With a config.yaml, `RunDirectory.require_same` compares the settings, and names those that differ.
+
+    Raises:
+        OSError: a checkpoint can't be read now. The run may not claim the directory with its own config.yaml then,
+            because the next start would take that for the config of the checkpoints.
     """
     if (run.path / "config.yaml").exists():
         return
-    for path in checkpoints(run.checkpoints):
-        try:
-            trained_with = read_manifest(path)["meta"].get("config")
-        except (ValueError, OSError):
-            continue
-        if trained_with not in identities:
-            raise ValueError(
-                f"{path} was trained with other settings or data, and {run.path} has lost its config.yaml: put the "
-                f"file back, or set another run_dir=… and checkpoint.start_from={path}, which takes its weights alone"
-            )
+    try:
+        others = [path for path in checkpoints(run.checkpoints) if not _may_be_of(path, identities)]
+    except OSError as error:
+        raise with_number(error.errno, _unreadable(run, error)) from error
+    if others:
+        raise ValueError(
+            f"{others[0]} was trained with other settings or data, and {run.path} has lost its config.yaml: put the "
+            f"file back, or set another run_dir=… and checkpoint.start_from={others[0]}, which takes its weights alone"
+        )
+
+
+def _may_be_of(path: Path, identities: set[str]) -> bool:
+    """Whether a checkpoint has one of the identities, or is damaged, so that no run resumes from it."""
+    try:
+        return read_manifest(path)["meta"].get("config") in identities
+    except ValueError:
+        return True
 
 
 def was_followed(run: RunDirectory, choice: str) -> bool:

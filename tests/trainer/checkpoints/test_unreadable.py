@@ -73,6 +73,21 @@ def test_what_can_not_be_read_now_stops_the_start(tmp_path, directory, fail_to_o
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+def test_checkpoints_without_a_config_must_be_readable_before_a_run_claims_them(
+    tmp_path, directory, fail_to_open, number
+):
+    run = RunDirectory(tmp_path / "pretrain", "pretrain")
+    for samples in (8, 16):
+        save(directory, samples)
+    (directory / "step_000000000024").mkdir()  # a damaged one is left to `find_start`
+    resume.require_own_settings(run, {META["config"]})
+    fail_to_open("manifest.json", number, folder="step_000000000016")
+    with pytest.raises(OSError, match=r"16/manifest\.json .* can't be read now.*repeat the command$") as error:
+        resume.require_own_settings(run, {META["config"]})
+    assert error.value.errno == number
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_folder_that_can_not_be_listed_is_not_an_empty_one(tmp_path, directory, monkeypatch, number):
     save(directory, 8)
 
