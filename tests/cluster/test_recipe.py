@@ -87,7 +87,7 @@ def test_a_second_one_is_refused_while_the_first_lives(cluster: SlurmCluster, fo
 
 
 def test_a_mistake_ends_the_chain(cluster: SlurmCluster, folder: Path, tmp_path: Path):
-    run = Run(cluster, tmp_path / "run", folder / "run" / "latents", "health.max_rewinds=0", "pretrain.lr=1e30")
+    run = Run(cluster, tmp_path / "run", folder / "run" / "latents", "health.max_rewinds=0", "pretrain.lr=1e15")
     run.submit()
     after = cluster.submit(f"--dependency=afterok:{run.job}", "--kill-on-invalid-dep=yes", "--wrap=true")
     run.end("FAILED")

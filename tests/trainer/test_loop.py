@@ -172,7 +172,7 @@ def test_learning_rate_is_a_function_of_samples():
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_mend(tiny):
     with pytest.raises(ValueError, match=r"lower pretrain\.lr"):
-        train(tiny(*PRETRAIN, "pretrain.lr=1e30", "pretrain.clip_norm=1e30", "pretrain.warmup=0"), "pretrain")
+        train(tiny(*PRETRAIN, "pretrain.lr=1e15", "pretrain.clip_norm=1e30", "pretrain.warmup=0"), "pretrain")
 
 
 def test_a_full_disk_ends_the_run_and_takes_nothing_older(whole, tiny, tmp_path, monkeypatch):
