@@ -27,6 +27,7 @@ from launch.slurm import scheduler
 _KILL_WAIT = 30.0  # seconds: SLURM's default between SIGTERM and SIGKILL
 _LAST_STEP = 10.0  # seconds for the current step after another rank has died: no later step can end
 _FOR_THE_SCRIPT = 10.0  # seconds that the batch script needs to requeue the job
+_FOR_THE_ANSWER = 5.0  # seconds that a run which has saved waits to learn why it was asked to leave
 _SLACK = 90.0  # seconds: SLURM announces a time limit up to a minute early
 
 
@@ -81,6 +82,13 @@ class Notice(StopFlag):
         super().__init__()
         self.job, self.grace, self.leave, self.at_once = job, grace, leave, at_once
         self._deadline = float("inf")
+        self._meant = threading.Event()
+
+    def reason(self) -> str:
+        """Return why the run was asked to leave; wait some seconds for the controller's answer if it is still out."""
+        if self():
+            self._meant.wait(_FOR_THE_ANSWER)
+        return self.why
 
     def has_less_than(self, seconds: float) -> bool:
         """Whether an action of so many seconds would end after the deadline."""
@@ -124,6 +132,7 @@ class Notice(StopFlag):
         if came_at + meant.seconds < self._deadline:
             self.why, self._deadline = meant.why, came_at + meant.seconds
             print(f"spresso: {meant.why}; {meant.seconds:.0f} s to save and leave", file=sys.stderr, flush=True)
+        self._meant.set()
 
     def _meaning(self, number: int) -> Meaning:
         try:

@@ -57,7 +57,7 @@ def main() -> None:
     with notice:
         try:
             outcome = _work(stage, task, notice)
-            note(outcome, why=notice.why)
+            note(outcome, why=notice.reason())
             status = 0
         except Exception as error:
             outcome, status = _classify(error, folder)

@@ -136,6 +136,18 @@ def test_without_an_answer_it_leaves_within_the_grace(job, monkeypatch, error):
         assert "does not answer" in stop.why
 
 
+def test_the_reason_is_that_of_the_controller_though_its_answer_is_late(job, monkeypatch):
+    job.preempted(600)
+    show = scheduler.show
+    monkeypatch.setattr(scheduler, "show", lambda number: time.sleep(0.5) or show(number))
+    with Notice("1", grace=5, leave=job.leave) as stop:
+        assert stop.reason() == "a signal"  # nobody has asked, so that it waits for no answer
+        send(signal.SIGTERM)
+        assert until(stop)
+        assert stop.why == "a signal"
+        assert stop.reason() == "was preempted"
+
+
 def test_another_signal_is_no_notice(job):
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
