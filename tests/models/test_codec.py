@@ -346,7 +346,7 @@ def test_another_base_model_is_refused(exported):
     config, state = load_weights(exported / "dit.safetensors")
     (exported / "dit.safetensors").unlink()
     save_weights(exported / "dit.safetensors", {name: value + 0.1 for name, value in state.items()}, config)
-    with pytest.raises(ValueError, match=r"base model.*another one"):
+    with pytest.raises(ValueError, match=r"base model.*is not the one"):
         SPresso.from_pretrained(exported)
 
 

@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_exports_the_same_bits(straight, prepared, tmp_pat
     stage = run / "pretrain"
     assert taken(run) == [16, 24, 40, 48, 64, 72]
     shutil.rmtree(stage / "checkpoints" / folder_name(80))  # as a kill leaves it: the run goes on from 64
-    (stage / "averages/tmp_step_000000000088_0").mkdir()
+    (stage / "averages/tmp_step_000000000088_0a1b2c3d").mkdir()
     work(0, str(run), str(prepared), 10**6)
     assert taken(run) == taken(straight)
     assert not list((stage / "averages").glob("tmp_*"))
