@@ -234,7 +234,7 @@ def test_a_key_for_each_of_many_names_alike_takes_no_time(tmp_path):
     (tmp_path / "m.csv").write_text("file\n" + "".join(f"{n}/門.wav\n" for n in range(50_000)), encoding="utf-8")
     start = time.monotonic()
     sources = list_sources(tmp_path / "m.csv")
-    assert time.monotonic() - start < 30  # with the square of their number, an hour
+    assert time.monotonic() - start < 300  # with the square of their number, an hour
     assert sorted(source.key for source in sources) == sorted(["sound", *(f"sound-{n}" for n in range(2, 50_001))])
 
 
