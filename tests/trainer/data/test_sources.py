@@ -232,9 +232,9 @@ def test_names_that_are_not_utf8_are_escaped(tmp_path):
 
 def test_a_key_for_each_of_many_names_alike_takes_no_time(tmp_path):
     (tmp_path / "m.csv").write_text("file\n" + "".join(f"{n}/門.wav\n" for n in range(50_000)), encoding="utf-8")
-    start = time.monotonic()
+    start = time.process_time()  # whatever else the machine does meanwhile
     sources = list_sources(tmp_path / "m.csv")
-    assert time.monotonic() - start < 300  # with the square of their number, an hour
+    assert time.process_time() - start < 30  # with the square of their number, an hour
     assert sorted(source.key for source in sources) == sorted(["sound", *(f"sound-{n}" for n in range(2, 50_001))])
 
 
