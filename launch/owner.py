@@ -207,11 +207,11 @@ def _release(record: Path, token: str) -> None:
         held = _read(record)
     except (ValueError, OSError) as error:  # the work is done all the same
         logger.warning("%s", error)
-        _unlock(record)
-        return
-    if held is not None and held.token == token:
+    else:
+        if held is None or held.token != token:
+            return
         record.unlink(missing_ok=True)
-        _unlock(record)
+    _unlock(record)
 
 
 def require(folder: Path) -> None:

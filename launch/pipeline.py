@@ -86,7 +86,7 @@ def shared_latents(config: Config) -> bool:
     )
 
 
-def require_own_settings(config: Config) -> str:
+def require_own_preparation(config: Config) -> str:
     """Return how the sets of `shared_latents` were prepared, as far as the recipe says otherwise; empty if it doesn't.
 
     Raises:
@@ -130,7 +130,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
     Runs may share their latents and begin at once: one of them encodes, and the others wait for it.
     """
     if shared_latents(config):
-        other = require_own_settings(config)
+        other = require_own_preparation(config)
         say(f"  made before: {config.data.latents}{other and f', prepared with {other}'}")
         return
     factory = functools.partial(load_autoencoder, config.autoencoder.kind, config.autoencoder.folder)

@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from models.processes import stat_fields
+
 
 def boot() -> str:
     """Return the id of this machine's boot, which all its containers share; empty if the system has none."""
@@ -35,11 +37,8 @@ def pid_namespace() -> str:
 
 def born(pid: int) -> str:
     """Return the start time of a process in kernel ticks; empty if there is no such process or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    fields = stat_fields(pid)
+    return "" if not fields or fields[0] == "Z" else fields[19]
 
 
 def command() -> str:

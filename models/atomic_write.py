@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from models.processes import stat_fields
 from models.readable import kind_of
 
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -73,10 +74,7 @@ def _lives(pid: int) -> bool:
         return False
     except OSError:
         return True
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:  # the process has ended since, or the system has no /proc: a leftover that stays does no harm
-        return True
+    return stat_fields(pid)[:1] not in (["Z"], ["X"])  # if nothing is known, a leftover that stays does no harm
 
 
 def _hidden_name(name: str, ending: str) -> str:

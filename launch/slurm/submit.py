@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import owner
-from launch.pipeline import require_own_settings, say, shared_latents
+from launch.pipeline import require_own_preparation, say, shared_latents
 from launch.slurm import preflight, scheduler
 from launch.slurm.job_script import Job, require_writable
 from launch.slurm.submitted_jobs import Submitted, keep, submitted
@@ -110,7 +110,7 @@ def _stages(config: Config, only: str | None) -> list[str]:
     if only is not None:
         return [] if _ended(config, only) else [only]
     if made := shared_latents(config):
-        require_own_settings(config)
+        require_own_preparation(config)
     return [
         stage for stage in config.stages if not (made and STAGES[stage].makes_latents) and not _ended(config, stage)
     ]
