@@ -24,7 +24,7 @@ from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
 from launch.slurm.slurm_task import rendezvous
 from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
-from models.disk_errors import LASTING
+from models.disk_errors import LASTING, PASSING
 from models.readable import describe_os_error
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
@@ -45,7 +45,8 @@ def main() -> int:
     try:
         return _begin(attempt) if what == "begin" else _end(attempt, int(status[0]))
     except (ValueError, OSError) as error:
-        print(f"spresso: {printable_lines(str(error))}", file=sys.stderr)
+        told = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"spresso: {printable_lines(told)}", file=sys.stderr)
         return MISTAKE
 
 
@@ -138,13 +139,13 @@ def _place_now(folder: Path) -> tuple[int | None, str]:
 
 
 def _readable(read: Callable[[], T]) -> T:
-    """Return what `read` returns, and repeat it for a while after an I/O error that may pass, such as EIO."""
+    """Return what `read` returns, and repeat it for a while after an error that may pass, such as EIO."""
     until = time.monotonic() + _PERSISTENCE
     while True:
         try:
             return read()
         except OSError as error:
-            if error.errno in LASTING or time.monotonic() >= until:
+            if error.errno not in PASSING - LASTING or time.monotonic() >= until:
                 raise
             told = printable_lines(describe_os_error(error))
         print(f"spresso: {told}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
