@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.page.figure_table import best_of, means_of
 from trainer.page.html import Html, count, element, join, signed
-from trainer.page.system_cells import EvaluationReport, with_role
+from trainer.page.system_cells import EvaluationReport, played, with_role
 
 
 def header(report: EvaluationReport, contents: Sequence[tuple[str, str]]) -> Html:
@@ -53,13 +53,14 @@ def _rate_tile(report: EvaluationReport) -> Html | None:
 
 
 def _headline_tile(report: EvaluationReport) -> Html | None:
-    """Return the first figure of the best quantized system (or, if there is none, of the best), with its bounds."""
+    """Return the first figure of the best quantized system that the page plays (or of the best), with its bounds."""
     if not report["figures"]:
         return None
     figure = report["figures"][0]
     means = means_of(report, figure)
     systems = [system for system in with_role(report, "system") if system["key"] in means]
-    rivals = [system for system in systems if system.get("payload_kbps")] or systems
+    heard = played(report)
+    rivals = [system for system in systems if system.get("payload_kbps") and system["key"] in heard] or systems
     if not rivals:
         return None
     best = best_of(figure)(rivals, key=lambda system: means[system["key"]])

@@ -317,6 +317,12 @@ def test_the_tiles_hold_the_key_numbers(report, tmp_path):
     ]
 
 
+def test_the_headline_is_of_a_codec_that_the_page_plays(report, tmp_path):
+    report["systems"].append({"key": "before", "title": "Before", "role": "system", "payload_kbps": 1.3})
+    report["results"]["before"] = {"log_mel": {"mean": 1.0}}
+    assert "Log-mel distance9.5dBCodes" in write(report, tmp_path).texts("div", "tile")[1]
+
+
 def test_missing_audio_is_a_dash_in_its_cell(report, tmp_path):
     found = write(report, tmp_path)
     for part in ("continuous", "low"):
