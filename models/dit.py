@@ -55,7 +55,7 @@ def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 
 def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, rotary: Rotary) -> Tensor:
     """Attend from all tokens to all tokens, with RoPE on queries and keys; return `(B, S, H·K)`."""
-    q, k = rotary.turn(q_BSHK).type_as(v_BSHK), rotary.turn(k_BSHK).type_as(v_BSHK)
+    q, k = rotary.turn(torch.cat((q_BSHK, k_BSHK), 2)).type_as(v_BSHK).chunk(2, 2)
     attended_BHSK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v_BSHK.transpose(1, 2))
     return attended_BHSK.transpose(1, 2).flatten(2)
 

@@ -26,20 +26,20 @@ class RotarySelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
+    def forward(self, x_BTW: Tensor, rotary: Rotary) -> Tensor:
         """Attend from all tokens to all tokens; return the input's shape."""
-        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        rotary = _rotary(x_BTW.shape[1], q_BTHK.shape[-1], x_BTW.device)
-        q_BTHK, k_BTHK = rotary.turn(q_BTHK).type_as(v_BTHK), rotary.turn(k_BTHK).type_as(v_BTHK)
+        qk_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 2)
+        q_BTHK, k_BTHK = rotary.turn(qk_BTHK).type_as(v_BTHK).chunk(2, 2)
         mixed_BHTK = F.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
         )
         return self.out(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
-def _rotary(tokens: int, head_width: int, device: torch.device) -> Rotary:
-    frequencies = rope_frequencies(head_width, base=10_000.0, turning=head_width, device=device)
-    return Rotary.at(torch.arange(tokens, device=device), frequencies)
+def _rotary(config: LatentEncoderConfig, h_BTW: Tensor) -> Rotary:
+    head_width = config.width // config.heads
+    frequencies = rope_frequencies(head_width, base=10_000.0, turning=head_width, device=h_BTW.device)
+    return Rotary.at(torch.arange(h_BTW.shape[1], device=h_BTW.device), frequencies)
 
 
 class TransformerBlock(nn.Module):
@@ -52,9 +52,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
+    def forward(self, x_BTW: Tensor, rotary: Rotary) -> Tensor:
         """Apply the block; return the input's shape."""
-        x_BTW = x_BTW + self.attention(self.attention_norm(x_BTW))
+        x_BTW = x_BTW + self.attention(self.attention_norm(x_BTW), rotary)
         return x_BTW + self.feed_forward(self.feed_forward_norm(x_BTW))
 
 
@@ -89,8 +89,9 @@ class LatentEncoder(nn.Module):
                 "crop or pad the latents to a multiple of it"
             )
         h_BTW = self.project_in(_to_patches(_features(x0_BCT, config), config.patch_size))
+        rotary = _rotary(config, h_BTW)
         for block in self.blocks:
-            h_BTW = block(h_BTW)
+            h_BTW = block(h_BTW, rotary)
         z_BNZ = self._pooled(self.norm(h_BTW))
         if self.start is not None:
             z_BNZ = z_BNZ + self.start(start_features(x0_BCT, config).flatten(2))
@@ -148,8 +149,9 @@ class Upsampler(nn.Module):
     def forward(self, z_BZN: Tensor) -> Tensor:
         """Upsample z to one condition vector per token of the DiT, for N · pooling frames."""
         h_BTW = (self._spread(z_BZN.transpose(1, 2)) + self.place).flatten(1, 2)
+        rotary = _rotary(self.config, h_BTW)
         for block in self.blocks:
-            h_BTW = block(h_BTW)
+            h_BTW = block(h_BTW, rotary)
         return self._to_dit_tokens(self.project_out(self.norm(h_BTW)).transpose(1, 2))
 
     def _spread(self, z_BNZ: Tensor) -> Tensor:

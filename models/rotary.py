@@ -1,6 +1,6 @@
 """RoPE: encodes positions by rotating pairs of features (arXiv 2104.09864), with YaRN for longer sequences.
 
-Shape suffixes: S tokens of a sequence, K features of a head, k pairs of features.
+Shape suffixes: B batch, S tokens of a sequence, H heads, K features of a head, k pairs of features.
 """
 
 from __future__ import annotations
@@ -15,20 +15,30 @@ from torch import Tensor
 class Rotary(NamedTuple):
     """Cosines and sines of the angles of a sequence's tokens, for all samples of a batch, all heads and all blocks."""
 
-    cos_S1k: Tensor
-    sin_S1k: Tensor
+    cos_S1K: Tensor
+    """The cosine of each feature's pair."""
+    sin_S1K: Tensor
+    """The sine of each feature's pair, negated for the first feature of the pair."""
 
     @classmethod
     def at(cls, positions_S: Tensor, frequencies_k: Tensor) -> Rotary:
         """Compute the angles of tokens at these positions."""
         angles_S1k = positions_S[:, None, None] * frequencies_k
-        return cls(angles_S1k.cos(), angles_S1k.sin())
+        cos_S1k, sin_S1k = angles_S1k.cos(), angles_S1k.sin()
+        return cls(_paired(cos_S1k, cos_S1k), _paired(-sin_S1k, sin_S1k))
 
     def turn(self, x_BSHK: Tensor) -> Tensor:
-        """Rotate each pair of neighbouring features by its token's angle; return float32 in the input's shape."""
-        even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = (even * self.cos_S1k - odd * self.sin_S1k, even * self.sin_S1k + odd * self.cos_S1k)
-        return torch.stack(turned, -1).flatten(-2)
+        """Rotate each pair of neighbouring features by its token's angle; return float32 in the input's shape.
+
+        Queries and keys are turned together, as heads of one tensor: on a GPU, each operation is a kernel.
+        """
+        x_BSHK = x_BSHK.float()
+        swapped_BSHK = x_BSHK.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return x_BSHK * self.cos_S1K + swapped_BSHK * self.sin_S1K
+
+
+def _paired(first_S1k: Tensor, second_S1k: Tensor) -> Tensor:
+    return torch.stack((first_S1k, second_S1k), -1).flatten(-2)
 
 
 def rope_frequencies(head_width: int, *, base: float, turning: int, device: torch.device) -> Tensor:
