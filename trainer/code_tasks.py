@@ -80,10 +80,9 @@ class Quantize(CodecTask):
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < count:
             batch = next(batches)
-            x0_BCT, positions_B = batch.x0.to(self.codec.device).float(), batch.positions.to(self.codec.device)
-            z_BNZ = self.codec.g(self.quantization.at_drawn_gain(x0_BCT, positions_B)).transpose(1, 2)
-            mask_BT = None if batch.mask is None else batch.mask.to(self.codec.device)
-            vectors.append(gather(z_BNZ)[gather(mask_of_z(mask_BT, z_BNZ))])
+            inputs = batch.to(self.codec.device, self.quantization.draws(batch.positions))
+            z_BNZ = self.codec.g(self.quantization.at_drawn_gain(inputs)).transpose(1, 2)
+            vectors.append(gather(z_BNZ)[gather(mask_of_z(inputs.mask, z_BNZ))])
         return torch.cat(vectors)[:count]
 
 

@@ -20,15 +20,29 @@ class Inputs:
     """(b,), int64: the samples' positions in the stream, which key all random numbers of the samples."""
     mask: Tensor | None = None
     """(b, T), bool: true for real frames, false for padding. None: no frame is padding."""
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the module drew for these samples in host memory, by the names of `Objective.draws`; empty: nothing yet."""
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     """D's inputs in addition to z, of b rows each, by the names of D's arguments, such as `text` and `text_mask`. Empty
     if the stream reads no conditions (`trainer.data.conditions`)."""
 
-    def to(self, device: torch.device) -> Inputs:
-        """Return the inputs on a device, with x0 in float32."""
+    def to(self, device: torch.device, draws: Mapping[str, Tensor] | None = None) -> Inputs:
+        """Return the inputs on a device, with x0 in float32, and with `draws` in place of those here.
+
+        On CUDA, the copies run while the host goes on. Each is made from pinned memory of its own, which torch's
+        allocator keeps until the copy is done, so that the caller may overwrite its tensors at once.
+        """
+        draws = self.draws if draws is None else draws
         return Inputs(
-            x0=self.x0.to(device).float(),
-            positions=self.positions.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-            conditions={name: value.to(device) for name, value in self.conditions.items()},
+            x0=_moved(self.x0, device).float(),
+            positions=_moved(self.positions, device),
+            mask=None if self.mask is None else _moved(self.mask, device),
+            draws={name: _moved(value, device) for name, value in draws.items()},
+            conditions={name: _moved(value, device) for name, value in self.conditions.items()},
         )
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or value.device.type != "cpu":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)

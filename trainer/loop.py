@@ -101,7 +101,8 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]
     batch_loss = torch.zeros((), dtype=torch.float64, device=t.parallel.device)
     t.log.clock.begin()
     for part in range(t.feed.parts):
-        inputs, last = t.feed.next().to(t.parallel.device), part == t.feed.parts - 1
+        batch, last = t.feed.next(), part == t.feed.parts - 1
+        inputs = batch.to(t.parallel.device, t.task.module.draws(batch.positions))
         with t.strategy.reducing(last=last):
             losses = t.strategy.forward(inputs)
             total_B = losses.total(t.settings.loss_weights)

@@ -14,6 +14,7 @@ from tests.trainer import rank_processes
 from tests.trainer.test_loop import losses, stop_after, tensors
 from trainer import code_tasks
 from trainer.data.shard_set import open_set
+from trainer.inputs import Inputs
 from trainer.loop import train
 from trainer.recipes.reading import load_recipe
 from trainer.run_directory import RunDirectory
@@ -163,8 +164,9 @@ def test_a_clip_is_heard_at_the_gain_that_its_key_draws(start):
     module = make_task(start(), "quantize").module
     x0_BCT = 0.5 * torch.randn(8, 128, 63, generator=torch.Generator().manual_seed(0))
     positions_B = torch.arange(8)
-    heard = module.at_drawn_gain(x0_BCT, positions_B)
-    assert torch.equal(module.at_drawn_gain(x0_BCT[5:], positions_B[5:]), heard[5:])
+    heard = module.at_drawn_gain(Inputs(x0=x0_BCT, positions=positions_B))
+    last = Inputs(x0=x0_BCT[5:], positions=positions_B[5:])
+    assert torch.equal(module.at_drawn_gain(last.to(x0_BCT.device, module.draws(last.positions))), heard[5:])
     (autoencoder,) = module.frozen
 
     def level_db(x0: torch.Tensor) -> torch.Tensor:
@@ -177,5 +179,5 @@ def test_a_clip_is_heard_at_the_gain_that_its_key_draws(start):
 
 
 def test_without_other_gains_x0_is_left_alone(start):
-    x0_BCT = torch.randn(2, 128, 63)
-    assert make_task(start("quantizer.gain_db=0"), "quantize").module.at_drawn_gain(x0_BCT, torch.arange(2)) is x0_BCT
+    inputs = Inputs(x0=torch.randn(2, 128, 63), positions=torch.arange(2))
+    assert make_task(start("quantizer.gain_db=0"), "quantize").module.at_drawn_gain(inputs) is inputs.x0

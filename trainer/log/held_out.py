@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -57,8 +57,16 @@ class ListeningClips:
 class HeldOutLoss:
     """The loss on held-out clips with noise that is always the same, so that only the model changes its curve."""
 
-    def __init__(self, config: Config, settings: TrainConfig, parallel: Parallel) -> None:
+    def __init__(
+        self,
+        config: Config,
+        settings: TrainConfig,
+        parallel: Parallel,
+        draws: Callable[[Tensor], Mapping[str, Tensor]],
+    ) -> None:
+        """`draws`: the `Objective.draws` of the stage's module."""
         ids, x0_BCT = held_out_latents(config, settings, config.log.held_out)
+        self.draws = draws
         self.weights = settings.loss_weights
         self.parallel, self.micro = parallel, config.parallel.micro_batch or len(ids)
         positions_B = torch.arange(len(ids)) + _FIRST_POSITION
@@ -83,4 +91,4 @@ class HeldOutLoss:
 
     def _batches(self, device: torch.device) -> Iterator[Inputs]:
         for x0_BCT, positions_B in zip(self.x0_BCT.split(self.micro), self.positions_B.split(self.micro), strict=True):
-            yield Inputs(x0=x0_BCT, positions=positions_B).to(device)
+            yield Inputs(x0=x0_BCT, positions=positions_B).to(device, self.draws(positions_B))

@@ -49,7 +49,7 @@ class TrainingLog:
         self.clock = StepClock(parallel.device)
         self.losses = LossSums(config.log.bins, parallel.device)
         self.clips = ListeningClips(config, self.settings, parallel.device)
-        self.held_out = HeldOutLoss(config, self.settings, parallel)
+        self.held_out = HeldOutLoss(config, self.settings, parallel, task.module.draws)
         self.watched = WatchedZ(task, self.held_out)
         self.metrics: Metrics | None = None
 

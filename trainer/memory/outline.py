@@ -77,12 +77,12 @@ def outlined_task(config: Config, stage: str, dit: DecoderConfig) -> Task:
     has no gradient and z_q has the shape of z.
     """
     with torch.device("meta"):
-        task = make_task(config, stage, models=_OutlinedModels(config, dit))
+        task = make_task(config, stage, models=OutlinedModels(config, dit))
     task.module.searches = False
     return task
 
 
-class _OutlinedModels:
+class OutlinedModels:
     """An implementation of `trainer.task_models.Models` whose models have shapes and no weights."""
 
     def __init__(self, config: Config, dit: DecoderConfig) -> None:
