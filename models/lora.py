@@ -13,6 +13,7 @@ file holds trained and fixed factors as one plain LoRA of rank 2r, which fits th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from models.decoder import Decoder
 from models.float32_buffers import Float32Buffers
+from models.lora_product import lora_linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,6 +60,9 @@ def inject_lora(dit: Decoder, lora: Mapping[str, Any]) -> None:
     from peft import inject_adapter_in_model  # imported here because peft takes longer to import than torch
 
     inject_adapter_in_model(_computed_config(lora, dit), dit, adapter_name=ADAPTER)
+    if lora.get("variant") != "dora":
+        for layer in _layers(dit):
+            layer.__class__ = _fused_linear()
     if lora.get("variant") == "pissa":
         for layer in _layers(dit):
             a_RI, b_OR = _factors(layer)
@@ -143,6 +148,22 @@ def _computed_config(lora: Mapping[str, Any], dit: Decoder) -> LoraConfig:
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
     )
+
+
+@functools.cache
+def _fused_linear() -> type:
+    """Return PEFT's linear layer, computed by `lora_linear` where that applies."""
+    from peft.tuners.lora import Linear
+
+    class FusedLinear(Linear):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or kwargs or self.disable_adapters or self.merged:
+                return super().forward(x, *args, **kwargs)
+            base: Any = self.get_base_layer()
+            found = lora_linear(x, base, *_factors(self), self.scaling[ADAPTER])
+            return super().forward(x) if found is None else found
+
+    return FusedLinear
 
 
 def _layers(dit: Decoder) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 
 from models.autoencoder import SpectralAE
 from models.backbones.pretrained import load_dit
@@ -103,6 +104,55 @@ def test_a_layer_computes_what_its_paper_says(variant):
     x = torch.randn(5, weight.shape[1])
     expected = torch.nn.functional.linear(x, changed, layer.get_base_layer().bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora", "pissa"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fused_layer_computes_what_peft_does(variant, precision):
+    """Every layer's output and gradients, in float32 to rounding; in bf16 as near to float32 as PEFT's own are."""
+
+    def found(*, fused: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+        dit = adapted(variant)
+        if not fused:
+            for module in dit.modules():
+                if isinstance(module, Linear):
+                    module.__class__ = Linear
+        torch.manual_seed(2)
+        for value in dit.parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.1)
+            else:
+                value.data = value.data.to(dtype)
+        x = X.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            dit(x, T).square().mean().backward()
+        return [x.grad, *(value.grad for value in dit.parameters() if value.requires_grad)]
+
+    exact = found(fused=False, dtype=torch.float32)
+    if precision == "fp32":
+        for ours, theirs in zip(found(fused=True, dtype=torch.float32), exact, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+        return
+    both = zip(*(found(fused=fused, dtype=torch.bfloat16) for fused in (True, False)), exact, strict=True)
+    errors = [[(one - right).norm() / right.norm() for one in (ours, theirs)] for ours, theirs, right in both]
+    ours, theirs = torch.tensor(errors).mean(0)
+    assert ours < 1.1 * theirs < 0.1
+
+
+def test_a_fused_layer_keeps_its_input_and_the_narrow_product_alone():
+    layer = next(module for module in adapted("plain").modules() if isinstance(module, Linear))
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    kept: list[torch.Size] = []
+    weights = {value.untyped_storage().data_ptr() for value in layer.parameters()}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if value.untyped_storage().data_ptr() not in weights:
+            kept.append(value.shape)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        layer(x)
+    assert sorted(kept) == sorted([torch.Size([10, layer.in_features]), torch.Size([10, RANK])])
 
 
 def test_pissa_starts_from_the_largest_singular_vectors_and_keeps_the_base():
