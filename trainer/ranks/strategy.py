@@ -200,7 +200,11 @@ class Replicated(TorchStrategy):
             # the same file. DDP would broadcast the base through one more copy of it.
             devices = [device] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(
-                computed, device_ids=devices, forward_sync_buffers=False, init_sync=False
+                computed,
+                device_ids=devices,
+                forward_sync_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,  # gradients and buckets share their memory, which saves a copy of them
             )
         self._begin()
 
