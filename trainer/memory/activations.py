@@ -113,15 +113,15 @@ def _of_depth(
     task = outlined_task(config, stage, with_blocks(dit, blocks))
     module, dtype = task.module, DTYPES[how.precision]
     with FakeTensorMode():
-        _give_storage(module, dtype, lower_trained=how.lower_trained)
+        give_storage(module, dtype, lower_trained=how.lower_trained)
         for block in blocks_of(module):
             if how.cuda:
-                _as_on_cuda(block)
+                as_on_cuda(block)
             if how.recomputed:
                 recompute(block)
         computed = PrecisionModule(module, torch.device("cpu"), dtype)
         if how.cuda:
-            _as_on_cuda(computed)
+            as_on_cuda(computed)
         readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
         conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
         return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
@@ -216,7 +216,7 @@ class _CudaAutocast(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def _as_on_cuda(module: nn.Module) -> None:
+def as_on_cuda(module: nn.Module) -> None:
     """Wrap a module's forward in `_CudaAutocast`; a mode around the whole pass would not cover recomputed blocks."""
     plain = module.forward
 
@@ -227,7 +227,7 @@ def _as_on_cuda(module: nn.Module) -> None:
     module.forward = forward  # type: ignore[method-assign]
 
 
-def _give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool) -> None:
+def give_storage(module: nn.Module, dtype: torch.dtype, *, lower_trained: bool) -> None:
     """Replace meta parameters and buffers by fake CPU ones, because autocast does not support the meta device."""
     for part in module.modules():
         for name, value in list(part.named_parameters(recurse=False)):

@@ -121,7 +121,7 @@ def _ddp(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         gradients=4 * trained,
         moments=8 * trained,
         ema=4 * ranks.averages * trained,
-        buffers=4 * trained if ranks.count > 1 else 0,  # the reducer's buckets
+        buffers=4 * trained if ranks.count > 1 else 0,  # the reducer builds its buckets anew once
     )
 
 
