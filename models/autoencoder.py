@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -80,7 +81,7 @@ class AudioAE(nn.Module):
     def encode_range(self, audio: Tensor, kept: slice) -> Tensor:
         """Encode the samples `(B, channels, …)` of one of `ranges`; return the `kept` frames."""
         padded = F.pad(audio.float(), (0, -audio.shape[2] % self.hop))
-        with torch.autocast(audio.device.type, enabled=False):
+        with _whole_float32(audio.device):
             return self._encode(padded)[..., kept]
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class AudioAE(nn.Module):
         """Yield the audio that `decode` returns in consecutive blocks `(B, channels, …)`."""
         frames = x0.shape[2]
         for first, last, begin, end in self._blocks(frames):
-            with torch.autocast(x0.device.type, enabled=False):
+            with _whole_float32(x0.device):
                 audio = self._decode_from(begin, x0[..., begin:end].float())
             until = last if last < frames else frames - self.surplus_frames  # the sound ends at a surplus frame
             yield audio[..., (first - begin) * self.hop : (until - begin) * self.hop]
@@ -240,6 +241,18 @@ def scrambled(bits: Tensor) -> Tensor:
     for multiplier in (0x7FEB352D, 0x846CA68B):
         bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
     return bits
+
+
+@contextmanager
+def _whole_float32(device: torch.device) -> Iterator[None]:
+    """Turn autocast off, and TF32 in cuDNN's convolutions, which is on by default.
+
+    TF32 keeps ten bits of a number, so latents made on a GPU would differ from a CPU's under the same identity.
+    """
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
+        yield
 
 
 class VocosAE(AudioAE):

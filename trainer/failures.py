@@ -16,6 +16,17 @@ from trainer.recipes.schema import Config, TrainConfig
 
 logger = logging.getLogger(__name__)
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU's allocator
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to CUDA malloc",  # NCCL
+    "Failed to CUDA calloc",
+)
+"""What those who run out of memory say, apart from torch's caching allocator, which raises OutOfMemoryError."""
+
 
 @contextmanager
 def explained_failures(config: Config, stage: str, parallel: Parallel, watchdog: Watchdog) -> Iterator[None]:
@@ -46,7 +57,7 @@ def _explained(error: Exception, config: Config, stage: str, parallel: Parallel)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def hopeless_run(health: Health, stage: str, settings: TrainConfig, samples: int, *, no_checkpoint: bool) -> str:

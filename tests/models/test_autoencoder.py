@@ -136,6 +136,23 @@ def test_autocast_and_half_precision_latents_do_not_change_the_computation(ae):
     assert ae.decode(expected.half()).dtype == torch.float32
 
 
+def test_convolutions_on_a_gpu_do_not_round_to_tf32(ae, monkeypatch):
+    seen = []
+    for name in ("_encode", "_decode"):
+        plain = getattr(ae, name)
+
+        def watched(*given: object, plain=plain) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return plain(*given)
+
+        monkeypatch.setattr(ae, name, watched)
+    before = torch.backends.cudnn.allow_tf32
+    ae.decode(ae.encode(torch.randn(1, ae.channels, 4 * ae.hop)))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_nothing_is_trained(ae):
     assert not any(parameter.requires_grad for parameter in ae.parameters())
 

@@ -198,14 +198,23 @@ def test_a_full_disk_ends_the_run_and_takes_nothing_older(whole, tiny, tmp_path,
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_out_of_memory_is_explained(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error … Last error: Failed to CUDA malloc 10485760 bytes"),
+    ],
+    ids=["torch", "cublas", "nccl"],
+)
+def test_out_of_memory_is_explained(error, tiny, tmp_path, monkeypatch):
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr("trainer.ranks.strategy.Replicated.forward", full)
     told = r"(?s)out of memory in pretrain on 1 rank.*predicted.*parallel\.micro_batch=4"
     with pytest.raises(ValueError, match=told):
         train(tiny(*PRETRAIN), "pretrain")
     log = (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
-    assert "Tried to allocate 20.00 GiB" in log
+    assert str(error) in log
     assert "predicted" in log

@@ -89,12 +89,15 @@ class OutlinedModels:
         self.config, self.dit = config, dit
 
     def autoencoder(self) -> AudioAE:
+        """Return the recipe's AudioAE without its weights."""
         return outline_autoencoder(**dataclasses.asdict(self.config.autoencoder))
 
     def fresh_dit(self) -> Decoder:
+        """Return D of the given sizes."""
         return make_decoder(self.dit)
 
     def pretrained_dit(self) -> Decoder:
+        """Return D of the given sizes."""
         return make_decoder(self.dit)
 
     def codec(self, stage: str) -> SPresso:
