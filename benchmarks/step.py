@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from models.sizes import DiTConfig  # noqa: E402
 from trainer.formatting import aligned  # noqa: E402
 from trainer.inputs import Inputs  # noqa: E402
+from trainer.log.throughput import FlopCounter  # noqa: E402
 from trainer.losses import Losses  # noqa: E402
 from trainer.memory.activations import as_on_cuda, give_storage  # noqa: E402
 from trainer.memory.outline import outlined_task  # noqa: E402
@@ -52,14 +52,6 @@ WITHOUT_KERNEL = {
     *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "device"),
     *("_record_function_enter_new", "_record_function_exit"),
 }
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
-FLOPS = flop_registry | {
-    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 
 
 @dataclass
@@ -69,7 +61,7 @@ class Counts:
     kernels: Counter[str] = field(default_factory=Counter)
     views: int = 0
     bytes: Counter[str] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -88,16 +80,13 @@ class Counting(TorchDispatchMode):
         self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
         result = function(*arguments, **(options or {}))
-        packet = function._overloadpacket  # type: ignore[attr-defined]
-        name, counts = packet.__name__, self.counts
+        name, counts = function._overloadpacket.__name__, self.counts  # type: ignore[attr-defined]
         if name == "_unsafe_view" or _is_view(function):
             counts.views += 1
         elif name not in WITHOUT_KERNEL:
             counts.kernels[name] += 1
             tensors = [leaf for leaf in tree_leaves((arguments, options, result)) if isinstance(leaf, Tensor)]
             counts.bytes[name] += sum({id(one): one.numel() * one.element_size() for one in tensors}.values())
-            if packet in FLOPS:
-                counts.flops[name] += FLOPS[packet](*arguments, **(options or {}), out_val=result)
         return result
 
 
@@ -121,7 +110,7 @@ def main() -> None:
     parts["both"] = parts["forward"] + parts["backward"]
     rows = [("", "kernels", "views", "GiB moved", "TFLOP")]
     for name, counts in parts.items():
-        numbers = (counts.bytes.total() / 2**30, counts.flops.total() / 1e12)
+        numbers = (counts.bytes.total() / 2**30, counts.flops / 1e12)
         rows.append((name, str(counts.kernels.total()), str(counts.views), *(f"{number:.2f}" for number in numbers)))
     print(aligned(rows))
     both = parts["both"]
@@ -148,10 +137,12 @@ def count(config: Config, stage: str, dit: DiTConfig, *, clips: int, frames: int
         positions = torch.arange(clips)
         draws = task.module.draws(positions)  # in host memory
         inputs = Inputs(x0=x0_BCT, positions=positions, draws=draws, conditions=conditions)
-        with Counting() as forward:
+        with FlopCounter() as flops, Counting() as forward:
             loss = Losses(*computed(inputs)).total({}).mean()
-        with Counting() as backward:
+        forward.counts.flops = flops.found.total()
+        with FlopCounter() as flops, Counting() as backward:
             loss.backward()
+        backward.counts.flops = flops.found.total()
     return {"forward": forward.counts, "backward": backward.counts}
 
 

@@ -15,6 +15,7 @@ from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.held_out import HeldOutLoss, ListeningClips
 from trainer.log.metrics import LossSums, Metrics, mean_loss
+from trainer.log.throughput import Throughput
 from trainer.log.timing import StepClock, compared
 from trainer.log.watched_z import WatchedZ
 from trainer.progress import Progress
@@ -56,6 +57,9 @@ class TrainingLog:
     def begin(self, samples: int, *, fresh: bool) -> None:
         """Open the metrics at `samples` samples seen, and start the clock. All ranks."""
         if self.parallel.main:
+            self.throughput = Throughput(
+                self.config, self.task.stage, ranks=self.parallel.world_size, device=self.parallel.device
+            )
             self.metrics = Metrics(self.run, resumed_at=samples, sample_rate=self.task.autoencoder.sample_rate)
             if fresh:
                 for name, audio in self.clips.originals(self.task):
@@ -80,6 +84,7 @@ class TrainingLog:
                 lr=lr,
                 grad_norm=grad_norm,
                 samples_per_second=round(1 / seconds, 2),
+                **self.throughput.of(1 / seconds),
                 data_wait=round(times["data_wait_seconds"][1] / max(times["step_seconds"][1], 1e-9), 4),
                 save_stall_seconds=round(saver.waited_seconds, 4),
                 peak_gib=round(self.parallel.memory()[0] / 2**30, 3),
