@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import logging
 import os
 import pickletools
+import random
 import resource
 import signal
 import stat
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +222,30 @@ def test_many_misfits_are_told_shortly(tmp_path):
 def test_a_path_that_is_no_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"not a checkpoint: it has no manifest\.json"):
         checkpoint.load(tmp_path / "nothing", whole_ranges(blank()))
+
+
+def test_the_ends_of_ranges_tell_whether_they_cover_every_element_once():
+    chosen = random.Random(0)
+    for _ in range(300):
+        sizes = {f"w{number}": chosen.randrange(6) for number in range(chosen.randrange(1, 4))}
+        cuts = [
+            (name, first, last)
+            for name, size in sizes.items()
+            for first, last in itertools.pairwise(sorted({0, size, *(chosen.randrange(size + 1) for _ in range(2))}))
+        ]
+        for _ in range(chosen.randrange(3)):
+            name, size = chosen.choice(list(sizes.items()))
+            first, last = sorted(chosen.randrange(size + 1) for _ in range(2))
+            if (name, first, last) in cuts and chosen.random() < 0.7:
+                cuts.remove((name, first, last))
+            else:
+                cuts.append((name, first, last))
+        counts = Counter((name, place) for name, first, last in cuts for place in range(first, last))
+        once = counts == Counter((name, place) for name, size in sizes.items() for place in range(size))
+        whole = checkpoint.ends((name, 0, size) for name, size in sizes.items())
+        chosen.shuffle(cuts)
+        of_ranks = [checkpoint.ends(cuts[rank::3]) for rank in range(3)]
+        assert once == ((sum(of_ranks) - whole) % 2**64 == 0)
 
 
 def test_ranges_with_a_gap_are_not_saved(tmp_path):
