@@ -30,7 +30,7 @@ from trainer.provenance import code_version
 from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
-from trainer.ranks.watchdog import Watchdog, collective_timeout
+from trainer.ranks.watchdog import Watchdog, collective_timeout, prepare_nccl
 from trainer.recipes.schema import Config, TrainConfig
 from trainer.reporter import StatusReporter
 from trainer.run_directory import RunDirectory, stage_folder
@@ -109,6 +109,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     run = RunDirectory(stage_folder(config, stage), stage, require_ownership=require_ownership)
 
     # Join the process group. From here on, every failure is written to this rank's log.
+    prepare_nccl(config.health.hang_seconds)
     timeout = collective_timeout(config.health.hang_seconds)
     parallel = Parallel(config.parallel, timeout=timeout)
     log_file = run.path / "logs" / f"rank_{parallel.rank}.log"

@@ -11,6 +11,7 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -37,6 +38,7 @@ class Parallel:
             ValueError: there is no CUDA device, or `parallel.replicas` does not divide the number of ranks.
         """
         self.config = config
+        _allow_many_files()
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -200,6 +202,14 @@ class Parallel:
     def wait(self) -> None:
         """Wait until all ranks have called this method."""
         self.accelerator.wait_for_everyone()
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may be: Gloo opens a socket for each other rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS refuses its own `unlimited`
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ interpreter's lock nor any cooperation of the stuck thread.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -33,7 +34,6 @@ class Watchdog:
         self.log, self.seconds, self.patience = log, seconds, float(_PATIENT)
         self._closed = threading.Event()
         self._armed_at = self._limit = 0.0
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # how many collectives NCCL's flight recorder keeps
 
     def beat(self) -> None:
         """Report progress: restart the timeout."""
@@ -87,6 +87,18 @@ class Watchdog:
             self._file.close()
 
 
+def prepare_nccl(seconds: float) -> None:
+    """Set the environment that NCCL's process group reads when it is made; what the user has set stays.
+
+    Args:
+        seconds: those of the watchdog. NCCL's own heartbeat, by default 480 s, aborts a process without a word of where
+            it was, so it has to come later.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # how many collectives its flight recorder keeps
+    if seconds:
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(2 * _PATIENT * seconds)))
+
+
 def collective_timeout(seconds: float) -> timedelta:
     """Return the timeout of collectives, which is longer than that of any watchdog."""
     return timedelta(seconds=seconds * 2 * _PATIENT) if seconds else timedelta(days=30)
@@ -96,4 +108,6 @@ def _dump_collectives(path: Path) -> None:
     """Write what NCCL's flight recorder knows of the last collectives, as JSON."""
     from torch._C import _distributed_c10d
 
-    path.write_bytes(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+    # `_dump_fr_trace_json` is Gloo's; a build without CUDA has no other.
+    recorders = vars(_distributed_c10d)
+    path.write_bytes((recorders.get("_dump_nccl_trace_json") or recorders["_dump_fr_trace_json"])())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tests.trainer.test_loop import PRETRAIN
 from trainer.data.stream import LatentStream
 from trainer.log.metrics import read_metrics
 from trainer.loop import train
-from trainer.ranks.watchdog import Watchdog
+from trainer.ranks.parallel import Parallel
+from trainer.ranks.watchdog import Watchdog, prepare_nccl
 from trainer.recipes.reading import load_recipe
 from trainer.run_directory import RunDirectory
 
@@ -87,3 +89,25 @@ def sleep_watched(rank: int, log: str) -> None:
 def test_it_is_patient_where_it_ought_to_be(tmp_path):
     assert rank_processes.run(sleep_watched, 1, str(tmp_path / "log")) == [0]
     assert (tmp_path / "log").read_text() == ""
+
+
+def test_nccl_records_its_collectives_and_waits_for_the_watchdog(monkeypatch):
+    environment: dict[str, str] = {}
+    monkeypatch.setattr("trainer.ranks.watchdog.os.environ", environment)
+    prepare_nccl(600)
+    assert int(environment["TORCH_FR_BUFFER_SIZE"]) > 0
+    first_step = 6 * 600
+    assert int(environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > first_step
+    environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = "50"
+    prepare_nccl(600)
+    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "50"
+
+
+def test_a_rank_may_open_as_many_files_as_it_can():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        Parallel(load_recipe("tiny", ["parallel.device=cpu"]).parallel)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
