@@ -29,20 +29,21 @@ class Inputs:
     def to(self, device: torch.device, draws: Mapping[str, Tensor] | None = None) -> Inputs:
         """Return the inputs on a device, with x0 in float32, and with `draws` in place of those here.
 
-        On CUDA, the copies run while the host goes on. Each is made from pinned memory of its own, which torch's
-        allocator keeps until the copy is done, so that the caller may overwrite its tensors at once.
+        The host does not wait for copies to CUDA, and the caller may overwrite its tensors at once.
         """
         draws = self.draws if draws is None else draws
         return Inputs(
-            x0=_moved(self.x0, device).float(),
-            positions=_moved(self.positions, device),
-            mask=None if self.mask is None else _moved(self.mask, device),
-            draws={name: _moved(value, device) for name, value in draws.items()},
-            conditions={name: _moved(value, device) for name, value in self.conditions.items()},
+            x0=moved(self.x0, device).float(),
+            positions=moved(self.positions, device),
+            mask=None if self.mask is None else moved(self.mask, device),
+            draws={name: moved(value, device) for name, value in draws.items()},
+            conditions={name: moved(value, device) for name, value in self.conditions.items()},
         )
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The host does not wait for a copy to CUDA, and may overwrite `value` at once."""
     if device.type != "cuda" or value.device.type != "cpu":
         return value.to(device)
+    # torch's allocator keeps the pinned memory until the copy is done.
     return value.pin_memory().to(device, non_blocking=True)

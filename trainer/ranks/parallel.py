@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from trainer.cpus import usable_threads
+from trainer.inputs import moved
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
@@ -143,7 +144,7 @@ class Parallel:
             A function that waits for the collective and returns its result, which is the same on all ranks. The
             collective overlaps with the work that is done before this function is called.
         """
-        values = torch.tensor([0.0, *map(float, flags)], dtype=torch.float64, device=self.device)
+        values = moved(torch.tensor([0.0, *map(float, flags)], dtype=torch.float64), self.device)
         values[0] = number
         work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
 
