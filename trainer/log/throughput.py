@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from trainer.losses import Losses
 from trainer.memory.activations import give_storage
 from trainer.memory.outline import dit_config, outlined_task
 from trainer.recipes.schema import Config
+
+logger = logging.getLogger(__name__)
 
 COUNTED_AFTER = 60.0  # seconds of training
 PEAK_TFLOPS = {
@@ -96,20 +100,30 @@ class Throughput:
     def __init__(self, config: Config, stage: str, *, ranks: int, device: torch.device) -> None:
         self.config, self.stage, self.ranks, self.device = config, stage, ranks, device
         self.begun = time.monotonic()
-        self._flops: int | None = None
 
     def of(self, samples_per_second: float) -> dict[str, float]:
         """Return `tokens_per_second` of D's latent tokens, `tflops` of a rank, and `mfu` where the peak is known.
 
         Nothing in the first minute: to count takes seconds, and shorter runs go without.
         """
-        if time.monotonic() - self.begun < COUNTED_AFTER:
+        if time.monotonic() - self.begun < COUNTED_AFTER or not self._flops:
             return {}
-        if self._flops is None:
-            self._flops = sample_flops(self.config, self.stage)
-        tokens = self.config.stage(self.stage).crop_frames // dit_config(self.config, self.stage).patch_size
         tflops = self._flops * samples_per_second / self.ranks / 1e12
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = peak_tflops(name, self.config.parallel.precision)
-        found = {"tokens_per_second": round(tokens * samples_per_second, 1), "tflops": float(f"{tflops:.4g}")}
+        tokens = round(self._tokens * samples_per_second, 1)
+        found = {"tokens_per_second": tokens, "tflops": float(f"{tflops:.4g}")}
         return found if peak is None else {**found, "mfu": round(tflops / peak, 4)}
+
+    @cached_property
+    def _flops(self) -> int:
+        """A sample's FLOPs; 0 if the files of the base model can't be read now, for which no training ends."""
+        try:
+            return sample_flops(self.config, self.stage)
+        except (OSError, ValueError) as error:
+            logger.warning("the log has no TFLOP/s: %s", error)
+            return 0
+
+    @cached_property
+    def _tokens(self) -> int:
+        return self.config.stage(self.stage).crop_frames // dit_config(self.config, self.stage).patch_size

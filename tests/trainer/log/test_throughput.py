@@ -48,9 +48,11 @@ def test_the_log_has_them_after_a_while(tiny, tmp_path, monkeypatch):
         path = tmp_path / folder / "pretrain/metrics.jsonl"
         return [line for line in read_metrics(path) if line["kind"] == "train"]
 
-    assert all("tflops" not in line for line in lines("brief"))
+    brief_lines = lines("brief")
+    assert all("tflops" not in line for line in brief_lines)
     monkeypatch.setattr(throughput, "COUNTED_AFTER", 0.0)
-    config, (first, _) = tiny(*brief), lines("long")
+    config, (first, second) = tiny(*brief), lines("long")
+    assert [line["loss"] for line in brief_lines] == [first["loss"], second["loss"]]  # to count changes nothing
     assert first["tflops"] == pytest.approx(sample_flops(config, "pretrain") * first["samples_per_second"] / 1e12, 0.01)
     tokens = config.pretrain.crop_frames // config.dit.patch_size
     assert first["tokens_per_second"] == pytest.approx(tokens * first["samples_per_second"], 0.01)
@@ -65,6 +67,16 @@ def test_mfu_is_a_rank_s_share_of_what_its_device_can_do(tiny, monkeypatch):
     found = speed.of(800.0)
     assert found["tflops"] == 400
     assert found["mfu"] == pytest.approx(400 / 989, abs=1e-4)
+
+
+def test_a_base_model_that_is_gone_ends_no_training(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(throughput, "COUNTED_AFTER", 0.0)
+    (tmp_path / "gone").mkdir()
+    config = tiny(f"pretrained.folder={tmp_path / 'gone'}")
+    (tmp_path / "gone").rmdir()
+    speed = Throughput(config, "autoencode", ranks=1, device=torch.device("cpu"))
+    assert speed.of(10.0) == {} == speed.of(20.0)
+    assert caplog.text.count("gone") == 1
 
 
 @pytest.mark.parametrize(
