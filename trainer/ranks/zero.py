@@ -22,6 +22,8 @@ from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import MOMENTS, Accept, PrecisionModule, Strategy, TrainedRange, fill_state, make_optimizer
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
+_LINEAR = torch.nn.functional.linear
+
 
 class Zero(Strategy):
     """A DeepSpeed engine around the module."""
@@ -110,6 +112,7 @@ class Zero(Strategy):
     def close(self) -> None:
         """See `Strategy`. DeepSpeed's hooks keep references to the engine, so this method empties its tensors."""
         self.engine.destroy()
+        torch.nn.functional.linear = _LINEAR  # ZeRO-3 puts one of its own in this place, which rounds otherwise
         self.base.state.clear()
         if self.stage == 3:
             parts = [getattr(parameter, "ds_tensor", None) for parameter in self.computed.parameters()]
