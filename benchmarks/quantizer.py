@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--bits", nargs="+", type=int, default=[64, 96, 120], help="bits a z (default: 64 96 120)")
     parser.add_argument("--book-bits", type=int, default=8, help="bits of a codebook (default: %(default)s)")
+    parser.add_argument("--trained", type=Path, help="an export of `quantize` on CODEC, to be measured, too")
     parser.add_argument("--only", nargs="+", help="methods to measure, by their names in the table")
     parser.add_argument("--json", type=Path, help="a file to write the figures to, updated after each row")
     options = parser.parse_args()
@@ -150,6 +151,19 @@ def ours(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[
         row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, fit_seconds + learn_seconds)
         prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
         yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"]), "dead": dead}
+
+
+def trained(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure the quantizer that a `quantize` stage has trained on z of the same g."""
+    if options.trained is None:
+        return
+    quantizer = SPresso.from_pretrained(options.trained).quantizer
+    assert isinstance(quantizer, QINCo2), "--trained names a codec with a QINCo2"
+    quantizer.beam, quantizer.candidates = SEARCH
+    for books in options.books:
+        row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, float("nan"))
+        prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
+        yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"])}
 
 
 def partial_encode(quantizer: Any, books: int) -> Decoded:
@@ -285,6 +299,7 @@ def lucidrains(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator
 
 METHODS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "this project's QINCo2": ours,
+    "this project's QINCo2, by `quantize`": trained,
     "faiss RQ, trained and searched with beam 32": faiss_rq(32, 32),
     "faiss RQ, trained with beam 1, searched with 32": faiss_rq(1, 32),
     "faiss RQ, beam 1": faiss_rq(1, 1),
