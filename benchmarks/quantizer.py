@@ -161,7 +161,7 @@ def trained(data: dict[str, Tensor], options: argparse.Namespace) -> Iterator[di
     assert isinstance(quantizer, QINCo2), "--trained names a codec with a QINCo2"
     quantizer.beam, quantizer.candidates = SEARCH
     for books in options.books:
-        row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, float("nan"))
+        row = measure(data["test"], partial_encode(quantizer, books), quantizer.decode, None)
         prefix = quantizer.decode(quantizer.encode(data["test"])[:, :books])
         yield row | {"books": books, "prefix_error": relative_error(prefix, data["test"])}
 
@@ -326,14 +326,14 @@ def of_faiss(quantizer: Any, prepared: Callable[[np.ndarray], np.ndarray] = lamb
 
 
 @torch.no_grad()
-def measure(z: Tensor, encode: Decoded, decode: Decoded, seconds: float) -> dict[str, Any]:
+def measure(z: Tensor, encode: Decoded, decode: Decoded, seconds: float | None) -> dict[str, Any]:
     """Measure the relative error on z (N, width), and the µs per vector to encode and to decode."""
     decode(encode(z[:256]))  # warms up, untimed
     encoding, codes = time_call(lambda: encode(z))
     decoding, z_q = time_call(lambda: decode(codes))
     return {
         "error": relative_error(z_q, z),
-        "fit_s": round(seconds, 1),
+        "fit_s": "" if seconds is None else round(seconds, 1),
         "encode_us": round(1e6 * encoding / len(z), 1),
         "decode_us": round(1e6 * decoding / len(z), 2),
     }
