@@ -96,7 +96,8 @@ def prepare_nccl(seconds: float) -> None:
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # how many collectives its flight recorder keeps
     if seconds:
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(2 * _PATIENT * seconds)))
+        longest = math.ceil(collective_timeout(seconds).total_seconds())
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(longest))
 
 
 def collective_timeout(seconds: float) -> timedelta:
