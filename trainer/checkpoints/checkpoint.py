@@ -18,10 +18,8 @@ whether it still is.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-import math
 import secrets
 import shutil
 import time
@@ -35,6 +33,7 @@ from models.atomic_write import sync
 from models.disk_errors import NO_FILE, mend_words, room_words, with_number
 from models.readable import describe_os_error, is_broken_link
 from models.weights import write_safetensors
+from trainer.checkpoints.cover import check_cover
 from trainer.checkpoints.manifest import (
     CHECKPOINT_FORMAT,
     OtherFormatError,
@@ -53,8 +52,6 @@ from trainer.ranks.flat_ranges import FlatRange
 Wanted = Callable[[dict[str, Any]], bool]
 
 logger = logging.getLogger(__name__)
-
-_HASHES = 2**64
 
 
 class NoWholeCheckpointError(ValueError):
@@ -91,7 +88,7 @@ def save(
         OSError: on every rank, if any rank could not write. Older checkpoints are then untouched.
         ValueError: on every rank, if the ranks' ranges do not cover every element of every tensor exactly once.
     """
-    _check_cover(tensors, group)
+    check_cover(tensors, group)
     final = directory / folder_name(samples)
     temporary = directory / collective.on_rank_0(lambda: f"{TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
@@ -355,51 +352,6 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_owne
 def _rename_for_deletion(path: Path) -> Path:
     """Renames a checkpoint before it is deleted, so that a kill half-way leaves nothing that looks like one."""
     return path.rename(path.with_name(f"{TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
-
-
-def _check_cover(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:
-    """Raises ValueError unless the ranks' ranges cover every tensor exactly once. All ranks.
-
-    The ranks exchange two numbers each. Their ranges are exchanged only to name what is wrong.
-    """
-    shapes = sum(_hash(f"{tuple(owned.shape)} {name}") for name, owned in tensors.items())
-    owned_here = ends((name, owned.start, owned.stop) for name, owned in tensors.items())
-    of_ranks = collective.gather((shapes, owned_here), group)
-    whole = ends((name, 0, math.prod(owned.shape)) for name, owned in tensors.items())
-    alike = len({found for found, _ in of_ranks}) == 1
-    if not alike or (sum(found for _, found in of_ranks) - whole) % _HASHES:
-        _name_what_is_not_covered(tensors, group)
-
-
-def ends(ranges: Iterable[tuple[str, int, int]]) -> int:
-    """Return the sum, over ranges (name, start, stop), of a hash of the range's stop minus a hash of its start.
-
-    Where ranges meet, their ends cancel out. So the sum over all ranks is that of whole tensors if and only if every
-    element is covered once, but for a chance of 2⁻⁶⁴.
-    """
-    ends_of = (_hash(f"{stop} {name}") - _hash(f"{start} {name}") for name, start, stop in ranges if start < stop)
-    return sum(ends_of) % _HASHES
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _name_what_is_not_covered(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None) -> None:
-    """Exchange all ranges, and raise ValueError with the first tensor that they do not cover once. All ranks."""
-    spans_here = {name: (owned.shape, owned.start, owned.stop) for name, owned in tensors.items()}
-    of_ranks = collective.gather(spans_here, group)
-    for name in dict.fromkeys(name for spans in of_ranks for name in spans):
-        if not all(name in spans for spans in of_ranks):
-            raise ValueError(f"{name} is not on every rank: a rank that owns nothing of it must pass an empty range")
-        if len({spans[name][0] for spans in of_ranks}) > 1:
-            raise ValueError(f"{name} does not have the same shape on every rank")
-        numel, position = math.prod(of_ranks[0][name][0]), 0
-        cuts = sorted(spans[name][1:] for spans in of_ranks if spans[name][1] < spans[name][2])
-        for start, stop in [*cuts, (numel, numel)]:
-            if start != position:
-                raise ValueError(f"the ranks' ranges of {name} have a gap or an overlap at {min(start, position)}")
-            position = stop
 
 
 def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -> str | None:

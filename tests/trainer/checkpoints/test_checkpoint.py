@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from safetensors.torch import save_file
 
-from trainer.checkpoints import checkpoint, manifest
+from trainer.checkpoints import checkpoint, cover, manifest
 from trainer.ranks.flat_ranges import FlatRange, equal_ranges, whole_ranges
 
 META = {"config": "c0ffee", "base_model": None, "code": "0.1.0"}
@@ -242,9 +242,9 @@ def test_the_ends_of_ranges_tell_whether_they_cover_every_element_once():
                 cuts.append((name, first, last))
         counts = Counter((name, place) for name, first, last in cuts for place in range(first, last))
         once = counts == Counter((name, place) for name, size in sizes.items() for place in range(size))
-        whole = checkpoint.ends((name, 0, size) for name, size in sizes.items())
+        whole = cover.ends((name, 0, size) for name, size in sizes.items())
         chosen.shuffle(cuts)
-        of_ranks = [checkpoint.ends(cuts[rank::3]) for rank in range(3)]
+        of_ranks = [cover.ends(cuts[rank::3]) for rank in range(3)]
         assert once == ((sum(of_ranks) - whole) % 2**64 == 0)
 
 
