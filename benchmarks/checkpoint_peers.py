@@ -26,6 +26,7 @@ from subject import STAGE, LossOnly, batches, recipe, task_of
 from torch import Tensor
 
 from trainer.inputs import Inputs
+from trainer.ranks.gate import NO_LIMIT, Gate
 from trainer.recipes.schema import Config
 from trainer.tasks import Task
 
@@ -106,7 +107,7 @@ class Ours(System):
         losses_B = self.strategy.forward(Inputs(x0=x0_BCT, positions=positions_B)).total({})
         self.strategy.backward(losses_B.mean(), last=True)
         self.saver.wait_for_copy()  # the loop waits here too, before the weights change
-        self.strategy.step(LR, lambda norm: True)
+        self.strategy.step(LR, Gate(torch.zeros(()), NO_LIMIT))
         self.steps += 1
         self.ema.update(self.steps * GLOBAL_BATCH, GLOBAL_BATCH)
         return losses_B.detach()

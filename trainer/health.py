@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.ranks.gate import NO_LIMIT
 from trainer.recipes.schema import HealthConfig
 
 _SCALE_GROWS_AFTER = 2000  # accepted steps; the default of torch's GradScaler
@@ -21,7 +22,7 @@ _LARGEST_SCALE = 2.0**24
 
 
 class Health:
-    """Accepts or rejects each step, and maintains the loss scale of fp16."""
+    """Says which steps are taken, and maintains the loss scale of fp16."""
 
     def __init__(self, settings: HealthConfig, *, scaled: bool) -> None:
         """`scaled`: the loss is scaled, for fp16. An overflow then lowers the scale and does not count as a fault."""
@@ -36,8 +37,14 @@ class Health:
         self.scale = 2.0**16 if scaled else 1.0
         self._steps_at_scale = 0
 
-    def accepts(self, samples: int, loss: float, norm: float) -> bool:
-        """Decide whether the optimizer takes a step, and record the decision.
+    def largest_norm(self) -> float:
+        """Return the largest gradient norm with which the next step is taken."""
+        known = len(self.norms) >= max(1, self.settings.spike_window // 4)
+        usual = statistics.median(self.norms) if known else 0.0
+        return self.settings.spike * usual or NO_LIMIT
+
+    def record(self, samples: int, loss: float, norm: float) -> bool:
+        """Record the next step, and return whether the optimizer took it: whether its `Gate` was open.
 
         Args:
             samples: samples seen before the step.
@@ -93,10 +100,8 @@ class Health:
             return "the loss is not finite"
         if not math.isfinite(norm):
             return "the gradient is not finite"
-        known = len(self.norms) >= max(1, self.settings.spike_window // 4)
-        usual = statistics.median(self.norms) if known else 0.0
-        if self.settings.spike and usual and norm > self.settings.spike * usual:
-            return f"the gradient norm is {norm / usual:.0f} times its median"
+        if norm > self.largest_norm():
+            return f"the gradient norm is {norm / statistics.median(self.norms):.0f} times its median"
         return None
 
     def _overflowed(self, loss: float, norm: float) -> bool:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +30,7 @@ from trainer.log.training_log import TrainingLog
 from trainer.provenance import code_version
 from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
+from trainer.ranks.readback import Readback
 from trainer.ranks.strategy import Strategy
 from trainer.ranks.watchdog import Watchdog, collective_timeout, prepare_nccl
 from trainer.recipes.schema import Config, TrainConfig
@@ -41,6 +43,17 @@ from trainer.tasks import Task, make_task
 logger = logging.getLogger(__name__)
 
 _SAVE_MARGIN = 1.5  # the next save may take this many times as long as the last one
+
+
+class PendingStep(NamedTuple):
+    """A step that the device may still be computing."""
+
+    before: int
+    """Samples seen before the step."""
+    position: int
+    """Position in the stream at which the step's batch begins."""
+    figures: Readback
+    """The mean loss of the global batch, and its gradient norm before clipping."""
 
 
 @dataclass
@@ -65,11 +78,25 @@ class Training:
     """Metadata of the run that every checkpoint stores: stage, hashes, strategy, code version."""
     stopping: bool = False
     """Whether any rank was asked to stop. All ranks set it at the same step."""
+    pending: PendingStep | None = None
+    """The last step, if the host has not read yet whether it was taken."""
+    grad_norm: float = math.nan
+    """Gradient norm of the last step that was read, before clipping."""
 
     @property
     def ended(self) -> bool:
         """Whether the run has seen all samples of the stage."""
         return self.state.samples >= self.settings.samples
+
+    def settle(self) -> None:
+        """Record whether the pending step was taken, once the device has computed its loss and gradient norm."""
+        if self.pending is None:
+            return
+        samples, position, figures = self.pending
+        self.pending = None
+        loss, self.grad_norm = figures.read()
+        self.state.steps += self.health.record(samples, loss, self.grad_norm)
+        self.log.step(samples, self.health, self.feed, position)
 
     def save(self, **figures: float) -> None:
         """Start saving a checkpoint, unless the last one was saved at this sample count. All ranks.

@@ -11,6 +11,9 @@ import torch
 
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
+from trainer.loop import train_step
+from trainer.stop import Stop
+from trainer.training import set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -55,3 +58,22 @@ def test_a_gpu_gives_the_cpus_curve(results, strategy, precision, tolerance):
 def test_a_gpu_goes_on_from_the_cpus_checkpoint(results, strategy):
     ours = results["cuda"][f"{strategy} from the CPU"]["curve"]
     assert ours == pytest.approx(results["cpu"]["ddp fp32"]["curve"][STEPS:], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_host_waits_for_no_step_but_the_one_before(strategy, tiny):
+    config = tiny(
+        *("pretrain.samples=64", "log.every=1000", "log.samples_every=0", "checkpoint.every=1000"),
+        *(f"parallel.strategy={strategy}", "parallel.micro_batch=4", "parallel.device=cuda"),
+    )
+    with set_up(config, "pretrain", Stop(), lambda: None) as training:
+        for _ in range(3):  # the first step allocates
+            train_step(training)
+        torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is no error
+        try:
+            for _ in range(3):
+                train_step(training)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        training.settle()
+        assert training.state.steps == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trainer.log.metrics import read_metrics
 from trainer.loop import train
 from trainer.losses import Losses
 from trainer.objectives import Denoiser
+from trainer.ranks.gate import Gate
 from trainer.ranks.parallel import Parallel
 from trainer.recipes.schema import HealthConfig
 from trainer.run_directory import RunDirectory
@@ -25,7 +27,7 @@ RUN = (*PRETRAIN, "pretrain.samples=128", "checkpoint.every=16", "checkpoint.kee
 
 
 def judge(health: Health, *steps: tuple[float, float]) -> list[bool]:
-    return [health.accepts(8 * number, loss, norm) for number, (loss, norm) in enumerate(steps)]
+    return [health.record(8 * number, loss, norm) for number, (loss, norm) in enumerate(steps)]
 
 
 def test_what_is_not_finite_is_not_accepted():
@@ -35,7 +37,7 @@ def test_what_is_not_finite_is_not_accepted():
     assert not health.good
     faults = [step["why"].split()[1] for step in health.skipped]
     assert faults == ["loss", "loss", "gradient", "gradient"]
-    assert health.accepts(40, 1.0, 1.0)
+    assert health.record(40, 1.0, 1.0)
     assert health.good
 
 
@@ -45,6 +47,23 @@ def test_a_spike_is_far_above_the_median_of_what_was_accepted():
     assert judge(health, (1.0, 9.9), (1.0, 10.1), (1.0, 10.1), (1.0, 1.0)) == [True, False, False, True]
     assert "10 times its median" in Health.__dict__["_fault"](health, 1.0, 10.4)
     assert judge(Health(HealthConfig(spike=0), scaled=False), *[(1.0, 1.0)] * 64, (1.0, 1e9))[-1]
+
+
+def test_the_device_takes_the_steps_that_the_host_records_as_taken():
+    chosen = random.Random(5)
+    health = Health(HealthConfig(spike=2, spike_window=8), scaled=False)
+    taken = []
+    for number in range(500):
+        loss = chosen.choice([1.0, 1.0, 1.0, math.nan, math.inf])
+        # float32 norms, some of them at twice the median or next to it
+        limit = health.largest_norm() if health.norms else 2.0
+        norm = chosen.choice([chosen.uniform(0.5, 2.5), min(limit, 9.0), min(limit, 9.0) * (1 + 1e-6), math.nan])
+        norm_ = torch.tensor(norm)
+        gate = Gate(torch.tensor(loss, dtype=torch.float64), health.largest_norm())
+        closed, on_host = bool(gate.closed(norm_)), gate.passes(float(norm_))
+        taken.append(health.record(number, loss, float(norm_)))
+        assert (closed, on_host) == (not taken[-1], taken[-1])
+    assert 50 < sum(taken) < 450
 
 
 def test_hopeless_after_so_many_in_a_row():
@@ -167,12 +186,13 @@ def test_a_run_that_goes_back_deletes_later_snapshots(tiny, tmp_path, poison):
         ((41, 57, 65, 73), 16, (6,)),  # after a step that was skipped where a checkpoint was due
     ],
 )
-@pytest.mark.parametrize("keep_last", [1, 3])
-def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, bad, every, stops, keep_last):
+@pytest.mark.parametrize(("keep_last", "log_every"), [(1, 8), (3, 8), (3, 1000)])
+def test_interrupted_in_trouble_it_comes_out_the_same(tiny, tmp_path, poison, bad, every, stops, keep_last, log_every):
+    """Where no line of the log is due, the host reads only at the next step whether a step was taken."""
     poison(*bad)
     settings = (*RUN, f"checkpoint.every={every}", f"checkpoint.keep_last={keep_last}")
     assert train(tiny(*settings, run_dir=tmp_path / "straight"), "pretrain") == "done"
-    config = tiny(*settings)
+    config = tiny(*settings, f"log.every={log_every}")
     for steps in stops:
         assert train(config, "pretrain", stop=stop_after(steps)) == "stopped"
         status = RunDirectory(tmp_path / "run/pretrain", "pretrain").status

@@ -1,4 +1,4 @@
-"""No stage's forward and backward pass asks the host to wait for the device.
+"""No stage's forward and backward pass, and no step, asks the host to wait for the device.
 
 On a GPU, an operation whose result has a size that depends on values, or a number that Python reads, stops the host
 until the device has caught up. The passes run on the CPU, where the same operations are counted.
@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from trainer.feed import Feed
 from trainer.inputs import Inputs
+from trainer.loop import train, train_step
 from trainer.memory.outline import OutlinedModels
+from trainer.objectives import Objective
+from trainer.ranks.readback import Readback
+from trainer.stop import Stop
 from trainer.tasks import make_task
+from trainer.training import set_up
 
 READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 OF_UNKNOWN_SIZE = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "equal"}
@@ -99,3 +105,36 @@ def test_what_waits_is_found():
         float(values[0])
         values[torch.tensor([0, 1])]
     assert waits.found == ["index", "index_put_", "_local_scalar_dense", "tolist", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode"])
+def test_a_whole_step_reads_back_the_step_before_alone(stage, strategy, tiny, monkeypatch):
+    """What happens in host memory does not count: reading the batch and drawing for it."""
+    config = tiny(
+        *("pretrain.samples=32", "autoencode.samples=32", "log.every=1000", "log.samples_every=0"),
+        *(f"parallel.strategy={strategy}", "parallel.micro_batch=4", "checkpoint.every=1000"),
+    )
+    if stage == "autoencode":
+        assert train(config, "pretrain") == "done"
+    read: list[list[float]] = []
+
+    def unwatched(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                return plain(*arguments)
+
+        return call
+
+    monkeypatch.setattr(Feed, "next", unwatched(Feed.next))
+    monkeypatch.setattr(Objective, "draws", unwatched(Objective.draws))
+    plain = Readback.read
+    monkeypatch.setattr(Readback, "read", unwatched(lambda self: read.append(plain(self)) or read[-1]))
+    with set_up(config, stage, Stop(), lambda: None) as training:
+        for number in range(3):
+            with Waits() as waits:
+                assert train_step(training) is not None
+            assert waits.found == []
+            assert len(read) == number
+        training.settle()
+        assert training.grad_norm == read[-1][1] > 0

@@ -46,9 +46,8 @@ class TrainState:
         return self.samples + self.skipped_samples
 
     def advance(self, batch: int) -> None:
-        """Count a step of `batch` samples. The samples of a skipped step count as seen."""
+        """Count the samples of a step as seen, whether or not it is skipped."""
         self.samples += batch
-        self.steps += self.health.taken
 
     def next_meta(self) -> dict[str, Any]:
         """Return the progress metadata of the checkpoint that is saved now, and record that it is saved.

@@ -31,9 +31,10 @@ class StepClock:
     def restart(self) -> None:
         """Reset all times."""
         self.steps, self.whole, self.own = 0, 0.0, 0.0
+        self._last: tuple[Any, Any] | None = None
 
     def begin(self) -> None:
-        """Mark the start of a step. The device must have finished the previous step."""
+        """Mark the start of a step."""
         self._host_begun, self._begun = time.perf_counter(), self._mark()
 
     def computed(self) -> None:
@@ -41,12 +42,9 @@ class StepClock:
         self._computed = self._mark()
 
     def end(self) -> None:
-        """Mark the end of the step. The device must have finished the step."""
-        if self._cuda:
-            self._computed.synchronize()
-            self.own += self._begun.elapsed_time(self._computed) / 1000
-        else:
-            self.own += self._computed - self._begun
+        """Mark the end of the step for the host. The device must have finished the step before it."""
+        self._add_last()
+        self._last = (self._begun, self._computed)
         self.whole += time.perf_counter() - self._host_begun
         self.steps += 1
 
@@ -57,13 +55,21 @@ class StepClock:
         event.record()
         return event
 
+    def _add_last(self) -> None:
+        """Add the own time of the last step that ended: on a GPU, its marks can be read only once they are passed."""
+        if self._last is not None:
+            begun, computed = self._last
+            self.own += begun.elapsed_time(computed) / 1000 if self._cuda else computed - begun
+            self._last = None
+
     def read(self, waited: float) -> Times:
-        """Return this rank's mean times per step, and reset them.
+        """Return this rank's mean times per step, and reset them. The device must have finished the last step.
 
         Args:
             waited: seconds that this rank waited for data in all steps since the last call.
         """
         steps = max(1, self.steps)
+        self._add_last()
         mine = Times(self.whole / steps, self.own / steps, waited / steps, os.uname().nodename)
         self.restart()
         return mine

@@ -151,13 +151,12 @@ class TrainingLog:
         logger.info("%s: stopped at %d samples, %s", self.task.stage, samples, how)
 
     def step(self, samples: int, health: Health, feed: Feed, position: int) -> None:
-        """Record the end of a step, and if it was skipped, the reason and the ids of its samples.
+        """Record a step that was skipped, with the reason and the ids of its samples.
 
         Args:
             samples: samples seen before the step.
             position: the step's position in the stream.
         """
-        self.clock.end()
         if self.parallel.main and not health.good and health.skipped[-1]["samples"] == samples:
             step = health.skipped[-1]
             logger.warning("the step after %(samples)d samples is skipped: %(why)s (loss %(loss)s)", step)

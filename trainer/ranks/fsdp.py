@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.gate import Gate
 from trainer.ranks.strategy import MOMENTS, PrecisionModule, TorchStrategy, TrainedRange, blocks_of
 from trainer.recipes.schema import TrainConfig
 
@@ -44,8 +46,13 @@ class Sharded(TorchStrategy):
                 fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=unsharded)
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
-        self._starts = {name: _start(value) for name, value in self.learned.items()}
-        self._begin()
+        self._shards = mesh.get_group("shard")
+        learned = self.learned
+        self._starts = {name: _start(value) for name, value in learned.items()}
+        # The optimizer steps this rank's rows as plain tensors: a DTensor costs the host several times as much.
+        self._rows = {name: _local(value).requires_grad_() for name, value in learned.items()}
+        self._whole_and_rows = [(value, self._rows[name]) for name, value in learned.items()]
+        self._begin(self._rows)
 
     @contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:
@@ -53,14 +60,20 @@ class Sharded(TorchStrategy):
         self.root.set_requires_gradient_sync(last)
         yield
 
+    def step(self, lr: float, gate: Gate) -> Tensor:
+        """See `Strategy`."""
+        for whole, rows in self._whole_and_rows:
+            rows.grad = None if whole.grad is None else _local(whole.grad)
+            whole.grad = None
+        return super().step(lr, gate)
+
     def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""
         ranges = {}
-        with torch.no_grad():
-            for name, value in self.learned.items():
-                state, start = self.optimizer.state[value], self._starts[name]
-                moments = {kind: _local_range(state[kind], start) for kind in MOMENTS}
-                ranges[name] = TrainedRange(_local_range(value, start), moments)
+        for (name, rows), (whole, _) in zip(self._rows.items(), self._whole_and_rows, strict=True):
+            shape, start, state = tuple(whole.shape), self._starts[name], self.optimizer.state[rows]
+            moments = {kind: FlatRange(state[kind].view(-1), shape, start) for kind in MOMENTS}
+            ranges[name] = TrainedRange(FlatRange(rows.detach().view(-1), shape, start), moments)
         return ranges
 
     @contextmanager
@@ -73,7 +86,9 @@ class Sharded(TorchStrategy):
             self.root.reshard()
 
     def _whole(self, norm: Tensor) -> Tensor:
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        squared = norm.double().square()
+        dist.all_reduce(squared, group=self._shards)
+        return squared.sqrt().to(norm)
 
 
 def _mesh(device: str, world_size: int, replicas: int) -> DeviceMesh:
@@ -90,6 +105,7 @@ def _start(value: Tensor) -> int:
     return start if value.to_local().numel() else 0
 
 
-def _local_range(value: Tensor, start: int) -> FlatRange:
+def _local(value: Tensor) -> Tensor:
+    """Return this rank's rows of a parameter or gradient, which share its memory."""
     assert isinstance(value, DTensor)
-    return FlatRange(value.to_local().view(-1), tuple(value.shape), start)
+    return value.to_local().detach()

@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from trainer.cpus import usable_threads
-from trainer.inputs import moved
+from trainer.ranks import collective
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
@@ -62,6 +62,8 @@ class Parallel:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():
             atexit.register(_leave_group)
+        self._host_group = collective.own_group() if self.device.type != "cpu" and self.world_size > 1 else None
+        """The group of the collectives on host memory, where the default group works on devices."""
 
     @property
     def main(self) -> bool:
@@ -137,28 +139,40 @@ class Parallel:
         """Sum a tensor over ranks."""
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def agree(self, number: Tensor, *flags: bool) -> Callable[[], tuple[float, list[bool]]]:
-        """Start one collective that sums a number over ranks, and finds whether each flag is set on any rank.
+    def agree(self, number: Tensor, *flags: bool) -> Callable[[], tuple[Tensor, list[bool]]]:
+        """Sum a number over ranks, and find whether each flag is set on any rank. All ranks.
+
+        The number stays on the device and the flags travel in host memory, so that the host does not wait for the
+        device. On a CPU both are one collective.
+
+        Args:
+            number: (), float64, on this rank's device.
+            flags: any number of flags.
 
         Returns:
-            A function that waits for the collective and returns its result, which is the same on all ranks. The
-            collective overlaps with the work that is done before this function is called.
+            A function that waits for the ranks and returns the sum and the flags, which are the same on all ranks. The
+            collectives overlap with the work that is done before this function is called.
         """
-        values = moved(torch.tensor([0.0, *map(float, flags)], dtype=torch.float64), self.device)
-        values[0] = number
-        work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+        if self.world_size == 1:
+            return lambda: (number, list(flags))
+        counts = torch.tensor(flags, dtype=torch.float64)
+        if self.device.type == "cpu":
+            values = torch.cat((number[None], counts))
+            total, counts, works = values[0], values[1:], [_sum_of_ranks(values)]
+        else:
+            total = number.clone()
+            works = [_sum_of_ranks(total), _sum_of_ranks(counts, self._host_group)]
 
-        def agreed() -> tuple[float, list[bool]]:
-            if work is not None:
+        def agreed() -> tuple[Tensor, list[bool]]:
+            for work in works:
                 work.wait()
-            total, *counts = values.tolist()
-            return total, [count > 0 for count in counts]
+            return total, (counts > 0).tolist()
 
         return agreed
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. All ranks."""
-        return self.agree(torch.zeros((), device=self.device), flag)()[1][0]
+        return self.agree(torch.zeros((), dtype=torch.float64, device=self.device), flag)()[1][0]
 
     def give_up_after(self, timeout: timedelta) -> None:
         """Set the timeout of all process groups, including those that a strategy created."""
@@ -211,6 +225,13 @@ def _allow_many_files() -> None:
     if soft != hard:
         with suppress(ValueError, OSError):  # macOS refuses its own `unlimited`
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _sum_of_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Start to sum a tensor over ranks, in place."""
+    work = dist.all_reduce(values, group=group, async_op=True)
+    assert work is not None
+    return work
 
 
 def _buckets(numbers: Mapping[str, int]) -> Iterator[list[str]]:

@@ -4,14 +4,14 @@ A strategy holds one module, some of whose parameters are trained. Strategies di
 those parameters. `Strategy.held` describes this rank's part of each parameter and its Adam moments as flat ranges in
 float32, under plain names; checkpoints and moving averages use nothing else of a strategy.
 
-A step calls `forward` and `backward` for each micro batch, then `step`, which clips by the global norm and lets the
-caller accept or reject the step. The caller passes the learning rate with each step.
+A step calls `forward` and `backward` for each micro batch, then `step`, which clips by the global norm. The caller
+passes the learning rate and a `Gate`, which decides whether the step is taken.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -22,13 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from trainer.inputs import Inputs
 from trainer.losses import Losses
 from trainer.ranks.flat_ranges import FlatRange, whole_ranges
+from trainer.ranks.gate import Gate
 from trainer.recipes.schema import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Accept = Callable[[float], bool]
-"""Decides whether to take a step with this gradient norm. Called once per step, on every rank with the same norm."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class Strategy(ABC):
     """How many ranks hold identical ranges."""
     copy = 0
     """This rank's index among the ranks that hold identical ranges."""
+    waits_for_steps = False
+    """Whether `step` makes the host wait until the device has computed the gradients."""
     scale = 1.0
     """Loss scale of the backward pass, for fp16. `step` unscales the gradients."""
 
@@ -102,11 +102,11 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def step(self, lr: float, accept: Accept) -> float:
-        """Clip the gradients, step the optimizer if `accept` returns True, and clear the gradients.
+    def step(self, lr: float, gate: Gate) -> Tensor:
+        """Clip the gradients, step the optimizer if the gate lets the step pass, and clear the gradients.
 
         Returns:
-            The global gradient norm before clipping.
+            (): the global gradient norm before clipping, the same on every rank.
         """
 
     @abstractmethod
@@ -149,7 +149,7 @@ class Strategy(ABC):
 
 
 class TorchStrategy(Strategy):
-    """The common part of DDP and FSDP2: torch's AdamW updates the module's own float32 parameters."""
+    """The common part of DDP and FSDP2: torch's fused AdamW updates float32 weights in place."""
 
     optimizer: torch.optim.AdamW
 
@@ -157,25 +157,25 @@ class TorchStrategy(Strategy):
         """See `Strategy`."""
         (loss * self.scale).backward()
 
-    def step(self, lr: float, accept: Accept) -> float:
+    def step(self, lr: float, gate: Gate) -> Tensor:
         """See `Strategy`."""
-        learned = (value for group in self.optimizer.param_groups for value in group["params"])
-        parameters = [value for value in learned if value.grad is not None]
+        stepped = (value for group in self.optimizer.param_groups for value in group["params"])
+        parameters = [value for value in stepped if value.grad is not None]
         gradients = [value.grad for value in parameters if value.grad is not None]
         if self.scale != 1:
             torch._foreach_mul_(gradients, 1 / self.scale)
         norm = self._whole(torch.nn.utils.get_total_norm(gradients))
-        value = float(norm)
-        if accept(value):
-            if self.settings.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.found_inf = gate.closed(norm)  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return norm
 
     def _whole(self, norm: Tensor) -> Tensor:
+        """Return the norm of all ranks' gradients, from that of this rank's."""
         return norm
 
     def set_steps(self, steps: int) -> None:
@@ -183,9 +183,10 @@ class TorchStrategy(Strategy):
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
 
-    def _begin(self) -> None:
-        self.optimizer = make_optimizer(self.learned, self.settings)
-        fill_state(self.optimizer, self.learned.values())
+    def _begin(self, stepped: dict[str, Tensor]) -> None:
+        """Make the optimizer of this rank's part of each trained parameter."""
+        self.optimizer = make_optimizer(stepped, self.settings)
+        fill_state(self.optimizer, stepped.values())
 
 
 class Replicated(TorchStrategy):
@@ -206,7 +207,7 @@ class Replicated(TorchStrategy):
                 init_sync=False,
                 gradient_as_bucket_view=True,  # gradients and buckets share their memory, which saves a copy of them
             )
-        self._begin()
+        self._begin(dict(self.learned))
 
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""
@@ -226,7 +227,7 @@ class Replicated(TorchStrategy):
 
 
 def make_optimizer(
-    learned: dict[str, nn.Parameter], settings: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+    learned: Mapping[str, Tensor], settings: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
 ) -> torch.optim.AdamW:
     """Create AdamW with weight decay on matrices only, not on vectors."""
     matrices = [value for value in learned.values() if value.ndim > 1]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from trainer.ranks.flat_ranges import FlatRange
-from trainer.ranks.strategy import MOMENTS, Accept, PrecisionModule, Strategy, TrainedRange, fill_state, make_optimizer
+from trainer.ranks.gate import Gate
+from trainer.ranks.strategy import MOMENTS, PrecisionModule, Strategy, TrainedRange, fill_state, make_optimizer
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
 _LINEAR = torch.nn.functional.linear
@@ -27,6 +28,8 @@ _LINEAR = torch.nn.functional.linear
 
 class Zero(Strategy):
     """A DeepSpeed engine around the module."""
+
+    waits_for_steps = True
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class Zero(Strategy):
         if not last:
             self.engine.step()  # This only counts the micro batch.
 
-    def step(self, lr: float, accept: Accept) -> float:
+    def step(self, lr: float, gate: Gate) -> Tensor:
         """See `Strategy`."""
         for group in self.base.param_groups:
             group["lr"] = lr
@@ -77,12 +80,12 @@ class Zero(Strategy):
             # DeepSpeed steps the optimizer once per partition, after it has computed the global norm. The decision is
             # cached, so that all partitions take or skip the step together.
             norm = math.inf if self.optimizer.overflow else _norm(self.optimizer._global_grad_norm)
-            return norm, accept(norm)
+            return norm, gate.passes(norm)
 
         self.base.gate = lambda: decision()[1]
         self.engine.step()
         self.base.gate = _never
-        return decision()[0]
+        return torch.tensor(decision()[0], dtype=torch.float64)
 
     def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""

@@ -19,6 +19,7 @@ from models.dit import DiT
 from models.weights import save_weights
 from trainer.checkpoints.ema import EMA
 from trainer.inputs import Inputs
+from trainer.ranks.gate import NO_LIMIT, Gate
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy, TorchStrategy
 from trainer.recipes.reading import load_recipe
@@ -95,7 +96,7 @@ def _held(config: Config) -> dict[str, int]:
     strategy = parallel.prepare(make_task(config, "autoencode").module, settings)
     ema = EMA({name: held.value.data for name, held in strategy.held().items()}, halflife=8)
     _pass(strategy, BATCH // parallel.world_size)
-    strategy.step(1e-3, lambda norm: True)
+    strategy.step(1e-3, Gate(torch.zeros(()), NO_LIMIT))
     parameters = list(strategy.computed.parameters())
     learned = list(strategy.learned.values())
     frozen = [value for value in parameters if not value.requires_grad]

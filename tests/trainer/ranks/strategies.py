@@ -31,6 +31,7 @@ from trainer.health import Health
 from trainer.inputs import Inputs
 from trainer.ranks.collective import gather
 from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.gate import NO_LIMIT, NO_STEP, Gate
 from trainer.ranks.parallel import Parallel
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import CheckpointConfig, Config
@@ -127,7 +128,7 @@ class Trained:
                 losses_B = strategy.forward(Inputs(x0=x0, positions=positions)).total({})
                 strategy.backward(losses_B.mean() / parts, last=part == parts)
             total += losses_B.detach().double().sum()
-        norm = strategy.step(LR, lambda norm: accepted and math.isfinite(norm))
+        norm = float(strategy.step(LR, Gate(total.new_zeros(()), NO_LIMIT if accepted else NO_STEP)))
         assert math.isfinite(norm) != poisoned
         self.samples += BATCH
         self.state.ema.update(self.samples, BATCH)
