@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.sizes import DiTConfig  # noqa: E402
+from trainer import objectives  # noqa: E402
 from trainer.formatting import aligned  # noqa: E402
 from trainer.inputs import Inputs  # noqa: E402
 from trainer.log.throughput import FlopCounter  # noqa: E402
@@ -132,6 +133,7 @@ def count(config: Config, stage: str, dit: DiTConfig, *, clips: int, frames: int
         for norm in computed.modules():
             if isinstance(norm, nn.RMSNorm):
                 norm.forward = partial(_one_kernel, norm)  # type: ignore[method-assign]
+        objectives.normal = lambda keys, *shape: one_draw(keys, list(shape))
         conditions = {name: value for reader in task.conditions() for name, value in reader.blank(clips).items()}
         x0_BCT = torch.zeros(clips, dit.channels, frames)
         positions = torch.arange(clips)
@@ -151,6 +153,12 @@ def _one_kernel(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return rms_norm(x.float(), norm.weight.float(), norm.eps or 0.0)[0]
 
 
+@torch.library.custom_op("step::normal", mutates_args=())
+def one_draw(keys: Tensor, shape: list[int]) -> Tensor:
+    """Return the noise that one kernel draws on CUDA, as a shape; on the CPU it takes about 280 operations."""
+    raise NotImplementedError
+
+
 @torch.library.custom_op("step::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normalised x and what the backward pass needs, as shapes."""
@@ -163,6 +171,7 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor
     raise NotImplementedError
 
 
+one_draw.register_fake(lambda keys, shape: torch.empty(len(keys), *shape))
 rms_norm.register_fake(lambda x, weight, eps: (torch.empty_like(x), x.new_empty(x.shape[:-1])))
 rms_norm_backward.register_fake(lambda gradient, x, weight, scale: (torch.empty_like(x), torch.empty_like(weight)))
 rms_norm.register_autograd(
