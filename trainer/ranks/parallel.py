@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainer.cpus import usable_threads
 from trainer.ranks import collective
+from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
@@ -98,11 +99,11 @@ class Parallel:
         """
         config, dtype = self.config, DTYPES[self.config.precision]
         self._hold_frozen(module, dtype)
-        for block in blocks_of(module):
-            if config.checkpoint_activations:
+        if config.checkpoint_activations:
+            for block in blocks_of(module):
                 recompute(block)
-            if config.compile:
-                block.compile()
+        if compiles(config, self.device):
+            compile_blocks(blocks_of(module), required=config.compile is True)
         computed = PrecisionModule(module, self.device, dtype)
         if config.strategy == "ddp":
             return Replicated(computed, settings, rank=self.rank, world_size=self.world_size)

@@ -226,8 +226,9 @@ class ParallelConfig:
     sharded weights there too."""
     checkpoint_activations: bool = False
     """Recompute each block's activations in the backward pass: far less memory for a third more compute."""
-    compile: bool = False
-    """Compile each block with torch.compile: the first step is slow, later steps are faster."""
+    compile: bool | None = None
+    """Compile each block with torch.compile: the first step takes minutes, later steps are faster. null: on CUDA, where
+    Triton and a C compiler are there and the strategy is not `zero3`; a block that cannot be compiled runs as it is."""
     device: str = "auto"
     """`auto` (CUDA if available), `cpu` or `cuda`."""
     threads: int | None = ranged(None, least=1, most=4_096)
