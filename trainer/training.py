@@ -27,8 +27,10 @@ from trainer.health import Health
 from trainer.log.log_file import logging_to
 from trainer.log.training_log import TrainingLog
 from trainer.provenance import code_version
+from trainer.memory.snapshot import memory_history
 from trainer.ranks import collective
 from trainer.ranks.parallel import Parallel
+from trainer.ranks.allocator import prepare_allocator
 from trainer.ranks.strategy import Strategy
 from trainer.ranks.watchdog import Watchdog, collective_timeout, prepare_nccl
 from trainer.recipes.schema import Config, TrainConfig
@@ -111,12 +113,14 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     # Join the process group. From here on, every failure is written to this rank's log.
     prepare_nccl(config.health.hang_seconds)
     timeout = collective_timeout(config.health.hang_seconds)
+    prepare_allocator()
     parallel = Parallel(config.parallel, timeout=timeout)
     log_file = run.path / "logs" / f"rank_{parallel.rank}.log"
     with (
         logging_to(log_file, show=parallel.main),
         Watchdog(log_file, config.health.hang_seconds) as watchdog,
-        explained_failures(config, stage, parallel, watchdog),
+        memory_history(parallel.device, config.log.memory_history),
+        explained_failures(config, stage, parallel, watchdog, logs=log_file.parent),
     ):
         # Open the data, and build the stage's model with the same initial weights on every rank.
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
