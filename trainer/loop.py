@@ -44,6 +44,7 @@ def train(
                     go_back(training)
             else:
                 _do_scheduled_work(training, step)
+            training.tracer.step_ended(training.state.samples)
         return finish(training)
 
 
@@ -83,10 +84,12 @@ def train_step(t: Training) -> Step | None:
     t.saver.wait_for_copy()
     before, lr = state.samples, learning_rate(settings, state.samples)
     loss = loss_sum / settings.global_batch
-    grad_norm = t.strategy.step(lr, lambda norm: t.health.accepts(before, loss, norm))
+    with t.tracer.range("optimizer"):
+        grad_norm = t.strategy.step(lr, lambda norm: t.health.accepts(before, loss, norm))
     t.log.step(before, t.health, t.feed, state.position)
     state.advance(settings.global_batch)
-    t.ema.update(state.samples, settings.global_batch)
+    with t.tracer.range("average"):
+        t.ema.update(state.samples, settings.global_batch)
     t.watchdog.beat()
     return Step(before, lr, grad_norm)
 
@@ -101,17 +104,20 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]
     batch_loss = torch.zeros((), dtype=torch.float64, device=t.parallel.device)
     t.log.clock.begin()
     for part in range(t.feed.parts):
-        batch, last = t.feed.next(), part == t.feed.parts - 1
-        inputs = batch.to(t.parallel.device, t.task.module.draws(batch.positions))
+        with t.tracer.range("data"):
+            batch, last = t.feed.next(), part == t.feed.parts - 1
+            inputs = batch.to(t.parallel.device, t.task.module.draws(batch.positions))
         with t.strategy.reducing(last=last):
-            losses = t.strategy.forward(inputs)
-            total_B = losses.total(t.settings.loss_weights)
-            t.log.losses.add(losses, total_B.detach())
-            batch_loss += total_B.detach().double().sum()
+            with t.tracer.range("forward"):
+                losses = t.strategy.forward(inputs)
+                total_B = losses.total(t.settings.loss_weights)
+                t.log.losses.add(losses, total_B.detach())
+                batch_loss += total_B.detach().double().sum()
             if last:
                 t.log.clock.computed()
                 agreed = t.parallel.agree(batch_loss, t.stop(), t.feed.gave_up, t.saver.failed)
-            t.strategy.backward(total_B.mean() / t.feed.parts, last=last)
+            with t.tracer.range("backward"):
+                t.strategy.backward(total_B.mean() / t.feed.parts, last=last)
     return agreed
 
 
@@ -120,6 +126,7 @@ def _do_scheduled_work(t: Training, step: Step) -> None:
     config, state, before = t.config, t.state, step.before
     if is_due(before, state.samples, config.log.every) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=step.grad_norm, feed=t.feed, saver=t.saver)
+        t.tracer.look()
     if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)

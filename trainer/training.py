@@ -25,12 +25,13 @@ from trainer.failures import explained_failures, hopeless_run
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.log_file import logging_to
+from trainer.log.step_tracer import StepTracer
 from trainer.log.training_log import TrainingLog
-from trainer.provenance import code_version
 from trainer.memory.snapshot import memory_history
+from trainer.provenance import code_version
 from trainer.ranks import collective
-from trainer.ranks.parallel import Parallel
 from trainer.ranks.allocator import prepare_allocator
+from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import Strategy
 from trainer.ranks.watchdog import Watchdog, collective_timeout, prepare_nccl
 from trainer.recipes.schema import Config, TrainConfig
@@ -62,6 +63,7 @@ class Training:
     state: TrainState
     saver: Saver
     log: TrainingLog
+    tracer: StepTracer
     stop: Stop
     facts: dict[str, Any]
     """Metadata of the run that every checkpoint stores: stage, hashes, strategy, code version."""
@@ -111,9 +113,9 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     run = RunDirectory(stage_folder(config, stage), stage, require_ownership=require_ownership)
 
     # Join the process group. From here on, every failure is written to this rank's log.
+    prepare_allocator()
     prepare_nccl(config.health.hang_seconds)
     timeout = collective_timeout(config.health.hang_seconds)
-    prepare_allocator()
     parallel = Parallel(config.parallel, timeout=timeout)
     log_file = run.path / "logs" / f"rank_{parallel.rank}.log"
     with (
@@ -155,6 +157,9 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, state.strategy, state.ema, parallel, stop) as log,
             closing(feed),
+            closing(
+                StepTracer(run, parallel.device, watchdog, main=parallel.main, at_start=config.log.profile_steps)
+            ) as tracer,
         ):
             training = Training(
                 config=config,
@@ -170,6 +175,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
                 state=state,
                 saver=saver,
                 log=log,
+                tracer=tracer,
                 stop=stop,
                 facts=_facts(config, run, identity, task, inputs),
             )
@@ -263,6 +269,7 @@ def finish(t: Training) -> str:
     Returns:
         "done" or "stopped".
     """
+    t.tracer.close()
     with t.watchdog.allow_longer():
         if not t.parallel.any(t.stop.has_less_than(_SAVE_MARGIN * t.saver.write_seconds)):
             t.save()
