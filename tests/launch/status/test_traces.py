@@ -74,8 +74,9 @@ def test_without_a_training_the_way_for_a_new_run_is_named(stage, capsys):
     assert not trace_folder(stage).exists()
 
 
-def test_a_second_request_is_refused_and_the_first_stays(stage, capsys):
+def test_a_second_request_is_refused_and_the_first_stays(stage, monkeypatch, capsys):
     write_request(stage, TraceRequest(steps=2, asked=7.0))
+    monkeypatch.setattr(asking, "write_request", lambda *unused: pytest.fail("the first request is replaced"))
     with owner.training(stage):
         assert main(["profile", "mine"]) == 2
     assert "a trace of runs/mine/autoencode is asked for already, since 1970" in capsys.readouterr().err
