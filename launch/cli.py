@@ -28,6 +28,7 @@ _OVERRIDES = (
 )
 _WORKERS = Range(least=1, most=4096)
 _SEED = Range(least=0)
+_TRACED = Range(least=1, most=20)  # of `trainer.log.trace_request`, whose import takes as long as all of `--help`
 _RATE = Range(least=100, most=768_000)  # of a stream, see `models.bitstream`, whose import takes longer than `--help`
 _RECIPE = "a YAML file, or the name of a recipe in configs/, such as demo"
 
@@ -249,6 +250,15 @@ def _add_run_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser])
     logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")
     add_number(logs, "--rank", Range(least=0), "rank whose log to show", without="0")
     logs.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until Ctrl-C")
+    profile = _add_command(
+        subs,
+        "profile",
+        "on_runs:profile",
+        "trace some steps of a running training, which goes on, and show the costliest kernels; "
+        "log.profile_steps=N does so for a new run",
+    )
+    profile.add_argument("run", metavar="RUN", help=run)
+    add_number(profile, "--steps", _TRACED, "number of steps to trace", default=5)
     for name, command, help_ in (
         ("cancel", "on_runs:cancel", "cancel all jobs of a run; training jobs save first"),
         (

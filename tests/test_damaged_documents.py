@@ -42,6 +42,7 @@ from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test
 from trainer.log.metrics import Metrics
+from trainer.log.trace_request import TraceRequest, read_request, write_request
 from trainer.log.training_log import TrainingLog
 from trainer.page import write_page
 from trainer.page.curves import loss_chart, read_curve
@@ -226,6 +227,7 @@ KINDS: dict[str, Kind] = {
     ),
     "metrics.jsonl": Kind("pretrain/metrics.jsonl", is_drawn, LinesDocument),
     "incident.json": Kind("pretrain/incident.json", has_an_incident),
+    "request.json": Kind("pretrain/profile/request.json", lambda: read_request(STAGE)),
     "jobs.jsonl": Kind("jobs.jsonl", takes_over, LinesDocument),
     "owner.json": Kind("pretrain/owner.json", is_owned),
     "history.jsonl": Kind("pretrain/attempts/history.jsonl", is_judged, LinesDocument),
@@ -258,6 +260,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         shutil.copytree(OLD, RUN)
         write({RUN / "pretrain/resumed_from.json": {"path": str(RUN / STEP)}})
         write({RUN / "pretrain/incident.json": [{"what": "went back", "position": 4, "time": "2026"}]})
+        write_request(STAGE, TraceRequest(steps=5, asked=time.time()))
         keep(RUN, [Submitted("pretrain", "7", "", "logs/job_7.out", time.time() - 99)])
         owner.take(STAGE, owner.by_job(Attempt(STAGE, "7", 2)))
         for restart, then in enumerate(("requeued", "requeued", "over")):

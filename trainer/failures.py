@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from trainer.health import Health
 from trainer.memory.estimate import out_of_memory
+from trainer.memory.snapshot import keep_snapshot
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.watchdog import Watchdog
 from trainer.recipes.schema import Config, TrainConfig
@@ -29,20 +31,25 @@ _OUT_OF_MEMORY = (
 
 
 @contextmanager
-def explained_failures(config: Config, stage: str, parallel: Parallel, watchdog: Watchdog) -> Iterator[None]:
-    """Log every exception in this rank's log. If memory ran out, raise a ValueError that says how to save memory."""
+def explained_failures(
+    config: Config, stage: str, parallel: Parallel, watchdog: Watchdog, *, logs: Path
+) -> Iterator[None]:
+    """Log every exception in this rank's log. If memory ran out, raise a ValueError that says how to save memory.
+
+    A snapshot of a GPU's memory is kept in the folder `logs` then.
+    """
     try:
         yield
     except Exception as error:
         # Extend the watchdog's timeout: it must not end this rank while the explanation is being written.
         with watchdog.allow_longer():
-            explanation = _explained(error, config, stage, parallel)
+            explanation = _explained(error, config, stage, parallel, logs)
         if explanation is None:
             raise
         raise ValueError(explanation) from error
 
 
-def _explained(error: Exception, config: Config, stage: str, parallel: Parallel) -> str | None:
+def _explained(error: Exception, config: Config, stage: str, parallel: Parallel, logs: Path) -> str | None:
     """Log an exception. Return an explanation of it if memory ran out; None otherwise."""
     if isinstance(error, ValueError | OSError):
         logger.error("%s: %s", stage, error)
@@ -50,8 +57,12 @@ def _explained(error: Exception, config: Config, stage: str, parallel: Parallel)
     if not (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
         logger.exception("%s: rank %d failed", stage, parallel.rank)
         return None
+    # The snapshot comes first: `error` still holds the tensors of the step, and what follows needs memory of its own.
+    snapshot = keep_snapshot(parallel.device, logs / f"memory_rank_{parallel.rank}.pickle")
     peak, total = parallel.memory()
     explanation = out_of_memory(config, stage, parallel.world_size, peak, total)
+    if snapshot:
+        explanation += f"\n{snapshot}"
     logger.error("%s: %s\n%s", stage, error, explanation)
     return explanation
 

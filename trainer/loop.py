@@ -47,6 +47,7 @@ def train(
                 break
             else:
                 _do_scheduled_work(training, step)
+            training.tracer.step_ended(training.state.samples)
         return finish(training)
 
 
@@ -90,11 +91,12 @@ def train_step(t: Training) -> Step | None:
 
     # Step the optimizer, unless the device finds that `Health` would reject the loss or the gradient norm.
     t.saver.wait_for_copy()
-    norm = t.strategy.step(step.lr, Gate(loss, t.health.largest_norm()))
-    figures = torch.stack((loss, norm.to(loss)))
-    t.pending = PendingStep(state.samples, state.position, Readback(figures))
+    with t.tracer.range("optimizer"):
+        norm = t.strategy.step(step.lr, Gate(loss, t.health.largest_norm()))
+    t.pending = PendingStep(state.samples, state.position, Readback(torch.stack((loss, norm.to(loss)))))
     state.advance(settings.global_batch)
-    t.ema.update(state.samples, settings.global_batch)
+    with t.tracer.range("average"):
+        t.ema.update(state.samples, settings.global_batch)
     if t.strategy.waits_for_steps or _depends_on(t, step):
         t.settle()
     t.log.clock.end()
@@ -120,17 +122,20 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[Tensor, list[bool]]
     batch_loss = torch.zeros((), dtype=torch.float64, device=t.parallel.device)
     t.log.clock.begin()
     for part in range(t.feed.parts):
-        batch, last = t.feed.next(), part == t.feed.parts - 1
-        inputs = batch.to(t.parallel.device, t.task.module.draws(batch.positions))
+        with t.tracer.range("data"):
+            batch, last = t.feed.next(), part == t.feed.parts - 1
+            inputs = batch.to(t.parallel.device, t.task.module.draws(batch.positions))
         with t.strategy.reducing(last=last):
-            losses = t.strategy.forward(inputs)
-            total_B = losses.total(t.settings.loss_weights)
-            t.log.losses.add(losses, total_B.detach())
-            batch_loss += total_B.detach().double().sum()
+            with t.tracer.range("forward"):
+                losses = t.strategy.forward(inputs)
+                total_B = losses.total(t.settings.loss_weights)
+                t.log.losses.add(losses, total_B.detach())
+                batch_loss += total_B.detach().double().sum()
             if last:
                 t.log.clock.computed()
                 agreed = t.parallel.agree(batch_loss, t.stop(), t.feed.gave_up, t.saver.failed)
-            t.strategy.backward(total_B.mean() / t.feed.parts, last=last)
+            with t.tracer.range("backward"):
+                t.strategy.backward(total_B.mean() / t.feed.parts, last=last)
     return agreed
 
 
@@ -139,6 +144,7 @@ def _do_scheduled_work(t: Training, step: Step) -> None:
     config, state, before = t.config, t.state, step.before
     if is_due(before, state.samples, config.log.every) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=t.grad_norm, feed=t.feed, saver=t.saver)
+        t.tracer.look()
     if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)

@@ -26,9 +26,12 @@ from trainer.failures import explained_failures, hopeless_run
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.log_file import logging_to
+from trainer.log.step_tracer import StepTracer
 from trainer.log.training_log import TrainingLog
+from trainer.memory.snapshot import memory_history
 from trainer.provenance import code_version
 from trainer.ranks import collective
+from trainer.ranks.allocator import prepare_allocator
 from trainer.ranks.parallel import Parallel
 from trainer.ranks.readback import Readback
 from trainer.ranks.strategy import Strategy
@@ -73,6 +76,7 @@ class Training:
     state: TrainState
     saver: Saver
     log: TrainingLog
+    tracer: StepTracer
     stop: Stop
     facts: dict[str, Any]
     """Metadata of the run that every checkpoint stores: stage, hashes, strategy, code version."""
@@ -136,6 +140,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     run = RunDirectory(stage_folder(config, stage), stage, require_ownership=require_ownership)
 
     # Join the process group. From here on, every failure is written to this rank's log.
+    prepare_allocator()
     prepare_nccl(config.health.hang_seconds)
     timeout = collective_timeout(config.health.hang_seconds)
     parallel = Parallel(config.parallel, timeout=timeout)
@@ -143,7 +148,8 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     with (
         logging_to(log_file, show=parallel.main),
         Watchdog(log_file, config.health.hang_seconds) as watchdog,
-        explained_failures(config, stage, parallel, watchdog),
+        memory_history(parallel.device, config.log.memory_history),
+        explained_failures(config, stage, parallel, watchdog, logs=log_file.parent),
     ):
         # Open the data, and build the stage's model with the same initial weights on every rank.
         feed = Feed(config, settings, parallel, errors=run.path / "data_errors.jsonl", stop=stop)
@@ -178,6 +184,9 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
             TrainingLog(config, run, task, state.strategy, state.ema, parallel, stop) as log,
             closing(feed),
+            closing(
+                StepTracer(run, parallel.device, watchdog, main=parallel.main, at_start=config.log.profile_steps)
+            ) as tracer,
         ):
             training = Training(
                 config=config,
@@ -193,6 +202,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
                 state=state,
                 saver=saver,
                 log=log,
+                tracer=tracer,
                 stop=stop,
                 facts=_facts(config, run, identity, task, inputs),
             )
@@ -286,6 +296,7 @@ def finish(t: Training) -> str:
     Returns:
         "done" or "stopped".
     """
+    t.tracer.close()
     with t.watchdog.allow_longer():
         if not t.parallel.any(t.stop.has_less_than(_SAVE_MARGIN * t.saver.write_seconds)):
             t.save()

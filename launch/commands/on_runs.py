@@ -1,4 +1,4 @@
-"""Commands that watch and control runs, on a cluster or on this machine: `status`, `logs`, `cancel`, `requeue`."""
+"""Commands that watch and control runs, on a cluster or here: `status`, `logs`, `profile`, `cancel`, `requeue`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from launch.status import logs as log_files
-from launch.status import table
+from launch.status import table, traces
 from trainer.file_names import printable_lines
 
 
@@ -18,6 +18,11 @@ def status(options: argparse.Namespace) -> None:
 def logs(options: argparse.Namespace) -> None:
     """Print the log of a run."""
     log_files.logs(table.resolve(options.run), stage=options.stage, rank=options.rank, follow=options.follow)
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Trace some steps of a running training."""
+    print(printable_lines(traces.profile(table.resolve(options.run), steps=options.steps)))
 
 
 def cancel(options: argparse.Namespace) -> None:

@@ -73,7 +73,7 @@ def report(run: Path | None) -> str:
     if problem := ask_the_queue(open_stages):
         problems.append(textwrap.shorten(f"from the run directories alone: {problem}", _WIDTH, placeholder=" …"))
     rows = _of_each(stages, lambda folder: _rows(stages[folder]), problems)
-    lines = [_table(rows)] if any(rows.values()) else [f"no run has begun under {_shown(run or Path('runs'))}"]
+    lines = [_table(rows)] if any(rows.values()) else [f"no run has begun under {shown(run or Path('runs'))}"]
     if run in rows:
         starts = [line for stage in stages[run] for line in _starts(stage)]
         lines += ["", *starts] if starts else []
@@ -119,7 +119,7 @@ def cancel(run: Path) -> str:
     if not living:
         by_hand = _by_hand(run)
         how = f"; it is trained by {by_hand}, which you can end with Ctrl-C or `kill`" if by_hand else ""
-        raise ValueError(f"{_shown(run)} has no job that waits or runs{how}")
+        raise ValueError(f"{shown(run)} has no job that waits or runs{how}")
     waiting = [job for job, (_, each) in living.items() if any(state.state == "PENDING" for state in each)]
     others = [job for job, (_, each) in living.items() if any(state.state != "PENDING" for state in each)]
     waiting.reverse()  # the last of a chain first: SLURM cancels dependent jobs itself after their predecessor
@@ -147,7 +147,7 @@ def requeue(run: Path) -> str | None:
     if living:
         return f"nothing to do, already waiting or ending: {_named(living, living)}"
     if by_hand := _by_hand(run):
-        raise ValueError(f"{_shown(run)} is trained by {by_hand}, not by a job that could be requeued")
+        raise ValueError(f"{shown(run)} is trained by {by_hand}, not by a job that could be requeued")
     return None
 
 
@@ -190,7 +190,7 @@ def _table(runs: dict[Path, list[tuple[tuple[str, ...], list[str]]]]) -> str:
     for run, each in runs.items():
         for number, (row, remarks) in enumerate(each):
             rows.append(row)
-            above.append([] if number else [_shown(run)])
+            above.append([] if number else [shown(run)])
             below.append(remarks)
     lines = aligned(rows, right=_RIGHT).split("\n")
     return "\n".join(
@@ -309,7 +309,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def _shown(run: Path) -> str:
+def shown(run: Path) -> str:
     """Return a path as the user would write it: relative if it is below the current folder."""
     here = Path.cwd()
     return str(run.relative_to(here)) if run.is_absolute() and run.is_relative_to(here) and run != here else str(run)

@@ -251,6 +251,12 @@ class LogConfig:
     """Held-out clips whose loss is computed at each checkpoint, with the same noise each time."""
     bins: int = ranged(8, least=1, most=1_000)
     """Noise level bins, equally populated, for each of which the loss is logged."""
+    profile_steps: int = ranged(0, least=0, most=20, note="0: none")
+    """Steps to trace once, a few steps after a stage's start, as `spresso profile` does for a run that runs already; 0:
+    none."""
+    memory_history: int = ranged(0, least=0, most=1_000_000, note="0: no stacks")
+    """Newest allocations and releases of a GPU, with the stack of each allocation, that the snapshot of its memory
+    holds if it runs out; 0: the snapshot shows sizes alone. torch names 2 µs an allocation and several KB an entry."""
 
 
 @dataclass
