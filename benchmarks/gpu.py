@@ -38,6 +38,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "ddp fp32": (),
     "ddp bf16": ("parallel.precision=bf16",),
     "ddp bf16, compiled": ("parallel.precision=bf16", "parallel.compile=true"),
+    "ddp bf16, base in FP8": ("parallel.precision=bf16", "parallel.base_precision=fp8"),
+    "ddp bf16, base in FP8, compiled": (
+        *("parallel.precision=bf16", "parallel.base_precision=fp8", "parallel.compile=true"),
+    ),
     "ddp bf16, recomputed": ("parallel.precision=bf16", "parallel.checkpoint_activations=true"),
     "ddp bf16, 2 micro batches": ("parallel.precision=bf16", "parallel.micro_batch=MICRO"),
     "ddp fp16": ("parallel.precision=fp16",),

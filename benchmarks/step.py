@@ -103,9 +103,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=495, help="frames of a clip (default: %(default)s)")
     parser.add_argument("--stage", default="autoencode", help="default: %(default)s")
     parser.add_argument("--precision", default="bf16", choices=DTYPES)
+    parser.add_argument("--base-precision", default="same", choices=("same", "fp8"))
     parser.add_argument("--top", type=int, default=12, help="operations to list (default: %(default)s)")
     options = parser.parse_args()
-    overrides = ["autoencoder={kind: magnitude, folder: null}", f"parallel.precision={options.precision}"]
+    precisions = [f"parallel.precision={options.precision}", f"parallel.base_precision={options.base_precision}"]
+    overrides = ["autoencoder={kind: magnitude, folder: null}", *precisions]
     config = load_recipe("spresso_11hz", overrides, released=False)
     parts = count(config, options.stage, RELEASED, clips=options.clips, frames=options.frames)
     parts["both"] = parts["forward"] + parts["backward"]

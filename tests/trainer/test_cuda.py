@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.fp8_linear import FP8Linear, dequantized, multiplies_fp8, quantized
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
 from trainer.loop import train_step
@@ -17,6 +18,10 @@ from trainer.training import set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 PRECISIONS = ("fp32", "bf16", "fp16")
+FP8_STRATEGIES = ("ddp", "zero1", "zero2", "fsdp2")
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and not multiplies_fp8(torch.device("cuda")), reason="this GPU has no products in FP8"
+)
 
 
 def curves(rank: int, folder: str, device: str) -> None:
@@ -36,6 +41,16 @@ def curves(rank: int, folder: str, device: str) -> None:
             trained.load(Path(json.loads(others.read_text())["ddp fp32"]["path"]))
             results[f"{strategy} from the CPU"] = {"curve": trained.steps()}
     (Path(folder) / f"{device}.json").write_text(json.dumps(results))
+
+
+def fp8_curves(rank: int, folder: str, device: str) -> None:
+    """The curve on a base in FP8 of every strategy that takes one."""
+    curves = {}
+    with group():
+        for strategy in FP8_STRATEGIES:
+            overrides = (f"parallel.device={device}", f"parallel.strategy={strategy}", "parallel.precision=bf16")
+            curves[strategy] = Trained.begin(recipe(Path(folder), *overrides, "parallel.base_precision=fp8")).steps()
+    (Path(folder) / f"fp8_{device}.json").write_text(json.dumps(curves))
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +92,33 @@ def test_the_host_waits_for_no_step_but_the_one_before(strategy, tiny):
             torch.cuda.set_sync_debug_mode("default")
         training.settle()
         assert training.state.steps == 6
+
+
+@needs_fp8
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(4576, 1024, 3072), (77, 4096, 1024), (1, 16, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gpus_product_in_fp8_is_that_of_the_dequantized_numbers(rows, inputs, outputs, bias):
+    """The numbers are quantized as on a CPU, to the bit; sums in FP8 are rounded more coarsely than in float32."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16)
+    held = FP8Linear(layer, torch.device("cuda"))
+    weight, scale = quantized(layer.weight)
+    assert torch.equal(held.weight.cpu().view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(held.scale.cpu(), scale)
+    expected = dequantized(*quantized(x), torch.float32) @ dequantized(weight, scale, torch.float32).T
+    if bias:
+        expected += layer.bias
+        held.bias = torch.nn.Parameter(layer.bias.cuda(), requires_grad=False)
+    found = held(x.cuda()).float().cpu()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+@needs_fp8
+def test_a_gpus_curve_on_a_base_in_fp8_is_the_cpus(tmp_path):
+    make_base(tmp_path)
+    for device in ("cpu", "cuda"):
+        assert rank_processes.run(fp8_curves, 1, str(tmp_path), device) == [0]
+    ours, theirs = (json.loads((tmp_path / f"fp8_{device}.json").read_text()) for device in ("cuda", "cpu"))
+    for strategy in FP8_STRATEGIES:
+        assert ours[strategy] == pytest.approx(theirs["ddp"], rel=2e-2), strategy

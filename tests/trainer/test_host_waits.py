@@ -20,6 +20,7 @@ from trainer.inputs import Inputs
 from trainer.loop import train, train_step
 from trainer.memory.outline import OutlinedModels
 from trainer.objectives import Objective
+from trainer.ranks.frozen_base import convert_base
 from trainer.ranks.readback import Readback
 from trainer.stop import Stop
 from trainer.tasks import make_task
@@ -90,6 +91,16 @@ def test_a_pass_reads_nothing_back(stage, kind, tiny):
     mask_BT = torch.ones(6, x0_BCT.shape[-1], dtype=torch.bool)
     mask_BT[2, 20:] = False
     inputs = Inputs(x0=x0_BCT, positions=positions_B, mask=mask_BT).to(x0_BCT.device, task.module.draws(positions_B))
+    with Waits() as waits:
+        task.module(inputs).total({}).mean().backward()
+    assert waits.found == []
+
+
+def test_a_pass_on_a_base_in_fp8_reads_nothing_back(tiny):
+    config = tiny("parallel.precision=bf16", "parallel.base_precision=fp8")
+    task = make_task(config, "autoencode", models=OutlinedModels(config, config.dit))
+    convert_base(task.module, config.parallel, torch.device("cpu"))
+    inputs = Inputs(x0=torch.randn(2, config.dit.channels, 63), positions=torch.arange(2))
     with Waits() as waits:
         task.module(inputs).total({}).mean().backward()
     assert waits.found == []

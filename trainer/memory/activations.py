@@ -135,7 +135,7 @@ def measure(
     backward: bool = True,
 ) -> Activations:
     """Measure a pass on x0 of shape (B, C, T), optionally forward only; in a FakeTensorMode all tensors are fake."""
-    with _Living(computed.parameters()) as living:
+    with _Living([*computed.parameters(), *computed.buffers()]) as living:
         x0_BCT = torch.zeros(*shape, dtype=torch.float16).float()
         inputs = Inputs(x0=x0_BCT, positions=torch.arange(shape[0]), conditions=conditions or {})
         loss = Losses(*computed(inputs)).total({}).mean()
@@ -147,18 +147,18 @@ def measure(
 
 
 class _Living(TorchDispatchMode):
-    """Tracks the bytes of live storages, except those of parameters and their gradients."""
+    """Tracks the bytes of live storages, except those of a model's parameters and buffers, and of gradients."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._parameters = list(parameters)
-        self._known = {value.untyped_storage()._cdata for value in self._parameters}
+        self._held = list(held)
+        self._known = {value.untyped_storage()._cdata for value in self._held}
         self._living: dict[int, tuple[int, Kind]] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._hooks = [
             value.register_post_accumulate_grad_hook(self._forget_gradient)
-            for value in self._parameters
+            for value in self._held
             if value.requires_grad
         ]
 
@@ -166,7 +166,7 @@ class _Living(TorchDispatchMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
-        for value in self._parameters:
+        for value in self._held:
             value.grad = None
 
     def __torch_dispatch__(

@@ -95,21 +95,26 @@ class Estimate:
         return StrategyRow(sharing, parts.with_activations(self.activations(sharing).peak))
 
     def rows(self) -> list[StrategyRow]:
-        """Return all sharings including the recipe's, the fastest first.
+        """Return all sharings that the recipe can have including its own, the fastest first.
 
         All of them checkpoint activations if the recipe does.
         """
         own = self.own
-        ways = [*_PLAIN, *_OFFLOADED]
+        ways = self.possible([*_PLAIN, *_OFFLOADED])
         if own.checkpoint_activations:
             ways = [*_recomputed(ways)]
         if own not in ways:
-            ways.insert(len(_PLAIN), own)
+            ways.insert(len(self.possible(_PLAIN)), own)
         return [self.row(sharing) for sharing in ways]
 
     def fastest(self, total: float) -> StrategyRow | None:
         """Return the first of `SPEED` that fits a device of `total` bytes, or None."""
-        return fastest((self.row(sharing) for sharing in SPEED), total)
+        return fastest((self.row(sharing) for sharing in self.possible(SPEED)), total)
+
+    def possible(self, sharings: Iterable[Sharing]) -> list[Sharing]:
+        """Leave out the sharings that cut the base among ranks, if the recipe holds the base in FP8."""
+        whole = self.config.parallel.base_precision == "fp8"
+        return [sharing for sharing in sharings if not (whole and sharing.cuts_base)]
 
     def activations(self, sharing: Sharing) -> Activations:
         """Measure the activations of one micro batch; equal settings are measured once."""
@@ -156,7 +161,7 @@ def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
     yield from _smaller_micro_batches(now)
     if world_size > 1:
         cost = "more traffic between ranks; the same result"
-        yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in _slower(now.own, _PLAIN))
+        yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in _slower(now, _PLAIN))
     if not parallel.checkpoint_activations:
         way = dataclasses.replace(now.own, checkpoint_activations=True)
         yield Change(_differing(now.own, way), "a third more compute; the same result", now.row(way))
@@ -164,7 +169,7 @@ def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
         lower = Estimate(_with_parallel(config, precision="bf16"), stage, world_size)
         yield Change(["parallel.precision=bf16"], "coarser matrix products; faster on a GPU", lower.row(now.own))
     cost = "waits for host memory at each step; the same result"
-    yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in _slower(now.own, _OFFLOADED))
+    yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in _slower(now, _OFFLOADED))
     if frames := _shorter_crop(config, stage):
         settings: dict[str, Any] = {stage: dataclasses.replace(config.stage(stage), crop_frames=frames)}
         shorter = Estimate(dataclasses.replace(config, **settings), stage, world_size)
@@ -245,9 +250,10 @@ def cheapest(candidates: Iterable[Change], now: StrategyRow, total: float, most:
     return list((fitting or least).values())[:most]
 
 
-def _slower(own: Sharing, ways: Iterable[Sharing]) -> Iterator[Sharing]:
-    """Yield the sharings that are slower than the recipe's, with the recipe's choice of checkpointing."""
-    for sharing in ways:
+def _slower(now: Estimate, ways: Iterable[Sharing]) -> Iterator[Sharing]:
+    """Yield the possible sharings that are slower than the recipe's, with the recipe's choice of checkpointing."""
+    own = now.own
+    for sharing in now.possible(ways):
         changed = dataclasses.replace(sharing, checkpoint_activations=own.checkpoint_activations)
         if own not in SPEED or SPEED.index(changed) > SPEED.index(own):
             yield changed

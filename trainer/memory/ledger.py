@@ -39,6 +39,11 @@ class Sharing:
         return cls(*(getattr(config, item.name) for item in dataclasses.fields(cls)))
 
     @property
+    def cuts_base(self) -> bool:
+        """Whether the frozen base is sharded among ranks."""
+        return self.strategy == "zero3" or self.shard_base
+
+    @property
     def settings(self) -> list[str]:
         """The settings that differ from the defaults as `key=value`; the strategy is always included."""
         flags = [name for name in ("shard_base", "checkpoint_activations") if getattr(self, name)]

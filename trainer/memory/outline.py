@@ -17,6 +17,7 @@ from models.backbones.pretrained import outline_autoencoder, read_dit_config
 from models.codec import SPresso
 from models.decoder import Decoder, make_decoder
 from models.sizes import DecoderConfig
+from trainer.ranks.frozen_base import convert_base
 from trainer.ranks.strategy import blocks_of
 from trainer.recipes.schema import Config
 from trainer.stage_inputs import base_model
@@ -34,12 +35,12 @@ class Outline:
     trained: Shapes
     """Shapes of the trained parameters, by their names in the stage's module."""
     frozen: Shapes
-    """Shapes of the frozen parameters in the stage's module."""
+    """Shapes of the frozen parameters in the stage's module, without weights in FP8."""
     blocks: list[set[str]]
     """The names of the parameters in each Transformer block."""
     beside: int
     """Bytes of the models outside the stage's module, in float32 on every rank: the AudioAE, and the parts of the codec
-    that only decode samples for the log; and of the module's buffers."""
+    that only decode samples for the log; and of the module's buffers, among them a base in FP8."""
 
 
 def outline(config: Config, stage: str) -> Outline:
@@ -57,7 +58,7 @@ def outline(config: Config, stage: str) -> Outline:
         trained={name: value.shape for name, value in named.items() if value.requires_grad},
         frozen={name: value.shape for name, value in named.items() if not value.requires_grad},
         blocks=[{names[id(value)] for value in block.parameters()} for block in blocks_of(task.module)],
-        beside=_float32_bytes(task.modules()) - sum(4 * value.numel() for value in named.values()),
+        beside=_bytes(task.modules()) - sum(value.nbytes for value in named.values()),
     )
 
 
@@ -73,11 +74,14 @@ def dit_config(config: Config, stage: str) -> DecoderConfig:
 def outlined_task(config: Config, stage: str, dit: DecoderConfig) -> Task:
     """Build `make_task(config, stage)` on the meta device, with D of these sizes and without the search for codes.
 
+    A base that the recipe wants in FP8 is in FP8.
+
     The search depends on values, which a meta tensor does not have. Skipping the search changes no memory, because it
     has no gradient and z_q has the shape of z.
     """
     with torch.device("meta"):
         task = make_task(config, stage, models=OutlinedModels(config, dit))
+        convert_base(task.module, config.parallel, torch.device("meta"))
     task.module.searches = False
     return task
 
@@ -106,8 +110,8 @@ class OutlinedModels:
         return codec
 
 
-def _float32_bytes(modules: Iterable[nn.Module]) -> int:
+def _bytes(modules: Iterable[nn.Module]) -> int:
     values: dict[int, Tensor] = {
         id(value): value for module in modules for value in (*module.parameters(), *module.buffers())
     }
-    return sum(4 * value.numel() for value in values.values())
+    return sum(value.nbytes for value in values.values())

@@ -24,6 +24,7 @@ from trainer.cpus import usable_threads
 from trainer.ranks import collective
 from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.frozen_base import convert_base, require_device
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
@@ -37,7 +38,8 @@ class Parallel:
         """Join the process group; `timeout` is that of its collectives (None: torch's default).
 
         Raises:
-            ValueError: there is no CUDA device, or `parallel.replicas` does not divide the number of ranks.
+            ValueError: there is no CUDA device, or it has no products in FP8, which the recipe wants, or
+                `parallel.replicas` does not divide the number of ranks.
         """
         self.config = config
         _allow_many_files()
@@ -53,6 +55,7 @@ class Parallel:
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         """Ranks on this node."""
         self.device: torch.device = self.accelerator.device
+        require_device(config, self.device)
         if self.world_size % config.replicas:
             raise ValueError(
                 f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): set it to a divisor, "
@@ -94,10 +97,11 @@ class Parallel:
         """Put a module under the config's strategy.
 
         The module must have the same weights on all ranks and be on this rank's device, except frozen weights, which
-        may still be in host memory. Frozen weights are converted to the compute precision. While they are moved, the
-        device never holds more of them than this rank's part and one block.
+        may still be in host memory. Frozen weights are converted to the compute precision, or to FP8. While they are
+        moved, the device never holds more of them than this rank's part and one block.
         """
         config, dtype = self.config, DTYPES[self.config.precision]
+        convert_base(module, config, self.device)
         self._hold_frozen(module, dtype)
         if config.checkpoint_activations:
             for block in blocks_of(module):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.fp8_linear import FP8Linear
 from trainer.inputs import Inputs
 from trainer.losses import Losses
 from trainer.ranks.flat_ranges import FlatRange, whole_ranges
@@ -79,7 +80,8 @@ class Strategy(ABC):
         """The module inside this strategy's wrapper, as training calls it."""
         parameters = dict(computed.module.named_parameters())
         self.names = [name for name, value in parameters.items() if value.requires_grad]
-        self.numel = sum(value.numel() for value in parameters.values())
+        in_fp8 = (layer.weight for layer in computed.modules() if isinstance(layer, FP8Linear))
+        self.numel = sum(value.numel() for value in (*parameters.values(), *in_fp8))
         self.numel_learned = sum(parameters[name].numel() for name in self.names)
 
     @property

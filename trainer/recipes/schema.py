@@ -219,6 +219,11 @@ class ParallelConfig:
     precision: str = "fp32"
     """Data type of the computation: `fp32`, `bf16` or `fp16` (with loss scaling). The trained weights stay float32; a
     frozen base is stored in this type."""
+    base_precision: str = "same"
+    """Data type of D's frozen base in `autoencode` and `finetune`: `same` is that of `precision`; `fp8` holds the
+    linear layers of its blocks, and those with a LoRA, as 8-bit floats with a scale for each output channel, and
+    multiplies 8-bit inputs. It needs precision=bf16, and a GPU of compute capability 8.9 or newer; a CPU computes the
+    same, slowly. Off by default, because it rounds more coarsely: docs/parallel.md has the measured cost."""
     shard_base: bool = False
     """`fsdp2` only: shard the frozen base too, which otherwise each rank holds in full. `zero3` always shards it."""
     offload: str = "none"

@@ -47,6 +47,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
     return [
         *_contradictions(config),
         *_strategy(config),
+        *_base_precision(config),
         *config.cluster.problems(),
         *config.latent_encoder.problems(),
         *_crops(config),
@@ -66,6 +67,7 @@ _CHOICES = {
     "lora.variant": LORA_VARIANTS,
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
+    "parallel.base_precision": ("same", "fp8"),
     "parallel.offload": ("none", "optimizer", "all"),
     "parallel.device": ("auto", "cpu", "cuda"),
     "sampling.sampler": ("euler", "heun", "dpmpp"),
@@ -126,6 +128,34 @@ def _strategy(config: Config) -> list[str]:
             found.append(f"parallel.{key}={value} needs parallel.strategy=fsdp2, not {parallel.strategy}")
     if parallel.strategy == "fsdp2" and parallel.processes > 1 and parallel.processes % parallel.replicas:
         found.append(f"parallel.replicas={parallel.replicas} does not divide {parallel.processes} ranks: set a divisor")
+    return found
+
+
+def _base_precision(config: Config) -> list[str]:
+    parallel = config.parallel
+    if parallel.base_precision == "same":
+        return []
+    chosen, found = f"parallel.base_precision={parallel.base_precision}", []
+    if parallel.precision != "bf16":
+        found.append(
+            f"{chosen} needs parallel.precision=bf16, in which its products come out, not {parallel.precision}: set "
+            f"parallel.precision=bf16, or remove parallel.base_precision"
+        )
+    if parallel.strategy == "zero3" or parallel.shard_base:
+        cut, mend = (
+            ("parallel.strategy=zero3", "parallel.strategy=fsdp2")
+            if parallel.strategy == "zero3"
+            else ("parallel.shard_base=true", "parallel.shard_base=false")
+        )
+        found.append(
+            f"{chosen} holds the base whole on each rank, and {cut} cuts it: set {mend}, or remove "
+            f"parallel.base_precision"
+        )
+    if config.lora.variant == "dora":
+        found.append(
+            f"{chosen} does not work with lora.variant=dora, which computes with D's weights themselves: set another "
+            f"lora.variant, or remove parallel.base_precision"
+        )
     return found
 
 

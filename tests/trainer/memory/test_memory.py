@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.fp8_linear import FP8Linear
 from models.sizes import DiTConfig
 from models.weights import save_weights
 from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
@@ -20,6 +21,7 @@ from trainer.memory.estimate import (
     Change,
     Estimate,
     StrategyRow,
+    changes,
     cheapest,
     fastest,
     gpu_memory,
@@ -27,6 +29,8 @@ from trainer.memory.estimate import (
 )
 from trainer.memory.ledger import ON_DEVICE, Parts, Sharing, held
 from trainer.memory.outline import outline
+from trainer.ranks.frozen_base import convert_base
+from trainer.ranks.parallel import Parallel
 from trainer.ranks.strategy import PrecisionModule, blocks_of, recompute
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
@@ -180,6 +184,50 @@ def test_known_totals(folder):
     assert on_one.ema == 4 * trained
     assert (on_one.buffers, on_two.buffers) == (0, 4 * trained)
     assert ledger(recipe(folder, "parallel.precision=bf16"), 1).base * 2 == on_one.base
+
+
+FP8_BASE = ("parallel.precision=bf16", "parallel.base_precision=fp8")
+
+
+def test_a_base_in_fp8_is_counted_to_the_byte(folder):
+    plain, held = (Estimate(recipe(folder, *given), "autoencode", 2) for given in (FP8_BASE[:1], FP8_BASE))
+    config = recipe(folder, *FP8_BASE)
+    task = make_task(config, "autoencode")
+    Parallel(config.parallel).prepare(task.module, config.stage("autoencode"))
+    live = sum(value.nbytes for value in task.module.parameters() if not value.requires_grad)
+    layers = [part for part in task.module.modules() if isinstance(part, FP8Linear)]
+    in_fp8 = sum(part.weight.nbytes + part.scale.nbytes for part in layers)
+    saved = sum(part.weight.numel() - part.scale.nbytes for part in layers)
+    assert layers
+    assert held.row(held.own).parts.base == plain.row(plain.own).parts.base - saved
+    assert held.row(held.own).parts.base == live + in_fp8 + plain.outline.beside
+    assert held.row(held.own).parts.trained == plain.row(plain.own).parts.trained
+
+
+def test_no_row_cuts_a_base_in_fp8(folder):
+    estimate = Estimate(recipe(folder, *FP8_BASE, "parallel.checkpoint_activations=true"), "autoencode", 2)
+    assert {row.sharing.strategy for row in estimate.rows()} == {"ddp", "zero1", "zero2", "fsdp2"}
+    assert not any(row.sharing.cuts_base for row in estimate.rows())
+    assert estimate.fastest(0) is None
+    offered = [setting for change in changes(estimate.config, "autoencode", 2) for setting in change.settings]
+    assert not any("zero3" in setting or "shard_base" in setting for setting in offered)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_fake_products_in_fp8_take_what_real_ones_take(folder, recomputed):
+    """Weights that are multiplied out, and quantized inputs, live for one product alone."""
+    config = recipe(folder, *FP8_BASE)
+    how = Pass(clips=4, frames=63, precision="bf16", lower_trained=False, recomputed=recomputed, cuda=False)
+    computed = real_module(config, "autoencode", "bf16")
+    convert_base(computed.module, config.parallel, torch.device("cpu"))
+    for block in blocks_of(computed) if recomputed else ():
+        recompute(block)
+    fake = activations(config, "autoencode", outline(config, "autoencode").dit, how)
+    real = measure(computed, (4, 128, 63))
+    for name in ("saved", "forward", "backward"):
+        assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.002), name
+    plain = activations(recipe(folder, *FP8_BASE[:1]), "autoencode", outline(config, "autoencode").dit, how)
+    assert fake.saved <= plain.saved
 
 
 def test_more_clips_and_frames_take_more(folder):

@@ -48,6 +48,14 @@ def test_override_without_a_value():
         reading.load_recipe("demo", ["finetune"])
 
 
+FP8_BASE = "parallel.base_precision=fp8"
+
+
+def test_a_base_in_fp8_goes_with_bf16_and_every_other_strategy():
+    for strategy in ("ddp", "zero1", "zero2", "fsdp2"):
+        reading.load_recipe("demo", [FP8_BASE, "parallel.precision=bf16", f"parallel.strategy={strategy}"])
+
+
 def test_all_problems_are_found_at_once():
     overrides = [
         "autoencode.crop_frames=100",  # 9 does not divide it
@@ -83,6 +91,15 @@ def test_all_problems_are_found_at_once():
         (["data.window=10"], "at least 4096"),
         (["data.mix={/nowhere: 0}"], "data.mix: /nowhere=0 must be at least 1"),
         (["data.mix={/nowhere: 1}"], "/nowhere is not a set and has no train/"),
+        (["parallel.base_precision=fp4"], "base_precision=fp4 is none of same, fp8"),
+        ([FP8_BASE], "needs parallel.precision=bf16, .* not fp32: set parallel.precision=bf16"),
+        ([FP8_BASE, "parallel.precision=fp16"], "not fp16: set parallel.precision=bf16"),
+        ([FP8_BASE, "parallel.strategy=zero3"], "strategy=zero3 cuts it: set parallel.strategy=fsdp2"),
+        (
+            [FP8_BASE, "parallel.strategy=fsdp2", "parallel.shard_base=true"],
+            "shard_base=true cuts it: set parallel.shard_base=false",
+        ),
+        ([FP8_BASE, "lora.variant=dora"], "not work with lora.variant=dora, .*: set another lora.variant"),
     ],
 )
 def test_what_would_fail_late_is_refused_at_once(overrides, mend):
