@@ -51,12 +51,24 @@ def train(
         return finish(training)
 
 
+class Due(NamedTuple):
+    """The scheduled work after a step."""
+
+    line: bool
+    """A line of the log."""
+    listening: bool
+    """Listening samples."""
+    averages: bool
+    """A snapshot of the averages."""
+    checkpoint: bool
+    """A checkpoint with its held-out loss."""
+
+
 class Step(NamedTuple):
     """One training step, whether the optimizer took it or skipped it."""
 
-    before: int
-    """Samples seen before the step."""
     lr: float
+    due: Due
 
 
 def train_step(t: Training) -> Step | None:
@@ -84,32 +96,37 @@ def train_step(t: Training) -> Step | None:
     t.settle()
     if save_failed:
         t.saver.wait()  # raises the error of the failed save
-    step, loss = Step(state.samples, learning_rate(settings, state.samples)), loss_sum / settings.global_batch
+    before, lr, loss = state.samples, learning_rate(settings, state.samples), loss_sum / settings.global_batch
     if void or t.health.hopeless:
-        t.strategy.step(step.lr, Gate(loss, NO_STEP))  # only clears the gradients
+        t.strategy.step(lr, Gate(loss, NO_STEP))  # only clears the gradients
         return None
 
     # Step the optimizer, unless the device finds that `Health` would reject the loss or the gradient norm.
     t.saver.wait_for_copy()
     with t.tracer.range("optimizer"):
-        norm = t.strategy.step(step.lr, Gate(loss, t.health.largest_norm()))
-    t.pending = PendingStep(state.samples, state.position, Readback(torch.stack((loss, norm.to(loss)))))
+        norm = t.strategy.step(lr, Gate(loss, t.health.largest_norm()))
+    t.pending = PendingStep(before, state.position, Readback(torch.stack((loss, norm.to(loss)))))
     state.advance(settings.global_batch)
     with t.tracer.range("average"):
         t.ema.update(state.samples, settings.global_batch)
-    if t.strategy.waits_for_steps or _depends_on(t, step):
+    due = _due(t, before)
+    # What is due depends on whether the step was taken, and so do leaving and the loss scale of fp16.
+    if any(due) or t.stopping or t.health.scaled or t.strategy.waits_for_steps:
         t.settle()
     t.log.clock.end()
     t.watchdog.beat()
-    return step
+    return Step(lr, due)
 
 
-def _depends_on(t: Training, step: Step) -> bool:
-    """Whether what comes next depends on whether a step was taken: scheduled work, leaving, or fp16's loss scale."""
+def _due(t: Training, before: int) -> Due:
+    """Return what is due after the step that began at `before` samples."""
     config, now = t.config, t.state.samples
-    every = (config.log.every, config.log.samples_every, config.checkpoint.every, snapshots.interval(t.settings))
-    due = any(is_due(step.before, now, each) for each in every)
-    return due or t.state.save_due or t.ended or t.stopping or t.health.scaled
+    return Due(
+        line=is_due(before, now, config.log.every) or t.ended,
+        listening=is_due(before, now, config.log.samples_every) and not t.ended,
+        averages=is_due(before, now, snapshots.interval(t.settings)) and not t.ended,
+        checkpoint=is_due(before, now, config.checkpoint.every) or t.ended or t.state.save_due,
+    )
 
 
 def _accumulate_gradients(t: Training) -> Callable[[], tuple[Tensor, list[bool]]]:
@@ -140,17 +157,17 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[Tensor, list[bool]]
 
 
 def _do_scheduled_work(t: Training, step: Step) -> None:
-    """Write what is due: a log line, listening samples, averages, or a checkpoint with its held-out loss."""
-    config, state, before = t.config, t.state, step.before
-    if is_due(before, state.samples, config.log.every) or t.ended:
+    """Write what is due."""
+    state, due = t.state, step.due
+    if due.line:
         t.log.line(state.samples, lr=step.lr, grad_norm=t.grad_norm, feed=t.feed, saver=t.saver)
         t.tracer.look()
-    if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
+    if due.listening and not t.stopping:
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)
-    if is_due(before, state.samples, snapshots.interval(t.settings)) and not t.ended:
+    if due.averages:
         t.save_snapshot()
-    state.save_due = state.save_due or is_due(before, state.samples, config.checkpoint.every) or t.ended
+    state.save_due = due.checkpoint
     if state.save_due and not t.stopping and t.health.good:
         with t.watchdog.allow_longer():
             held_out_loss = t.log.measure(state.samples)
