@@ -31,7 +31,7 @@ def test_training_takes_no_more(monkeypatch):
     import torch
 
     from trainer.ranks.parallel import Parallel
-    from trainer.recipes.schema import ParallelConfig
+    from trainer.recipes.parallel import ParallelConfig
 
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

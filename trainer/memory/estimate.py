@@ -18,7 +18,8 @@ from trainer.formatting import aligned, size
 from trainer.memory.activations import Activations, Pass, activations
 from trainer.memory.ledger import ON_DEVICE, Parts, Ranks, Sharing, held
 from trainer.memory.outline import outline
-from trainer.recipes.schema import Config, ParallelConfig
+from trainer.recipes.parallel import ParallelConfig
+from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.stages import STAGES
 

@@ -15,7 +15,7 @@ import torch
 from trainer.memory.outline import Outline
 from trainer.ranks.strategy import DTYPES
 from trainer.ranks.zero import reduce_bucket
-from trainer.recipes.schema import ParallelConfig
+from trainer.recipes.parallel import ParallelConfig
 
 PERSISTENT = 100_000
 """ZeRO-3 also keeps parameters of at most this many elements whole on every rank (DeepSpeed's default)."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
-from trainer.recipes.schema import ParallelConfig
+from trainer.recipes.parallel import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

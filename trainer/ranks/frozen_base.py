@@ -9,7 +9,7 @@ from torch import nn
 
 from models.fp8_linear import hold_in_fp8, multiplies_fp8
 from trainer.objectives import Denoiser
-from trainer.recipes.schema import ParallelConfig
+from trainer.recipes.parallel import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

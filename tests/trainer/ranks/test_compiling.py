@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.ranks import compiling
-from trainer.recipes.schema import ParallelConfig
+from trainer.recipes.parallel import ParallelConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
