@@ -28,8 +28,16 @@ class Sharded(TorchStrategy):
     """Applies `fully_shard` to every Transformer block, and to the module with all other weights."""
 
     def __init__(
-        self, computed: PrecisionModule, settings: TrainConfig, *, world_size: int, replicas: int, shard_base: bool
+        self,
+        computed: PrecisionModule,
+        settings: TrainConfig,
+        *,
+        world_size: int,
+        replicas: int,
+        shard_base: bool,
+        exchanged_in: torch.dtype = torch.float32,
     ) -> None:
+        """`exchanged_in`: the data type in which the ranks exchange gradients, float32 or bfloat16."""
         super().__init__(computed, settings)
         mesh = _mesh(computed.device_type, world_size, replicas)
         self.copies, self.copy = replicas, mesh.get_local_rank("replicate") if replicas > 1 else 0
@@ -38,7 +46,7 @@ class Sharded(TorchStrategy):
         unsharded = None if shard_base else {value for value in computed.parameters() if not value.requires_grad}
         precision = MixedPrecisionPolicy(
             param_dtype=None if computed.dtype == torch.float32 else computed.dtype,
-            reduce_dtype=torch.float32,
+            reduce_dtype=exchanged_in,
             cast_forward_inputs=False,
         )
         for part in (*blocks_of(computed), computed):

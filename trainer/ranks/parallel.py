@@ -26,7 +26,8 @@ from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.frozen_base import convert_base, require_device
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
-from trainer.recipes.schema import ParallelConfig, TrainConfig
+from trainer.recipes.parallel import ParallelConfig
+from trainer.recipes.schema import TrainConfig
 
 _BUCKET = 2**24  # numbers that one collective of `Parallel.whole` gathers
 
@@ -101,6 +102,7 @@ class Parallel:
         moved, the device never holds more of them than this rank's part and one block.
         """
         config, dtype = self.config, DTYPES[self.config.precision]
+        exchanged_in = DTYPES[config.gradient_precision]
         convert_base(module, config, self.device)
         self._hold_frozen(module, dtype)
         if config.checkpoint_activations:
@@ -110,7 +112,7 @@ class Parallel:
             compile_blocks(blocks_of(module), required=config.compile is True)
         computed = PrecisionModule(module, self.device, dtype)
         if config.strategy == "ddp":
-            return Replicated(computed, settings, rank=self.rank, world_size=self.world_size)
+            return Replicated(computed, settings, rank=self.rank, world_size=self.world_size, exchanged_in=exchanged_in)
         if config.strategy == "fsdp2":
             from trainer.ranks.fsdp import Sharded
 
@@ -120,6 +122,7 @@ class Parallel:
                 world_size=self.world_size,
                 replicas=config.replicas,
                 shard_base=config.shard_base,
+                exchanged_in=exchanged_in,
             )
         from trainer.ranks.zero import Zero
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
 
 from models.fp8_linear import FP8Linear
@@ -194,7 +195,16 @@ class TorchStrategy(Strategy):
 class Replicated(TorchStrategy):
     """DDP: every rank holds all weights; the backward pass of a step's last micro batch averages the gradients."""
 
-    def __init__(self, computed: PrecisionModule, settings: TrainConfig, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        computed: PrecisionModule,
+        settings: TrainConfig,
+        *,
+        rank: int,
+        world_size: int,
+        exchanged_in: torch.dtype = torch.float32,
+    ) -> None:
+        """`exchanged_in`: the data type in which the ranks exchange gradients, float32 or bfloat16."""
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
         if world_size > 1:
@@ -202,13 +212,17 @@ class Replicated(TorchStrategy):
             # init_sync=False: the trained weights are already equal on all ranks, and every rank loaded the base from
             # the same file. DDP would broadcast the base through one more copy of it.
             devices = [device] if device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(
+            wrapped = nn.parallel.DistributedDataParallel(
                 computed,
                 device_ids=devices,
                 forward_sync_buffers=False,
                 init_sync=False,
                 gradient_as_bucket_view=True,  # gradients and buckets share their memory, which saves a copy of them
             )
+            if exchanged_in == torch.bfloat16:
+                # Of hooks by this name, DDP takes torch's own on NCCL alone.
+                wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+            self.wrapped = wrapped
         self._begin(dict(self.learned))
 
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:

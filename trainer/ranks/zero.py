@@ -21,7 +21,8 @@ from torch import Tensor
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.gate import Gate
 from trainer.ranks.strategy import MOMENTS, PrecisionModule, Strategy, TrainedRange, fill_state, make_optimizer
-from trainer.recipes.schema import ParallelConfig, TrainConfig
+from trainer.recipes.parallel import ParallelConfig
+from trainer.recipes.schema import TrainConfig
 
 _LINEAR = torch.nn.functional.linear
 
@@ -238,19 +239,20 @@ def _settings(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if config.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
-    lower = {
+    lower: dict[torch.dtype, dict[str, Any]] = {
         torch.float32: {},
-        torch.bfloat16: {"bf16": {"enabled": True}, "communication_data_type": "fp32"},
-        torch.float16: {"fp16": {"enabled": True, "loss_scale": 1.0}, "communication_data_type": "fp32"},
-    }[computed.dtype]
+        torch.bfloat16: {"bf16": {"enabled": True}},
+        torch.float16: {"fp16": {"enabled": True, "loss_scale": 1.0}},
+    }
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": settings.clip_norm or 0.0,  # 0 turns clipping off in DeepSpeed
         "zero_optimization": zero,
+        "communication_data_type": config.gradient_precision,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in each micro batch
-        **lower,
+        **lower[computed.dtype],
     }

@@ -29,6 +29,9 @@ class ParallelConfig:
     linear layers of its blocks, and those with a LoRA, as 8-bit floats with a scale for each output channel, and
     multiplies 8-bit inputs. It needs precision=bf16, and a GPU of compute capability 8.9 or newer; a CPU computes the
     same, slowly. Off by default, because it rounds more coarsely: docs/parallel.md has the measured cost."""
+    gradient_precision: str = "fp32"
+    """Data type in which ranks exchange gradients: `fp32`, or `bf16`, which halves the traffic between nodes and rounds
+    each gradient to three digits. With `zero3` and `fsdp2`, weights are exchanged in `precision`."""
     shard_base: bool = False
     """`fsdp2` only: shard the frozen base too, which otherwise each rank holds in full. `zero3` always shards it."""
     offload: str = "none"

@@ -68,6 +68,7 @@ _CHOICES = {
     "parallel.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
     "parallel.precision": ("fp32", "bf16", "fp16"),
     "parallel.base_precision": ("same", "fp8"),
+    "parallel.gradient_precision": ("fp32", "bf16"),
     "parallel.offload": ("none", "optimizer", "all"),
     "parallel.device": ("auto", "cpu", "cuda"),
     "sampling.sampler": ("euler", "heun", "dpmpp"),

@@ -55,6 +55,10 @@ LOWER = {
     for name in STRATEGIES
     for precision in ("bf16", "fp16")
 }
+ROUNDED = {
+    f"{name}, gradients in bf16": (f"parallel.strategy={name}", "parallel.gradient_precision=bf16")
+    for name in STRATEGIES
+}
 COMPILED = {"ddp, compiled": ("parallel.compile=true",)}
 BATCH, STEPS, LR = 4, 3, 2e-3
 
@@ -159,7 +163,7 @@ def first(rank: int, world_size: int, folder: str) -> None:
     """Train each variant from the beginning, with a checkpoint half-way; write the losses and facts about the state."""
     results: dict[str, Any] = {}
     with group():
-        variants = VARIANTS | (LOWER if world_size < 4 else {})
+        variants = VARIANTS | (LOWER if world_size < 4 else {}) | (ROUNDED if world_size == 2 else {})
         if world_size == 1 and not missing(COMPILER):
             variants = variants | COMPILED
         if world_size == 4:

@@ -12,6 +12,7 @@ from tests.system_packages import COMPILER, require
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import (
     LOWER,
+    ROUNDED,
     STEPS,
     STRATEGIES,
     VARIANTS,
@@ -85,6 +86,14 @@ def test_every_strategy_and_world_size_gives_the_same_curve(begun, reference, na
 def test_lower_precision_stays_near(begun, reference, name, world_size):
     curve = begun[name, world_size]["curve"]
     assert curve != reference
+    assert curve == pytest.approx(reference, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_gradients_that_are_exchanged_in_bf16_stay_near(begun, reference, name):
+    curve = begun[name, 2]["curve"]
+    assert curve[0] == pytest.approx(reference[0], rel=1e-6)
+    assert curve != pytest.approx(reference, rel=1e-9)
     assert curve == pytest.approx(reference, rel=1e-2)
 
 
