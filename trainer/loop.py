@@ -118,14 +118,16 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[float, list[bool]]]
 def _do_scheduled_work(t: Training, step: Step) -> None:
     """Write what is due: a log line, listening samples, averages, or a checkpoint with its held-out loss."""
     config, state, before = t.config, t.state, step.before
-    if is_due(before, state.samples, config.log.every) or t.ended:
+    if is_due(before, state.samples, config.log.every, least_steps=config.log.least_steps) or t.ended:
         t.log.line(state.samples, lr=step.lr, grad_norm=step.grad_norm, feed=t.feed, saver=t.saver)
-    if is_due(before, state.samples, config.log.samples_every) and not (t.ended or t.stopping):
+    seldom = config.checkpoint.least_steps
+    if is_due(before, state.samples, config.log.samples_every, least_steps=seldom) and not (t.ended or t.stopping):
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)
     if is_due(before, state.samples, snapshots.interval(t.settings)) and not t.ended:
         t.save_snapshot()
-    state.save_due = state.save_due or is_due(before, state.samples, config.checkpoint.every) or t.ended
+    due = is_due(before, state.samples, config.checkpoint.every, least_steps=seldom)
+    state.save_due = state.save_due or due or t.ended
     if state.save_due and not t.stopping and t.health.good:
         with t.watchdog.allow_longer():
             held_out_loss = t.log.measure(state.samples)
