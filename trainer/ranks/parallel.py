@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainer.cpus import usable_threads
 from trainer.inputs import moved
 from trainer.ranks.flat_ranges import FlatRange
+from trainer.ranks.gloo import prepare_gloo
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.schema import ParallelConfig, TrainConfig
 
@@ -40,6 +41,7 @@ class Parallel:
         """
         self.config = config
         _allow_many_files()
+        prepare_gloo()
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
