@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from trainer.recipes.schema import Config
+
+FEW_CLIPS = 4
+"""Clips of a rank's step below which `spresso plan` speaks of a small batch: communication grows with the ranks alone,
+and computing with the clips."""
 
 
 def usable_ranks(config: Config, stage: str, tasks: int) -> tuple[int, int]:
@@ -31,5 +37,41 @@ def ranks_of(config: Config, stage: str) -> tuple[int, int]:
     if config.cluster.kind == "local":
         ranks = config.parallel.processes
         return ranks, config.parallel.micro_batch or config.stage(stage).global_batch // ranks
+    return usable_ranks(config, stage, _tasks(config, stage))
+
+
+def batch_advice(config: Config, stage: str) -> list[str]:
+    """Return a line for each way in which a stage's batch is too small for its ranks, with what to do; often none.
+
+    On one rank no batch is too small.
+    """
+    settings, (ranks, micro) = config.stage(stage), ranks_of(config, stage)
+    if settings.samples == 0:
+        return []
+    batch, tasks = settings.global_batch, _tasks(config, stage)
+    key, unit = f"{stage}.global_batch", math.lcm(tasks, config.parallel.replicas)
+    found = []
+    if ranks < tasks:
+        found.append(
+            f"{tasks - ranks} of {tasks} GPUs or ranks stay idle, because {key}={batch} divides into at most {ranks}: "
+            f"set {key}={-(-batch // unit) * unit}, or ask for {ranks}"
+        )
+    if ranks > 1 and batch < FEW_CLIPS * ranks:
+        found.append(
+            f"each rank has {batch // ranks} clip(s) a step, and what the ranks send does not shrink with them: set "
+            f"{key}={FEW_CLIPS * ranks} or more and an lr that fits, or use at most {max(1, batch // FEW_CLIPS)} ranks"
+        )
+    elif ranks > 1 and micro == 1:
+        found.append(
+            f"{batch // ranks} clips of a rank go through one at a time: set parallel.micro_batch to a divisor of "
+            f"{batch // ranks} that fits into memory"
+        )
+    return found
+
+
+def _tasks(config: Config, stage: str) -> int:
+    """Return the ranks that a stage could have: those of this machine's recipe, or those that its job asks for."""
+    if config.cluster.kind == "local":
+        return config.parallel.processes
     cluster = config.cluster.of(stage)
-    return usable_ranks(config, stage, cluster.least_nodes * cluster.ranks_per_node)
+    return cluster.least_nodes * cluster.ranks_per_node

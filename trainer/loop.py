@@ -120,12 +120,13 @@ def train_step(t: Training) -> Step | None:
 
 def _due(t: Training, before: int) -> Due:
     """Return what is due after the step that began at `before` samples."""
-    config, now = t.config, t.state.samples
+    log, checkpoint, now = t.config.log, t.config.checkpoint, t.state.samples
+    seldom = checkpoint.least_steps
     return Due(
-        line=is_due(before, now, config.log.every) or t.ended,
-        listening=is_due(before, now, config.log.samples_every) and not t.ended,
+        line=is_due(before, now, log.every, least_steps=log.least_steps) or t.ended,
+        listening=is_due(before, now, log.samples_every, least_steps=seldom) and not t.ended,
         averages=is_due(before, now, snapshots.interval(t.settings)) and not t.ended,
-        checkpoint=is_due(before, now, config.checkpoint.every) or t.ended or t.state.save_due,
+        checkpoint=is_due(before, now, checkpoint.every, least_steps=seldom) or t.ended or t.state.save_due,
     )
 
 

@@ -13,6 +13,10 @@ def learning_rate(settings: TrainConfig, samples: int) -> float:
     return settings.lr * rising * (min(1.0, left / falling) if falling else 1.0)
 
 
-def is_due(before: int, now: int, every: int) -> bool:
-    """Whether the samples seen passed a multiple of `every` between `before` and `now`; never if `every` is 0."""
-    return every > 0 and now // every > before // every
+def is_due(before: int, now: int, every: int, *, least_steps: int = 1) -> bool:
+    """Whether the samples seen passed a multiple of the interval in the step from `before` to `now` samples.
+
+    The interval is `every` samples, or `least_steps` steps if that is more; if `every` is 0, it never passes.
+    """
+    interval = max(every, least_steps * (now - before))
+    return every > 0 and now // interval > before // interval

@@ -178,7 +178,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         parallel.give_up_after(timeout)
         if source is not None:
             state.load(source)
-            logger.info("%s: %s", stage, _resumed(source, config, parallel, task))
+            logger.info("%s: %s", stage, collective.on_rank_0(lambda: _resumed(source, config, parallel, task)))
 
         with (
             Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,

@@ -1,8 +1,9 @@
 """Sharded checkpoints: any number of ranks saves one, and any other number of ranks loads it.
 
-A checkpoint is a directory `step_{samples seen}` with one safetensors file per rank and a `manifest.json`. Every tensor
-is stored in float32 under its plain name as flat one-dimensional ranges: each rank writes the range of the flattened
-tensor that it owns, and a load reads any range, whichever ranks wrote it. Checkpoints contain no pickled data.
+A checkpoint is a directory `step_{samples seen}` with safetensors files and a `manifest.json`. Every tensor is stored
+in float32 under its plain name as flat one-dimensional ranges: each rank writes the range of the flattened tensor that
+it owns, together with its neighbours' where they are small (`writers`), and a load reads any range, whichever ranks
+wrote it (`loading`). Checkpoints contain no pickled data.
 
 The files have the layout of `torch.distributed.checkpoint.HuggingFaceStorageWriter(save_distributed=True)`, and torch's
 reader for that layout can read them. This module does not use torch's writer because that writer takes twice the memory
@@ -17,7 +18,6 @@ whether it still is.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import secrets
@@ -30,20 +30,15 @@ from typing import Any
 import torch.distributed as dist
 
 from models.atomic_write import sync
-from models.disk_errors import NO_FILE, mend_words, room_words, with_number
-from models.readable import describe_os_error, is_broken_link
+from models.disk_errors import mend_words, room_words, with_number
+from models.readable import describe_os_error
 from models.weights import write_safetensors
 from trainer.checkpoints.cover import check_cover
-from trainer.checkpoints.manifest import (
-    CHECKPOINT_FORMAT,
-    OtherFormatError,
-    misfits,
-    read_manifest,
-    signed,
-    uncovered,
-)
+from trainer.checkpoints.loading import load as load
+from trainer.checkpoints.manifest import CHECKPOINT_FORMAT, OtherFormatError, read_manifest, signed
 from trainer.checkpoints.names import MANIFEST, TEMPORARY, checkpoints, folder_name, leftovers, samples_of
-from trainer.checkpoints.rank_file import RankFile
+from trainer.checkpoints.problems import find_problems
+from trainer.checkpoints.writers import gather_to_writers, spans_of
 from trainer.files import file_digest
 from trainer.ranks import collective
 from trainer.ranks.collective import shortened
@@ -78,7 +73,7 @@ def save(
             passes the same names.
         meta: JSON-serializable metadata of the run (hashes, code version, …). Rank 0's is stored, with `samples`,
             `time` (seconds since 1970) and `world_size` added.
-        group: see `collective`.
+        group: see `collective`; it exchanges tensors in host memory.
         require_ownership: called on rank 0 before it writes; raises if a later start of this run has taken over.
 
     Returns:
@@ -93,12 +88,12 @@ def save(
     temporary = directory / collective.on_rank_0(lambda: f"{TEMPORARY}{final.name}_{secrets.token_hex(4)}", group)
     try:
         collective.on_rank_0(lambda: _begin(temporary, require_ownership), group)
-        written = collective.together(lambda: _write(temporary, tensors), group)
+        files = _write_files(temporary, tensors, group)
         manifest = {
             "format": CHECKPOINT_FORMAT,
-            "meta": {**meta, "samples": samples, "time": round(time.time()), "world_size": len(written)},
+            "meta": {**meta, "samples": samples, "time": round(time.time()), "world_size": collective.world_size()},
             "tensors": {name: list(owned.shape) for name, owned in tensors.items()},
-            "files": {name: entry for rank_files in written for name, entry in rank_files.items()},
+            "files": files,
         }
         collective.on_rank_0(lambda: _commit(temporary, final, manifest, require_ownership), group)
     except OSError as error:
@@ -110,49 +105,6 @@ def save(
         message = f"could not save {final}: {error}{mended_by}. Older checkpoints are untouched"
         raise with_number(error.errno, message) from error
     return final
-
-
-def load(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool = False) -> dict[str, Any]:
-    """Fills this rank's ranges from a checkpoint and returns its `meta`. All ranks.
-
-    Checks the files' sizes but not their checksums; `newest` and `find_problems` check those.
-
-    Args:
-        path: a checkpoint's directory.
-        tensors: the range of every tensor that this rank loads; empty if it loads nothing of the tensor.
-        partly: whether the checkpoint may contain further tensors.
-
-    Raises:
-        ValueError: on every rank, before anything is filled, if the checkpoint is incomplete, if its files do not hold
-            every element exactly once, or if the names and shapes of its tensors differ from `tensors`. The message
-            names the tensor and the file.
-        OSError: on every rank, if any rank could not read. Its `errno` is that of the rank's error.
-    """
-    of_ranks = collective.together(lambda: _unfit(path, tensors, partly=partly))
-    problems = list(dict.fromkeys(problem for rank_problems in of_ranks for problem in rank_problems))
-    if problems:
-        raise ValueError(f"{path} cannot be loaded: {shortened(problems)}")
-    metas = collective.together(lambda: _read(path, tensors))
-    return metas[collective.rank()]
-
-
-def find_problems(path: Path, *, checksums: bool = True) -> list[str]:
-    """Returns the problems of a checkpoint; empty if it is complete and undamaged.
-
-    Reads every file to compare its checksum and its header, or without `checksums` only compares file sizes.
-
-    Raises:
-        OSError: the checkpoint can't be read now, for example because the disk failed, access to it is refused, or the
-            process has too many open files. That is no sign of damage.
-    """
-    try:
-        manifest = read_manifest(path)
-    except ValueError as error:
-        return [str(error)]
-    files = manifest["files"]
-    unknown = [f"{file.name} is not in the manifest" for file in path.glob("*.safetensors") if file.name not in files]
-    known = [_file_problem(path / name, expected, checksums=checksums) for name, expected in files.items()]
-    return unknown + uncovered(manifest) + [problem for problem in known if problem]
 
 
 def newest_on_all_ranks(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | None:
@@ -287,53 +239,28 @@ def _begin(temporary: Path, require_ownership: Callable[[], None]) -> None:
     temporary.mkdir()
 
 
-def _write(temporary: Path, tensors: Mapping[str, FlatRange]) -> dict[str, dict[str, Any]]:
-    """Writes this rank's ranges; returns the file's entry in the manifest."""
-    owned_here = {name: owned for name, owned in tensors.items() if len(owned.data)}
-    if not owned_here:
-        return {}
-    path = temporary / f"rank_{collective.rank():05d}.safetensors"
-    offsets = {name: {"saved_offsets": [owned.start]} for name, owned in owned_here.items()}
+def _write_files(
+    temporary: Path, tensors: Mapping[str, FlatRange], group: dist.ProcessGroup | None
+) -> dict[str, dict[str, Any]]:
+    """Writes the files of all ranks; returns their entries in the manifest on rank 0, and {} elsewhere. All ranks."""
+    held = gather_to_writers(tensors, group)
+    names = [f"rank_{collective.rank() + number:05d}.safetensors" for number in range(len(held))]
+    files = dict(zip(names, held, strict=True))
+    written = collective.together(lambda: {name: _write(temporary / name, part) for name, part in files.items()}, group)
+    # The ranges go to rank 0 alone: those of many ranks would fill the memory of each of them.
+    spans = {name: spans_of(part) for name, part in files.items()}
+    writers = [rank for rank, entries in enumerate(written) if entries]
+    of_writers = collective.collect(spans, group, senders=writers, receiver=0)
+    entries = {name: entry for entries in written for name, entry in entries.items()}
+    return {name: {**entries[name], "ranges": ranges} for spans in of_writers for name, ranges in spans.items()}
+
+
+def _write(path: Path, held: Mapping[str, FlatRange]) -> dict[str, Any]:
+    """Writes one file of ranges; returns its size and its checksum."""
+    offsets = {name: {"saved_offsets": [part.start]} for name, part in held.items()}
     header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    write_safetensors(path, {name: owned.data for name, owned in owned_here.items()}, header)
-    ranges = {name: [owned.start, owned.stop] for name, owned in owned_here.items()}
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path), "ranges": ranges}}
-
-
-def _unfit(path: Path, tensors: Mapping[str, FlatRange], *, partly: bool) -> list[str]:
-    """Returns why this rank can't load its ranges from a checkpoint; empty if it can."""
-    if problems := find_problems(path, checksums=False):
-        return problems
-    manifest = read_manifest(path)
-    if problems := misfits(manifest["tensors"], tensors, partly=partly):
-        return problems
-    needed = [path / name for name, entry in manifest["files"].items() if _shared(entry["ranges"], tensors)]
-    return [problem for file in needed if (problem := _header_problem(file, manifest["files"][file.name]["ranges"]))]
-
-
-def _read(path: Path, wanted: Mapping[str, FlatRange]) -> dict[str, Any]:
-    """Fills this rank's ranges from the files whose ranges overlap with them; returns the `meta`."""
-    manifest = read_manifest(path)
-    for file_name, entry in manifest["files"].items():
-        shared = _shared(entry["ranges"], wanted)
-        if not shared:
-            continue
-        with (path / file_name).open("rb", buffering=0) as file:
-            stored = RankFile(file, entry["ranges"])
-            for name, (start, stop) in shared.items():
-                part = wanted[name]
-                part.data[start - part.start : stop - part.start].copy_(stored.read(name, start, stop))
-    return manifest["meta"]
-
-
-def _shared(ranges: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -> dict[str, tuple[int, int]]:
-    """Returns the elements [start, stop) of each tensor that a file holds and a rank wants."""
-    shared = {
-        name: (max(offset, wanted[name].start), min(end, wanted[name].stop))
-        for name, (offset, end) in ranges.items()
-        if name in wanted
-    }
-    return {name: (start, stop) for name, (start, stop) in shared.items() if start < stop}
+    write_safetensors(path, {name: part.data for name, part in held.items()}, header)
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_ownership: Callable[[], None]) -> None:
@@ -352,27 +279,3 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], require_owne
 def _rename_for_deletion(path: Path) -> Path:
     """Renames a checkpoint before it is deleted, so that a kill half-way leaves nothing that looks like one."""
     return path.rename(path.with_name(f"{TEMPORARY}old_{path.name}_{secrets.token_hex(4)}"))
-
-
-def _file_problem(file: Path, expected: Mapping[str, Any], *, checksums: bool) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{file.name} has {size} bytes, not {expected['bytes']}"
-        if checksums and file_digest(file) != expected["sha256"]:
-            return f"{file.name} has a wrong checksum"
-        return _header_problem(file, expected["ranges"]) if checksums else None
-    except OSError as error:
-        if error.errno in NO_FILE and not is_broken_link(file):
-            return f"{file.name} is missing" if error.errno == errno.ENOENT else describe_os_error(error)
-        raise
-
-
-def _header_problem(file: Path, ranges: Mapping[str, list[int]]) -> str | None:
-    """Returns how the tensors in a file differ from the manifest's ranges; None if they don't."""
-    try:
-        with file.open("rb", buffering=0) as opened:
-            RankFile(opened, ranges)
-    except ValueError as error:
-        return str(error)
-    return None

@@ -173,11 +173,11 @@ def start(task: Task, location: str) -> None:
     """
     path = Path(location)
     if (path / MANIFEST).exists():
-        if problems := collective.together(lambda: checkpoint.find_problems(path))[collective.rank()]:
+        if problems := collective.on_rank_0(lambda: checkpoint.find_problems(path)):
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")
         wanted = {f"ema/{name}": value.data for name, value in task.learned.items()}
         wanted |= {f"statistics/{name}": value for name, value in task.statistics.items()}
-        meta = read_manifest(path)["meta"]
+        meta = collective.on_rank_0(lambda: read_manifest(path)["meta"])
         _require_base(task, path, meta.get("base", ""))
         _require_formulation(task, path, formulation.of_checkpoint(path, meta))
         checkpoint.load(path, whole_ranges(wanted), partly=True)

@@ -84,7 +84,7 @@ class TrainState:
             ValueError: its tensors are not exactly those of this run, or it was trained on another frozen base.
             OSError: on every rank, if any rank can't read it now.
         """
-        base = collective.together(lambda: read_manifest(path)["meta"].get("base", ""))[collective.rank()]
+        base = collective.on_rank_0(lambda: read_manifest(path)["meta"].get("base", ""))
         if base != self.task.base_hash:
             raise ValueError(
                 f"{path} was trained on a base model with the hash {base[:12]}, but this run's base model has "

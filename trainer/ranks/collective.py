@@ -6,9 +6,10 @@ pass its own group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from models.disk_errors import first_lasting, room_words, with_number
@@ -19,9 +20,28 @@ _SHOWN = 5
 Result = TypeVar("Result")
 
 
+class _Failure(NamedTuple):
+    """An error of one rank, in a form that other ranks can be sent."""
+
+    number: int | None
+    """The errno of an OSError; None for any other error."""
+    reason: str
+
+
 def rank() -> int:
     """Return this process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device whose tensors a group exchanges."""
+    on_gpu = dist.is_initialized() and "nccl" in dist.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def own_group() -> dist.ProcessGroup | None:
@@ -38,33 +58,73 @@ def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result
     return values
 
 
+def collect(
+    value: Result, group: dist.ProcessGroup | None = None, *, senders: Sequence[int], receiver: int
+) -> list[Result]:
+    """Return the values of a few ranks on one rank, in the order of `senders`; [] on all others.
+
+    `gather` takes as many bytes from each rank as the largest value has, and gives all values to all ranks.
+    """
+    if rank() != receiver:
+        if rank() in senders:
+            dist.send_object_list([value], receiver, group)
+        return []
+    values: list[Result] = []
+    for sender in senders:
+        received: list[Any] = [value]
+        if sender != receiver:
+            dist.recv_object_list(received, sender, group)
+        values += received
+    return values
+
+
 def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Call `action` on rank 0, and return its result on every rank. All ranks. Raises as `together` does."""
-    return cast(Result, together(lambda: action() if rank() == 0 else None, group)[0])
+    """Call `action` on rank 0, and return its result on every rank. All ranks. Raises as `together` does.
+
+    No rank returns before every rank has the result. Each rank exchanges the result's bytes, however many ranks there
+    are.
+    """
+    outcome: list[Any] = [_outcome(action) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, 0, group)
+        received = torch.zeros(1, device=device(group))
+        dist.all_reduce(received, group=group)
+        received.item()  # waits for a GPU, which all other ranks wait for
+    result, failure = outcome[0]
+    _raise_first({0: failure} if failure else {})
+    return cast(Result, result)
 
 
 def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Call `action` on every rank, and return every rank's result. All ranks.
+    """Call `action` on every rank, and return every rank's result. All ranks. The results should be small.
 
     Raises:
         OSError: on every rank, if `action` failed on any rank for whatever reason, so that no rank waits for a failed
             one. Its `errno` is that of the failed rank's OSError, by which a full disk is told from a passing failure.
     """
-    result, failure = None, None
-    try:
-        result = action()
-    except OSError as error:
-        failure = (error.errno, describe_os_error(error))
-    except Exception as error:
-        failure = (None, repr(error))
-    outcomes = gather((result, failure), group)
-    failures = {number: failure for number, (_, failure) in enumerate(outcomes) if failure}
-    if failures:
-        number = first_lasting([number for number, _ in failures.values()])
-        if full := room_words(number):
-            raise OSError(number, full)
-        raise with_number(number, shortened([f"rank {rank}: {reason}" for rank, (_, reason) in failures.items()]))
+    outcomes = gather(_outcome(action), group)
+    _raise_first({number: failure for number, (_, failure) in enumerate(outcomes) if failure})
     return [cast(Result, result) for result, _ in outcomes]
+
+
+def _outcome(action: Callable[[], Result]) -> tuple[Result | None, _Failure | None]:
+    """Call `action`, and return its result and None, or None and its failure."""
+    try:
+        return action(), None
+    except OSError as error:
+        return None, _Failure(error.errno, describe_os_error(error))
+    except Exception as error:
+        return None, _Failure(None, repr(error))
+
+
+def _raise_first(failures: Mapping[int, _Failure]) -> None:
+    """Raise the OSError of failed ranks, if there are any."""
+    if not failures:
+        return
+    number = first_lasting([failure.number for failure in failures.values()])
+    if full := room_words(number):
+        raise OSError(number, full)
+    raise with_number(number, shortened([f"rank {rank}: {failure.reason}" for rank, failure in failures.items()]))
 
 
 def require_alike(what: str, value: object) -> None:

@@ -33,6 +33,11 @@ class FlatRange:
         """Index one past the last element."""
         return self.start + self.data.numel()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range covers the whole tensor."""
+        return self.data.numel() == math.prod(self.shape)
+
 
 def whole_ranges(tensors: Mapping[str, Tensor]) -> dict[str, FlatRange]:
     """Return ranges that cover every tensor completely, as a single process saves and every rank of DDP loads."""
@@ -49,17 +54,17 @@ def equal_ranges(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -
 def split_among_copies(ranges: Mapping[str, FlatRange], *, index: int, copies: int) -> dict[str, FlatRange]:
     """Return the part that one rank saves of ranges that `copies` ranks hold identically.
 
-    The concatenated ranges are cut into `copies` equal parts, of which this is number `index`. The returned ranges are
-    views of the given ones; some are empty.
+    The whole tensors, one after another, are cut into `copies` equal parts, of which this is number `index`. The
+    returned ranges are views of what lies in that part; some are empty. Where the ranges of two ranks meet, the parts
+    that they save with the same index meet, too, so that one file can hold both as one range.
     """
     if copies == 1:
         return dict(ranges)
-    numbers = {name: held.data.numel() for name, held in ranges.items()}
-    total = sum(numbers.values())
+    total = sum(math.prod(held.shape) for held in ranges.values())
     first, last = total * index // copies, total * (index + 1) // copies
     parts, position = {}, 0
     for name, held in ranges.items():
-        start, stop = (min(max(cut - position, 0), numbers[name]) for cut in (first, last))
-        parts[name] = FlatRange(held.data[start:stop], held.shape, held.start + start)
-        position += numbers[name]
+        start, stop = (min(max(cut - position, held.start), held.stop) for cut in (first, last))
+        parts[name] = FlatRange(held.data[start - held.start : stop - held.start], held.shape, start)
+        position += math.prod(held.shape)
     return parts

@@ -25,6 +25,7 @@ from trainer.ranks import collective
 from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.frozen_base import convert_base, require_device
+from trainer.ranks.gloo import prepare_gloo
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.parallel import ParallelConfig
 from trainer.recipes.schema import TrainConfig
@@ -44,6 +45,7 @@ class Parallel:
         """
         self.config = config
         _allow_many_files()
+        prepare_gloo()
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()

@@ -208,9 +208,12 @@ class LogConfig:
     """What training logs. Intervals are in samples."""
 
     every: int = ranged(1_000, least=1)
-    """Samples between two lines of the log."""
+    """Samples between two lines of the log, or `least_steps` if that is longer."""
+    least_steps: int = ranged(10, least=1)
+    """Least steps between two lines of the log: a line exchanges figures among all ranks."""
     samples_every: int = ranged(20_000, least=0, note="0: only at the end")
-    """Samples between two decodings of held-out clips (audio and spectrograms in TensorBoard); 0: only at the end."""
+    """Samples between two decodings of held-out clips (audio and spectrograms in TensorBoard), or
+    `checkpoint.least_steps` if that is longer; 0: only at the end."""
     clips: int = ranged(3, least=1)
     """Number of held-out clips to decode, the same each time."""
     held_out: int = ranged(64, least=1)
@@ -230,7 +233,10 @@ class CheckpointConfig:
     """Checkpoints. Each is written atomically, and a killed run resumes from the last one."""
 
     every: int = ranged(20_000, least=1)
-    """Samples between two checkpoints."""
+    """Samples between two checkpoints, or `least_steps` if that is longer."""
+    least_steps: int = ranged(100, least=1)
+    """Least steps between two checkpoints. With a global batch of 2,048, 20,000 samples are ten steps, and a run would
+    do little else than measure and save."""
     keep_last: int = ranged(2, least=1)
     """Number of newest checkpoints to keep."""
     keep_best: int = ranged(0, least=0)

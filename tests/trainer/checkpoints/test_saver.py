@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.trainer import rank_processes
 from tests.trainer.checkpoints.test_checkpoint import META, blank, same, small_disk, state
-from trainer.checkpoints import checkpoint
+from trainer.checkpoints import checkpoint, writers
 from trainer.checkpoints import saver as saver_module
 from trainer.checkpoints.saver import Saver
 from trainer.ranks.flat_ranges import equal_ranges, whole_ranges
@@ -111,6 +111,7 @@ def test_a_failing_run_lets_the_save_under_way_end(tmp_path, slow):
 def two_ranks(rank: int, root: str) -> None:
     """Training's own collectives go on meanwhile, in other numbers on each save; then rank 1 finds the disk full."""
     dist.init_process_group("gloo")
+    writers.LEAST_BYTES = 1  # so that each rank writes a file
     tensors, directory = state(0), Path(root)
     with Saver(directory / "good", CheckpointConfig(keep_last=9)) as saver:
         for samples in range(8, 48, 8):

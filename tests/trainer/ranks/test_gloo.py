@@ -1,0 +1,83 @@
+"""Gloo's interface is NCCL's where NCCL's setting names one, and its connections are made when they are used."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.trainer import rank_processes
+from trainer.ranks import gloo
+from trainer.ranks.parallel import Parallel
+from trainer.recipes.schema import ParallelConfig
+
+RANKS = 8
+
+
+@pytest.fixture(autouse=True)
+def interfaces(monkeypatch):
+    """A machine with three interfaces; the environment is put back afterwards."""
+    monkeypatch.setattr(gloo.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "ib0")])
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_GLOO_LAZY_INIT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("of_nccl", "of_gloo"),
+    [
+        ("ib0", "ib0"),
+        ("=eth0", "eth0"),
+        *((value, None) for value in ("", "eth", "^lo", "^=lo", "eth0,ib0", "=", "ib1")),
+    ],
+)
+def test_gloo_takes_the_interface_of_nccl(monkeypatch, of_nccl, of_gloo):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", of_nccl)
+    gloo.prepare_gloo()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == of_gloo
+
+
+def test_without_a_setting_of_nccl_gloo_chooses():
+    gloo.prepare_gloo()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "0")
+    gloo.prepare_gloo()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert os.environ["TORCH_GLOO_LAZY_INIT"] == "0"
+
+
+def sockets() -> int:
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sum(bool(re.match(r"socket:", str(link))) for link in links)
+
+
+def eight_ranks(rank: int, root: str) -> None:
+    Parallel(ParallelConfig(device="cpu"))
+    before = sockets()
+    group = dist.new_group(backend="gloo")
+    total, everybody = torch.tensor([float(rank)]), [None] * RANKS
+    dist.all_reduce(total, group=group)
+    dist.all_gather_object(everybody, rank, group=group)
+    if rank == RANKS - 1:
+        dist.send(total, 0, group)
+    elif rank == 0:
+        dist.recv(total, RANKS - 1, group)
+    assert total.item() == sum(range(RANKS))
+    assert everybody == list(range(RANKS))
+    (Path(root) / f"rank_{rank}").write_text(str(sockets() - before))
+    dist.barrier()
+
+
+def test_a_group_of_eight_ranks_does_not_connect_all_with_all(tmp_path):
+    assert rank_processes.run(eight_ranks, RANKS, str(tmp_path)) == [0] * RANKS
+    opened = [int((tmp_path / f"rank_{rank}").read_text()) for rank in range(RANKS)]
+    assert max(opened) < RANKS - 1
