@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.plan_memory import memory
-from launch.rank_count import batch_advice, ranks_of
+from launch.rank_count import batch_advice, ranks_of, sharding_advice
 from launch.slurm import submit
 from models.backbones.pretrained import latent_timing
 from trainer.checkpoints.disk_space import checkpoint_bytes
@@ -53,7 +53,8 @@ def _stages(config: Config) -> list[str]:
             f"({ranks} rank(s) × {micro} clips × {settings.global_batch // (ranks * micro)} accumulated), "
             f"{settings.crop_frames} frames per crop"
         )
-        lines += [f"  ! {advice}" for advice in batch_advice(config, stage)]
+        advice = batch_advice(config, stage) + sharding_advice(config, stage)
+        lines += [f"  ! {line}" for line in advice]
     return lines
 
 

@@ -69,6 +69,18 @@ def batch_advice(config: Config, stage: str) -> list[str]:
     return found
 
 
+def sharding_advice(config: Config, stage: str) -> list[str]:
+    """Return a line if a stage's weights are gathered across nodes at each pass and need not be; else none."""
+    parallel, (ranks, _) = config.parallel, ranks_of(config, stage)
+    here = config.cluster.of(stage).ranks_per_node if config.cluster.kind != "local" else ranks
+    if parallel.strategy != "fsdp2" or parallel.replicas > 1 or ranks <= here or ranks % here:
+        return []
+    return [
+        f"fsdp2 gathers weights among all {ranks} ranks at each pass, and pads those with fewer rows: "
+        f"parallel.replicas={ranks // here} keeps that within each node, if a rank has the memory"
+    ]
+
+
 def _tasks(config: Config, stage: str) -> int:
     """Return the ranks that a stage could have: those of this machine's recipe, or those that its job asks for."""
     if config.cluster.kind == "local":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.plan import plan
-from launch.rank_count import batch_advice
+from launch.rank_count import batch_advice, sharding_advice
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 
@@ -56,6 +56,19 @@ def test_clips_one_at_a_time():
     [line] = batch_advice(on_cluster(1, 64, "parallel.micro_batch=1"), "pretrain")
     assert "8 clips of a rank go through one at a time" in line
     assert "parallel.micro_batch" in line
+
+
+def test_fsdp2_on_nodes_may_gather_within_each():
+    sharded = "parallel.strategy=fsdp2"
+    [line] = sharding_advice(on_cluster(4, 128, sharded), "pretrain")
+    assert "parallel.replicas=4" in line
+    for config in (
+        on_cluster(4, 128),
+        on_cluster(1, 64, sharded),
+        on_cluster(4, 128, sharded, "parallel.replicas=4"),
+        recipe("parallel.processes=2", "pretrain.global_batch=8", sharded),
+    ):
+        assert sharding_advice(config, "pretrain") == []
 
 
 def test_the_advice_is_in_the_plan():

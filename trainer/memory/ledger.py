@@ -194,7 +194,7 @@ def _zero_3(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
 
 
 def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
-    """FSDP2 shards parameters along the first dimension; it gathers block by block and prefetches the next block."""
+    """FSDP2 shards parameters along the first dimension; it gathers block by block."""
     width, shards = ranks.width, ranks.count // ranks.replicas
     trained = _numbers(outline.trained.values())
     cut = sum(_rows(shape, shards) for shape in outline.trained.values())
@@ -204,14 +204,16 @@ def _fsdp2(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
     largest = max(blocks, default=0)
     outside = trained + (frozen if sharing.shard_base else 0) - sum(blocks)
     reduced = max([*_block_sizes(outline, trained_only=True), _outside(outline)])
+    # two blocks are gathered while a third arrives; those of a LoRA on a base that is not cut all stay
+    gathered = sum(blocks) if frozen and not sharing.shard_base else 3 * largest
     return Parts(
         base=width * base,
         trained=4 * cut,
         gradients=4 * (cut + (trained if ranks.accumulated else 0)),  # unsharded until the last micro batch
         moments=8 * cut,
         ema=4 * ranks.averages * cut,
-        # weights outside blocks stay gathered, and so do two blocks while a third arrives; gradients leave in float32
-        buffers=width * (outside + 3 * largest) + (4 + width) * reduced,
+        # weights outside blocks stay gathered; gradients leave in float32
+        buffers=width * (outside + gathered) + (4 + width) * reduced,
     )
 
 

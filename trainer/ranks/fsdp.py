@@ -49,9 +49,20 @@ class Sharded(TorchStrategy):
             reduce_dtype=exchanged_in,
             cast_forward_inputs=False,
         )
+        # A LoRA is small: it stays gathered between the forward and the backward pass, and is sent once.
+        gathered_once = unsharded is not None and len(unsharded) > 0
+        self._parts: list[FSDPModule] = []
         for part in (*blocks_of(computed), computed):
             if shard_base or any(value.requires_grad for value in part.parameters()):
-                fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=unsharded)
+                fully_shard(
+                    part,
+                    mesh=mesh,
+                    mp_policy=precision,
+                    ignored_params=unsharded,
+                    reshard_after_forward=False if gathered_once else None,
+                )
+                assert isinstance(part, FSDPModule)
+                self._parts.append(part)
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
         self._shards = mesh.get_group("shard")
@@ -87,11 +98,13 @@ class Sharded(TorchStrategy):
     @contextmanager
     def _gathered(self) -> Iterator[None]:
         # The caller does not call the root module, whose hooks would gather the weights that belong to no block.
+        # Without a backward pass, blocks may stay gathered too, and would miss the next change of their weights.
         self.root.unshard()
         try:
             yield
         finally:
-            self.root.reshard()
+            for part in self._parts:
+                part.reshard()
 
     def _whole(self, norm: Tensor) -> Tensor:
         squared = norm.double().square()

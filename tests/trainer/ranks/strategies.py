@@ -229,6 +229,24 @@ def let_go(rank: int, folder: str) -> None:
     _write(folder, "let_go", rank, left)
 
 
+def evaluated(rank: int, folder: str) -> None:
+    """Evaluate each strategy without gradients, change its weights, and take a step; write the step's loss."""
+    losses: dict[str, float] = {}
+    with group():
+        for name in STRATEGIES:
+            trained = Trained.begin(recipe(Path(folder), *VARIANTS[name]))
+            strategy, module = trained.state.strategy, trained.state.task.module
+            inputs = Inputs(x0=torch.randn(2, 128, 63), positions=torch.arange(2))
+            trained.step()
+            with strategy.together():
+                module(inputs)
+            for held in strategy.held().values():
+                held.value.data.mul_(0.5)
+            strategy.refresh()
+            losses[name] = trained.step()
+    _write(folder, "evaluated", rank, losses)
+
+
 def unclipped(rank: int, folder: str) -> None:
     """Train each strategy with clipping at a norm that no gradient has, and without; write the losses."""
     curves: dict[str, dict[str, list[float]]] = {}

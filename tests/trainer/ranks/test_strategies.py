@@ -16,6 +16,7 @@ from tests.trainer.ranks.strategies import (
     STEPS,
     STRATEGIES,
     VARIANTS,
+    evaluated,
     first,
     let_go,
     make_base,
@@ -166,3 +167,9 @@ def test_any_checkpoint_resumes_anywhere(begun, continued, saver, saved_on, load
         assert result["curve"] == begun[saver, saved_on]["curve"][STEPS:]
     else:
         assert result["curve"] == pytest.approx(begun["ddp", 1]["curve"][STEPS:], rel=1e-6)
+
+
+def test_an_evaluation_leaves_no_stale_weights(folder):
+    assert rank_processes.run(evaluated, 2, str(folder), seconds=300) == [0, 0]
+    losses = json.loads((folder / "evaluated.json").read_text())
+    assert losses == {name: pytest.approx(losses["ddp"], rel=1e-6) for name in STRATEGIES}
