@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_cases import Section, Setting, forks_may_use_cuda, run_section  # noqa: E402
 from gpu_report import Report  # noqa: E402
-def unpack(a,b): pass
+from gpu_wheels import unpack  # noqa: E402
 
 SECTIONS = (
     Section("card", "gpu_card"),

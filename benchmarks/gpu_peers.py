@@ -64,9 +64,7 @@ class PeerModule(nn.Module):
         condition = self.f(self.g(x0_BCT)) * kept_B[:, None, None]
         t_B = self.diffusion.noise_level(torch.rand(len(x0_BCT), device=x0_BCT.device))
         noise_BCT = torch.randn_like(x0_BCT)
-        prediction = self.diffusion.prediction(
-            lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B
-        )
+        prediction = self.diffusion.prediction(lambda x, t: self.dit(x, t, condition=condition), x0_BCT, noise_BCT, t_B)
         return prediction.squared_error().mean()
 
 

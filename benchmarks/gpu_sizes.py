@@ -53,7 +53,11 @@ def _measure(row: Row, name: str, of: tuple[int, bool, str], setting: Setting) -
         if setting.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(times(lambda: take_step(prepared), setting.device, count=timed))
-        figures = {"ms a step": 1000 * seconds, "clips/s": clips / seconds, **utilisation(flops, seconds, setting.device)}
+        figures = {
+            "ms a step": 1000 * seconds,
+            "clips/s": clips / seconds,
+            **utilisation(flops, seconds, setting.device),
+        }
         measured = peak_gib(setting.device)
         planned = _planned_gib(config, text=text)
         memory = {} if measured is None else {"peak GiB": measured, "peak / plan": measured / planned}

@@ -10,9 +10,8 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -134,30 +133,27 @@ def random_task(config: Config, stage: str, device: torch.device, dit: DiTConfig
 
 
 @contextmanager
-def training(setting: Setting, config: Config) -> Iterator[Training]:
-    """Set a training up by the product's own code, but for the weights of D, which are random."""
+def random_weights(setting: Setting) -> Iterator[None]:
+    """Let the product's code make its Task with random weights; of tiny sizes, blocks are not compiled either."""
 
     def on_device(config: Config, stage: str) -> Task:
         return random_task(config, stage, torch.device(setting.device), sizes_of_dit(setting))
 
-    if setting.small:  # a C++ compiler would take minutes
-        interpreted = mock.patch.object(torch.nn.Module, "compile", _compiled_by_no_compiler)
-    else:
-        interpreted = mock.patch.object(torch.nn.Module, "compile", torch.nn.Module.compile)
-    with interpreted, mock.patch("trainer.training.make_task", on_device):
-        with set_up(config, STAGE, Stop(), lambda: None) as prepared:
-            try:
-                yield prepared
-            finally:
-                prepared.strategy.close()
+    with ExitStack() as changed:
+        changed.enter_context(mock.patch("trainer.training.make_task", on_device))
+        if setting.small:  # which would take most of the time
+            changed.enter_context(mock.patch.object(torch.nn.Module, "compile", lambda module, **options: None))
+        yield
 
 
-_compile = torch.nn.Module.compile
-
-
-def _compiled_by_no_compiler(module: torch.nn.Module, **options: Any) -> None:
-    """Trace a module as torch.compile does, and run what was traced as it is."""
-    _compile(module, backend="eager", **options)
+@contextmanager
+def training(setting: Setting, config: Config) -> Iterator[Training]:
+    """Set a training up by the product's own code, but for the weights of D, which are random."""
+    with random_weights(setting), set_up(config, STAGE, Stop(), lambda: None) as prepared:
+        try:
+            yield prepared
+        finally:
+            prepared.strategy.close()
 
 
 def take_step(prepared: Training) -> None:
