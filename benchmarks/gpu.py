@@ -77,8 +77,10 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
 def _environment(work: Path) -> dict[str, str]:
     """Return the variables of all processes."""
+    given = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    here = [str(ROOT), str(ROOT / "benchmarks"), *given, str(work / "packages")]
     return {
-        **{"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(work / "packages")])},
+        **{"PYTHONPATH": os.pathsep.join(here)},
         **{"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
         # Whether there is a device is asked of the driver, because a fork of a process that has used CUDA may not.
         **{"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},

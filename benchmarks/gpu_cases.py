@@ -26,7 +26,7 @@ Case = Callable[[Row], None]
 _CRASHED = 70  # exit status of a case whose error row is written
 
 
-class NotAvailable(Exception):  # noqa: N818
+class NotAvailable(Exception):
     """What a case measures does not exist here; the message says why."""
 
 
@@ -146,6 +146,8 @@ def _send_output_to(path: Path) -> None:
     with path.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # what was buffered before the fork is the parent's
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def _log(section: Section, name: str, setting: Setting) -> Path:

@@ -20,7 +20,7 @@ from trainer.training import Training
 
 OFF = {
     "LoRA as one function": lambda prepared: _pefts_layers(prepared.task.module),
-    "noise as one Triton kernel": lambda prepared: mock.patch.object(randomness, "_kernel_works", lambda device: False),
+    "noise as one Triton kernel": lambda prepared: mock.patch.object(randomness, "_kernel_works", return_value=False),
     "levels and drops drawn on the host": lambda prepared: _drawn_on_the_device(prepared),
     "pinned copies": lambda prepared: mock.patch.object(inputs, "moved", _pageable),
     "a step read one late": lambda prepared: mock.patch.object(type(prepared.strategy), "waits_for_steps", True),

@@ -89,7 +89,7 @@ def use_pefts_layers(module: nn.Module) -> int:
 
 
 def diffusers_style(module: PeerModule, batches: Batches) -> Step:
-    """Train as the LoRA scripts of diffusers do: Accelerate in bf16, the frozen base in bf16, and the loss read back."""
+    """Train as the LoRA scripts of diffusers do: Accelerate in bf16, a frozen base in bf16, and the loss read back."""
     AcceleratorState._reset_state()  # the product's own one has no mixed precision
     accelerator = Accelerator(mixed_precision="bf16", cpu=batches.device == "cpu")
     for parameter in module.parameters():

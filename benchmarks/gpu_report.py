@@ -15,7 +15,10 @@ _WIDEST_NOTE = 300
 
 
 class Report:
-    """Adds rows to `PATH` and rewrites `PATH` with the suffix .md. Processes may share one, but add no rows at a time."""
+    """Adds rows to a file, and rewrites the tables beside it, which have the suffix .md.
+
+    Processes may share a report as long as one of them adds rows at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Short runs of the product's whole loop, with its saver, in processes of their own, for the last sections of `gpu.py`."""
+"""Short runs of the product's whole loop, with its saver, for the last sections of `gpu.py`."""
 
 from __future__ import annotations
 
