@@ -11,21 +11,21 @@ from trainer.formatting import aligned
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer", "average")
 """The parts of a step that a trace shows as ranges, in order."""
-_KERNELS = 25  # rows of the table
 _NAME = 90  # characters of a kernel's name; those of templates go on for hundreds
 _ANNOTATION = "ProfilerStep"  # the profiler's own range around each step
 
 
-def kernel_table(averages: Iterable[Any], *, steps: int, on_device: bool) -> str:
+def kernel_table(averages: Iterable[Any], *, steps: int, on_device: bool, kernels: int = 25) -> str:
     """Return the table of a trace.
 
     Args:
         averages: the profiler's `key_averages()`.
         steps: how many steps were traced.
         on_device: whether to list the kernels of the device; otherwise, the operations on the CPU.
+        kernels: how many kernels have a row of their own.
     """
     entries = list(averages)
-    return f"{_parts(entries, steps)}\n\n{_kernels(entries, steps, on_device=on_device)}\n"
+    return f"{_parts(entries, steps)}\n\n{_kernels(entries, steps, on_device=on_device, most=kernels)}\n"
 
 
 def _parts(entries: Sequence[Any], steps: int) -> str:
@@ -36,7 +36,7 @@ def _parts(entries: Sequence[Any], steps: int) -> str:
     return aligned(rows, right=(1,))
 
 
-def _kernels(entries: Sequence[Any], steps: int, *, on_device: bool) -> str:
+def _kernels(entries: Sequence[Any], steps: int, *, on_device: bool, most: int) -> str:
     kind = DeviceType.CUDA if on_device else DeviceType.CPU
     costs = [
         (entry.self_device_time_total if on_device else entry.self_cpu_time_total, entry)
@@ -46,13 +46,13 @@ def _kernels(entries: Sequence[Any], steps: int, *, on_device: bool) -> str:
     costs.sort(key=lambda pair: -pair[0])
     total = sum(cost for cost, _ in costs) or 1.0
     rows = [("ms a step", "share", "calls a step", "µs a call", "kernel" if on_device else "operation on the CPU")]
-    for cost, entry in costs[:_KERNELS]:
+    for cost, entry in costs[:most]:
         name = entry.key if len(entry.key) <= _NAME else f"{entry.key[:_NAME]}…"
         share, calls = f"{100 * cost / total:.1f} %", f"{entry.count / steps:.1f}"
         rows.append((_ms(cost / steps), share, calls, f"{cost / max(1, entry.count):.1f}", name))
-    others = sum(cost for cost, _ in costs[_KERNELS:])
+    others = sum(cost for cost, _ in costs[most:])
     if others:
-        rows.append((_ms(others / steps), f"{100 * others / total:.1f} %", "", "", f"{len(costs) - _KERNELS} others"))
+        rows.append((_ms(others / steps), f"{100 * others / total:.1f} %", "", "", f"{len(costs) - most} others"))
     return aligned(rows, right=(0, 1, 2, 3))
 
 

@@ -1,0 +1,40 @@
+"""The section of `gpu.py` on keyed random numbers: a run is the same everywhere only if they are the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from gpu_cases import Case, NotAvailable, Row, Setting
+from torch import Tensor
+
+from trainer import randomness
+
+Draw = Callable[[Tensor, int, int], Tensor]
+
+
+def cases(setting: Setting) -> Mapping[str, Case]:
+    """Return a case for each way to draw."""
+    ways: dict[str, tuple[Draw, Draw]] = {
+        "uniform": (randomness.uniform, randomness.uniform),
+        "normal, plain": (randomness._plain_normal, randomness._plain_normal),
+        "normal, one Triton kernel": (_by_kernel, randomness._plain_normal),
+    }
+    return {name: lambda row, name=name: _compare(row, name, *ways[name], setting) for name in ways}
+
+
+def _compare(row: Row, name: str, draw: Draw, as_on_cpu: Draw, setting: Setting) -> None:
+    """Compare what the device draws with what the CPU draws, bit for bit."""
+    shape = (3, 1001) if setting.small else (128, 500)
+    on_cpu = randomness.keys(7, "noise", torch.arange(32) + 10**12)
+    ours = draw(on_cpu.to(setting.device), *shape).cpu()
+    theirs = as_on_cpu(on_cpu, *shape)
+    differing = int((ours.view(torch.int32) != theirs.view(torch.int32)).sum())
+    furthest = float((ours - theirs).abs().max())
+    row(name, numbers=ours.numel(), differing=differing, furthest=furthest, equal="no" if differing else "yes")
+
+
+def _by_kernel(keys_B: Tensor, *shape: int) -> Tensor:
+    if keys_B.device.type != "cuda":
+        raise NotAvailable("Triton's kernel runs on a GPU alone")
+    return randomness._drawn_by_kernel(keys_B, shape)
