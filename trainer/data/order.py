@@ -27,7 +27,10 @@ from numpy.typing import NDArray
 _ROUNDS = 10  # with fewer than 8 rounds, an index and its place are measurably correlated
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
-
+_ROUND_STEPS = np.array([round_ * _GOLDEN & _MASK for round_ in range(1, _ROUNDS + 1)], np.uint64)
+_HALF_WORD = np.uint64(32)
+_MIX_STEPS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+_MIX_LAST_SHIFT = np.uint64(31)
 
 SHUFFLES = ("global", "windowed", "none")
 
@@ -97,7 +100,7 @@ class Order:
         in_lane, lane = np.divmod(places, self.lanes)
         width = max(1, self.window // (self.block * self.lanes)) * self.block
         window, in_window = np.divmod(in_lane, width)
-        keys = _mix(self._keys("window", epochs) ^ _mix((window * self.lanes + lane).astype(np.uint64)))
+        keys = _sub_keys(self._keys("window", epochs), window * self.lanes + lane)
         last, shorter = divmod(rounds * self.block, width)
         for selected, length in ((window < last, width), (window == last, shorter)):
             chosen = np.flatnonzero(selected)
@@ -109,7 +112,9 @@ class Order:
         return blocks * self.block + in_block
 
     def _keys(self, purpose: str, epochs: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Return a key (B,) for each of the epochs (B,)."""
+        """Return a key (B,) for each of the epochs (B,), or one key (1,) if all epochs are the same."""
+        if epochs.size and (epochs == epochs[0]).all():
+            return np.array([_epoch_key(self.fingerprint, self.seed, f"{epochs[0]}{purpose}")], np.uint64)
         distinct, inverse = np.unique(epochs, return_inverse=True)
         epoch_keys = [_epoch_key(self.fingerprint, self.seed, f"{epoch}{purpose}") for epoch in distinct.tolist()]
         return np.array(epoch_keys, np.uint64)[inverse]
@@ -144,7 +149,7 @@ class Mixture:
         # A Latin square: every slot of a cycle occurs once in each lane, and once across as many neighbouring lanes.
         cycle, group = in_lane // ends[-1], lane // ends[-1]
         key = np.uint64(_epoch_key("mixture", self.seed, str(self.weights)))
-        keys = _mix(key ^ _mix((cycle * self.lanes + group).astype(np.uint64)))
+        keys = _sub_keys(key, cycle * self.lanes + group)
         slot = permute((in_lane + lane) % ends[-1], int(ends[-1]), keys)
         stream = np.searchsorted(ends, slot, side="right")
         in_stream = cycle * weights[stream] + slot - (ends - weights)[stream]
@@ -187,7 +192,7 @@ def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) 
     Args:
         index: (B,), each in 0 … size-1.
         size: 1 … 2⁶².
-        key: 64 bits: one for all indices, or one for each index (B,).
+        key: 64 bits: one for all indices, as a number or (1,), or one for each index (B,).
 
     Returns:
         (B,), each in 0 … size-1. Two different indices with the same key have different places.
@@ -198,29 +203,58 @@ def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) 
         raise ValueError(f"an index into an order of {size} samples must be 0 to {size - 1}")
     side = int(np.ceil(np.sqrt(size)))
     side += side * side < size  # correct a square root that was rounded down
-    keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    keys = _round_keys(np.atleast_1d(np.asarray(key, np.uint64)))
     place = _network(index.astype(np.uint64), side, keys)
     while (outside := np.flatnonzero(place >= size)).size:
-        place[outside] = _network(place[outside], side, keys[outside])
+        place[outside] = _network(place[outside], side, keys if keys.shape[1] == 1 else keys[:, outside])
     return place.astype(np.int64)
 
 
-def _network(index: NDArray[np.uint64], side: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    modulus, half_word = np.uint64(side), np.uint64(32)
+def _round_keys(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the keys of the rounds, (rounds, B), of the networks with these keys (B,)."""
+    mixed = keys + _ROUND_STEPS[:, None]
+    return _mix(mixed, np.empty_like(mixed))
+
+
+def _network(index: NDArray[np.uint64], side: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Pass each index (B,) through a network with round keys (rounds, B), or (rounds, 1) if all have the same key.
+
+    All rounds work in the same four arrays, because new ones would take as much time as the arithmetic.
+    """
+    modulus = np.uint64(side)
     left, right = np.divmod(index, modulus)
-    for round_ in range(1, _ROUNDS + 1):
-        mixed = _mix(right ^ _mix(keys + np.uint64(round_ * _GOLDEN & _MASK)))
+    shifted, scratch = np.empty_like(left), np.empty_like(left)
+    for keys in round_keys:
+        _mix(np.bitwise_xor(right, keys, out=shifted), scratch)
         # Scale the upper 32 bits to 0 … side-1: this is as uniform as the remainder and needs no division.
-        shifted = left + ((mixed >> half_word) * modulus >> half_word)
-        left, right = right, np.where(shifted >= modulus, shifted - modulus, shifted)
-    return left * modulus + right
+        shifted >>= _HALF_WORD
+        shifted *= modulus
+        shifted >>= _HALF_WORD
+        # Add modulo the side: the difference of a sum below the side wraps around to a huge number.
+        shifted += left
+        np.minimum(shifted, np.subtract(shifted, modulus, out=scratch), out=shifted)
+        left, right, shifted = right, shifted, left
+    left *= modulus
+    left += right
+    return left
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply the finalizer of SplitMix64 (Steele et al. 2014): every input bit affects every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014) in place: every input bit affects every output bit."""
+    for shift, factor in _MIX_STEPS:
+        x ^= np.right_shift(x, shift, out=scratch)
+        x *= factor
+    x ^= np.right_shift(x, _MIX_LAST_SHIFT, out=scratch)
+    return x
+
+
+def _sub_keys(key: np.uint64 | NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return a key (B,) for each of the numbers (B,), derived from one key or from a key for each number."""
+    mixed = numbers.astype(np.uint64)
+    scratch = np.empty_like(mixed)
+    _mix(mixed, scratch)
+    mixed ^= key
+    return _mix(mixed, scratch)
 
 
 def _epoch_key(fingerprint: str, seed: int, epoch: str) -> int:

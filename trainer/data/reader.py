@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from models.documents import Natural, parse_json, to_json
 from trainer.data.order import Order
+from trainer.data.places import Reads
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
 from trainer.files import locked
 from trainer.randomness import below
 
+_MOST_KEPT = 32 << 20  # bytes of scratch memory that each reading thread keeps
 _SUBSTITUTES = 64  # the number of samples tried as a replacement for a damaged one
 
 
@@ -62,6 +64,8 @@ class Crop:
     """64 random bits for the start of each crop."""
     rows: NDArray[np.int64]
     """Rows of the batch."""
+    reads: Reads | None = None
+    """The samples' reads, or None if they are not planned yet."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,26 @@ class Reader:
     order: Order
     damage: Damage
 
+    @property
+    def reads_whole_clips(self) -> bool:
+        """Whether every clip of the set is as long as a crop."""
+        return self.shard_set.shortest_frames == self.shard_set.longest_frames == self.part.frames
+
     def ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the samples (B,) at these places (B,) of the order."""
         ids = self.order.ids(places)
         return ids if self.part.ids is None else self.part.ids[ids]
+
+    def plan_reads(
+        self, ids: NDArray[np.int64], batches: NDArray[np.int64], count: int, *, channels: int
+    ) -> list[Reads]:
+        """Plan the reads of `count` batches: of samples (n,), in the order of their batches (n,)."""
+        rows = np.arange(len(ids)) - np.searchsorted(batches, batches)
+        return self.shard_set.plan_reads(ids, rows, batches, count, row_bytes=self._row_bytes(channels))
+
+    def _row_bytes(self, channels: int) -> int:
+        """Return the bytes of the set's longest clip."""
+        return 2 * channels * self.shard_set.longest_frames
 
     def read(self, crop: Crop, out: NDArray[np.float16], mask: NDArray[np.bool] | None) -> NDArray[np.int64]:
         """Read crops into rows of a batch.
@@ -91,16 +111,19 @@ class Reader:
         """
         channels, frames = out.shape[1:]
         # If the crops fill the batch and every clip is as long as a crop, read directly into the batch.
-        if len(crop.rows) == len(out) and self.shard_set.shortest_frames == self.shard_set.longest_frames == frames:
+        if len(crop.rows) == len(out) and self.reads_whole_clips:
             return self._fill(crop, out.reshape(len(out), -1))
-        values = np.empty((len(crop.rows), channels * self.shard_set.longest_frames), np.float16)
+        values = _scratch(len(crop.rows), self._row_bytes(channels) // 2)
         ids = self._fill(crop, values)
         lengths = self.shard_set.index["frames"][ids].astype(np.int64)
         # Cut a crop out of each clip at a random start, and pad the clips that are shorter.
         starts = below(torch.from_numpy(np.maximum(0, lengths - frames) + 1), torch.from_numpy(crop.bits))
         for row, clip, length, start in zip(crop.rows.tolist(), values, lengths.tolist(), starts.tolist(), strict=True):
-            cut_CT = clip[: channels * length].reshape(channels, length)[:, start : start + frames]
-            out[row, :, : cut_CT.shape[1]] = cut_CT
+            clip_CT = clip[: channels * length].reshape(channels, length)
+            if length >= frames:
+                out[row] = clip_CT[:, start : start + frames]
+                continue
+            out[row, :, :length] = clip_CT
             if mask is not None:
                 out[row, :, length:] = 0
                 mask[row, length:] = False
@@ -108,7 +131,9 @@ class Reader:
 
     def _fill(self, crop: Crop, values: NDArray[np.float16]) -> NDArray[np.int64]:
         ids = crop.ids.copy()
-        for row, problem in self.shard_set.read(ids, values).items():
+        shard_set, reads = self.shard_set, crop.reads
+        problems = shard_set.read(ids, values) if reads is None else shard_set.read_planned(reads, values)
+        for row, problem in problems.items():
             self.damage.note(self.shard_set, int(ids[row]), problem)
             ids[row] = self._substitute(int(crop.places[row]), values[row : row + 1])
         return ids
@@ -125,6 +150,29 @@ class Reader:
             f"{_SUBSTITUTES} consecutive samples of {self.shard_set.location} can't be read ({problems[0]}): find the "
             f"damaged shards with `spresso index DIR --verify` and restore them"
         )
+
+
+class _Kept(threading.local):
+    """The array of this thread that `_scratch` returned last."""
+
+    values = np.empty(0, np.float16)
+
+
+_kept = _Kept()
+
+
+def _scratch(samples: int, length: int) -> NDArray[np.float16]:
+    """Return an array (samples, length) with any content, which the next call of the same thread returns again.
+
+    The kernel clears the pages of a new array, which takes about as long as to fill them from the page cache. A large
+    array is not kept, because it would hold memory for the longest clips that were ever in each of its rows.
+    """
+    size = samples * length
+    if 2 * size > _MOST_KEPT:
+        return np.empty((samples, length), np.float16)
+    if _kept.values.size < size:
+        _kept.values = np.empty(size, np.float16)
+    return _kept.values[:size].reshape(samples, length)
 
 
 class _DamageEntry(TypedDict):

@@ -7,10 +7,9 @@ import io
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from models.disk_errors import NO_FILE, PASSING, with_number
 from models.documents import DamagedDocument, opened
 from models.readable import describe_os_error
 from trainer.data.index_file import CHECKED, is_described, read_whole
+from trainer.data.places import Places, Reads, plan_reads
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.set_description import read_description
 from trainer.data.shards import (
@@ -48,8 +48,6 @@ _OPEN_FILES = 512  # shards that one process keeps open
 _LARGE_INDEX = 1 << 30  # bytes
 _MOST_READ = 256 << 20
 """Bytes up to which an index is read whole; that of a billion samples is not, as each rank would hold it in memory."""
-_GAP = 16 << 10  # a gap of this many bytes between two samples is cheaper to read than to skip
-_BUFFERS = 512  # per read; Linux allows 1024
 
 
 class _NoSuchPlaceError(Exception):
@@ -66,6 +64,7 @@ class ShardSet:
         shards: (name, bytes) of each shard.
         fingerprint: a hash of all latents in their order.
         index: one row per sample.
+        index_in_memory: whether the index was read whole; otherwise it is mapped, and a row may have to be read.
         total_frames: frames of all clips together.
         shortest_frames, longest_frames: frames of the shortest and the longest clip.
         has_audio, has_text: whether the samples have audio and text.
@@ -111,9 +110,9 @@ class ShardSet:
             or self.has_text != (self.info.text is not None)
         ):
             raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
-        small = mapped.nbytes <= _MOST_READ
-        self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if small else mapped
-        if verify and small and not self.has_own_index():
+        self.index_in_memory = mapped.nbytes <= _MOST_READ
+        self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if self.index_in_memory else mapped
+        if verify and self.index_in_memory and not self.has_own_index():
             raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
         for name, size in self.shards if self._cache is None else ():
             try:
@@ -148,7 +147,7 @@ class ShardSet:
     def read(self, ids: NDArray[np.int64], out: NDArray[np.float16]) -> dict[int, DamagedSample]:
         """Read the latents of samples into the rows of `out`.
 
-        Shards and offsets are read in rising order, and samples that are close together are read with one system call.
+        Samples are read in the order of the index, and those that are close together with one system call.
 
         Args:
             ids: (B,), the samples' rows in the index.
@@ -158,69 +157,82 @@ class ShardSet:
             The problem of each sample that could not be read, by its row of `out`. The content of such a row is
             undefined.
         """
-        rows = self.index[ids]
-        intact = well_formed(rows, self.info.latent_channels) & (rows["shard"] < len(self.shards))
-        intact &= rows["x0_length"] <= out.shape[1] * out.itemsize
-        problems = {row: self._index_damaged() for row in np.flatnonzero(~intact).tolist()}
-        # Sort the samples by their place on disk, and group those that are close together.
-        sequence = np.lexsort((rows["x0_offset"], rows["shard"]))
-        sequence = sequence[intact[sequence]]
-        ordered = rows[sequence]
-        shard, begin, length = (ordered[name].astype(np.int64) for name in ("shard", "x0_offset", "x0_length"))
-        gap = begin[1:] - (begin + length)[:-1]
-        separate = (shard[1:] != shard[:-1]) | (gap < 0) | (gap > _GAP)
-        cuts = [0, *(np.flatnonzero(separate) + 1).tolist(), len(sequence)]
-        columns = (sequence, begin, length, ordered["x0_crc32"])
-        samples = list(zip(*(column.tolist() for column in columns), strict=True))
-        # Read each group.
-        buffer, stride = out.reshape(-1).view(np.uint8).data, out.strides[0]
-        for first, last in pairwise(cuts):
-            if last - first == 1 and self._read_one(int(shard[first]), samples[first], buffer, stride):
-                continue
-            for start in range(first, last, _BUFFERS // 2):
-                run = samples[start : min(last, start + _BUFFERS // 2)]
-                problems |= self._read_run(int(shard[first]), run, buffer, stride)
-        return problems
+        rows = np.arange(len(ids))
+        (reads,) = self.plan_reads(ids, rows, np.zeros_like(rows), 1, row_bytes=out.shape[1] * out.itemsize)
+        return self.read_planned(reads, out)
 
-    def _read_one(self, shard: int, sample: tuple[int, int, int, int], buffer: memoryview, stride: int) -> bool:
-        """Read a sample (row, offset, length, checksum) of a local set; returns whether its checksum is right.
+    def plan_reads(
+        self, ids: NDArray[np.int64], rows: NDArray[np.int64], batches: NDArray[np.int64], count: int, *, row_bytes: int
+    ) -> list[Reads]:
+        """Plan the reads of `count` batches, which costs far less for many batches at once than for each of them.
 
-        This is the hot path of a shuffled order. After a failure, `_read_run` finds out the reason.
+        Args:
+            ids: (n,), the samples of all batches as rows of the index.
+            rows: (n,), the samples' rows in their batches.
+            batches: (n,), each sample's batch, 0 … count - 1.
+            row_bytes: the bytes of a row of a batch.
+        """
+
+        def fits(found: Mapping[str, NDArray[Any]]) -> NDArray[np.bool]:
+            known = (found["shard"] < len(self.shards)) & (found["x0_length"] <= row_bytes)
+            return well_formed(found, self.info.latent_channels) & known
+
+        return plan_reads(self.index, ids, rows=rows, batches=batches, count=count, fits=fits, row_bytes=row_bytes)
+
+    def read_planned(self, reads: Reads, out: NDArray[np.float16]) -> dict[int, DamagedSample]:
+        """Do as `read` does, for reads that `plan_reads` planned for rows as long as those of `out`."""
+        buffer, row_bytes = out.reshape(-1).view(np.uint8).data, out.strides[0]
+        problems = {row * row_bytes: self._index_damaged() for row in reads.damaged}
+        for number in self._read_each(reads.alone, buffer):
+            problems |= self._read_run(reads.alone.part(number, number + 1), buffer)
+        for run in reads.runs:
+            problems |= self._read_run(run, buffer)
+        return {start // row_bytes: problem for start, problem in problems.items()}
+
+    def _read_each(self, places: Places, buffer: memoryview) -> Iterable[int]:
+        """Read samples of a local set; returns the numbers of those that it could not read whole and unchanged.
+
+        This is the hot path of a shuffled order. `_read_run` finds out the reasons of its failures, and reads the
+        samples of a remote set.
         """
         if self._cache is not None:
-            return False
-        row, offset, length, checksum = sample
-        values = buffer[row * stride : row * stride + length]
-        try:
-            return os.preadv(self._open(shard).fileno(), [values], offset) == length and crc32(values) == checksum
-        except OSError:
-            return False
+            return range(places.columns.shape[1])
+        failed, open_shard, preadv = [], self._open, os.preadv
+        for number, (shard, offset, length, checksum, start, end) in enumerate(places):
+            values = buffer[start:end]
+            try:
+                file = open_shard(shard)
+                # The checksum is computed while the sample's bytes are still in the processor's cache.
+                if preadv(file.fileno(), (values,), offset) != length or crc32(values) != checksum:
+                    failed.append(number)
+            except OSError:
+                failed.append(number)
+        return failed
 
-    def _read_run(
-        self, shard: int, run: list[tuple[int, int, int, int]], buffer: memoryview, stride: int
-    ) -> dict[int, DamagedSample]:
-        """Read samples (row, offset, length, checksum) at rising offsets of a shard with one system call.
+    def _read_run(self, places: Places, buffer: memoryview) -> dict[int, DamagedSample]:
+        """Read samples at rising offsets of one shard with one system call.
 
-        Returns the problem of each sample that could not be read, by its row. Raises OSError if the disk fails, because
-        the samples may be whole.
+        Returns the problem of each sample that could not be read, by its start in the buffer. Raises OSError if the
+        disk fails, because the samples may be whole.
         """
-        position = start = run[0][1]
-        targets = []
-        for row, offset, length, _ in run:
+        run = list(places)
+        shard, first, *_ = run[0]
+        position, targets = first, []
+        for _, offset, length, _, start, end in run:
             if offset > position:
                 targets.append(memoryview(bytearray(offset - position)))
-            targets.append(buffer[row * stride : row * stride + length])
+            targets.append(buffer[start:end])
             position = offset + length
         try:
-            read = self._patiently(shard, lambda file: os.preadv(file.fileno(), targets, start))
+            read = self._patiently(shard, lambda file: os.preadv(file.fileno(), targets, first))
         except (_NoSuchPlaceError, MissingFileError) as error:
-            return {row: self._damaged(shard, offset, str(error)) for row, offset, _, _ in run}
+            return {start: self._damaged(shard, offset, str(error)) for _, offset, _, _, start, _ in run}
         problems = {}
-        for row, offset, length, checksum in run:
-            if offset + length - start > read:
-                problems[row] = self._damaged(shard, offset, "the shard is truncated")
-            elif crc32(buffer[row * stride : row * stride + length]) != checksum:
-                problems[row] = self._damaged(shard, offset, "the checksum is wrong")
+        for _, offset, length, checksum, start, end in run:
+            if offset + length - first > read:
+                problems[start] = self._damaged(shard, offset, "the shard is truncated")
+            elif crc32(buffer[start:end]) != checksum:
+                problems[start] = self._damaged(shard, offset, "the checksum is wrong")
         return problems
 
     @property

@@ -355,7 +355,7 @@ def set_checksum(info: SetInfo, shards: Sequence[tuple[str, int]], index: NDArra
     return crc32(np.ascontiguousarray(index).view(np.uint8).data, crc32(json.dumps(facts, sort_keys=True).encode()))
 
 
-def well_formed(rows: NDArray[np.void], channels: int) -> NDArray[np.bool]:
+def well_formed(rows: NDArray[np.void] | Mapping[str, NDArray[Any]], channels: int) -> NDArray[np.bool]:
     """Whether the latents' length of each row fits its number of frames."""
     return rows["x0_length"] == _bytes_each(channels) * rows["frames"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, cycle, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ from torch import Tensor
 from trainer.data.conditions import ConditionReader
 from trainer.data.fetch_ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
+from trainer.data.places import Reads
 from trainer.data.reader import Crop, Damage, Part, Reader, cut
+from trainer.data.reader_pool import ReaderPool, wait_for
 from trainer.data.shard_set import ShardSet
 from trainer.inputs import Inputs
 from trainer.randomness import bits, keys
 
 _PLANNED_AT_ONCE = 4096  # samples
-_POLL_SECONDS = 0.25  # between two calls of `give_up` while a batch is awaited
+_PLAN_GROWTH = 8  # each plan has so many times the steps of the one before, and costs little more than that one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class LatentStream:
         if global_batch < 1:
             raise ValueError(f"global_batch must be at least 1, not {global_batch}")
         self._padded = bool(buckets)
+        self._channels = self.sets[0].info.latent_channels
         self.conditions: list[ConditionReader] = []
         for shard_set in self.sets:
             self._check(shard_set)
@@ -163,7 +166,7 @@ class LatentStream:
         Damaged samples are listed too, not their replacements.
         """
         plan = self._plan(samples_seen + np.arange(self.global_batch))
-        return list(zip(self._sets_of(plan).tolist(), plan.ids.tolist(), strict=True))
+        return list(zip(plan.sets.tolist(), plan.ids.tolist(), strict=True))
 
     def iterate(
         self,
@@ -189,15 +192,15 @@ class LatentStream:
         """
         size, ahead = self._part_size(samples_seen, world_size, parts), ahead if threads else 0
         buffers = [self._buffer(size) for _ in range(ahead + 1)]
-        work = zip(self._plans(samples_seen, rank, world_size, size), cycle(buffers), strict=False)
+        work = zip(self._plans(samples_seen, rank, world_size, size, reads=True), cycle(buffers), strict=False)
         prefetching = self._prefetching(samples_seen, rank, world_size, local_ranks)
-        with prefetching as prefetch, _ReaderPool(threads or 1, give_up) as pool, self._interrupt_remotes_at_exit():
+        with prefetching as prefetch, ReaderPool(threads or 1, give_up) as pool, self._interrupt_remotes_at_exit():
             prefetch(0)
             pending = deque(pool.submit(self._read, *item) for item in islice(work, ahead))
             for number, item in enumerate(work):
                 if threads:
                     pending.append(pool.submit(self._read, *item))
-                batch = _wait_for(pending.popleft(), give_up) if threads else self._read(*item)
+                batch = wait_for(pending.popleft(), give_up) if threads else self._read(*item)
                 yield batch
                 if batch is None:
                     return
@@ -258,22 +261,40 @@ class LatentStream:
         return self.global_batch // (world_size * parts)
 
     def _buffer(self, size: int, *, pinned: bool = True) -> Tensor:
-        shape = (size, self.sets[0].info.latent_channels, self.crop_frames)
+        shape = (size, self._channels, self.crop_frames)
         return torch.empty(shape, dtype=torch.float16, pin_memory=pinned and torch.cuda.is_available())
 
-    def _plans(self, samples_seen: int, rank: int, world_size: int, size: int) -> Iterator[_Plan]:
-        """Yield the plans of a rank's micro batches of `size` samples from `samples_seen` on.
+    def _plans(
+        self, samples_seen: int, rank: int, world_size: int, size: int, *, reads: bool = False
+    ) -> Iterator[_Plan]:
+        """Yield the plans of a rank's micro batches of `size` samples from `samples_seen` on, with `reads` or without.
 
         Many micro batches are planned at once, which makes the planning of each about ten times as fast.
         """
         per_rank, steps = self.global_batch // world_size, 1
         while True:
             plan = self._plan(samples_seen + rank + world_size * np.arange(steps * per_rank))
-            for start in range(0, steps * per_rank, size):
-                yield plan.rows(start, start + size)
+            planned_reads = self._plan_reads(plan, size) if reads else repeat({})
+            for start, batch_reads in zip(range(0, steps * per_rank, size), planned_reads, strict=False):
+                yield plan.rows(start, start + size, batch_reads)
             samples_seen += steps * self.global_batch
-            # The number of planned steps grows slowly, so that the first batch does not wait for a long plan.
-            steps = max(1, min(2 * steps, _PLANNED_AT_ONCE // per_rank))
+            # The number of planned steps grows from one, so that the first batch does not wait for a long plan.
+            steps = max(1, min(_PLAN_GROWTH * steps, _PLANNED_AT_ONCE // per_rank))
+
+    def _plan_reads(self, plan: _Plan, size: int) -> list[dict[int, Reads]]:
+        """Return the reads of each micro batch of `size` samples, by reader.
+
+        The reads from sets whose index is not in memory are left to the threads that read, as they wait for the disk.
+        """
+        count = len(plan.positions) // size
+        of_batches: list[dict[int, Reads]] = [{} for _ in range(count)]
+        for number, rows in _groups(plan.readers, len(self._readers)):
+            reader = self._readers[number]
+            if reader.shard_set.index_in_memory:
+                reads = reader.plan_reads(plan.ids[rows], rows // size, count, channels=self._channels)
+                for of_batch, of_reader in zip(of_batches, reads, strict=True):
+                    of_batch[number] = of_reader
+        return of_batches
 
     def _plan(self, positions: NDArray[np.int64]) -> _Plan:
         """Decide which reader reads which sample for each of the positions (n,)."""
@@ -284,8 +305,14 @@ class LatentStream:
         ids = np.empty_like(places)
         for number, rows in _groups(readers, len(self._readers)):
             ids[rows] = self._readers[number].ids(places[rows])
-        crop_keys = keys(self.seed, "crop", torch.from_numpy(positions))
-        return _Plan(positions, readers, places, ids, bits(crop_keys).numpy())
+        sets = np.searchsorted(self._first_reader, readers, side="right") - 1
+        return _Plan(positions, readers, places, ids, sets, self._crop_bits(positions))
+
+    def _crop_bits(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return 64 random bits for the crop of each position (n,), or zeros if no reader has a choice of crops."""
+        if all(reader.reads_whole_clips for reader in self._readers):
+            return np.zeros_like(positions)
+        return bits(keys(self.seed, "crop", torch.from_numpy(positions))).numpy()
 
     def _plan_buckets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the reader of each position (n,) and the place in that reader's order (n,), a bucket per batch."""
@@ -300,17 +327,18 @@ class LatentStream:
         """Read the crops of a micro batch into `out`, and the samples' conditions."""
         frames = self._readers[int(plan.readers[0])].part.frames  # all readers of a batch crop to the same length
         size = len(plan.positions)
-        x0 = out.view(-1)[: size * out.shape[1] * frames].view(size, -1, frames)
+        shape = (size, out.shape[1], frames)
+        x0 = out if out.shape == shape else out.view(-1)[: math.prod(shape)].view(shape)
         mask = np.ones((size, frames), bool) if self._padded else None
         ids = plan.ids.copy()
         for number, rows in _groups(plan.readers, len(self._readers)):
-            crop = Crop(plan.places[rows], ids[rows], plan.bits[rows], rows)
+            crop = Crop(plan.places[rows], ids[rows], plan.bits[rows], rows, plan.reads.get(number))
             ids[rows] = self._readers[number].read(crop, x0.numpy(), mask)
         return Batch(
             x0=x0,
             positions=torch.from_numpy(plan.positions),
             ids=torch.from_numpy(ids),
-            sets=torch.from_numpy(self._sets_of(plan)),
+            sets=torch.from_numpy(plan.sets),
             mask=None if mask is None or mask.all() else torch.from_numpy(mask),
             conditions=self._read_conditions(plan, ids),
         )
@@ -335,26 +363,27 @@ class LatentStream:
     def _blank_conditions(self, size: int) -> dict[str, Tensor]:
         return {name: value for condition in self.conditions for name, value in condition.blank(size).items()}
 
-    def _sets_of(self, plan: _Plan) -> NDArray[np.int64]:
-        return np.searchsorted(self._first_reader, plan.readers, side="right") - 1
-
 
 @dataclass(frozen=True)
 class _Plan:
-    """The samples to read for n positions of the stream; each field is a column (n,)."""
+    """The samples to read for n positions of the stream; each field but `reads` is a column (n,)."""
 
     positions: NDArray[np.int64]
     readers: NDArray[np.int64]
     places: NDArray[np.int64]
     """Each sample's place in the order of its reader."""
     ids: NDArray[np.int64]
+    sets: NDArray[np.int64]
     bits: NDArray[np.int64]
     """Random bits for each position's crop, drawn for a whole plan at once because many cost little more than a few."""
+    reads: dict[int, Reads] = field(default_factory=dict)
+    """How the samples are read, by reader; a reader without an entry finds out when it reads."""
 
-    def rows(self, start: int, end: int) -> _Plan:
-        """Return the plan of rows start … end - 1."""
-        columns = (self.positions, self.readers, self.places, self.ids, self.bits)
-        return _Plan(*(column[start:end] for column in columns))
+    def rows(self, start: int, end: int, reads: dict[int, Reads]) -> _Plan:
+        """Return the plan of rows start … end - 1, whose reads are given."""
+        part = slice(start, end)
+        of_stream = (self.positions[part], self.readers[part], self.places[part])
+        return _Plan(*of_stream, self.ids[part], self.sets[part], self.bits[part], reads)
 
 
 def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[np.int64]]]:
@@ -362,26 +391,3 @@ def _groups(numbers: NDArray[np.int64], count: int) -> list[tuple[int, NDArray[n
     if count == 1:
         return [(0, np.arange(len(numbers)))]
     return [(number, np.flatnonzero(numbers == number)) for number in np.unique(numbers).tolist()]
-
-
-class _ReaderPool(ThreadPoolExecutor):
-    """Threads that read batches; on exit the pool waits for them, unless `give_up` returns true, as they may hang."""
-
-    def __init__(self, threads: int, give_up: Callable[[], bool]) -> None:
-        super().__init__(threads, "latents")
-        self.give_up = give_up
-
-    def __exit__(self, *error: object) -> None:
-        self.shutdown(wait=not self.give_up(), cancel_futures=True)
-
-
-def _wait_for(batch: Future[Batch], give_up: Callable[[], bool]) -> Batch | None:
-    """Wait for a batch and return it, or None once `give_up` returns true."""
-    while True:
-        try:
-            return batch.result(timeout=_POLL_SECONDS)
-        except TimeoutError:
-            if batch.done():
-                return batch.result()  # the reader itself raised the TimeoutError
-            if give_up():
-                return None

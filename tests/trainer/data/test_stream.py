@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trainer.data.places import Reads
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 from trainer.data.stream import Batch, LatentStream, Shuffle
@@ -151,12 +152,12 @@ def test_no_thread_is_left_when_an_iterator_is_dropped_or_fails(stream, monkeypa
         next(stream.iterate(0, world_size=5))
     assert reading_threads() == []
 
-    def fail(ids: np.ndarray, out: np.ndarray) -> None:
+    def fail(reads: Reads, out: np.ndarray) -> None:
         raise OSError("the disk is gone")
 
     batches = stream.iterate(0)
     next(batches)
-    monkeypatch.setattr(stream.sets[0], "read", fail)
+    monkeypatch.setattr(stream.sets[0], "read_planned", fail)
     with pytest.raises(OSError, match="gone"):
         list(islice(batches, 5))
     assert reading_threads() == []
@@ -216,6 +217,19 @@ def test_a_damaged_sample_is_replaced_alike_on_every_rank_and_named_once(
     for line in lines:
         offset = damaged.index["x0_offset"][line["sample"]]
         assert f".tar is damaged at byte {offset}: the checksum is wrong" in line["reason"]
+
+
+@pytest.mark.parametrize("crop_frames", [CROP, FRAMES])
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_reads_that_are_planned_ahead_give_the_same_batches(damaged, other_set, crop_frames, in_memory, threads):
+    damaged.index_in_memory = in_memory
+    sets = damaged if crop_frames == FRAMES else {damaged: 2, other_set: 1}
+    stream = LatentStream(sets, crop_frames=crop_frames, global_batch=12, seed=5, max_damaged=1.0)
+    batches = stream.iterate(24, rank=1, world_size=2, parts=2, threads=threads)
+    for step, batch in enumerate(islice(batches, 80)):
+        assert_equal(batch, stream.batch(24 + 12 * (step // 2), rank=1, world_size=2, part=step % 2, parts=2))
+    batches.close()
 
 
 def test_too_much_damage_stops_the_run(damaged):
