@@ -79,6 +79,7 @@ def _train(run: Path, samples: int, precision: str, seed: int) -> dict[str, Any]
             *(f"data.latents={run / 'latents'}", f"pretrained.folder={run / 'pretrain/export'}", f"seed={seed}"),
             *(f"autoencode.samples={samples}", f"run_dir={folder}", "parallel.device=cpu", "parallel.threads=1"),
             *("log.samples_every=0", "log.clips=1", "sampling.steps=1", f"checkpoint.every={every}"),
+            "checkpoint.least_steps=1",
         ]
         trained = ("parallel.precision=bf16", f"parallel.base_precision={precision}")
         loop.train(load_recipe("demo", [*settings, *trained]), "autoencode")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.recipes.schema import TrainConfig
+from trainer.recipes.schema import Config, TrainConfig
 
 
 def learning_rate(settings: TrainConfig, samples: int) -> float:
@@ -20,3 +20,14 @@ def is_due(before: int, now: int, every: int, *, least_steps: int = 1) -> bool:
     """
     interval = max(every, least_steps * (now - before))
     return every > 0 and now // interval > before // interval
+
+
+def lengthened_intervals(config: Config, batch: int) -> dict[str, int]:
+    """Return the samples of each interval that `least_steps` makes longer than the recipe says, by its key."""
+    log, checkpoint = config.log, config.checkpoint
+    intervals = {
+        "log.every": (log.every, log.least_steps),
+        "log.samples_every": (log.samples_every, checkpoint.least_steps),
+        "checkpoint.every": (checkpoint.every, checkpoint.least_steps),
+    }
+    return {key: least * batch for key, (every, least) in intervals.items() if 0 < every < least * batch}

@@ -39,6 +39,7 @@ from trainer.ranks.watchdog import Watchdog, collective_timeout, prepare_nccl
 from trainer.recipes.schema import Config, TrainConfig
 from trainer.reporter import StatusReporter
 from trainer.run_directory import RunDirectory, stage_folder
+from trainer.schedule import lengthened_intervals
 from trainer.stage_inputs import stage_inputs
 from trainer.stop import Stop
 from trainer.tasks import Task, make_task
@@ -258,6 +259,8 @@ def _begin(t: Training, source: Path | None) -> None:
         *(t.task.stage, _millions(t.strategy.numel_learned), _millions(t.strategy.numel), t.settings.samples),
         *(t.settings.global_batch, t.config.parallel.strategy, t.parallel.world_size),
     )
+    for key, lengthened in lengthened_intervals(t.config, t.settings.global_batch).items():
+        logger.info("%s: %s is lengthened to %d samples by its least_steps", t.task.stage, key, lengthened)
     t.log.begin(t.state.samples, fresh=source is None)
     ours = source is not None and source in checkpoints(t.run.checkpoints)
     snapshots.discard_after(t.run.averages, t.state.samples if ours else 0)

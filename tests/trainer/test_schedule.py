@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.recipes.reading import load_recipe
-from trainer.schedule import is_due
+from trainer.schedule import is_due, lengthened_intervals
 from trainer.stages import STAGES
 
 
@@ -42,3 +42,10 @@ def test_the_bounds_change_no_recipe_but_one_stage_of_large_batches(recipe):
         if every < least * config.stage(stage).global_batch
     ]
     assert set(changed) == ({"quantize"} if recipe == "spresso_1hz" else set())
+
+
+def test_intervals_that_are_lengthened_are_named():
+    settings = ["log.every=64", "log.least_steps=10", "log.samples_every=0", "checkpoint.every=64"]
+    config = load_recipe("tiny", [*settings, "checkpoint.least_steps=100"], released=False)
+    assert lengthened_intervals(config, 8) == {"log.every": 80, "checkpoint.every": 800}
+    assert lengthened_intervals(config, 1) == {"checkpoint.every": 100}
