@@ -41,6 +41,7 @@ from trainer.checkpoints.writers import Spans, joined, spans_of, writer_of  # no
 from trainer.data.order import Order  # noqa: E402
 from trainer.memory.outline import outlined_task  # noqa: E402
 from trainer.ranks.flat_ranges import FlatRange, split_among_copies  # noqa: E402
+from trainer.ranks.gloo import MOST_CONNECTED  # noqa: E402
 from trainer.recipes.reading import load_recipe  # noqa: E402
 from trainer.recipes.schema import Config  # noqa: E402
 
@@ -157,10 +158,8 @@ def counted(shapes: dict[str, tuple[int, ...]], ranks: int) -> Iterator[tuple[st
     yield "real load as rank 0 under DDP, seconds, collectives copy only", f"{load_as_rank_0(shapes, ranks):.2f} s"
     yield f"order: microseconds for {CLIPS} clips of a rank, of 10⁹", f"{order_microseconds(ranks):.0f} µs"
     yield "sockets of Gloo a rank for one group, before: one to each other rank", f"{ranks - 1:,}"
-    yield (
-        "sockets of Gloo a rank for one group, those of a ring and of a tree",
-        f"≤ {2 + 2 * math.ceil(math.log2(ranks))}",
-    )
+    now = f"{ranks - 1:,}" if ranks <= MOST_CONNECTED else f"≤ {2 + 2 * math.ceil(math.log2(ranks))}"
+    yield "sockets of Gloo a rank for one group; of many ranks those of a ring and of a tree", now
 
 
 def grouped(spans: list[Spans], numbers: int) -> list[Spans]:

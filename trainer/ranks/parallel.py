@@ -45,7 +45,7 @@ class Parallel:
         """
         self.config = config
         _allow_many_files()
-        prepare_gloo()
+        prepare_gloo(int(os.environ.get("WORLD_SIZE") or 1))
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
