@@ -2,7 +2,10 @@
 
 The program writes the same 20,000 samples in each loader's format, installs each peer in a virtual environment of its
 own below DIR, and measures the loaders in turn, `--repeat` times; the median counts. All files are in the page cache,
-so that the loaders are compared and not the disk. A second table has the shuffled order and the index at 10⁹ samples.
+so that the loaders are compared and not the disk. Each run of a loader follows a bare random read, and the ratios to it
+are given, too. A second table has the shuffled order and the index at 10⁹ samples.
+
+With `--before DIR`, another checkout of this project is measured in turn with this one, on the same samples.
 """
 
 from __future__ import annotations
@@ -34,9 +37,13 @@ PEERS = {
     "litdata": ["litdata==0.2.76"],
     "mosaicml": ["mosaicml-streaming==0.13.0"],
 }
-HERE = ("ours", "npy")
+HERE = ("ours", "before", "crops", "crops-before", "npy")
+BEFORE = {"before": "ours", "crops-before": "crops"}  # loaders that are run with the code of `--before`
 TITLES = {
     "ours": "this project",
+    "before": "this project, before",
+    "crops": "this project, crops of 211 frames",
+    "crops-before": "this project, crops of 211 frames, before",
     "npy": "plain .npy, DataLoader",
     "webdataset": "WebDataset",
     "wids": "wids",
@@ -46,7 +53,8 @@ TITLES = {
 SAMPLE = 2 * 64 * 215  # bytes
 GROUPS = 371
 IDEAL = GROUPS * (1 - (1 - 1 / GROUPS) ** 256)
-FORMAT = {"webdataset": "ours", "wids": "ours"}  # loaders that read the files of another loader
+FORMAT = dict.fromkeys(("before", "crops", "crops-before", "webdataset", "wids"), "ours")
+"""Loaders that read the files of another loader."""
 
 
 def main() -> None:
@@ -60,7 +68,10 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="default: all")
+    parser.add_argument("--before", type=Path, help="another checkout of this project to compare with")
     options = parser.parse_args()
+    if not options.before:
+        options.only = [name for name in options.only if name not in BEFORE]
     options.work.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -75,15 +86,18 @@ def main() -> None:
         for name in options.only:
             for workers in (0, 2):
                 say(f"{repeat + 1} of {options.repeat}: {TITLES[name]}, {workers} workers")
-                warm(folder_of(name, options.work))
                 row = figures["loaders"].setdefault(name, {}).setdefault(str(workers), {})
-                measured = call(name, "run", options.work, workers) | call(name, "restore", options.work, workers)
-                for key, value in measured.items():
-                    row.setdefault(key, []).append(value)
-        for kind, measured in bare_reads(folder_of("ours", options.work)).items():
-            figures.setdefault("reads", {}).setdefault(kind, []).append(measured)
+                warm(folder_of(name, options.work))
+                for kind, measured in bare_reads(folder_of("ours", options.work)).items():
+                    figures.setdefault("reads", {}).setdefault(kind, []).append(measured)
+                    for key, value in measured.items() if kind == "at random" else ():
+                        row.setdefault(f"bare_{key}", []).append(value)
+                for action in ("run", "restore"):
+                    for key, value in call(name, action, options.work, workers, before=options.before).items():
+                        row.setdefault(key, []).append(value)
     for name in options.only:
-        figures["loaders"][name]["0"]["distinct_shards"] = [call(name, "mix", options.work, 0)["distinct_shards"]]
+        mixed = call(name, "mix", options.work, 0, before=options.before)
+        figures["loaders"][name]["0"]["distinct_shards"] = [mixed["distinct_shards"]]
     say("the order at 10⁹ samples")
     figures["orders"] = [order_of_a_billion(kind, options.work) for kind in ("global", "windowed")]
     figures["mixing"] = mixing()
@@ -128,17 +142,18 @@ def python_of(name: str, work: Path) -> Path:
     return Path(sys.executable) if name in HERE else work / name / "bin" / "python"
 
 
-def call(name: str, action: str, work: Path, workers: int) -> dict[str, float]:
-    """Run `data_peers.py` in its own process and return its result."""
+def call(name: str, action: str, work: Path, workers: int, *, before: Path | None = None) -> dict[str, float]:
+    """Run `data_peers.py` in its own process and return its result; `before` has the code of loaders in `BEFORE`."""
     command = [
         python_of(name, work),
         ROOT / "benchmarks/data_peers.py",
-        name,
+        BEFORE.get(name, name),
         action,
         folder_of(name, work),
         str(workers),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = before if before and name in BEFORE else ROOT
+    environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -276,23 +291,25 @@ def table(figures: dict[str, Any]) -> str:
         f"{figures['date']}, {figures['machine']}, torch {figures['versions']['torch']}. 20,000 samples of 64 × 215 "
         f"float16, batch 64, shuffled, page cache warm.",
         "",
-        "| loader | workers | samples/s | of ours | CPU µs a sample | first batch s | restored at 90 % s | peak MiB | "
-        "shards |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| loader | workers | samples/s | of ours | of a bare read's | CPU µs a sample | × a bare read's | "
+        "first batch s | restored at 90 % s | peak MiB | shards |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for workers in ("0", "2"):
         ours = _median(loaders["ours"][workers]) if "ours" in loaders else {"samples_per_second": float("nan")}
         for name in loaders:
             row = _median(loaders[name][workers])
+            of_bare = {key: _of_bare(loaders[name][workers], key) for key in ("samples_per_second", "cpu_us")}
             lines.append(
                 f"| {TITLES[name]} | {workers} | {row['samples_per_second']:,.0f} | "
-                f"{row['samples_per_second'] / ours['samples_per_second']:.2f} | {row['cpu_us']:.0f} | "
+                f"{row['samples_per_second'] / ours['samples_per_second']:.2f} | "
+                f"{of_bare['samples_per_second']:.2f} | {row['cpu_us']:.1f} | {of_bare['cpu_us']:.2f} | "
                 f"{row['first_batch_s']:.3f} | {row['restored_s']:.3f} | {row['memory_mib']:,.0f} | "
                 + (f"{row['distinct_shards']:.0f} |" if "distinct_shards" in row else "|")
             )
     for kind, measured in figures["reads"].items():
         read = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
-        speed = f"{read['samples_per_second']:,.0f} | | {read['cpu_us']:.1f}"
+        speed = f"{read['samples_per_second']:,.0f} | | | {read['cpu_us']:.1f} | "
         lines.append(f"| bare read, {kind}, nothing checked | | {speed} | | | | |")
     lines += [
         "",
@@ -316,6 +333,11 @@ def table(figures: dict[str, Any]) -> str:
         f"{mixed['none']:.0f}.",
     ]
     return "\n".join(lines)
+
+
+def _of_bare(row: dict[str, list[float]], key: str) -> float:
+    """Return the median ratio of a loader's figures to those of the bare reads just before."""
+    return statistics.median(value / bare for value, bare in zip(row[key], row[f"bare_{key}"], strict=True))
 
 
 def _median(row: dict[str, list[float]]) -> dict[str, float]:

@@ -54,6 +54,7 @@ class Ours:
     """This project: plain tars with an index."""
 
     modules = ("torch", "trainer.data.stream")
+    crop_frames = SHAPE[1]
 
     def make(self, folder: Path) -> None:
         from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
@@ -68,8 +69,14 @@ class Ours:
         from trainer.data.shard_set import ShardSet
         from trainer.data.stream import LatentStream
 
-        stream = LatentStream(ShardSet(folder), crop_frames=SHAPE[1], global_batch=BATCH, seed=0)
+        stream = LatentStream(ShardSet(folder), crop_frames=self.crop_frames, global_batch=BATCH, seed=0)
         yield from stream.iterate(start, ahead=2 * workers, threads=workers)
+
+
+class Crops(Ours):
+    """This project, with random crops that are four frames shorter than the clips, as in the recipes for 5 s."""
+
+    crop_frames = SHAPE[1] - 4
 
 
 class Npy:
@@ -229,6 +236,7 @@ def _without_torchvision() -> None:
 
 LOADERS: dict[str, Any] = {
     "ours": Ours,
+    "crops": Crops,
     "npy": Npy,
     "webdataset": WebDataset,
     "wids": Wids,

@@ -164,8 +164,8 @@ _kept = _Kept()
 def _scratch(samples: int, length: int) -> NDArray[np.float16]:
     """Return an array (samples, length) with any content, which the next call of the same thread returns again.
 
-    The kernel clears the pages of a new array, which takes about as long as to fill them from the page cache. A large
-    array is not kept, because it would hold memory for the longest clips that were ever in each of its rows.
+    In a thread, the pages of a new array may be new ones, which the kernel has to clear first. A large array is not
+    kept, because it would hold memory for the longest clips that were ever in each of its rows.
     """
     size = samples * length
     if 2 * size > _MOST_KEPT:
