@@ -23,7 +23,6 @@ from trainer.data.shards import DamagedSample
 from trainer.files import locked
 from trainer.randomness import below
 
-_MOST_KEPT = 32 << 20  # bytes of scratch memory that each reading thread keeps
 _SUBSTITUTES = 64  # the number of samples tried as a replacement for a damaged one
 
 
@@ -113,7 +112,7 @@ class Reader:
         # If the crops fill the batch and every clip is as long as a crop, read directly into the batch.
         if len(crop.rows) == len(out) and self.reads_whole_clips:
             return self._fill(crop, out.reshape(len(out), -1))
-        values = _scratch(len(crop.rows), self._row_bytes(channels) // 2)
+        values = np.empty((len(crop.rows), self._row_bytes(channels) // 2), np.float16)
         ids = self._fill(crop, values)
         lengths = self.shard_set.index["frames"][ids].astype(np.int64)
         # Cut a crop out of each clip at a random start, and pad the clips that are shorter.
@@ -150,29 +149,6 @@ class Reader:
             f"{_SUBSTITUTES} consecutive samples of {self.shard_set.location} can't be read ({problems[0]}): find the "
             f"damaged shards with `spresso index DIR --verify` and restore them"
         )
-
-
-class _Kept(threading.local):
-    """The array of this thread that `_scratch` returned last."""
-
-    values = np.empty(0, np.float16)
-
-
-_kept = _Kept()
-
-
-def _scratch(samples: int, length: int) -> NDArray[np.float16]:
-    """Return an array (samples, length) with any content, which the next call of the same thread returns again.
-
-    In a thread, the pages of a new array may be new ones, which the kernel has to clear first. A large array is not
-    kept, because it would hold memory for the longest clips that were ever in each of its rows.
-    """
-    size = samples * length
-    if 2 * size > _MOST_KEPT:
-        return np.empty((samples, length), np.float16)
-    if _kept.values.size < size:
-        _kept.values = np.empty(size, np.float16)
-    return _kept.values[:size].reshape(samples, length)
 
 
 class _DamageEntry(TypedDict):
