@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from typing import get_type_hints
 
 import pytest
 
@@ -12,6 +13,7 @@ from launch.cli import main, parser
 from launch.number_option import NumberType
 from models.bitstream import RATE_RANGE
 from models.ranges import Range
+from trainer.log.trace_request import TraceRequest
 from trainer.recipes.ranges import all_ranges
 
 ODD = ("0", "-1", "nan", "inf", "-inf", "1e30", "1e400", "0.5", str(2**63), str(2**64), "9" * 5000, "", "x", "1,5")
@@ -88,6 +90,9 @@ def test_ranges_that_stand_elsewhere_too_are_the_same():
     assert (found["decode", "rate"].least, found["decode", "rate"].most) == RATE_RANGE
     assert found["synth", "seed"] == all_ranges()["seed"]
     assert found["synth", "workers"] == found["index", "workers"]
+    (bounds,) = get_type_hints(TraceRequest, include_extras=True)["steps"].__metadata__
+    assert (found["profile", "steps"].least, found["profile", "steps"].most) == (bounds.ge, bounds.le)
+    assert all_ranges()["log.profile_steps"].most == bounds.le
 
 
 def test_defaults_are_in_range():

@@ -14,7 +14,7 @@ from models.sizes import DiTConfig
 from models.weights import save_weights
 from tests.trainer.memory.held import PRECISIONS, WAYS, live, make_base, overrides, recipe
 from trainer.inputs import Inputs
-from trainer.memory.activations import Pass, _of_depth, activations, measure
+from trainer.memory.activations import Activations, Pass, _of_depth, activations, measure
 from trainer.memory.estimate import (
     GIB,
     SPEED,
@@ -148,15 +148,21 @@ def test_activations_are_those_that_autograd_saves(folder, stage, precision):
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fake_tensors_take_what_real_ones_take(folder, precision, recomputed):
-    config = recipe(folder)
     how = Pass(clips=4, frames=63, precision=precision, lower_trained=False, recomputed=recomputed, cuda=False)
-    computed = real_module(config, "autoencode", precision)
-    for block in blocks_of(computed) if recomputed else ():
+    require_as_real(recipe(folder), how)
+
+
+def require_as_real(config: Config, how: Pass) -> Activations:
+    """Assert that a pass of `autoencode` on fake tensors takes what it takes on real ones; return the former."""
+    computed = real_module(config, "autoencode", how.precision)
+    convert_base(computed.module, config.parallel, torch.device("cpu"))
+    for block in blocks_of(computed) if how.recomputed else ():
         recompute(block)
     fake = activations(config, "autoencode", outline(config, "autoencode").dit, how)
-    real = measure(computed, (4, 128, 63))
+    real = measure(computed, (how.clips, 128, how.frames))
     for name in ("saved", "forward", "backward"):
         assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.002), name
+    return fake
 
 
 def real_module(config: Config, stage: str, precision: str) -> PrecisionModule:
@@ -218,14 +224,7 @@ def test_fake_products_in_fp8_take_what_real_ones_take(folder, recomputed):
     """Weights that are multiplied out, and quantized inputs, live for one product alone."""
     config = recipe(folder, *FP8_BASE)
     how = Pass(clips=4, frames=63, precision="bf16", lower_trained=False, recomputed=recomputed, cuda=False)
-    computed = real_module(config, "autoencode", "bf16")
-    convert_base(computed.module, config.parallel, torch.device("cpu"))
-    for block in blocks_of(computed) if recomputed else ():
-        recompute(block)
-    fake = activations(config, "autoencode", outline(config, "autoencode").dit, how)
-    real = measure(computed, (4, 128, 63))
-    for name in ("saved", "forward", "backward"):
-        assert getattr(fake, name) == pytest.approx(getattr(real, name), rel=0.002), name
+    fake = require_as_real(config, how)
     plain = activations(recipe(folder, *FP8_BASE[:1]), "autoencode", outline(config, "autoencode").dit, how)
     assert fake.saved <= plain.saved
 

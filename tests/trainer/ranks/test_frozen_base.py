@@ -12,7 +12,7 @@ import torch
 
 from models.fp8_linear import FP8, FP8Linear, quantized
 from tests.trainer import rank_processes
-from tests.trainer.ranks.strategies import STEPS, Trained, _spoil, _write, group, make_base, recipe
+from tests.trainer.ranks.strategies import STEPS, Trained, _spoil, _write, group, recipe
 from trainer.memory.outline import OutlinedModels
 from trainer.ranks.frozen_base import convert_base, require_device
 from trainer.tasks import make_task
@@ -45,13 +45,6 @@ def train_and_resume(rank: int, world_size: int, folder: str) -> None:
                         found[f"from {saved}"] = trained.steps()
                 results[f"{strategy} {base}"] = found
     _write(folder, f"base_{world_size}", rank, results)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("frozen_base")
-    make_base(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

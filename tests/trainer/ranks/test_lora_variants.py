@@ -11,7 +11,7 @@ import torch
 
 from models import lora
 from tests.trainer import rank_processes
-from tests.trainer.ranks.strategies import STRATEGIES, Trained, _spoil, _write, group, make_base, recipe
+from tests.trainer.ranks.strategies import STRATEGIES, Trained, _spoil, _write, group, recipe
 
 VARIANTS = ("rslora", "dora", "pissa")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,13 +40,6 @@ def train_and_resume(rank: int, world_size: int, folder: str, saved: dict[str, s
                     found["types"] = [str(value.dtype) for value in factors.values()]
                 results[f"{variant} {strategy}"] = found
     _write(folder, f"lora_{world_size}", rank, results)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lora")
-    make_base(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tests.trainer.ranks.strategies import (
     evaluated,
     first,
     let_go,
-    make_base,
     recipe,
     resumed,
     unclipped,
@@ -28,13 +27,6 @@ from trainer.tasks import make_task
 
 WORLD_SIZES = (1, 2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strategies")
-    make_base(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
