@@ -12,7 +12,7 @@ from trainer.checkpoints import snapshots
 from trainer.ranks.gate import NO_STEP, Gate
 from trainer.ranks.readback import Readback
 from trainer.recipes.schema import Config
-from trainer.schedule import is_due, learning_rate
+from trainer.schedule import bounded_intervals, is_due, learning_rate
 from trainer.stop import Stop
 from trainer.training import PendingStep, Training, finish, go_back, set_up
 
@@ -82,7 +82,7 @@ def train_step(t: Training) -> Step | None:
     The order matters:
         1. The loss scale is set before the first forward pass, because the losses are multiplied by it.
         2. `Parallel.agree` starts between the last forward and backward pass, so that the backward pass hides its
-           collective. This one collective decides everything that the ranks decide together in a step.
+           collectives. They decide everything that the ranks decide together in a step.
         3. The last step is settled before this step's gate is made, because the largest norm that the gate lets pass
            depends on the norms of all steps that were taken. By then the device has two passes to compute.
         4. The saver has finished its copy before the optimizer changes the tensors that are being saved.
@@ -120,13 +120,16 @@ def train_step(t: Training) -> Step | None:
 
 def _due(t: Training, before: int) -> Due:
     """Return what is due after the step that began at `before` samples."""
-    log, checkpoint, now = t.config.log, t.config.checkpoint, t.state.samples
-    seldom = checkpoint.least_steps
+    now = t.state.samples
+    passed = {
+        key: is_due(before, now, every, least_steps=least)
+        for key, (every, least) in bounded_intervals(t.config).items()
+    }
     return Due(
-        line=is_due(before, now, log.every, least_steps=log.least_steps) or t.ended,
-        listening=is_due(before, now, log.samples_every, least_steps=seldom) and not t.ended,
+        line=passed["log.every"] or t.ended,
+        listening=passed["log.samples_every"] and not t.ended,
         averages=is_due(before, now, snapshots.interval(t.settings)) and not t.ended,
-        checkpoint=is_due(before, now, checkpoint.every, least_steps=seldom) or t.ended or t.state.save_due,
+        checkpoint=passed["checkpoint.every"] or t.ended or t.state.save_due,
     )
 
 

@@ -22,12 +22,17 @@ def is_due(before: int, now: int, every: int, *, least_steps: int = 1) -> bool:
     return every > 0 and now // interval > before // interval
 
 
-def lengthened_intervals(config: Config, batch: int) -> dict[str, int]:
-    """Return the samples of each interval that `least_steps` makes longer than the recipe says, by its key."""
+def bounded_intervals(config: Config) -> dict[str, tuple[int, int]]:
+    """Return the intervals that are bounded in steps: the recipe's key → (samples, least steps)."""
     log, checkpoint = config.log, config.checkpoint
-    intervals = {
+    return {
         "log.every": (log.every, log.least_steps),
         "log.samples_every": (log.samples_every, checkpoint.least_steps),
         "checkpoint.every": (checkpoint.every, checkpoint.least_steps),
     }
+
+
+def lengthened_intervals(config: Config, batch: int) -> dict[str, int]:
+    """Return the samples of each interval that its least steps make longer than the recipe says, by its key."""
+    intervals = bounded_intervals(config)
     return {key: least * batch for key, (every, least) in intervals.items() if 0 < every < least * batch}
