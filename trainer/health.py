@@ -32,8 +32,6 @@ class Health:
         """The consecutive skipped steps up to now: samples before the step, loss, norm, reason."""
         self.rewinds = 0
         """How many times the run was rewound."""
-        self.taken = False
-        """Whether the last step was accepted."""
         self.scale = 2.0**16 if scaled else 1.0
         self._steps_at_scale = 0
 
@@ -51,14 +49,14 @@ class Health:
             loss: the mean loss of the global batch.
             norm: the gradient norm of the global batch, before clipping.
         """
-        self.taken = not (self.scaled and self._overflowed(loss, norm))
-        if self.taken and (why := self._fault(loss, norm)):
-            self.taken = False
+        taken = not (self.scaled and self._overflowed(loss, norm))
+        if taken and (why := self._fault(loss, norm)):
+            taken = False
             self.skipped.append({"samples": samples, "loss": str(loss), "grad_norm": str(norm), "why": why})
-        elif self.taken:
+        elif taken:
             self.norms.append(norm)
             self.skipped.clear()
-        return self.taken
+        return taken
 
     @property
     def good(self) -> bool:

@@ -157,11 +157,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
         inputs = stage_inputs(config, stage)
         identity = run.identity(config, inputs)
         older = {run.identity(config, inputs, with_paths=True, zero_clip=zero_clip) for zero_clip in (False, True)}
-        torch.manual_seed(config.seed)
-        task = make_task(config, stage)
-        task.to(parallel.device)
-        feed.require(task)
-        collective.require_alike("the base model", task.base_hash)
+        task = _task_of_ranks(config, stage, feed, parallel)
 
         # Claim the run directory, and find the checkpoint to resume from.
         if parallel.main:
@@ -209,6 +205,16 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             )
             _begin(training, source)
             yield training
+
+
+def _task_of_ranks(config: Config, stage: str, feed: Feed, parallel: Parallel) -> Task:
+    """Build the stage's Task for the data of `feed`, with the same initial weights on every rank. All ranks."""
+    torch.manual_seed(config.seed)
+    task = make_task(config, stage)
+    task.to(parallel.device)
+    feed.require(task)
+    collective.require_alike("the base model", task.base_hash)
+    return task
 
 
 def _sharded_state(task: Task, config: Config, parallel: Parallel) -> TrainState:

@@ -66,11 +66,10 @@ class Sharded(TorchStrategy):
         assert isinstance(computed, FSDPModule)
         self.root: FSDPModule = computed
         self._shards = mesh.get_group("shard")
-        learned = self.learned
-        self._starts = {name: _start(value) for name, value in learned.items()}
+        self._whole = self.learned
+        self._starts = {name: _start(value) for name, value in self._whole.items()}
         # The optimizer steps this rank's rows as plain tensors: a DTensor costs the host several times as much.
-        self._rows = {name: _local(value).requires_grad_() for name, value in learned.items()}
-        self._whole_and_rows = [(value, self._rows[name]) for name, value in learned.items()]
+        self._rows = {name: _local(value).requires_grad_() for name, value in self._whole.items()}
         self._begin(self._rows)
 
     @contextmanager
@@ -81,7 +80,8 @@ class Sharded(TorchStrategy):
 
     def step(self, lr: float, gate: Gate) -> Tensor:
         """See `Strategy`."""
-        for whole, rows in self._whole_and_rows:
+        for name, rows in self._rows.items():
+            whole = self._whole[name]
             rows.grad = None if whole.grad is None else _local(whole.grad)
             whole.grad = None
         return super().step(lr, gate)
@@ -89,8 +89,8 @@ class Sharded(TorchStrategy):
     def held(self) -> dict[str, TrainedRange]:
         """See `Strategy`."""
         ranges = {}
-        for (name, rows), (whole, _) in zip(self._rows.items(), self._whole_and_rows, strict=True):
-            shape, start, state = tuple(whole.shape), self._starts[name], self.optimizer.state[rows]
+        for name, rows in self._rows.items():
+            shape, start, state = tuple(self._whole[name].shape), self._starts[name], self.optimizer.state[rows]
             moments = {kind: FlatRange(state[kind].view(-1), shape, start) for kind in MOMENTS}
             ranges[name] = TrainedRange(FlatRange(rows.detach().view(-1), shape, start), moments)
         return ranges
@@ -106,7 +106,7 @@ class Sharded(TorchStrategy):
             for part in self._parts:
                 part.reshard()
 
-    def _whole(self, norm: Tensor) -> Tensor:
+    def _norm_of_ranks(self, norm: Tensor) -> Tensor:
         squared = norm.double().square()
         dist.all_reduce(squared, group=self._shards)
         return squared.sqrt().to(norm)

@@ -167,7 +167,7 @@ class TorchStrategy(Strategy):
         gradients = [value.grad for value in parameters if value.grad is not None]
         if self.scale != 1:
             torch._foreach_mul_(gradients, 1 / self.scale)
-        norm = self._whole(torch.nn.utils.get_total_norm(gradients))
+        norm = self._norm_of_ranks(torch.nn.utils.get_total_norm(gradients))
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
@@ -177,7 +177,7 @@ class TorchStrategy(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _whole(self, norm: Tensor) -> Tensor:
+    def _norm_of_ranks(self, norm: Tensor) -> Tensor:
         """Return the norm of all ranks' gradients, from that of this rank's."""
         return norm
 
