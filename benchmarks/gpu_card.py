@@ -15,7 +15,7 @@ from gpu_cases import Case, NotAvailable, Row, Setting
 from gpu_training import times
 from torch import Tensor
 
-from trainer.ranks.compiling import _missing
+from trainer.ranks.compiling import find_missing
 
 PACKAGES = ("torch", "triton", "numpy", "accelerate", "peft", "deepspeed", "omegaconf", "isal", "msgspec", "soundfile")
 
@@ -44,7 +44,7 @@ def _machine(row: Row, setting: Setting) -> None:
         capability=f"{found.major}.{found.minor}",
         multiprocessors=found.multi_processor_count,
         driver=_driver(),
-        compiling=f"not possible: {lacking} is missing" if (lacking := _missing()) else "possible",
+        compiling=f"not possible: {lacking} is missing" if (lacking := find_missing()) else "possible",
         **here,
     )
 

@@ -10,10 +10,9 @@ from functools import partial
 import torch
 from gpu_cases import Case, Row, Setting
 from gpu_training import STAGE, TEXT, peak_gib, recipe, take_step, times, training, utilisation
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.log.kernel_table import kernel_table
+from trainer.log.kernel_table import kernel_costs, kernel_table
 from trainer.log.throughput import sample_flops
 from trainer.memory.estimate import GIB, Estimate
 from trainer.recipes.schema import Config
@@ -91,9 +90,8 @@ def _profile(row: Row, name: str, prepared: Training, setting: Setting) -> None:
         if on_device:
             torch.cuda.synchronize()
     averages = profiler.key_averages()
-    kind = DeviceType.CUDA if on_device else DeviceType.CPU
-    work = [entry for entry in averages if entry.device_type == kind and not entry.is_user_annotation]
-    busy = sum(entry.self_device_time_total if on_device else entry.self_cpu_time_total for entry in work)
+    costs = kernel_costs(averages, on_device=on_device)
+    busy = sum(cost for cost, _ in costs)
     table = kernel_table(averages, steps=steps, on_device=on_device, kernels=KERNELS)
-    count = sum(entry.count for entry in work) / steps
+    count = sum(entry.count for _, entry in costs) / steps
     row(name, **{"kernels a step": count, "ms of kernels a step": busy / steps / 1000, "costliest": table})

@@ -92,9 +92,8 @@ def gather_to_writers(tensors: Mapping[str, FlatRange], group: dist.ProcessGroup
     # Exchange the numbers.
     if len(packed):
         dist.send(packed, writers[rank], group)
-    for neighbour, spans in zip(
-        neighbours, of_ranks, strict=False
-    ):  # `of_ranks` is empty on a rank that does not write
+    # On a rank that does not write, `of_ranks` is empty.
+    for neighbour, spans in zip(neighbours, of_ranks, strict=False):
         if neighbour == rank:
             _place(files, spans, [owned.data for owned in owned_here.values()])
         elif spans:

@@ -28,6 +28,17 @@ def kernel_table(averages: Iterable[Any], *, steps: int, on_device: bool, kernel
     return f"{_parts(entries, steps)}\n\n{_kernels(entries, steps, on_device=on_device, most=kernels)}\n"
 
 
+def kernel_costs(averages: Iterable[Any], *, on_device: bool) -> list[tuple[float, Any]]:
+    """Return the time of each kernel, or operation on the CPU, in microseconds, with its entry; the costliest first."""
+    kind = DeviceType.CUDA if on_device else DeviceType.CPU
+    costs = [
+        (entry.self_device_time_total if on_device else entry.self_cpu_time_total, entry)
+        for entry in averages
+        if entry.device_type == kind and not _is_annotation(entry)
+    ]
+    return sorted(costs, key=lambda pair: -pair[0])
+
+
 def _parts(entries: Sequence[Any], steps: int) -> str:
     """Return the host's time in each part of a step. A device may still be at work when a part is over."""
     of_part = {entry.key: entry for entry in entries if entry.device_type == DeviceType.CPU and entry.key in STEP_PARTS}
@@ -37,13 +48,7 @@ def _parts(entries: Sequence[Any], steps: int) -> str:
 
 
 def _kernels(entries: Sequence[Any], steps: int, *, on_device: bool, most: int) -> str:
-    kind = DeviceType.CUDA if on_device else DeviceType.CPU
-    costs = [
-        (entry.self_device_time_total if on_device else entry.self_cpu_time_total, entry)
-        for entry in entries
-        if entry.device_type == kind and not _is_annotation(entry)
-    ]
-    costs.sort(key=lambda pair: -pair[0])
+    costs = kernel_costs(entries, on_device=on_device)
     total = sum(cost for cost, _ in costs) or 1.0
     rows = [("ms a step", "share", "calls a step", "µs a call", "kernel" if on_device else "operation on the CPU")]
     for cost, entry in costs[:most]:

@@ -28,7 +28,7 @@ def compiles(config: ParallelConfig, device: torch.device) -> bool:
         return config.compile
     if device.type != "cuda" or config.strategy == "zero3":
         return False
-    if missing := _missing():
+    if missing := find_missing():
         logger.warning("blocks are not compiled, and training is slower: %s is missing on this machine", missing)
     return not missing
 
@@ -43,8 +43,8 @@ def compile_blocks(blocks: Iterable[nn.Module], *, required: bool) -> None:
         block.compile()
 
 
-def _missing() -> str | None:
-    """Return what torch's compiler for CUDA lacks here."""
+def find_missing() -> str | None:
+    """Return what torch's compiler for CUDA lacks here; None if it has all."""
     if not has_triton():
         return "Triton (a part of torch's builds for CUDA)"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
