@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainer.cpus import usable_threads
 from trainer.ranks import collective
+from trainer.ranks.allocator import keep_freed_memory
 from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.frozen_base import convert_base, require_device
@@ -50,6 +51,7 @@ class Parallel:
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
+            keep_freed_memory()
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
             torch.set_num_threads(config.threads or usable_threads(here))
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
