@@ -49,7 +49,7 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
         info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
     if info is None:
         raise ValueError(
-            f"{folder} names no autoencoder of its latents: add --autoencoder spectral, magnitude, woosh or oobleck"
+            f"{folder} names no autoencoder of its latents: add --autoencoder spectral, magnitude, woosh, oobleck or same"
         )
     with Progress("index", total=0, unit="shards") as progress:
         shard_set = index_folder(

@@ -74,7 +74,7 @@ _CHOICES = {
     "sampling.sampler": ("euler", "heun", "dpmpp"),
 }
 
-_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
+_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048), "same": (44100, 4096)}
 """Sample rate in Hz and hop in samples of the public releases, used if their folder is missing."""
 
 
