@@ -157,7 +157,7 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
     index.add_argument("--verify", action="store_true", help="compare the tar files with their index and write nothing")
     index.add_argument(
         "--autoencoder",
-        choices=("spectral", "magnitude", "woosh", "oobleck", "same"),
+        choices=("spectral", "magnitude", "magnitude_stereo", "woosh", "oobleck", "same"),
         help="autoencoder that made the latents (default: the one that the existing index names)",
     )
     index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh, oobleck and same")

@@ -86,7 +86,7 @@ class StableAudio3Config:
     text_tokens: int = STABLE_AUDIO_3_TEXT_TOKENS
     """Text tokens per caption; a learned token fills up shorter captions."""
     inpainting_width: int = 257
-    """Features of a frame that is given for inpainting: its latents, and whether it is given. No frame is given here."""
+    """Features of a frame that is given for inpainting: its latents and a flag. No frame is given here."""
     seconds_features: int = 256
     """Fourier features of the duration."""
     shortest_seconds: float = 0.0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from models.autoencoder import AudioAE, SpectralAE, VocosAE
-from models.autoencoder_sizes import VocosConfig
-from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
+from models.autoencoder_sizes import OobleckConfig, SameConfig, VocosConfig
 from models.backbones import stable_audio, stable_audio_3
+from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
 from models.backbones.released import ORIGINAL_CONFIG, class_of, is_hub_name, locate, missing
 from models.backbones.same import SameAE, load_same, read_same_config
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
@@ -21,6 +23,7 @@ from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
 from models.magnitude_autoencoder import MagnitudeAE
+from models.stereo_magnitude_autoencoder import StereoMagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
@@ -43,14 +46,27 @@ __all__ = [
     "weight_files",
 ]
 
-EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {"spectral": SpectralAE, "magnitude": MagnitudeAE}
-"""The kinds of AudioAE that are computed by a formula and need no weights."""
-IN_DIFFUSERS = {
-    "oobleck": (load_oobleck, read_oobleck_config, OobleckAE),
-    "same": (load_same, read_same_config, SameAE),
+EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {
+    "spectral": SpectralAE,
+    "magnitude": MagnitudeAE,
+    "magnitude_stereo": StereoMagnitudeAE,
 }
-"""The kinds of AudioAE that are read from a release in the layout of diffusers: how its weights are loaded, how its
-sizes are read, and its class."""
+"""The kinds of AudioAE that are computed by a formula and need no weights."""
+
+@dataclass(frozen=True)
+class InDiffusers:
+    """A kind of AudioAE that is read from a release in the layout of diffusers."""
+
+    load: Callable[[str | Path], AudioAE]
+    read_sizes: Callable[[str | Path], OobleckConfig | SameConfig]
+    build: Callable[[Any], AudioAE]
+    """Builds the AudioAE, without its weights, from its sizes."""
+
+
+IN_DIFFUSERS = {
+    "oobleck": InDiffusers(load_oobleck, read_oobleck_config, OobleckAE),
+    "same": InDiffusers(load_same, read_same_config, SameAE),
+}
 AUTOENCODERS = (*EMBEDDED, "woosh", *IN_DIFFUSERS)
 """The kinds of AudioAE."""
 
@@ -129,7 +145,7 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
         return EMBEDDED[kind]()
     where = _require_release(kind, folder)
     if kind in IN_DIFFUSERS:
-        return IN_DIFFUSERS[kind][0](where)
+        return IN_DIFFUSERS[kind].load(where)
     return _require_kind(VocosAE, load_woosh_folder(where), where)
 
 
@@ -146,7 +162,11 @@ def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> t
     if kind in EMBEDDED:
         return EMBEDDED[kind].sample_rate, EMBEDDED[kind].hop
     where = _require_release(kind, folder)
-    sizes = IN_DIFFUSERS[kind][1](where) if kind in IN_DIFFUSERS else _read_woosh_sizes(VocosConfig, where)
+    sizes: OobleckConfig | SameConfig | VocosConfig
+    if kind in IN_DIFFUSERS:
+        sizes = IN_DIFFUSERS[kind].read_sizes(where)
+    else:
+        sizes = _read_woosh_sizes(VocosConfig, where)
     return sizes.sample_rate, sizes.hop
 
 
@@ -170,10 +190,9 @@ def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None
             return EMBEDDED.get(kind, SpectralAE)()
     where = _require_release(kind, folder)
     if kind in IN_DIFFUSERS:
-        _, read_sizes, build = IN_DIFFUSERS[kind]
-        sizes = read_sizes(where)
+        sizes = IN_DIFFUSERS[kind].read_sizes(where)
         with torch.device("meta"):
-            return build(sizes)
+            return IN_DIFFUSERS[kind].build(sizes)
     with torch.device("meta"):
         return VocosAE(_read_woosh_sizes(VocosConfig, where))
 

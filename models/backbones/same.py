@@ -63,7 +63,7 @@ class SameAE(AudioAE):
         self.encoder, self.decoder = model.encoder, model.decoder
         for attention in self.modules():
             if isinstance(attention, SAMEAttention):
-                attention.rope = _Rotary(attention.dim_heads // 2)
+                attention.add_module("rope", _Rotary(attention.dim_heads // 2))
         self.requires_grad_(False)
 
     def _encode(self, audio_BAS: Tensor) -> Tensor:

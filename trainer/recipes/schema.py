@@ -68,8 +68,9 @@ class AutoencoderConfig:
     """The AudioAE, which turns audio into latents x0 and back."""
 
     kind: str = "magnitude"
-    """`magnitude` (STFT magnitudes) and `spectral` (signed MDCT coefficients) need no weights. `woosh` is the Vocos
-    autoencoder of Woosh, `oobleck` is that of Stable Audio Open, and `same` is that of Stable Audio 3."""
+    """`magnitude` (STFT magnitudes), `magnitude_stereo` (the same for both channels together) and `spectral` (signed
+    MDCT coefficients) need no weights. `woosh` is the Vocos autoencoder of Woosh, `oobleck` is that of Stable Audio
+    Open, and `same`, also of both channels together, is that of Stable Audio 3."""
     folder: str | None = None
     """Folder of the released weights, or for `oobleck` and `same` their name on the Hugging Face hub."""
 

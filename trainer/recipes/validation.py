@@ -83,9 +83,10 @@ def _contradictions(config: Config) -> list[str]:
     found = []
     if config.evaluate.clips == 1:
         found.append("evaluate.clips=1 must be at least 2, because each clip is also decoded from another clip's z")
-    if config.latent_encoder.magnitudes and config.autoencoder.kind == "magnitude":
+    kind = config.autoencoder.kind
+    if config.latent_encoder.magnitudes and kind.startswith("magnitude"):
         found.append(
-            "latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind=magnitude has none: set "
+            f"latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind={kind} has none: set "
             "latent_encoder.magnitudes=false"
         )
     least = config.data.block * config.data.lanes
