@@ -89,6 +89,11 @@ def _contradictions(config: Config) -> list[str]:
             f"latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind={kind} has none: set "
             "latent_encoder.magnitudes=false"
         )
+    if kind in EMBEDDED and "pretrain" in config.stages and config.dit.channels != EMBEDDED[kind].latent_channels:
+        found.append(
+            f"dit.channels={config.dit.channels} must be the number of channels of autoencoder.kind={kind}: set "
+            f"dit.channels={EMBEDDED[kind].latent_channels}"
+        )
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:
         found.append(f"data.window={config.data.window} must hold a block in each lane: set at least {least}")
