@@ -154,7 +154,9 @@ def systems(folder: Path) -> list[tuple[str, str, Through]]:
     for several, all_of_them in zip(*BOOKS.values(), strict=True):
         for title, codec, books in (("mid and side", two, several), ("both together", one, all_of_them)):
             rate = f"{(2 if codec is two else 1) * codec.kbps(books):.2f}"
-            rows.append((f"{title}, {books} books a row", rate, lambda audio_2S, c=codec, b=books: _coded(c, audio_2S, b)))
+            rows.append(
+                (f"{title}, {books} books a row", rate, lambda audio_2S, c=codec, b=books: _coded(c, audio_2S, b))
+            )
     return rows
 
 

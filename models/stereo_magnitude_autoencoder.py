@@ -1,10 +1,11 @@
 """StereoMagnitudeAE, an AudioAE without weights whose latents are those of MagnitudeAE and where each band comes from.
 
 Per band, a frame of stereo is its energy E = (|L|² + |R|²) / 2 and two numbers from -1 to 1, which are the Stokes
-parameters of the pair: the balance p = (|L|² - |R|²) / 2E and the correlation c = Re(L R*) / E. They are taken as the
-sum of two sounds that have nothing in common: the first is panned to the angle θ, with (cos 2θ, sin 2θ) in the direction
-of (p, c), and has the share (1 + r) / 2 of the energy, with r² = p² + c²; the second has the rest, at θ + 90°. A sound
-in the middle has c = 1, one on the left p = 1, one in opposite phases c = -1, and a diffuse one p = c = 0.
+parameters of the pair: the balance p = (|L|² - |R|²) / 2E and the correlation c = Re(L R*) / E. The decoder takes the
+band as the sum of two sounds that have nothing in common. The first is panned to the angle θ, where (cos 2θ, sin 2θ)
+points the way of (p, c), and has the share (1 + r) / 2 of the energy, with r² = p² + c². The second has the rest, at
+θ + 90°. A sound in the middle has c = 1, one on the left p = 1, one in opposite phases c = -1, and a diffuse one
+p = c = 0.
 
 Shape suffixes: B batch, A audio channels, S samples, T latent frames, C latent channels, F frequency bins, P bands.
 """

@@ -23,8 +23,8 @@ from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
 from models.magnitude_autoencoder import MagnitudeAE
-from models.stereo_magnitude_autoencoder import StereoMagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
+from models.stereo_magnitude_autoencoder import StereoMagnitudeAE
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [
@@ -52,6 +52,7 @@ EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {
     "magnitude_stereo": StereoMagnitudeAE,
 }
 """The kinds of AudioAE that are computed by a formula and need no weights."""
+
 
 @dataclass(frozen=True)
 class InDiffusers:

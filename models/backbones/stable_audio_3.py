@@ -113,8 +113,8 @@ class StableAudio3DiT(nn.Module):
     """Wraps the modules of diffusers' `StableAudio3DiTModel` in the interface of `models.dit.DiT`.
 
     `condition` is added to the projected latents; if it is zero, the output is the release's with the opposite sign.
-    The release also takes frames that are given for inpainting, which its own code always hands over. Here none is
-    given: zeros, the same for all frames, so one frame of them is enough.
+    The release also takes frames that are given for inpainting. Its own code always hands them over, as zeros if none
+    is given, and the output is not the same without them. Here none is given; one frame of zeros stands for all.
     """
 
     lora_targets: ClassVar = ("to_qkv", "to_q", "to_kv", "to_out", "ff.proj_in", "ff.proj_out")
@@ -248,6 +248,7 @@ def read_stable_audio_3_config(folder: str | Path) -> StableAudio3Config:
             "global_cond_dim and the duration's output_dim are cond_token_dim": given["global_cond_dim"]
             == seconds["output_dim"]
             == width,
+            "max_val of the duration is above its min_val": seconds["max_val"] > seconds["min_val"],
         },
     )
     return StableAudio3Config(

@@ -394,7 +394,8 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
 def test_autoencoder_kinds():
     assert isinstance(load_autoencoder(), SpectralAE)
     assert isinstance(load_autoencoder("magnitude"), MagnitudeAE)
-    with pytest.raises(ValueError, match="take one of spectral, magnitude, woosh, oobleck"):
+    assert load_autoencoder("magnitude_stereo").channels == 2
+    with pytest.raises(ValueError, match="take one of spectral, magnitude, magnitude_stereo, woosh, oobleck, same"):
         load_autoencoder("encodec")
     with pytest.raises(ValueError, match="needs the folder"):
         load_autoencoder("woosh")

@@ -309,6 +309,7 @@ def edit(path: Path, **settings: object) -> None:
         ("transformer/config.json", {"io_channels": 9}, "io_channels is the autoencoder's latent_dim"),
         ("transformer/config.json", {"qk_norm": "rms"}, "qk_norm is unknown"),
         ("duration_embedder/config.json", {"output_dim": 8}, "global_cond_dim and the duration's output_dim"),
+        ("duration_embedder/config.json", {"max_val": 0.0}, "max_val of the duration is above"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "_class_name is one of FlowMatchEuler"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 1000}, "num_train_timesteps is 1"),
         ("vae/config.json", {"audio_channels": 3}, "audio_channels is 1 or 2"),
