@@ -157,10 +157,10 @@ def _add_file_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]
     index.add_argument("--verify", action="store_true", help="compare the tar files with their index and write nothing")
     index.add_argument(
         "--autoencoder",
-        choices=("spectral", "magnitude", "woosh", "oobleck"),
+        choices=("spectral", "magnitude", "magnitude_stereo", "woosh", "oobleck", "same"),
         help="autoencoder that made the latents (default: the one that the existing index names)",
     )
-    index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh and oobleck")
+    index.add_argument("--autoencoder-folder", type=_path, help="folder with its weights, for woosh, oobleck and same")
     _add_workers(index)
 
     data = _add_command(subs, "data", "on_files:data", "summarize a set of latents")

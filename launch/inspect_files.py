@@ -37,7 +37,7 @@ def index(location: str, *, kind: str | None, weights: Path | None, workers: int
 
 
 def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int) -> None:
-    from models.backbones.pretrained import load_autoencoder
+    from models.backbones.pretrained import AUTOENCODERS, load_autoencoder
     from trainer.data.index import index_folder, require_own_index
     from trainer.data.set_description import info_of
 
@@ -49,7 +49,7 @@ def _index(folder: Path, *, kind: str | None, weights: Path | None, workers: int
         info = SetInfo(ae.identity(), options, ae.sample_rate, ae.hop, ae.latent_channels, clip_seconds=0.0)
     if info is None:
         raise ValueError(
-            f"{folder} names no autoencoder of its latents: add --autoencoder spectral, magnitude, woosh or oobleck"
+            f"{folder} names no autoencoder of its latents: add --autoencoder, one of {', '.join(AUTOENCODERS)}"
         )
     with Progress("index", total=0, unit="shards") as progress:
         shard_set = index_folder(

@@ -41,6 +41,8 @@ class AudioAE(nn.Module):
     last ones; 0 if each frame covers one hop."""
     signed_channels = 0
     """Channels, counted from the first, that are coefficients of a spectrum: their signs are noise to a codec."""
+    most_frames: int | None = None
+    """Frames that may be encoded or decoded at once, if memory allows fewer than `FRAMES_PER_BLOCK`."""
     context: int | None = None
     """Frames on either side that a latent frame, or the decoded samples around it, may depend on. If the context is
     unlimited, it is None, and long sounds are not cut into blocks."""
@@ -109,11 +111,12 @@ class AudioAE(nn.Module):
 
     def _blocks(self, frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first, last, begin, end) of each block: its range of frames without and with the context."""
-        if self.context is None or frames <= FRAMES_PER_BLOCK + self.context:
+        at_once = min(FRAMES_PER_BLOCK, self.most_frames or FRAMES_PER_BLOCK)
+        if self.context is None or frames <= at_once + self.context:
             yield 0, frames, 0, frames
             return
-        for first in range(0, frames, FRAMES_PER_BLOCK):
-            last = min(first + FRAMES_PER_BLOCK, frames)
+        for first in range(0, frames, at_once):
+            last = min(first + at_once, frames)
             yield first, last, max(0, first - self.context), min(last + self.context, frames)
 
     def at_gain(self, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Convert the channels of a sound to rows, which are coded independently, and back.
 
-A row is what the AudioAE takes: for a mono AudioAE, one channel. Stereo is coded as mid (L + R) / 2 and side
-(L - R) / 2, because left and right would code most of the sound twice. The models are trained on levelled sounds, so
-each row is levelled by itself and its gain is stored: a quiet side is coded as accurately as the mid and is made quiet
-again by decoding. A silent row gets the largest gain, which makes any decoded sound inaudible.
+A row is what the AudioAE takes: one channel, or both channels of stereo if the AudioAE is stereo. A mono AudioAE gets
+stereo as mid (L + R) / 2 and side (L - R) / 2, because left and right would code most of the sound twice. A stereo
+AudioAE gets a single channel as both of its own, and the mean of both is decoded.
+
+The models are trained on levelled sounds, so each row is levelled by itself and its gain is stored: a quiet side is
+coded as accurately as the mid and is made quiet again by decoding. A silent row gets the largest gain, which makes any
+decoded sound inaudible.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ SAMPLES_PER_BLOCK = 2**20
 """Samples per channel that are measured at once."""
 _FAR_QUIETER = 0.1  # -10 dB
 LAYOUT_CHOICES = ("auto", "separate", "mid_side")
-"""The user's choices; for stereo, `auto` is mid and side unless one channel is 10 dB quieter than the side."""
+"""The user's choices. For stereo, `auto` is both channels together if the AudioAE is stereo; otherwise mid and side,
+unless one channel is 10 dB quieter than the side."""
 
 
 class Rows:
@@ -29,7 +33,7 @@ class Rows:
     Args:
         blocks: the whole sound, in blocks (channels, any length).
         layout: `auto`, `separate` or `mid_side`.
-        ae_channels: number of channels of the AudioAE.
+        ae_channels: number of channels of the AudioAE, 1 or 2.
 
     Attributes:
         layout: one of `models.bitstream.LAYOUTS`.
@@ -99,6 +103,8 @@ def _choose(meters: dict[str, list[GainMeter]]) -> str:
         return next(iter(meters))
     if meters["mid_side"][1].largest == 0.0:
         return "mid"
+    if "joint" in meters:
+        return "joint"
     channel, side = (min(meter.power for meter in meters[each]) for each in ("separate", "mid_side"))
     return "separate" if channel < side * _FAR_QUIETER else "mid_side"
 
@@ -109,25 +115,29 @@ def _layouts(channels: int, wanted: str, ae_channels: int) -> tuple[str, ...]:
         raise ValueError(f"channels={wanted} is unknown: choose one of {', '.join(LAYOUT_CHOICES)}")
     if wanted == "mid_side" and channels != 2:
         raise ValueError(f"channels=mid_side needs a sound of 2 channels, not of {channels}: choose channels=auto")
-    if ae_channels > 1:
-        if channels not in (1, ae_channels) or wanted != "auto":
-            raise ValueError(
-                f"this codec's autoencoder takes {ae_channels} channels together: give {ae_channels} channels or one, "
-                "and choose channels=auto"
-            )
-        return ("joint",)
-    if channels == 2 and wanted == "auto":
-        return "mid_side", "mid", "separate"
-    return ("separate" if wanted == "auto" else wanted,)
+    if wanted != "auto":
+        return (wanted,)
+    if ae_channels == 2 and channels <= 2:
+        return ("joint",) if channels == 1 else ("joint", "mid", "mid_side")
+    return ("mid_side", "mid", "separate") if channels == 2 else ("separate",)
 
 
 def channels_of(rows_RCS: Tensor, header: Header) -> Tensor:
-    """Undo the gains of decoded rows (rows, channels of the AudioAE, samples); return the (channels, samples)."""
+    """Undo the gains of decoded rows (rows, channels of the AudioAE, samples); return the (channels, samples).
+
+    Raises:
+        ValueError: the header claims that one row is more channels than the AudioAE has.
+    """
     factors = rows_RCS.new_tensor([10 ** (-gain / 20) for gain in header.gains_db])
     rows_RCS = rows_RCS * factors[:, None, None]
-    if header.layout == "joint":
-        return rows_RCS[0] if header.channels > 1 else rows_RCS[0].mean(0, keepdim=True)
-    rows_RS = rows_RCS[:, 0]
+    if header.layout == "joint" and header.channels > 1:
+        if header.channels != rows_RCS.shape[1]:
+            raise ValueError(
+                f"the stream is damaged: its header claims {header.channels} channels in one row of codes, but this "
+                f"codec's autoencoder has {rows_RCS.shape[1]}"
+            )
+        return rows_RCS[0]
+    rows_RS = rows_RCS.mean(1)
     if header.layout == "mid_side":
         return torch.stack([rows_RS[0] + rows_RS[1], rows_RS[0] - rows_RS[1]])
     return rows_RS.expand(header.channels, -1) if header.layout == "mid" else rows_RS

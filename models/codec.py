@@ -110,8 +110,9 @@ class SPresso(nn.Module):
             audio: floats with full scale 1, (channels, samples), at least 1 sample.
             sample_rate: of the audio in Hz, which is resampled if needed; None: the AudioAE's.
             books: number of codebooks to use, counted from the first; None uses all of them.
-            channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2; `auto`
-                takes `mid_side` for stereo, unless one channel is far quieter than the side, and `separate` otherwise.
+            channels: `separate` codes each channel by itself and `mid_side` codes (L + R) / 2 and (L - R) / 2. `auto`
+                codes stereo in one row if the AudioAE is stereo; otherwise it takes `mid_side` for stereo, unless one
+                channel is far quieter than the side. Other numbers of channels are coded by `separate`.
             error_per_bit: error that z may add for each bit saved, see `models.encoding.encode_sound`.
 
         Raises:
@@ -194,7 +195,7 @@ class SPresso(nn.Module):
     # --- audio ↔ z ------------------------------------------------------------------------------------------------
 
     def audio_to_z(self, audio_B1S: Tensor) -> Tensor:
-        """Encode levelled audio (B, 1, samples) to z (B, Z, ⌈samples / (hop · pooling)⌉)."""
+        """Encode levelled audio (B, channels of the AudioAE, samples) to z (B, Z, ⌈samples / (hop · pooling)⌉)."""
         x0_BCT = self.autoencoder.encode(audio_B1S.to(self.device))
         return self.x0_to_z(x0_BCT, self.z_frames(audio_B1S.shape[-1]))
 
@@ -216,7 +217,10 @@ class SPresso(nn.Module):
         sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Decode z to levelled audio (B, 1, T · hop), starting from `noise_BCT`; z = None samples unconditionally."""
+        """Decode z to levelled audio (B, channels of the AudioAE, T · hop), starting from `noise_BCT`.
+
+        z = None samples unconditionally.
+        """
         x0_BCT = self.z_to_x0(z_BZN, noise_BCT, sampling=sampling, progress=progress)
         return torch.cat(list(self.x0_to_blocks(x0_BCT)), dim=-1)
 

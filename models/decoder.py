@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from models.backbones.stable_audio import StableAudioDiT
+from models.backbones.stable_audio_3 import StableAudio3DiT
 from models.dit import DiT
-from models.sizes import DecoderConfig, StableAudioConfig
+from models.sizes import DecoderConfig
+from models.stable_audio_sizes import StableAudio3Config, StableAudioConfig
 
-Decoder = DiT | StableAudioDiT
+Decoder = DiT | StableAudioDiT | StableAudio3DiT
 
 
 def make_decoder(config: DecoderConfig) -> Decoder:
     """Build an untrained D of these sizes."""
+    if isinstance(config, StableAudio3Config):
+        return StableAudio3DiT(config)
     return StableAudioDiT(config) if isinstance(config, StableAudioConfig) else DiT(config)

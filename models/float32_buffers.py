@@ -13,5 +13,11 @@ class Float32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to a device, but not to a lower precision."""
-        super()._apply(lambda value: value.to(fn(value).device), recurse)
+
+        def moved(value: Tensor) -> Tensor:
+            # `fn` may also give memory to a tensor that has none yet, which nothing can be copied from
+            found = fn(value)
+            return found if found.dtype == value.dtype else value.to(found.device)
+
+        super()._apply(moved, recurse)
         return self

@@ -28,7 +28,7 @@ class MagnitudeAE(AudioAE):
     name = "magnitude"
     sample_rate, channels, latent_channels, hop = 48000, 1, 128, 480
     window = 3 * hop
-    single_bins = 56
+    bands, single_bins = 128, 56
 
     # A bin of white noise at 0 dBFS has energy 1, one of a sine at most 240. The limit prevents an overflow if D
     # predicts an extreme value.
@@ -68,27 +68,30 @@ class MagnitudeAE(AudioAE):
     def __init__(self) -> None:
         settings = ("window", "single_bins", "companding", "mean_knots", "spread_knots")
         super().__init__({"version": 2, **{setting: getattr(self, setting) for setting in settings}})
-        edges = _band_edges(self.single_bins, self.window // 2 + 1, self.latent_channels)
+        edges = _band_edges(self.single_bins, self.window // 2 + 1, self.bands)
         bins = torch.arange(self.window // 2 + 1)
         band = torch.bucketize(bins, edges[1:], right=True)
-        member = band[:, None] == torch.arange(self.latent_channels)
+        member = band[:, None] == torch.arange(self.bands)
         self._constant("band", band)
         self._constant("share", member.float() / member.sum(0))
         centres = (edges[:-1] + edges[1:] - 1) / 2
-        upper = torch.bucketize(bins, centres).clamp(1, self.latent_channels - 1)
+        upper = torch.bucketize(bins, centres).clamp(1, self.bands - 1)
         self._constant("upper", upper)
         self._constant("lower", upper - 1)
         fraction = (bins - centres[upper - 1]) / (centres[upper] - centres[upper - 1])
         self._constant("fraction", fraction.clamp(0, 1))
-        self._constant("mean", _between(self.mean_knots, self.latent_channels))
-        self._constant("spread", _between(self.spread_knots, self.latent_channels))
+        self._constant("mean", _between(self.mean_knots, self.bands))
+        self._constant("spread", _between(self.spread_knots, self.bands))
         self._constant("taper", torch.hann_window(self.window))
 
     def _encode(self, audio_B1S: Tensor) -> Tensor:
         spectrum_BTF = self._analyse(audio_B1S[:, 0])
-        energy_BTF = _power(spectrum_BTF) / self.taper.square().sum()
-        companded_BTC = (energy_BTF @ self.share) ** self.companding
-        return ((companded_BTC - self.mean) / self.spread).transpose(1, 2).contiguous()
+        energy_BTF = power(spectrum_BTF) / self.taper.square().sum()
+        return self._features(energy_BTF).transpose(1, 2).contiguous()
+
+    def _features(self, energy_BTF: Tensor) -> Tensor:
+        """Return each band's mean energy, companded and standardised `(B, T, bands)`."""
+        return ((energy_BTF @ self.share) ** self.companding - self.mean) / self.spread
 
     def at_gain(self, x0_BCT: Tensor, gain_db_B: Tensor) -> Tensor:
         """See `AudioAE.at_gain`. A gain multiplies the energies, so no phase has to be found."""
@@ -98,16 +101,19 @@ class MagnitudeAE(AudioAE):
         return ((companded_BCT - mean_C1) / spread_C1).to(x0_BCT.dtype)
 
     def _decode_from(self, begin: int, x0_BCT: Tensor) -> Tensor:
-        magnitude_BTF = self._magnitudes(x0_BCT)
+        return self._synthesise(self._with_phases(begin, self._magnitudes(x0_BCT)))[:, None]
+
+    def _with_phases(self, begin: int, magnitude_BTF: Tensor) -> Tensor:
+        """Find the phases of a spectrum whose first frame is frame `begin` of the sound; return the spectrum."""
         spectrum_BTF = torch.polar(magnitude_BTF, 2 * math.pi * self._first_phases(begin, magnitude_BTF))
         before_BTF = torch.zeros_like(spectrum_BTF)
         for _ in range(self.iterations):
             consistent_BTF = self._analyse(self._synthesise(spectrum_BTF))
             ahead_BTF = torch.sub(consistent_BTF, before_BTF, alpha=self.momentum)
-            scale_BTF = magnitude_BTF * (_power(ahead_BTF) + 1e-18).rsqrt()
+            scale_BTF = magnitude_BTF * (power(ahead_BTF) + 1e-18).rsqrt()
             spectrum_BTF = torch.view_as_complex(torch.view_as_real(ahead_BTF) * scale_BTF[..., None])
             before_BTF = consistent_BTF
-        return self._synthesise(spectrum_BTF)[:, None]
+        return spectrum_BTF
 
     def _magnitudes(self, x0_BCT: Tensor) -> Tensor:
         """Return the magnitude of each bin: interpolated between the centres of the bands, and scaled in each band so
@@ -193,7 +199,8 @@ def _between(knots: tuple[float, ...], channels: int) -> Tensor:
     return torch.lerp(values[below], values[below + 1], place - below)
 
 
-def _power(spectrum: Tensor) -> Tensor:
+def power(spectrum: Tensor) -> Tensor:
+    """Return the energy of each bin of a complex spectrum."""
     return spectrum.real.square() + spectrum.imag.square()
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_SIZE = 2**24
+"""The largest size that a config may name, see `models.documents.Size`."""
+_DEEPEST = 2**12
+"""The largest number of Transformer blocks."""
 _KEY = "range"
 _END_OF_INTEGERS = 2**63  # files and tensors hold integers below it
 _END_OF_FLOATS = 1e15  # no setting means more, and products with it stay finite and exact enough to count
@@ -108,3 +112,13 @@ def range_problems(name: str, values: Any, allowed: Range) -> list[str]:
     else:
         named = [(name, values)]
     return [line for key, value in named if value is not None and (line := allowed.problem(key, value))]
+
+
+def sizes_out_of_range(config: object, names: tuple[str, ...], *, least: int = 1) -> Iterator[str]:
+    """Yield a line for each of the sizes in a config that is below `least`, or that no model has."""
+    for name in names:
+        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else LARGEST_SIZE
+        if value < least:
+            yield f"{name} is {value}: give at least {least}"
+        elif value > most:
+            yield f"{name} is {value}: give at most {most}"

@@ -9,12 +9,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from models.documents import Positive, build, damaged, fits
 from models.later_fields import added_later, since
-from models.ranges import ranged
+from models.ranges import LARGEST_SIZE, ranged, sizes_out_of_range
+from models.stable_audio_sizes import StableAudio3Config, StableAudioConfig
 
-LARGEST_SIZE = 2**24
-"""The largest size that a config may name, see `models.documents.Size`."""
-_DEEPEST = 2**12
-"""The largest number of Transformer blocks."""
 _MOST_STEPS = 100_000
 """The largest number of steps of the sampler."""
 _POOLS, _STARTS = ("places", "average"), ("pca", "random")
@@ -80,7 +77,7 @@ class DiTConfig:
     def _problems(self) -> Iterator[str]:
         sizes = ("channels", "width", "depth", "heads", "hidden_width", "text_tokens", "patch_size", "rotary_span")
         sizes += ("time_features", *(("text_width",) if self.text_width is not None else ()))
-        out_of_range = list(_out_of_range(self, sizes))
+        out_of_range = list(sizes_out_of_range(self, sizes))
         if out_of_range:
             yield from out_of_range
             return
@@ -98,69 +95,9 @@ class DiTConfig:
             )
 
 
-def _out_of_range(config: object, names: tuple[str, ...], *, least: int = 1) -> Iterator[str]:
-    """Yield a line for each of the sizes that is below `least`, or that no model has."""
-    for name in names:
-        value, most = getattr(config, name), _DEEPEST if name.endswith("depth") else LARGEST_SIZE
-        if value < least:
-            yield f"{name} is {value}: give at least {least}"
-        elif value > most:
-            yield f"{name} is {value}: give at most {most}"
-
-
-STABLE_AUDIO_TEXT_TOKENS = 128
-
-
-@dataclass
-class StableAudioConfig:
-    """Size and shape of a `StableAudioDiT`; the defaults are the public release's."""
-
-    kind: str = "stable_audio"
-    """Marks these sizes as those of a `StableAudioDiT` in files; it is always `stable_audio`."""
-    channels: int = 64
-    """Channels of the latents that the DiT takes and returns."""
-    depth: int = 24
-    """Number of Transformer blocks."""
-    heads: int = 24
-    """Attention heads."""
-    head_width: int = 64
-    """Features of an attention head."""
-    text_heads: int = 12
-    """Key and value heads in cross-attention; the query heads share them in groups."""
-    cross_width: int = 768
-    """Features of the keys' and values' input in cross-attention."""
-    time_features: int = 256
-    """Fourier features of the noise level."""
-    text_width: int = 768
-    """Features of a text token from the text encoder and its projection."""
-    text_tokens: int = STABLE_AUDIO_TEXT_TOKENS
-    """Text tokens per caption; zeros fill up shorter captions."""
-    seconds_features: int = 256
-    """Fourier features of the start and the end of a sound in seconds."""
-    shortest_seconds: float = 0.0
-    """Lower bound that start and end are clamped to, in seconds."""
-    longest_seconds: float = 512.0
-    """Upper bound that start and end are clamped to, in seconds."""
-    frame_seconds: float = 2048 / 44100
-    """Duration of a latent frame in seconds."""
-
-    def __post_init__(self) -> None:
-        sizes = ("channels", "depth", "heads", "head_width", "text_heads", "cross_width", "time_features", "text_width")
-        if problems := list(_out_of_range(self, (*sizes, "text_tokens", "seconds_features"))):
-            raise ValueError("; ".join(problems))
-
-    @property
-    def width(self) -> int:
-        """Features of a token."""
-        return self.heads * self.head_width
-
-    @property
-    def patch_size(self) -> int:
-        """Latent frames per token."""
-        return 1
-
-
-DecoderConfig = DiTConfig | StableAudioConfig
+DecoderConfig = DiTConfig | StableAudioConfig | StableAudio3Config
+_RELEASED: dict[str, type[DecoderConfig]] = {kind.kind: kind for kind in (StableAudioConfig, StableAudio3Config)}
+"""The sizes of public releases, by the `kind` that marks them in files."""
 
 
 def decoder_config(values: Any, where: object = "the config of D") -> DecoderConfig:
@@ -169,24 +106,24 @@ def decoder_config(values: Any, where: object = "the config of D") -> DecoderCon
     Raises:
         ValueError: a name is unknown, or a value is of another type; the message begins with `where`.
     """
-    stable_audio = isinstance(values, Mapping) and values.get("kind") == "stable_audio"
-    kind: type[DecoderConfig] = StableAudioConfig if stable_audio else DiTConfig
+    named = values.get("kind") if isinstance(values, Mapping) else None
+    kind = _RELEASED.get(named, DiTConfig) if isinstance(named, str) else DiTConfig
     return build(kind, values, where, mend=_MEND)
 
 
 def block_counts(config: DecoderConfig) -> tuple[int, int]:
     """Return the number of multi-stream Transformer blocks and the number of all other blocks."""
-    if isinstance(config, StableAudioConfig):
-        return 0, config.depth
-    return config.multistream_blocks, config.depth - config.multistream_blocks
+    if isinstance(config, DiTConfig):
+        return config.multistream_blocks, config.depth - config.multistream_blocks
+    return 0, config.depth
 
 
 def with_blocks(config: DecoderConfig, counts: tuple[int, int]) -> DecoderConfig:
     """Return the same sizes with `counts` blocks, as `block_counts` counts them; at least one block remains."""
     depth = max(1, sum(counts))
-    if isinstance(config, StableAudioConfig):
-        return dataclasses.replace(config, depth=depth)
-    return dataclasses.replace(config, depth=depth, multistream_depth=counts[0])
+    if isinstance(config, DiTConfig):
+        return dataclasses.replace(config, depth=depth, multistream_depth=counts[0])
+    return dataclasses.replace(config, depth=depth)
 
 
 @dataclass
@@ -254,8 +191,8 @@ class LatentEncoderConfig:
     def problems(self) -> list[str]:
         """Return one line for each problem with these sizes, which says how to fix it."""
         sizes = ("latent_channels", "z_channels", "pooling", "patch_size", "width", "heads")
-        depths = _out_of_range(self, ("encoder_depth", "upsampler_depth"), least=0)
-        if out_of_range := [*_out_of_range(self, sizes), *depths]:
+        depths = sizes_out_of_range(self, ("encoder_depth", "upsampler_depth"), least=0)
+        if out_of_range := [*sizes_out_of_range(self, sizes), *depths]:
             return [f"latent_encoder.{line}" for line in out_of_range]  # the checks below divide by these sizes
         found = []
         if self.pooling % self.patch_size:

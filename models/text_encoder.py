@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.backbones.released import find_part, locate, missing, open_part, read_config, require_package
 from models.backbones.stable_audio import ProjectionSettings, text_tokens
+from models.backbones.stable_audio_3 import stable_audio_3_text_tokens
 from models.weights import hash_state, listed, read
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -75,6 +76,20 @@ def load_stable_audio_text(folder: str | Path) -> TextEncoder:
     tokenizer, identity = _load_tokenizer(release / "tokenizer")
     projection = _load_projection(find_part(folder, "projection_model"))
     return TextEncoder(model, tokenizer, tokens=text_tokens(folder), projection=projection, identity=identity)
+
+
+def load_stable_audio_3_text(folder: str | Path) -> TextEncoder:
+    """Load the T5Gemma encoder from a Stable Audio 3 release, given by its folder or its hub name.
+
+    Raises:
+        ValueError: a part is missing, damaged or a pickle.
+    """
+    from transformers import T5GemmaEncoderModel
+
+    release = find_part(folder, "text_encoder").parent
+    model: Any = _load_model(T5GemmaEncoderModel, release / "text_encoder")
+    tokenizer, identity = _load_tokenizer(release / "tokenizer")
+    return TextEncoder(model.encoder, tokenizer, tokens=stable_audio_3_text_tokens(folder), identity=identity)
 
 
 def load_text_encoder(folder: str | Path, *, tokens: int, layer: int) -> TextEncoder:

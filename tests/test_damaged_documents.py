@@ -26,6 +26,7 @@ from launch.slurm.attempt import Attempt, history, record
 from launch.slurm.requeue_policy import judge
 from launch.slurm.submitted_jobs import Submitted, keep
 from models.backbones.oobleck import read_oobleck_config
+from models.backbones.same import read_same_config
 from models.backbones.woosh import read_woosh_sizes
 from tests.damage import Document, Folder, LinesDocument, YamlDocument, watched
 from tests.mutant_counts import MutantCounts
@@ -247,6 +248,7 @@ KINDS: dict[str, Kind] = {
     ),
     "key of a listening test": Kind("../../test.key.json", lambda: _key_in(Path("test.key.json"))),
     "config.yaml of Woosh": Kind("../../woosh/config.yaml", lambda: read_woosh_sizes("woosh"), YamlDocument),
+    "config.json of SAME": Kind("../../release_3/vae/config.json", lambda: read_same_config("release_3")),
     "config.json of a release": Kind("../../release/vae/config.json", lambda: read_oobleck_config("release")),
 }
 
@@ -275,6 +277,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
                 Path("work/.prepare/durations.json"): {"a": 1.5},
                 Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["00000-00000.tar"]},
                 Path("release/vae/config.json"): oobleck_settings(),
+                Path("release_3/vae/config.json"): same_settings(),
                 Path("streams/encode.report.json"): {"written_by": "spresso encode", "source": "a", "problems": []},
                 Path("test.key.json"): {"seed": 0, "trials": {"trial1": {"clip": "a", "files": {"a.wav": "z"}}}},
             }
@@ -306,6 +309,26 @@ def oobleck_settings() -> dict[str, object]:
         "decoder_channels": 8,
         "decoder_input_channels": 8,
         "audio_channels": 2,
+        "sampling_rate": 8000,
+    }
+
+
+def same_settings() -> dict[str, object]:
+    return {
+        "_class_name": "AutoencoderSAME",
+        "audio_channels": 2,
+        "patch_size": 8,
+        "encoder_channels": 8,
+        "encoder_c_mults": [2],
+        "encoder_strides": [4],
+        "encoder_transformer_depths": [2],
+        "latent_dim": 8,
+        "use_differential_attention": True,
+        "dim_heads": 8,
+        "ff_mult": 2,
+        "sliding_window": 1,
+        "encoder_sinusoidal_blocks": [0],
+        "decoder_sinusoidal_blocks": [1],
         "sampling_rate": 8000,
     }
 

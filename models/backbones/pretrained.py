@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from models.autoencoder import AudioAE, SpectralAE, VocosAE
-from models.autoencoder_sizes import VocosConfig
+from models.autoencoder_sizes import OobleckConfig, SameConfig, VocosConfig
+from models.backbones import stable_audio, stable_audio_3
 from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
-from models.backbones.released import is_hub_name, locate, missing
+from models.backbones.released import ORIGINAL_CONFIG, class_of, is_hub_name, locate, missing
+from models.backbones.same import SameAE, load_same, read_same_config
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
+from models.backbones.stable_audio_3 import load_stable_audio_3, read_stable_audio_3_config
 from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_woosh_folder, read_woosh_sizes
 from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
 from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
+from models.stereo_magnitude_autoencoder import StereoMagnitudeAE
 from models.weights import filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [
@@ -40,9 +46,29 @@ __all__ = [
     "weight_files",
 ]
 
-EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {"spectral": SpectralAE, "magnitude": MagnitudeAE}
+EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {
+    "spectral": SpectralAE,
+    "magnitude": MagnitudeAE,
+    "magnitude_stereo": StereoMagnitudeAE,
+}
 """The kinds of AudioAE that are computed by a formula and need no weights."""
-AUTOENCODERS = (*EMBEDDED, "woosh", "oobleck")
+
+
+@dataclass(frozen=True)
+class InDiffusers:
+    """A kind of AudioAE that is read from a release in the layout of diffusers."""
+
+    load: Callable[[str | Path], AudioAE]
+    read_sizes: Callable[[str | Path], OobleckConfig | SameConfig]
+    build: Callable[[Any], AudioAE]
+    """Builds the AudioAE, without its weights, from its sizes."""
+
+
+IN_DIFFUSERS = {
+    "oobleck": InDiffusers(load_oobleck, read_oobleck_config, OobleckAE),
+    "same": InDiffusers(load_same, read_same_config, SameAE),
+}
+AUTOENCODERS = (*EMBEDDED, "woosh", *IN_DIFFUSERS)
 """The kinds of AudioAE."""
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +91,7 @@ def load_dit(path: str | Path) -> Decoder:
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
         if _in_diffusers_layout(path):
-            return load_stable_audio(path)
+            return load_stable_audio_3(path) if _is_stable_audio_3(path) else load_stable_audio(path)
         released = _require_kind(DiT, load_woosh_folder(path), path)
         released.diffusion = {"name": "flow_matching", "options": {}}
         return released
@@ -88,14 +114,20 @@ def _locate(path: str | Path) -> Path:
 
 def _in_diffusers_layout(folder: Path) -> bool:
     """Whether a release's folder has the layout of diffusers."""
-    return (folder / "transformer").is_dir() or (folder / "model_index.json").is_file()
+    return any((folder / name).exists() for name in ("transformer", "model_index.json", ORIGINAL_CONFIG))
+
+
+def _is_stable_audio_3(folder: Path) -> bool:
+    return class_of(folder, "transformer") == stable_audio_3.CLASS
 
 
 def weight_files(path: str | Path) -> dict[str, Path]:
     """Return all files that `load_dit` may read from a D's folder, by their relative paths in it."""
     folder = locate(path)
-    parts = ("transformer", "projection_model", "scheduler") if _in_diffusers_layout(folder) else (".",)
-    files = [file for part in parts for file in (folder / part).iterdir() if file.is_file()]
+    parts: tuple[str, ...] = (".",)
+    if _in_diffusers_layout(folder):
+        parts = stable_audio_3.PARTS if _is_stable_audio_3(folder) else stable_audio.PARTS
+    files = [file for part in parts if (folder / part).is_dir() for file in (folder / part).iterdir() if file.is_file()]
     return {file.relative_to(folder).as_posix(): file for file in files}
 
 
@@ -104,8 +136,8 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
 
     Args:
         kind: one of `AUTOENCODERS`.
-        folder: the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a Stable Audio Open release
-            for `oobleck`; unused for the kinds of `EMBEDDED`.
+        folder: the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a release of Stable Audio
+            Open for `oobleck` and of Stable Audio 3 for `same`; unused for the kinds of `EMBEDDED`.
 
     Raises:
         ValueError: the kind is unknown, or the folder is missing, damaged or another model's.
@@ -113,7 +145,9 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
     if kind in EMBEDDED:
         return EMBEDDED[kind]()
     where = _require_release(kind, folder)
-    return load_oobleck(where) if kind == "oobleck" else _require_kind(VocosAE, load_woosh_folder(where), where)
+    if kind in IN_DIFFUSERS:
+        return IN_DIFFUSERS[kind].load(where)
+    return _require_kind(VocosAE, load_woosh_folder(where), where)
 
 
 def _require_release(kind: str, folder: str | Path | None) -> Path:
@@ -121,7 +155,7 @@ def _require_release(kind: str, folder: str | Path | None) -> Path:
         raise ValueError(f"unknown kind of autoencoder {kind!r}: take one of {', '.join(AUTOENCODERS)}")
     if folder is None:
         raise ValueError(f"the autoencoder of kind {kind!r} needs the folder of its release, with config and weights")
-    return _locate(folder) if kind == "oobleck" else Path(folder)
+    return _locate(folder) if kind in IN_DIFFUSERS else Path(folder)
 
 
 def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> tuple[int, int]:
@@ -129,7 +163,11 @@ def latent_timing(kind: str = "spectral", folder: str | Path | None = None) -> t
     if kind in EMBEDDED:
         return EMBEDDED[kind].sample_rate, EMBEDDED[kind].hop
     where = _require_release(kind, folder)
-    sizes = read_oobleck_config(where) if kind == "oobleck" else _read_woosh_sizes(VocosConfig, where)
+    sizes: OobleckConfig | SameConfig | VocosConfig
+    if kind in IN_DIFFUSERS:
+        sizes = IN_DIFFUSERS[kind].read_sizes(where)
+    else:
+        sizes = _read_woosh_sizes(VocosConfig, where)
     return sizes.sample_rate, sizes.hop
 
 
@@ -138,7 +176,9 @@ def read_dit_config(path: str | Path) -> DecoderConfig:
     path = _locate(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
-        return read_stable_audio_config(path) if _in_diffusers_layout(path) else _read_woosh_sizes(DiTConfig, path)
+        if not _in_diffusers_layout(path):
+            return _read_woosh_sizes(DiTConfig, path)
+        return read_stable_audio_3_config(path) if _is_stable_audio_3(path) else read_stable_audio_config(path)
     config = open_weights(exported)[0]
     config.pop("diffusion", None)
     return decoder_config(config, exported)
@@ -150,10 +190,10 @@ def outline_autoencoder(kind: str = "spectral", folder: str | Path | None = None
         with torch.device("meta"):
             return EMBEDDED.get(kind, SpectralAE)()
     where = _require_release(kind, folder)
-    if kind == "oobleck":
-        sizes = read_oobleck_config(where)
+    if kind in IN_DIFFUSERS:
+        sizes = IN_DIFFUSERS[kind].read_sizes(where)
         with torch.device("meta"):
-            return OobleckAE(sizes)
+            return IN_DIFFUSERS[kind].build(sizes)
     with torch.device("meta"):
         return VocosAE(_read_woosh_sizes(VocosConfig, where))
 

@@ -16,6 +16,8 @@ from models.readable import folder_trouble
 from models.weights import Stored, listed, open_safetensors
 
 _MEND = "download the release again"
+ORIGINAL_CONFIG = "model_config.json"
+"""The config of a release in the layout of stable-audio-tools, which is not that of diffusers."""
 _STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,8 +66,19 @@ def find_part(folder: str | Path, part: str) -> Path:
     if not path.is_dir():
         raise ValueError(missing(folder))
     if not (path / part / "config.json").is_file():
+        if (path / ORIGINAL_CONFIG).is_file():
+            raise ValueError(
+                f"{path} holds {ORIGINAL_CONFIG} and is in the layout of stable-audio-tools: convert it to that of "
+                f"diffusers with its scripts/convert_stable_audio_3_to_diffusers.py, and give the new folder"
+            )
         raise ValueError(f"{path} has no {part}/config.json: give the complete release in diffusers' layout")
     return path / part
+
+
+def class_of(folder: Path, part: str) -> str:
+    """Return the name of the class of a release's part; an empty text if the part or the name is missing."""
+    config = folder / part / "config.json"
+    return str(read_json(config).get("_class_name", "")) if config.is_file() else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

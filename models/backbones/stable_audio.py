@@ -10,6 +10,7 @@ Shape suffixes: B batch, C latent channels, T frames, N text tokens, E features 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NotRequired, TypedDict
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from models.backbones.oobleck import read_oobleck_config
 from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
 from models.documents import Size, fits
-from models.sizes import STABLE_AUDIO_TEXT_TOKENS, StableAudioConfig
+from models.stable_audio_sizes import STABLE_AUDIO_TEXT_TOKENS, StableAudio3Config, StableAudioConfig
 from models.weights import filled
 
 _CLASS = "StableAudioDiTModel"
+PARTS = ("transformer", "projection_model", "scheduler")
+"""The subfolders that D is read from."""
 
 
 class _Settings(TypedDict):
@@ -169,7 +172,7 @@ class StableAudioDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        self._check(x, t, text, text_mask, condition)
+        require_shapes(self.config, x, t, text=text, text_mask=text_mask, condition=condition)
         x_BCT = x.to(self.input.weight.dtype)
         x_BTD = self.input((self.mix_in(x_BCT) + x_BCT).transpose(1, 2))
         if condition is not None:
@@ -198,24 +201,31 @@ class StableAudioDiT(nn.Module):
         width = self.config.head_width // 2
         return get_1d_rotary_pos_embed(width, positions, use_real=True, repeat_interleave_real=False)
 
-    def _check(
-        self, x: Tensor, t: Tensor, text: Tensor | None, text_mask: Tensor | None, condition: Tensor | None
-    ) -> None:
-        config = self.config
-        if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
-            raise ValueError(f"x is {tuple(x.shape)}: this D takes floats of shape (batch, {config.channels}, frames)")
-        batch, frames = len(x), x.shape[2]
-        expected = {
-            "t": (t, (batch,)),
-            "text": (text, (batch, config.text_tokens, config.text_width)),
-            "text_mask": (text_mask, (batch, config.text_tokens)),
-            "condition": (condition, (batch, config.width, frames)),
-        }
-        for name, (value, shape) in expected.items():
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name} is {tuple(value.shape)}: it must be {shape}")
-        if text is None and text_mask is not None:
-            raise ValueError("text_mask without text: give both, or neither")
+
+def require_shapes(
+    config: StableAudioConfig | StableAudio3Config,
+    x: Tensor,
+    t: Tensor,
+    *,
+    text: Tensor | None,
+    text_mask: Tensor | None,
+    condition: Tensor | None,
+) -> None:
+    """Raise ValueError if an input of a D of these sizes has a shape that does not fit."""
+    if x.ndim != 3 or x.shape[1] != config.channels or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)}: this D takes floats of shape (batch, {config.channels}, frames)")
+    batch, frames = len(x), x.shape[2]
+    expected = {
+        "t": (t, (batch,)),
+        "text": (text, (batch, config.text_tokens, config.text_width)),
+        "text_mask": (text_mask, (batch, config.text_tokens)),
+        "condition": (condition, (batch, config.width, frames)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}: it must be {shape}")
+    if text is None and text_mask is not None:
+        raise ValueError("text_mask without text: give both, or neither")
 
 
 def _cross_inputs(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Tensor, end_B1E: Tensor) -> Tensor:
@@ -286,16 +296,16 @@ def read_stable_audio_config(folder: str | Path) -> StableAudioConfig:
     )
 
 
-def text_tokens(folder: str | Path) -> int:
-    """Return the number of tokens to which the release pads or truncates every caption."""
+def text_tokens(folder: str | Path, *, default: int = STABLE_AUDIO_TEXT_TOKENS) -> int:
+    """Return the number of tokens to which a release pads or truncates every caption: its tokenizer's, or `default`."""
     settings = locate(folder) / "tokenizer" / "tokenizer_config.json"
     if not settings.is_file():
-        return STABLE_AUDIO_TEXT_TOKENS
+        return default
     tokens = fits(read_json(settings), _TokenizerSettings, settings, mend="download the release again").get(
-        "model_max_length", STABLE_AUDIO_TEXT_TOKENS
+        "model_max_length", default
     )
     # transformers writes 10³⁰ for a tokenizer without a maximum length
-    return int(tokens) if 0 < tokens < 1e6 else STABLE_AUDIO_TEXT_TOKENS
+    return int(tokens) if 0 < tokens < 1e6 else default
 
 
 def _read_formulation(folder: str | Path) -> dict[str, Any]:
@@ -316,8 +326,12 @@ def _read_formulation(folder: str | Path) -> dict[str, Any]:
 
 
 def _release_name(ours: str) -> str:
-    """Return the release's name for the tensor that is called `ours` here."""
-    for prefix, theirs in _NAMES.items():
+    return renamed(ours, _NAMES)
+
+
+def renamed(ours: str, names: Mapping[str, str]) -> str:
+    """Return the release's name for the tensor that is called `ours` here; `names` maps the beginnings of names."""
+    for prefix, theirs in names.items():
         if ours == prefix or ours.startswith(f"{prefix}."):
             return theirs + ours.removeprefix(prefix)
     raise AssertionError(ours)

@@ -61,8 +61,34 @@ def test_an_autoencoder_of_two_channels_takes_them_together():
     assert rows.layout == "joint"
     torch.testing.assert_close(back(rows, stereo), stereo)
     torch.testing.assert_close(back(rows_in(mono, ae_channels=2), mono), mono)
-    with pytest.raises(ValueError, match="2 channels together"):
-        rows_in(sound(1, 1, 1), ae_channels=2)
+    twice = mono.expand(2, -1)
+    assert rows_in(twice, ae_channels=2).layout == "mid"  # so that both channels come back equal
+    torch.testing.assert_close(back(rows_in(twice, ae_channels=2), twice), twice)
+
+
+@pytest.mark.parametrize(
+    ("levels", "wanted", "layout"),
+    [
+        ((0.1, 0.05), "separate", "separate"),
+        ((0.1, 0.05), "mid_side", "mid_side"),
+        ((0.1,), "separate", "separate"),
+        ((0.1, 0.0), "auto", "joint"),
+        ((0.1, 0.2, 0.3), "auto", "separate"),
+        ((0.1,) * 8, "auto", "separate"),
+    ],
+)
+def test_an_autoencoder_of_two_channels_takes_single_ones_as_both(levels, wanted, layout):
+    audio = sound(*levels)
+    rows = rows_in(audio, layout=wanted, ae_channels=2)
+    assert rows.layout == layout
+    assert rows.level(audio, 0).shape == (1, 2, 30_000)
+    torch.testing.assert_close(back(rows, audio), audio)
+
+
+def test_a_header_with_more_channels_than_the_autoencoder_has_is_refused():
+    header = Header("", 100, 48_000, 3, "joint", 1, 2, (0.0,))
+    with pytest.raises(ValueError, match=r"claims 3 channels in one row .* has 2"):
+        channels_of(torch.ones(1, 2, 100), header)
 
 
 def test_every_row_is_levelled_by_itself():

@@ -260,34 +260,36 @@ WAYS = {
 }
 
 
-def test_every_strategy_learns_the_same(make, tmp_path):
-    def curve(*overrides: str) -> list[float]:
-        config = make(tmp_path, "autoencode.global_batch=4", *overrides)
-        parallel = Parallel(config.parallel)
-        torch.manual_seed(0)
-        task = make_task(config, "autoencode")
-        with torch.no_grad():  # f begins at zero, and g and LoRA would have no gradient for two steps
-            for parameter in task.learned.values():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-        strategy = parallel.prepare(task.module, config.autoencode)
-        x0_BCT, found = torch.randn(4, release.CHANNELS, 106), []
-        tokens = torch.randn(4, release.TOKENS, release.WIDTH).half()
-        mask = torch.arange(release.TOKENS) < torch.tensor([3, 0, 12, 5])[:, None]
-        for step in range(2):
-            with strategy.reducing(last=True):
-                conditions = {"text": tokens, "text_mask": mask}
-                inputs = Inputs(x0=x0_BCT, positions=torch.arange(4) + 4 * step, conditions=conditions)
-                losses_B = strategy.forward(inputs).total({})
-                strategy.backward(losses_B.mean(), last=True)
-            found += [float(losses_B.mean()), float(strategy.step(1e-3, Gate(torch.zeros(()), NO_LIMIT)))]
-        strategy.close()
-        return found
+def learned_curve(config: Config, x0_BCT: torch.Tensor, conditions: dict[str, torch.Tensor]) -> list[float]:
+    """Loss and gradient norm of two steps of step 1."""
+    parallel, found = Parallel(config.parallel), []
+    torch.manual_seed(0)
+    task = make_task(config, "autoencode")
+    with torch.no_grad():  # f begins at zero, and g and LoRA would have no gradient for two steps
+        for parameter in task.learned.values():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    strategy = parallel.prepare(task.module, config.autoencode)
+    for step in range(2):
+        with strategy.reducing(last=True):
+            inputs = Inputs(x0=x0_BCT, positions=torch.arange(4) + 4 * step, conditions=conditions)
+            losses_B = strategy.forward(inputs).total({})
+            strategy.backward(losses_B.mean(), last=True)
+        found += [float(losses_B.mean()), float(strategy.step(1e-3, Gate(torch.zeros(()), NO_LIMIT)))]
+    strategy.close()
+    return found
 
+
+def test_every_strategy_learns_the_same(make, tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randn(4, release.TOKENS, release.WIDTH).half()
+    mask = torch.arange(release.TOKENS) < torch.tensor([3, 0, 12, 5])[:, None]
+    x0_BCT, conditions = torch.randn(4, release.CHANNELS, 106), {"text": tokens, "text_mask": mask}
     linear = torch.nn.functional.linear
     with group():
-        reference = curve()
+        reference = learned_curve(make(tmp_path, "autoencode.global_batch=4"), x0_BCT, conditions)
         for way, overrides in WAYS.items():
-            assert curve(*overrides) == pytest.approx(reference, rel=1e-5), way
+            config = make(tmp_path, "autoencode.global_batch=4", *overrides)
+            assert learned_curve(config, x0_BCT, conditions) == pytest.approx(reference, rel=1e-5), way
     assert torch.nn.functional.linear is linear  # a stage that follows in this process computes as it would alone
 
 

@@ -30,7 +30,10 @@ def test_nothing_is_due_without_an_interval():
     assert due_after(0, 8, 5) == []
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "demo", "spresso_11hz", "spresso_1hz", "spresso_25hz", "stable_audio_open"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["tiny", "demo", "spresso_11hz", "spresso_1hz", "spresso_25hz", "stable_audio_open", "stable_audio_3_11hz"],
+)
 def test_the_bounds_change_no_recipe_but_one_stage_of_large_batches(recipe):
     config = load_recipe(recipe, ["autoencoder={kind: magnitude, folder: null}"], released=False)
     log, checkpoint = config.log, config.checkpoint

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from models.text_encoder import TextEncoder
     from trainer.recipes.schema import TextConfig
 
-TEXT_KINDS = ("none", "stable_audio", "transformers", "files")
+TEXT_KINDS = ("none", "stable_audio", "stable_audio_3", "transformers", "files")
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,12 @@ def make_embedder(config: TextConfig) -> Embedder:
     folder = config.folder or ""
     if config.kind == "files":
         return TextFiles(Path(folder), tokens=config.tokens)
-    from models.text_encoder import load_stable_audio_text, load_text_encoder
+    from models.text_encoder import load_stable_audio_3_text, load_stable_audio_text, load_text_encoder
 
     if config.kind == "stable_audio":
         return Captions(load_stable_audio_text(folder))
+    if config.kind == "stable_audio_3":
+        return Captions(load_stable_audio_3_text(folder))
     return Captions(load_text_encoder(folder, tokens=config.tokens, layer=config.layer))
 
 

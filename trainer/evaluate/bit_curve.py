@@ -12,7 +12,7 @@ import torch
 
 from trainer.effective_rank import covariance, effective_rank
 from trainer.evaluate.bootstrap import Numbers, interval, mean_replicates
-from trainer.evaluate.figures import log_mel_distance
+from trainer.evaluate.figures import log_mel_distance, sounding_channels
 from trainer.evaluate.own_codecs import Export, OwnCodec
 from trainer.evaluate.pieces import Piece
 from trainer.evaluate.report import Gathered
@@ -74,9 +74,12 @@ class Prefix(Probe):
         if not played:
             return self._piece([], figures={_FIGURE: torch.zeros(0, dtype=torch.float64)})
         z_BZN, _ = self.export.through_files(played, self.books)
-        decoded_B1S = self.export.decode(z_BZN, played)
-        pairs = zip(clips.audio(played), decoded_B1S, strict=True)
-        distances = [log_mel_distance(one[0], other[0], clips.sample_rate) for one, other in pairs]
+        pairs = zip(clips.audio(played), self.export.decode(z_BZN, played), strict=True)
+        distances = [
+            log_mel_distance(one_CS[channels], other_CS[channels], clips.sample_rate).mean()
+            for one_CS, other_CS in pairs
+            for channels in [sounding_channels(one_CS)]
+        ]
         return self._piece(played, figures={_FIGURE: torch.stack(distances).double().cpu()})
 
 

@@ -273,6 +273,7 @@ class _Plan:
             "model_hash": self._finetuned.model_hash,
             "created": datetime.now(UTC).date().isoformat(),
             "sample_rate": clips.sample_rate,
+            "channels": clips.channels,
             "subtitle": f"{len(clips)} held-out clips of {clips.seconds:.1f} s, on which no stage was trained",
             "systems": systems_of(gathered),
             "tables": {key: each.title for key, each in RATE_RANGES.items()},

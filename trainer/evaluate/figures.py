@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.loudness import is_silent
+
 FLOOR_DB = 60.0
 """Spectra are floored this far below the reference's loudest point; otherwise silence would dominate."""
 SI_SDR_LIMIT_DB = 60.0
@@ -114,6 +116,11 @@ FIGURES = {
         ),
     )
 }
+
+
+def sounding_channels(reference: Tensor) -> list[int]:
+    """Return the channels of a clip (channels, samples) that are not silent, which figures are averaged over."""
+    return [channel for channel in range(len(reference)) if not is_silent(reference[channel : channel + 1])] or [0]
 
 
 def clip_figures(reference: Tensor, estimate: Tensor, sample_rate: int) -> dict[str, Tensor]:

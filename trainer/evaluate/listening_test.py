@@ -102,13 +102,13 @@ def _write(
     (making / sounds).mkdir(parents=True)
     pages, key = [], {}
     for number, clip in enumerate(trials, start=1):
-        versions = _versions(clip, chosen, audio_root, report["sample_rate"])
+        versions = _versions(clip, chosen, audio_root, report)
         shuffled = sorted(set(versions) - {"reference"})
         random.Random(f"{seed}/{clip['key']}").shuffle(shuffled)
         stimuli = {f"C{place}": version for place, version in enumerate(shuffled, start=1)}
         files = {version: str(sounds / f"{_blind(seed, clip['key'], version)}.wav") for version in versions}
-        for version, audio_1S in versions.items():
-            write_audio(making / files[version], audio_1S, report["sample_rate"])
+        for version, audio_CS in versions.items():
+            write_audio(making / files[version], audio_CS, report["sample_rate"])
         trial = f"trial{number}"
         pages.append(_page(trial, number, files, stimuli))
         key[trial] = {"clip": clip["key"], "conditions": stimuli, "files": {file: v for v, file in files.items()}}
@@ -125,13 +125,13 @@ def _write(
     return ListeningTest(out / config, key_file, len(trials), len(chosen) + len(ANCHORS))
 
 
-def anchor_filter(audio_1S: Audio, cutoff: float, sample_rate: int) -> Audio:
-    """Low-pass audio (1, samples) at `cutoff` Hz without delay, by a windowed sinc with 80 dB of attenuation."""
+def anchor_filter(audio_CS: Audio, cutoff: float, sample_rate: int) -> Audio:
+    """Low-pass audio (channels, samples) at `cutoff` Hz without delay, by a windowed sinc with 80 dB of attenuation."""
     times = np.arange(_TAPS) - _TAPS // 2
     kernel = 2 * cutoff / sample_rate * np.sinc(2 * cutoff / sample_rate * times) * np.blackman(_TAPS)
-    length = audio_1S.shape[1] + _TAPS - 1
-    spectrum = np.fft.rfft(audio_1S, length) * np.fft.rfft(kernel / kernel.sum(), length)
-    filtered = np.fft.irfft(spectrum, length)[:, _TAPS // 2 :][:, : audio_1S.shape[1]]
+    length = audio_CS.shape[1] + _TAPS - 1
+    spectrum = np.fft.rfft(audio_CS, length) * np.fft.rfft(kernel / kernel.sum(), length)
+    filtered = np.fft.irfft(spectrum, length)[:, _TAPS // 2 :][:, : audio_CS.shape[1]]
     return filtered.astype(np.float32)
 
 
@@ -197,15 +197,20 @@ def _keep_other_key(path: Path, content: str) -> None:
     path.rename(next(place for place in numbered if not place.exists()))
 
 
-def _versions(clip: Mapping[str, Any], systems: Sequence[str], root: Path, sample_rate: int) -> dict[str, Audio]:
-    """Read all versions of a clip, (1, samples) each, and bring them to the same level and length."""
+def _versions(
+    clip: Mapping[str, Any], systems: Sequence[str], root: Path, report: Mapping[str, Any]
+) -> dict[str, Audio]:
+    """Read all versions of a clip, (channels, samples) each, and bring them to the same level and length."""
+    form = {"sample_rate": report["sample_rate"], "channels": report.get("channels", 1)}
     files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
     if missing := [key for key, takes in files.items() if not takes]:
         raise ValueError(f"no audio of {', '.join(missing)} for {clip['key']}: choose others with --systems")
     for takes in files.values():
         require_file(root / (takes or [""])[0])
-    versions = {key: read_audio(root / takes[0], sample_rate=sample_rate) for key, takes in files.items() if takes}
-    versions |= {key: anchor_filter(versions["reference"], cutoff, sample_rate) for key, cutoff in ANCHORS.items()}
+    versions = {key: read_audio(root / takes[0], **form) for key, takes in files.items() if takes}
+    versions |= {
+        key: anchor_filter(versions["reference"], cutoff, report["sample_rate"]) for key, cutoff in ANCHORS.items()
+    }
     samples = versions["reference"].shape[1]
     cut = {
         key: np.pad(audio[:, :samples], ((0, 0), (0, max(0, samples - audio.shape[1]))))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from trainer.evaluate.baselines import Baseline, make_baseline
 from trainer.evaluate.scored_clips import ScoredClips
@@ -35,15 +36,13 @@ class Other(SystemUnderTest):
         if self._error:
             system.unavailable = self._error
             return Decoded(system, [])
-        audio_B1S = self.clips.audio(rows)
-        out, made = torch.zeros_like(audio_B1S), Decoded(system, [])
+        audio_BCS = self.clips.audio(rows)
+        out, made = torch.zeros_like(audio_BCS), Decoded(system, [])
         for index, row in enumerate(rows):
             try:
                 with torch.random.fork_rng():
                     torch.manual_seed(row)
-                    clip_S = audio_B1S[index, 0].cpu().numpy()
-                    decoded_S, bits = self.baseline.code(clip_S, self.clips.sample_rate)
-                    out[index, 0] = torch.from_numpy(decoded_S)
+                    bits = self._code(audio_BCS[index], out[index])
             except Exception as error:  # code of others may raise anything
                 made.failures[row] = _in_one_line(error)
                 logger.warning("%s failed on %s: %s", self.key, self.clips.keys[row], made.failures[row])
@@ -51,6 +50,15 @@ class Other(SystemUnderTest):
             made.payload_bits += [] if bits is None else [bits]
         made.takes = [out]
         return made
+
+    def _code(self, clip_CS: Tensor, out_CS: Tensor) -> int | None:
+        """Decode a clip channel by channel into `out_CS`; return the bits of all channels, None if they are unknown."""
+        total: int | None = 0
+        for channel, clip_S in enumerate(clip_CS.cpu().numpy()):
+            decoded_S, bits = self.baseline.code(clip_S, self.clips.sample_rate)
+            out_CS[channel] = torch.from_numpy(decoded_S)
+            total = None if total is None or bits is None else total + bits
+        return total
 
     def retry(self) -> bool:
         """Whether nothing that the codec needs is missing."""
@@ -74,15 +82,17 @@ class Other(SystemUnderTest):
         return ""
 
     def _system(self) -> System:
-        baseline = self.baseline
-        rate = "" if baseline.kbps is None else f", {baseline.kbps:g} kbps"
+        baseline, channels = self.baseline, self.clips.channels
+        kbps = None if baseline.kbps is None else channels * baseline.kbps
+        rate = "" if kbps is None else f", {kbps:g} kbps"
+        apart = f" Each of the {channels} channels is coded by itself." if channels > 1 else ""
         return System(
             key=self.key,
             title=f"{baseline.title}{rate}",
             role="baseline",
-            note=f"Licence: {baseline.licence}.",
+            note=f"Licence: {baseline.licence}.{apart}",
             licence=baseline.licence,
-            table=rate_range_of(baseline.kbps),
+            table=rate_range_of(kbps),
         )
 
 

@@ -68,8 +68,12 @@ class Export:
         self.__dict__.pop("codec", None)
 
     def audio(self, rows: Sequence[int]) -> Tensor:
-        """Return the clips (B, 1, samples) at the codec's sample rate."""
-        return _resampled(self.clips.audio(rows), self.clips.sample_rate, self.codec.autoencoder.sample_rate)
+        """Return the clips (B, channels, samples) at the codec's sample rate, as its AudioAE takes them."""
+        autoencoder = self.codec.autoencoder
+        audio_BCS = self.clips.audio(rows)
+        if audio_BCS.shape[1] != autoencoder.channels:
+            audio_BCS = audio_BCS.mean(1, keepdim=True).expand(-1, autoencoder.channels, -1)
+        return _resampled(audio_BCS, self.clips.sample_rate, autoencoder.sample_rate)
 
     def z(self, rows: Sequence[int]) -> Tensor:
         """Return z (B, Z, N), computed clip by clip so that the result does not depend on the batch."""
@@ -92,15 +96,17 @@ class Export:
         return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
 
     def decode(self, z_BZN: Tensor | None, rows: Sequence[int], *, take: int = 0) -> Tensor:
-        """Decode z to audio (B, 1, samples) at the clips' sample rate; without z, draw unconditional samples."""
+        """Decode z to audio (B, channels, samples) at the clips' sample rate; without z, draw unconditional samples."""
         samples = _length(self.clips.samples, self.clips.sample_rate, self.codec.autoencoder.sample_rate)
         noise = self.codec.noise(self.clips.seeds(rows, take), self.codec.z_frames(samples))
         return self.back(self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling))
 
-    def back(self, audio_B1S: Tensor) -> Tensor:
-        """Resample audio from the codec's rate to the clips' rate, and cut it to the clips' length."""
+    def back(self, audio_BCS: Tensor) -> Tensor:
+        """Bring audio from the codec's rate and channels to the clips', and cut it to the clips' length."""
+        if audio_BCS.shape[1] != self.clips.channels:
+            audio_BCS = audio_BCS.mean(1, keepdim=True).expand(-1, self.clips.channels, -1)
         rate = self.codec.autoencoder.sample_rate
-        return _resampled(audio_B1S, rate, self.clips.sample_rate)[..., : self.clips.samples]
+        return _resampled(audio_BCS, rate, self.clips.sample_rate)[..., : self.clips.samples]
 
     def denoising(self, z_BZN: Tensor | None, rows: Sequence[int]) -> Tensor | None:
         """Return the error (B,) that training minimises, averaged over evenly spaced noise levels, with fixed noise.
@@ -327,8 +333,8 @@ def _length(samples: int, rate: int, to: int) -> int:
     return samples if rate == to else round(samples * to / rate)
 
 
-def _resampled(audio_B1S: Tensor, rate: int, to: int) -> Tensor:
+def _resampled(audio_BCS: Tensor, rate: int, to: int) -> Tensor:
     if rate == to:
-        return audio_B1S
-    rows = [torch.from_numpy(resample_mono(audio_1S[0].cpu().numpy(), rate, to)) for audio_1S in audio_B1S]
-    return torch.stack(rows)[:, None].to(audio_B1S.device)
+        return audio_BCS
+    rows = [torch.from_numpy(resample_mono(row_S, rate, to)) for row_S in audio_BCS.flatten(0, 1).cpu().numpy()]
+    return torch.stack(rows).unflatten(0, audio_BCS.shape[:2]).to(audio_BCS.device)

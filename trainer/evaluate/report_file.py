@@ -110,6 +110,7 @@ class _Report(TypedDict):
     model_hash: str
     created: str
     sample_rate: Positive
+    channels: NotRequired[Positive]
     subtitle: str
     systems: list[_System]
     tables: dict[str, str]

@@ -20,14 +20,15 @@ _OTHER_SEED = 1_000_003  # decode n of a clip has the seed: row + n · this numb
 class ScoredClips:
     """Level-normalized held-out clips, whose audio is read on demand. The page's clips come first.
 
-    Attributes: `sample_rate` in Hz, `samples` of each clip, `keys`, and `on_page`, the number of clips that the page
-    plays.
+    Attributes: `sample_rate` in Hz, `channels` and `samples` of each clip, `keys`, and `on_page`, the number of clips
+    that the page plays.
     """
 
     def __init__(self, shards: ShardSet, ids: Sequence[int], *, samples: int, on_page: int, device: torch.device):
         self._shards, self._ids, self._device = shards, list(ids), device
         self.sample_rate, self.on_page = shards.info.sample_rate, min(on_page, len(ids))
         self.keys = [f"clip_{id_:05d}" for id_ in ids]
+        self.channels = len(shards.audio(self._ids[0]))
         self.samples = self._common(samples)
 
     def __len__(self) -> int:
@@ -49,15 +50,15 @@ class ScoredClips:
         return self._shards.info.ae_identity
 
     def audio(self, rows: Sequence[int]) -> Tensor:
-        """Read the clips of these rows: (rows, 1, samples)."""
+        """Read the clips of these rows: (rows, channels, samples)."""
         audio = [torch.from_numpy(self._shards.audio(self._ids[row]))[:, : self.samples] for row in rows]
         if (shortest := min(clip.shape[1] for clip in audio)) < self.samples:
             self._refuse(shortest)
         return torch.stack(audio).to(self._device)
 
     @cached_property
-    def audio_B1S(self) -> Tensor:
-        """All clips, (C, 1, samples)."""
+    def audio_BCS(self) -> Tensor:
+        """All clips, (clips, channels, samples)."""
         return self.audio(range(len(self)))
 
     def metadata(self, row: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.embeddings import Embedding
-from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance
+from trainer.evaluate.figures import FIGURES, Figure, clip_figures, log_mel_distance, sounding_channels
 from trainer.evaluate.under_test import Decoded
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Scorer:
         self.embedding, self.sample_rate = embedding, sample_rate
         self._visqol: Any = _load_visqol() if visqol else None
 
-    def figures(self, originals_B1S: Tensor, made: Decoded, rows: Sequence[int]) -> dict[str, Tensor]:
+    def figures(self, originals_BCS: Tensor, made: Decoded, rows: Sequence[int]) -> dict[str, Tensor]:
         """Compute the figures of a block.
 
         Returns:
@@ -78,8 +78,8 @@ class Scorer:
         each = [
             {key: float("nan") for key in self._keys()}
             if row in made.failures
-            else self._of_clip(original[0], decoded[0])
-            for row, original, decoded in zip(rows, originals_B1S, made.takes[0], strict=True)
+            else self._of_clip(original_CS, decoded_CS)
+            for row, original_CS, decoded_CS in zip(rows, originals_BCS, made.takes[0], strict=True)
         ]
         found = {key: torch.tensor([of_clip[key] for of_clip in each], dtype=torch.float64) for key in self._keys()}
         if made.denoising is not None:
@@ -88,20 +88,23 @@ class Scorer:
             found["spread"] = spread(made.takes, self.sample_rate)
         return found
 
-    def embed(self, audio_B1S: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the embedding rows of all clips, and the number of rows of each clip."""
-        rows = [self.embedding(audio_1S, self.sample_rate) for audio_1S in audio_B1S]
+    def embed(self, audio_BCS: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the embedding rows of all clips, mixed to one channel, and the number of rows of each clip."""
+        rows = [self.embedding(audio_1S, self.sample_rate) for audio_1S in audio_BCS.mean(1, keepdim=True)]
         return torch.cat(rows), [len(of_clip) for of_clip in rows]
 
     def _keys(self) -> list[str]:
         keys = [key for key in FIGURES if key not in (*_OVER_EMBEDDINGS, "denoising")]
         return [*keys, *(["visqol"] if self._visqol is not None else [])]
 
-    def _of_clip(self, original_S: Tensor, decoded_S: Tensor) -> dict[str, float]:
-        figures = clip_figures(original_S, decoded_S, self.sample_rate)
-        found = {key: float(value) for key, value in figures.items()}
+    def _of_clip(self, original_CS: Tensor, decoded_CS: Tensor) -> dict[str, float]:
+        """Average each figure over the channels that are not silent in the original."""
+        sounding = sounding_channels(original_CS)
+        figures = clip_figures(original_CS[sounding], decoded_CS[sounding], self.sample_rate)
+        found = {key: float(values_C.mean()) for key, values_C in figures.items()}
         if self._visqol is not None:
-            found["visqol"] = self._mos(original_S, decoded_S)
+            moses = [self._mos(original_CS[channel], decoded_CS[channel]) for channel in sounding]
+            found["visqol"] = sum(moses) / len(moses)
         return found
 
     def _mos(self, original_S: Tensor, decoded_S: Tensor) -> float:
@@ -119,11 +122,12 @@ class Scorer:
 def spread(takes: Sequence[Tensor], sample_rate: int) -> Tensor:
     """Return the mean log-mel distance over all ordered pairs of a clip's decodes: float64 (clips of the last take,).
 
-    `takes` are (clips, 1, samples); the first may hold more clips than the others.
+    `takes` are (clips, channels, samples); the first may hold more clips than the others.
     """
     clips = len(takes[-1])
-    pairs = itertools.permutations([take[:clips, 0] for take in takes], 2)
-    return torch.stack([log_mel_distance(one, other, sample_rate) for one, other in pairs]).double().mean(0).cpu()
+    pairs = itertools.permutations([take[:clips] for take in takes], 2)
+    distances = [log_mel_distance(one, other, sample_rate).mean(1) for one, other in pairs]
+    return torch.stack(distances).double().mean(0).cpu()
 
 
 def _load_visqol() -> Any:

@@ -18,8 +18,8 @@ class Decoded:
     system: System
     """The system's row, with everything that decoding has shown about the system."""
     takes: list[Tensor]
-    """(clips, 1, samples) each: first one decode of every clip in the block, then further decodes of the page's clips
-    only. The list is empty if the system is not available."""
+    """(clips, channels, samples) each: first one decode of every clip in the block, then further decodes of the page's
+    clips only. The list is empty if the system is not available."""
     denoising: Tensor | None = None
     """D's denoising error of each clip, (clips,); None for systems that do not use D."""
     payload_bits: list[int] = dataclasses.field(default_factory=list)

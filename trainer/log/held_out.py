@@ -50,8 +50,9 @@ class ListeningClips:
             audio = task.sample(self.x0_BCT, seeds=self.ids, progress=lambda done, total: between())
         return self._named("decoded", audio)
 
-    def _named(self, kind: str, audio_B1S: Tensor) -> list[tuple[str, Tensor]]:
-        return [(f"clip_{id_}/{kind}", audio[0]) for id_, audio in zip(self.ids, audio_B1S, strict=True)]
+    def _named(self, kind: str, audio_BCS: Tensor) -> list[tuple[str, Tensor]]:
+        """Name each clip's audio, mixed to one channel, which is what trackers play."""
+        return [(f"clip_{id_}/{kind}", audio_S) for id_, audio_S in zip(self.ids, audio_BCS.mean(1), strict=True)]
 
 
 class HeldOutLoss:

@@ -45,11 +45,14 @@ def _rate_tile(report: EvaluationReport) -> Html | None:
     rates = sorted({system["payload_kbps"] for system in with_role(report, "system") if system.get("payload_kbps")})
     if not rates:
         return None
-    pcm = report["sample_rate"] * 16 / 1000
+    channels = report.get("channels", 1)  # reports of older versions are of mono clips
+    pcm = channels * report["sample_rate"] * 16 / 1000
     ends = [rates[0], rates[-1]] if len(rates) > 1 else rates
     factors = " to ".join(f"{pcm / rate:,.0f}" for rate in reversed(ends))
     value = "–".join(f"{rate:.2g}" for rate in ends)
-    return _tile("Bit rate", value, "kbps", f"{factors} times less than 16-bit mono PCM")
+    return _tile(
+        "Bit rate", value, "kbps", f"{factors} times less than 16-bit {'stereo' if channels == 2 else 'mono'} PCM"
+    )
 
 
 def _headline_tile(report: EvaluationReport) -> Html | None:

@@ -68,10 +68,11 @@ class AutoencoderConfig:
     """The AudioAE, which turns audio into latents x0 and back."""
 
     kind: str = "magnitude"
-    """`magnitude` (STFT magnitudes) and `spectral` (signed MDCT coefficients) need no weights. `woosh` is the Vocos
-    autoencoder of Woosh, and `oobleck` is that of Stable Audio Open."""
+    """`magnitude` (STFT magnitudes), `magnitude_stereo` (the same for both channels together) and `spectral` (signed
+    MDCT coefficients) need no weights. `woosh` is the Vocos autoencoder of Woosh, `oobleck` is that of Stable Audio
+    Open, and `same`, also of both channels together, is that of Stable Audio 3."""
     folder: str | None = None
-    """Folder of the released weights of `woosh` or `oobleck`, or for `oobleck` their name on the Hugging Face hub."""
+    """Folder of the released weights, or for `oobleck` and `same` their name on the Hugging Face hub."""
 
 
 @dataclass
@@ -79,12 +80,13 @@ class TextConfig:
     """The text encoder whose embeddings of captions D reads. Only `prepare` runs it; later stages do not load it."""
 
     kind: str = "none"
-    """`none`; `stable_audio` (the T5 of Stable Audio Open and its projection); `transformers` (any text encoder of that
-    package); `files` (embeddings made elsewhere: `door.npy` for the sound file `door.wav`)."""
+    """`none`; `stable_audio` (the T5 of Stable Audio Open and its projection); `stable_audio_3` (the T5Gemma of Stable
+    Audio 3); `transformers` (any text encoder of that package); `files` (embeddings made elsewhere: `door.npy` for the
+    sound file `door.wav`)."""
     folder: str | None = None
-    """Folder of the encoder or the embeddings. `stable_audio` and `transformers` also take a Hugging Face name."""
+    """Folder of the encoder or the embeddings. All kinds but `files` also take a Hugging Face name."""
     tokens: int = ranged(77, least=1)
-    """Text tokens that D reads; longer captions are cut. `stable_audio` uses its own number instead."""
+    """Text tokens that D reads; longer captions are cut. Stable Audio's encoders use their own number instead."""
     layer: int = ranged(-1, least=-1_000, most=1_000)
     """`transformers` only: index of the layer whose hidden states are used; -1 is the last layer, -2 the one before."""
 
@@ -94,8 +96,8 @@ class PretrainedConfig:
     """A pretrained decoder D that replaces the `pretrain` stage."""
 
     folder: str | None = None
-    """Folder of Woosh-Flow, folder or Hugging Face name of Stable Audio Open, or the `export/` of a `pretrain` stage.
-    None: the `pretrain` stage trains D."""
+    """Folder of Woosh-Flow, folder or Hugging Face name of Stable Audio Open or 3, or the `export/` of a `pretrain`
+    stage. None: the `pretrain` stage trains D."""
 
 
 @dataclass
@@ -103,8 +105,8 @@ class DiffusionConfig:
     """The diffusion formulation and its noise levels."""
 
     name: str = "flow_matching"
-    """`flow_matching` (rectified flow, as Woosh), `edm` (Karras et al. 2022, as the S-PRESSO paper) or `v_prediction`
-    (as Stable Audio Open)."""
+    """`flow_matching` (rectified flow, as Woosh and Stable Audio 3), `edm` (Karras et al. 2022, as the S-PRESSO paper)
+    or `v_prediction` (as Stable Audio Open)."""
     options: dict[str, float] = ranged(dict)
     """Fields of the formulation's class in `models/diffusion.py`, such as `logit_mean` or `log_std`."""
 

@@ -74,7 +74,7 @@ _CHOICES = {
     "sampling.sampler": ("euler", "heun", "dpmpp"),
 }
 
-_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048)}
+_RELEASED = {"woosh": (48000, 480), "oobleck": (44100, 2048), "same": (44100, 4096)}
 """Sample rate in Hz and hop in samples of the public releases, used if their folder is missing."""
 
 
@@ -83,10 +83,16 @@ def _contradictions(config: Config) -> list[str]:
     found = []
     if config.evaluate.clips == 1:
         found.append("evaluate.clips=1 must be at least 2, because each clip is also decoded from another clip's z")
-    if config.latent_encoder.magnitudes and config.autoencoder.kind == "magnitude":
+    kind = config.autoencoder.kind
+    if config.latent_encoder.magnitudes and kind.startswith("magnitude"):
         found.append(
-            "latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind=magnitude has none: set "
+            f"latent_encoder.magnitudes=true is for signed latents, and autoencoder.kind={kind} has none: set "
             "latent_encoder.magnitudes=false"
+        )
+    if kind in EMBEDDED and "pretrain" in config.stages and config.dit.channels != EMBEDDED[kind].latent_channels:
+        found.append(
+            f"dit.channels={config.dit.channels} must be the number of channels of autoencoder.kind={kind}: set "
+            f"dit.channels={EMBEDDED[kind].latent_channels}"
         )
     least = config.data.block * config.data.lanes
     if config.data.window is not None and config.data.window < least:

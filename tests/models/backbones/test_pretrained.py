@@ -28,7 +28,6 @@ from models.backbones.pretrained import (
     save_weights,
 )
 from models.dit import DiT
-from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DiTConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -393,8 +392,8 @@ def test_dit_exports_that_do_not_fit_are_named(tmp_path):
 
 def test_autoencoder_kinds():
     assert isinstance(load_autoencoder(), SpectralAE)
-    assert isinstance(load_autoencoder("magnitude"), MagnitudeAE)
-    with pytest.raises(ValueError, match="take one of spectral, magnitude, woosh, oobleck"):
+    assert [load_autoencoder(kind).channels for kind in ("magnitude", "magnitude_stereo")] == [1, 2]
+    with pytest.raises(ValueError, match="take one of spectral, magnitude, magnitude_stereo, woosh, oobleck, same"):
         load_autoencoder("encodec")
     with pytest.raises(ValueError, match="needs the folder"):
         load_autoencoder("woosh")

@@ -71,7 +71,7 @@ def test_each_point_is_that_of_the_decodes(trained, run_dir):
             assert point["mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
             assert point["ci"][0] <= point["mean"] <= point["ci"][1]
             assert point["kbps"] == pytest.approx(codec.kbps(point["books"]))
-        z = codec.audio_to_z(clips.audio_B1S).transpose(1, 2).flatten(0, 1)
+        z = codec.audio_to_z(clips.audio_BCS).transpose(1, 2).flatten(0, 1)
     assert (curve["z_rank"], curve["channels"]) == (effective_rank(covariance(z)), 16)
     for key in ("z", "autoencoder", "z_other"):
         assert curve["lines"][key]["clips"] == results[key]["log_mel"]["clips"][:2]

@@ -50,8 +50,8 @@ def test_the_denoising_error_is_that_of_training(trained, run_dir):
     codec = SPresso.from_pretrained(run_dir / "autoencode/export")
     clips = load_clips(trained, torch.device("cpu"))
     with torch.inference_mode():
-        x0 = codec.autoencoder.encode(clips.audio_B1S)[..., :63]  # one window; the clip has 101 frames
-        z = codec.audio_to_z(clips.audio_B1S)[..., :7]
+        x0 = codec.autoencoder.encode(clips.audio_BCS)[..., :63]  # one window; the clip has 101 frames
+        z = codec.audio_to_z(clips.audio_BCS)[..., :7]
         noise = codec.noise([NOISE_SEED + n for n in range(len(x0))], 7)
         expected = torch.zeros(len(x0))
         for level in range(LEVELS):
@@ -74,7 +74,7 @@ def test_beside_each_figure_stands_that_of_another_clips_codes(trained, run_dir)
     results = evaluation.evaluate(trained)["results"]
     assert results["z"]["log_mel"]["control"] == results["z_other"]["log_mel"]["mean"]
     codec = SPresso.from_pretrained(run_dir / "finetune/export")
-    audio = load_clips(trained, torch.device("cpu")).audio_B1S
+    audio = load_clips(trained, torch.device("cpu")).audio_BCS
     with torch.inference_mode():
         codes = [torch.from_numpy(codec.encode(clip, books=2).codes)[0] for clip in audio]
         z = codec.quantizer.decode(torch.stack(codes)).transpose(1, 2)

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -274,6 +275,8 @@ def group() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if (groups := sys.modules.get("deepspeed.utils.groups")) is not None:
+            groups._WORLD_GROUP = None  # DeepSpeed would go on with the group that is gone
 
 
 def _spoil(ranges: dict[str, FlatRange]) -> None:

@@ -167,13 +167,29 @@ def test_a_model_is_a_choice_of_any_recipe(released):
     assert (other.autoencoder.kind, other.latent_encoder.pooling, other.latent_encoder.width) == ("oobleck", 2, 768)
 
 
+@pytest.mark.parametrize(("recipe", "pooling", "vectors"), [("11hz", 1, 10.77), ("5hz", 2, 5.38), ("1hz", 10, 1.08)])
+def test_stable_audio_3_has_a_recipe_for_each_rate(released, recipe, pooling, vectors):
+    config = reading.load_recipe(f"stable_audio_3_{recipe}", ["pretrained.folder=/models/sa3"])
+    assert (config.autoencoder.kind, config.text.kind, config.lora.variant) == ("same", "stable_audio_3", "dora")
+    assert {config.autoencoder.folder, config.text.folder, config.pretrained.folder} == {"/models/sa3"}
+    assert config.latent_encoder.pooling == pooling
+    assert 44100 / 4096 / pooling == pytest.approx(vectors, abs=0.01)
+    assert "pretrain" not in config.stages
+
+
+def test_d_takes_as_many_channels_as_the_autoencoder_has():
+    assert reading.load_recipe("demo", ["model=stereo"]).dit.channels == 256
+    with pytest.raises(ValueError, match=r"dit\.channels=128 must be .*=magnitude_stereo: set dit\.channels=256"):
+        reading.load_recipe("demo", ["autoencoder.kind=magnitude_stereo"])
+
+
 def test_a_model_replaces_the_formulation_and_a_recipe_the_models_settings(released, tmp_path):
     assert reading.load_recipe("demo", ["model=woosh", "data.clip_seconds=5"]).diffusion.options == {}
     path = tmp_path / "mine.yaml"
     path.write_text("model: woosh\nlatent_encoder: {pooling: 3}\nautoencoder: {folder: mine}\n")
     config = reading.load_recipe(str(path), [])
     assert (config.latent_encoder.pooling, config.autoencoder.folder, config.autoencoder.kind) == (3, "mine", "woosh")
-    with pytest.raises(ValueError, match=r"there is no model=magic: .* stable_audio_open, woosh"):
+    with pytest.raises(ValueError, match=r"there is no model=magic: .* stable_audio_open, stereo, woosh"):
         reading.load_recipe("demo", ["model=magic"])
 
 
