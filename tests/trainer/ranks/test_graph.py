@@ -6,7 +6,10 @@ Where there is no GPU, a stand-in repeats the recorded work (`recorders.py`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from tests.trainer.ranks.recorders import RerunningRecorder
 from trainer.inputs import Inputs
 from trainer.memory.outline import OutlinedModels
 from trainer.ranks.flat_gradients import FlatGradients
-from trainer.ranks.graph import MicroBatchGraphs
+from trainer.ranks.graph import CudaRecorder, MicroBatchGraphs
 from trainer.ranks.graphed import Graphed
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated
 from trainer.recipes.schema import Config
@@ -263,3 +266,41 @@ def test_a_closed_strategy_holds_no_graph(of_stage):
     accumulate(graphed, [batch(graphed, 1)])
     graphed.close()
     assert graphed.graphs.recorded == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_cuda_records_on_one_stream_and_into_one_pool(fails, monkeypatch):
+    """Of torch's own functions for CUDA, only the order and the arguments of calls; what they do needs a GPU."""
+    entered: list[object] = []
+
+    @contextmanager
+    def stream(chosen: object) -> Iterator[None]:
+        entered.append(chosen)
+        try:
+            yield
+        finally:
+            entered.remove(chosen)
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    names = ("Stream", "CUDAGraph", "graph", "graph_pool_handle", "current_stream")
+    with ExitStack() as patched:
+        fakes = {name: patched.enter_context(mock.patch.object(torch.cuda, name, autospec=True)) for name in names}
+        graph, ours = fakes["graph"], fakes["Stream"].return_value
+        if fails:
+            graph.return_value.__exit__.side_effect = RuntimeError("capture invalidated")
+        else:
+            graph.return_value.__exit__.return_value = None
+        recorder = CudaRecorder(torch.device("cuda"))
+        recorder.rehearse(lambda: entered[:] == [ours] or pytest.fail("another stream"))
+        ours.wait_stream.assert_called_once_with(fakes["current_stream"].return_value)
+        fakes["current_stream"].return_value.wait_stream.assert_called_once_with(ours)
+        for _ in range(2):
+            if fails:
+                with pytest.raises(RuntimeError, match="invalidated"):
+                    recorder.record(lambda: 5)
+            else:
+                assert recorder.record(lambda: 5) == (5, fakes["CUDAGraph"].return_value.replay)
+            assert entered == []
+        assert fakes["graph_pool_handle"].call_count == fakes["Stream"].call_count == 1
+        shared = {"pool": recorder.pool, "stream": ours, "capture_error_mode": "thread_local"}
+        assert [call.kwargs for call in graph.call_args_list] == [shared, shared]
