@@ -25,9 +25,11 @@ OFF = {
     "pinned copies": lambda prepared: mock.patch.object(inputs, "moved", _pageable),
     "a step read one late": lambda prepared: mock.patch.object(type(prepared.strategy), "waits_for_steps", True),
     "compiled blocks": lambda prepared: _eager(prepared.task.module),
+    "CUDA graphs": lambda prepared: mock.patch.object(prepared.strategy.graphs, "_recording", return_value=None),
 }
 """The mends, and how each is turned off while the training goes on."""
-ON_COMPILED = ("compiled blocks",)
+NEEDED = {"compiled blocks": ("parallel.compile=true",), "CUDA graphs": ("parallel.graph=true",)}
+"""Settings that turn a mend on, where they are not the default."""
 
 
 def cases(setting: Setting) -> Mapping[str, Case]:
@@ -37,10 +39,9 @@ def cases(setting: Setting) -> Mapping[str, Case]:
 
 def _compare(row: Row, name: str, setting: Setting) -> None:
     clips = 2 if setting.small else 8
-    compiled = f"parallel.compile={'true' if name in ON_COMPILED else 'false'}"
-    batch = (f"{STAGE}.global_batch={clips}", "parallel.precision=bf16", *TEXT[False])
+    batch = (f"{STAGE}.global_batch={clips}", "parallel.precision=bf16", "parallel.compile=false", *TEXT[False])
     rounds, count = (1, 2) if setting.small else (4, 6)
-    with training(setting, recipe(setting, name, *batch, compiled)) as prepared:
+    with training(setting, recipe(setting, name, *batch, *NEEDED.get(name, ()))) as prepared:
 
         def without() -> None:
             with OFF[name](prepared):

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from trainer.log.kernel_table import kernel_costs, kernel_table
 from trainer.log.throughput import sample_flops
 from trainer.memory.estimate import GIB, Estimate
+from trainer.ranks.graphed import Graphed
 from trainer.recipes.schema import Config
 from trainer.training import Training
 
@@ -23,20 +24,23 @@ VARIANTS = {
     "compiled": ("parallel.compile=true",),
     "fp8 base, compiled": ("parallel.compile=true", "parallel.base_precision=fp8"),
     "graph": ("parallel.compile=false", "parallel.graph=true"),
+    "graph of compiled blocks": ("parallel.compile=true", "parallel.graph=true"),
     "fp8 base, eager": ("parallel.compile=false", "parallel.base_precision=fp8"),
 }
-PROFILED = ("eager", "compiled")
+HOST_BOUND = ("eager", "compiled", "graph", "graph of compiled blocks")
+"""What differs at a few clips, where the host is slow."""
+SIZES = ((32, False), (4, False), (32, True), (1, False), (8, False), (8, True), (64, False), (64, True))
+"""Clips, and whether they have text; the most important first."""
+PROFILED = ("eager", "compiled", "graph")
 KERNELS = 15
 
 
 def cases(setting: Setting) -> Mapping[str, Case]:
-    """Return the cases: 32 clips without text, then with text, then few clips, where the host is slow, then many."""
-    clips = (2,) if setting.small else (32, 8, 64)
+    """Return the cases: each size with each variant, at 4 clips or fewer without those that only a busy GPU shows."""
     named = {
         f"{count} clips, {'text' if text else 'no text'}, {variant}": (count, text, variant)
-        for count in clips
-        for text in (False, True)
-        for variant in VARIANTS
+        for count, text in (((2, False), (2, True)) if setting.small else SIZES)
+        for variant in (HOST_BOUND if count <= 4 and not setting.small else VARIANTS)
     }
     return {name: partial(_measure, name=name, of=of, setting=setting) for name, of in named.items()}
 
@@ -49,13 +53,14 @@ def _measure(row: Row, name: str, of: tuple[int, bool, str], setting: Setting) -
     warm, timed = (2, 2) if setting.small else (8, 20)
     with training(setting, config) as prepared:
         first, *_ = times(lambda: take_step(prepared), setting.device, count=warm)
-        if setting.device == "cuda":
+        if setting.device == "cuda" and not config.parallel.graph:  # replays use what was allocated by the recording
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(times(lambda: take_step(prepared), setting.device, count=timed))
         figures = {
             "ms a step": 1000 * seconds,
             "clips/s": clips / seconds,
             **utilisation(flops, seconds, setting.device),
+            **_recorded(prepared),
         }
         measured = peak_gib(setting.device)
         planned = _planned_gib(config, text=text)
@@ -63,6 +68,14 @@ def _measure(row: Row, name: str, of: tuple[int, bool, str], setting: Setting) -
         row(name, **figures, **memory, **{"planned GiB": planned, "first step s": first})
         if variant in PROFILED and clips <= 32:
             _profile(row, f"{name}, profiled", prepared, setting)
+
+
+def _recorded(prepared: Training) -> dict[str, str]:
+    """Return how many shapes of micro batches are CUDA graphs, as a shape that memory is missing for runs without."""
+    if not isinstance(prepared.strategy, Graphed):
+        return {}
+    found = prepared.strategy.graphs.recorded.values()
+    return {"shapes recorded": f"{sum(each is not None for each in found)} of {len(found)}"}
 
 
 def _flops_of_a_clip(config: Config, setting: Setting) -> int:

@@ -26,6 +26,8 @@ STRATEGIES = {
     "ddp, 2 micro batches": (f"parallel.micro_batch={BATCH // 2}",),
     "ddp, recomputed": ("parallel.checkpoint_activations=true",),
     "ddp, fp16": ("parallel.precision=fp16",),
+    "ddp, graph": ("parallel.graph=true",),
+    "ddp, graph, 2 micro batches": ("parallel.graph=true", f"parallel.micro_batch={BATCH // 2}"),
 }
 
 

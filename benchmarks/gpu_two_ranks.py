@@ -22,16 +22,18 @@ from trainer.ranks.parallel import Parallel
 from trainer.recipes.schema import Config
 
 WORLD_SIZE = 2
+STRATEGIES = {"ddp": (), "ddp, graph": ("parallel.graph=true",)}
 
 
 def cases(setting: Setting) -> Mapping[str, Case]:
     """Return a case for each strategy; Gloo reduces on a device for DDP, not for the others."""
-    return {"ddp": partial(_measure, name="ddp", setting=setting)}
+    return {name: partial(_measure, name=name, setting=setting) for name in STRATEGIES}
 
 
 def _measure(row: Row, name: str, setting: Setting) -> None:
     """Compare the curve of two ranks with that of one."""
-    one, two = short_recipe(setting, f"{name} one rank"), short_recipe(setting, f"{name} two ranks")
+    one = short_recipe(setting, f"{name} one rank")
+    two = short_recipe(setting, f"{name} two ranks", *STRATEGIES[name])
     require_success("one rank", start(train_short, setting, one))
     port = free_port()
     require_success("two ranks", *(start(_as_rank, setting, two, rank, port) for rank in range(WORLD_SIZE)))

@@ -17,6 +17,7 @@ VARIANTS = {
     "steps, eager": ("parallel.compile=false",),
     "steps that write a line of the log, eager": ("parallel.compile=false", f"log.every={BATCH}"),
     "steps, compiled": ("parallel.compile=true",),
+    "steps, graph": ("parallel.compile=false", "parallel.graph=true"),
     "steps, eager, fsdp2": ("parallel.compile=false", "parallel.strategy=fsdp2"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,24 @@ class Inputs:
             mask=None if self.mask is None else moved(self.mask, device),
             draws={name: moved(value, device) for name, value in draws.items()},
             conditions={name: moved(value, device) for name, value in self.conditions.items()},
+        )
+
+    def named(self) -> dict[str, Tensor]:
+        """Return all tensors that are there, each by a name of its own."""
+        groups = {"draws": self.draws, "conditions": self.conditions}
+        named = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+        if self.mask is not None:
+            named["mask"] = self.mask
+        return {"x0": self.x0, "positions": self.positions, **named}
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Return the inputs with each tensor replaced by what `change` returns for it."""
+        return Inputs(
+            x0=change(self.x0),
+            positions=change(self.positions),
+            mask=None if self.mask is None else change(self.mask),
+            draws={name: change(value) for name, value in self.draws.items()},
+            conditions={name: change(value) for name, value in self.conditions.items()},
         )
 
 

@@ -31,8 +31,8 @@ class FSQ(Quantizer):
         if width % books:
             divisors = [n for n in range(1, width + 1) if width % n == 0]
             raise ValueError(f"fsq divides {width} dimensions among its books: take one of {divisors}, not {books}")
-        bits, each = size.bit_length() - 1, width // books
-        self.levels = [2 ** (bits // each + (dimension < bits % each)) for dimension in range(each)]
+        self.bits_of_book, self.each = size.bit_length() - 1, width // books
+        """The bits of a book's code, and the dimensions that share them."""
         self.spread = nn.Parameter(torch.ones(width))
 
     @torch.no_grad()
@@ -73,6 +73,11 @@ class FSQ(Quantizer):
         return torch.special.ndtr(standardised / self.spread).unflatten(-1, (self.books, -1))
 
     def _levels_and_weights(self) -> tuple[Tensor, Tensor]:
-        """Return each dimension's number of levels in a book, and its place value in the book's code."""
-        levels = torch.tensor(self.levels, device=self.spread.device)
+        """Return each dimension's number of levels in a book, and its place value in the book's code.
+
+        They are computed on the device: the host would wait for a copy, and a CUDA graph cannot hold one.
+        """
+        dimension = torch.arange(self.each, device=self.spread.device)
+        bits = self.bits_of_book // self.each + (dimension < self.bits_of_book % self.each).long()
+        levels = torch.ones_like(bits) << bits
         return levels, torch.cumprod(levels, 0) // levels

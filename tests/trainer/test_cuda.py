@@ -12,7 +12,10 @@ import torch
 from models.fp8_linear import FP8Linear, dequantized, multiplies_fp8, quantized
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
+from trainer.inputs import Inputs
 from trainer.loop import train_step
+from trainer.objectives import Denoiser
+from trainer.ranks.graphed import Graphed
 from trainer.stop import Stop
 from trainer.training import set_up
 
@@ -75,11 +78,11 @@ def test_a_gpu_goes_on_from_the_cpus_checkpoint(results, strategy):
     assert ours == pytest.approx(results["cpu"]["ddp fp32"]["curve"][STEPS:], rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_host_waits_for_no_step_but_the_one_before(strategy, tiny):
+@pytest.mark.parametrize("chosen", ["strategy=ddp", "strategy=fsdp2", "graph=true"])
+def test_the_host_waits_for_no_step_but_the_one_before(chosen, tiny):
     config = tiny(
         *("pretrain.samples=64", "log.every=1000", "log.samples_every=0", "checkpoint.every=1000"),
-        *(f"parallel.strategy={strategy}", "parallel.micro_batch=4", "parallel.device=cuda"),
+        *(f"parallel.{chosen}", "parallel.micro_batch=4", "parallel.device=cuda"),
     )
     with set_up(config, "pretrain", Stop(), lambda: None) as training:
         for _ in range(3):  # the first step allocates
@@ -92,6 +95,45 @@ def test_the_host_waits_for_no_step_but_the_one_before(strategy, tiny):
             torch.cuda.set_sync_debug_mode("default")
         training.settle()
         assert training.state.steps == 6
+        if isinstance(training.strategy, Graphed):
+            assert len(training.strategy.graphs.recorded) == 1
+            assert all(training.strategy.graphs.recorded.values())
+
+
+GRAPHS = ("pretrain.samples=64", "parallel.compile=false", "parallel.graph=true", "parallel.device=cuda")
+
+
+def test_a_graph_gives_what_the_pass_gives(tiny, tmp_path):
+    """Each is computed by the same kernels; sums by atomic additions may differ in their order."""
+    gradients = []
+    for graph in ("false", "true"):
+        config = tiny(*GRAPHS, f"parallel.graph={graph}", run_dir=tmp_path / graph)
+        with set_up(config, "pretrain", Stop(), lambda: None) as training:
+            for _ in range(2):  # the second one is a replay of what the first one recorded
+                batch = training.feed.next()
+                inputs = batch.to(training.parallel.device, training.task.module.draws(batch.positions))
+                training.strategy.backward(training.strategy.forward(inputs).total({}).mean(), last=True)
+            gradients.append({name: value.grad.clone() for name, value in training.strategy.learned.items()})
+    plain, graphed = gradients
+    for name, value in plain.items():
+        assert (graphed[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_what_a_graph_cannot_hold_is_told_with_the_mend(tiny, monkeypatch):
+    plain = Denoiser.terms
+
+    def reading(module: Denoiser, inputs: Inputs, prediction: Any) -> dict[str, torch.Tensor]:
+        terms = plain(module, inputs, prediction)
+        float(terms["denoising"][0])
+        return terms
+
+    monkeypatch.setattr(Denoiser, "terms", reading)
+    with (
+        set_up(tiny(*GRAPHS), "pretrain", Stop(), lambda: None) as training,
+        pytest.raises(ValueError, match=r"cannot be recorded as a CUDA graph.*set parallel\.graph=false"),
+    ):
+        train_step(training)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @needs_fp8

@@ -86,6 +86,7 @@ class Estimate:
             accumulated=batch > world_size * self.micro,
             cuda=parallel.device != "cpu",
             averages=2 if config.stage(stage).ema_profiles else 1,
+            graph=parallel.graph,
         )
         self.own = Sharing.of(parallel)
         self._measured = cache(self._measure)
@@ -113,9 +114,14 @@ class Estimate:
         return fastest((self.row(sharing) for sharing in self.possible(SPEED)), total)
 
     def possible(self, sharings: Iterable[Sharing]) -> list[Sharing]:
-        """Leave out the sharings that cut the base among ranks, if the recipe holds the base in FP8."""
-        whole = self.config.parallel.base_precision == "fp8"
-        return [sharing for sharing in sharings if not (whole and sharing.cuts_base)]
+        """Leave out what the recipe's other settings exclude: a base that is cut if it is in FP8; with CUDA graphs, all
+        but DDP with activations that are kept."""
+        whole, graph = self.config.parallel.base_precision == "fp8", self.config.parallel.graph
+        return [
+            sharing
+            for sharing in sharings
+            if not (whole and sharing.cuts_base) and not (graph and sharing != Sharing("ddp"))
+        ]
 
     def activations(self, sharing: Sharing) -> Activations:
         """Measure the activations of one micro batch; equal settings are measured once."""
@@ -163,9 +169,14 @@ def changes(config: Config, stage: str, world_size: int) -> Iterator[Change]:
     if world_size > 1:
         cost = "more traffic between ranks; the same result"
         yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in _slower(now, _PLAIN))
+    if parallel.graph:
+        without = Estimate(_with_parallel(config, graph=False), stage, world_size)
+        cost = "the host launches each kernel; the same result"
+        yield Change(["parallel.graph=false"], cost, without.row(now.own))
     if not parallel.checkpoint_activations:
-        way = dataclasses.replace(now.own, checkpoint_activations=True)
-        yield Change(_differing(now.own, way), "a third more compute; the same result", now.row(way))
+        recomputed = dataclasses.replace(now.own, checkpoint_activations=True)
+        cost = "a third more compute; the same result"
+        yield from (Change(_differing(now.own, way), cost, now.row(way)) for way in now.possible([recomputed]))
     if parallel.precision == "fp32":
         lower = Estimate(_with_parallel(config, precision="bf16"), stage, world_size)
         yield Change(["parallel.precision=bf16"], "coarser matrix products; faster on a GPU", lower.row(now.own))

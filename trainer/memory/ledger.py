@@ -104,6 +104,8 @@ class Ranks:
     cuda: bool
     averages: int = 1
     """How many averages of each trained weight a rank holds."""
+    graph: bool = False
+    """Whether micro batches are CUDA graphs."""
 
     @property
     def width(self) -> int:
@@ -126,7 +128,8 @@ def _ddp(outline: Outline, sharing: Sharing, ranks: Ranks) -> Parts:
         gradients=4 * trained,
         moments=8 * trained,
         ema=4 * ranks.averages * trained,
-        buffers=4 * trained if ranks.count > 1 else 0,  # the reducer builds its buckets anew once
+        # The reducer builds its buckets anew once. With CUDA graphs, a pass has all its gradients before it adds them.
+        buffers=4 * trained if ranks.count > 1 or ranks.graph else 0,
     )
 
 

@@ -13,6 +13,7 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.ranks.frozen_base import convert_base, require_device
 from trainer.ranks.gloo import prepare_gloo
+from trainer.ranks.graph import CudaRecorder, require_cuda
+from trainer.ranks.graphed import Graphed
 from trainer.ranks.strategy import DTYPES, PrecisionModule, Replicated, Strategy, blocks_of, recompute
 from trainer.recipes.parallel import ParallelConfig
 from trainer.recipes.schema import TrainConfig
@@ -41,7 +44,7 @@ class Parallel:
         """Join the process group; `timeout` is that of its collectives (None: torch's default).
 
         Raises:
-            ValueError: there is no CUDA device, or it has no products in FP8, which the recipe wants, or
+            ValueError: the recipe wants a CUDA device, CUDA graphs or products in FP8, which are not there, or
                 `parallel.replicas` does not divide the number of ranks.
         """
         self.config = config
@@ -61,6 +64,7 @@ class Parallel:
         """Ranks on this node."""
         self.device: torch.device = self.accelerator.device
         require_device(config, self.device)
+        require_cuda(config, self.device)
         if self.world_size % config.replicas:
             raise ValueError(
                 f"parallel.replicas={config.replicas} does not divide {self.world_size} rank(s): set it to a divisor, "
@@ -114,9 +118,12 @@ class Parallel:
                 recompute(block)
         if compiles(config, self.device):
             compile_blocks(blocks_of(module), required=config.compile is True)
-        computed = PrecisionModule(module, self.device, dtype)
+        computed = PrecisionModule(module, self.device, dtype, keeps_casts=not config.graph)
         if config.strategy == "ddp":
-            return Replicated(computed, settings, rank=self.rank, world_size=self.world_size, exchanged_in=exchanged_in)
+            ranks: Any = {"rank": self.rank, "world_size": self.world_size, "exchanged_in": exchanged_in}
+            if config.graph:
+                return Graphed(computed, settings, CudaRecorder(self.device), **ranks)
+            return Replicated(computed, settings, **ranks)
         if config.strategy == "fsdp2":
             from trainer.ranks.fsdp import Sharded
 

@@ -46,15 +46,18 @@ class PrecisionModule(nn.Module):
     `Losses`.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, dtype: torch.dtype, *, keeps_casts: bool = True
+    ) -> None:
+        """`keeps_casts`: whether a weight that a pass uses twice is cast once, which torch forbids in CUDA graphs."""
         super().__init__()
-        self.module, self.device_type, self.dtype = module, device.type, dtype
+        self.module, self.device_type, self.dtype, self.keeps_casts = module, device.type, dtype, keeps_casts
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute matrix products in the lower precision, inside a `with`."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        return torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=self.keeps_casts)
 
     def forward(self, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
         """Return the fields of the module's `Losses`, with the terms in float32."""
@@ -162,6 +165,7 @@ class TorchStrategy(Strategy):
 
     def step(self, lr: float, gate: Gate) -> Tensor:
         """See `Strategy`."""
+        self._finish_gradients()
         stepped = (value for group in self.optimizer.param_groups for value in group["params"])
         parameters = [value for value in stepped if value.grad is not None]
         gradients = [value.grad for value in parameters if value.grad is not None]
@@ -174,8 +178,14 @@ class TorchStrategy(Strategy):
             group["lr"] = lr
         self.optimizer.found_inf = gate.closed(norm)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         return norm
+
+    def _finish_gradients(self) -> None:
+        """Complete the gradients of all micro batches."""
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _norm_of_ranks(self, norm: Tensor) -> Tensor:
         """Return the norm of all ranks' gradients, from that of this rank's."""
@@ -208,22 +218,26 @@ class Replicated(TorchStrategy):
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
         if world_size > 1:
-            device = next(computed.parameters()).device
-            # init_sync=False: the trained weights are already equal on all ranks, and every rank loaded the base from
-            # the same file. DDP would broadcast the base through one more copy of it.
-            devices = [device] if device.type == "cuda" else None
-            wrapped = nn.parallel.DistributedDataParallel(
-                computed,
-                device_ids=devices,
-                forward_sync_buffers=False,
-                init_sync=False,
-                gradient_as_bucket_view=True,  # gradients and buckets share their memory, which saves a copy of them
-            )
-            if exchanged_in == torch.bfloat16:
-                # Of hooks by this name, DDP takes torch's own on NCCL alone.
-                wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
-            self.wrapped = wrapped
+            self._distribute(exchanged_in)
         self._begin(dict(self.learned))
+
+    def _distribute(self, exchanged_in: torch.dtype) -> None:
+        """Let the ranks average their gradients during the backward pass."""
+        device = next(self.computed.parameters()).device
+        # init_sync=False: the trained weights are already equal on all ranks, and every rank loaded the base from
+        # the same file. DDP would broadcast the base through one more copy of it.
+        devices = [device] if device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(
+            self.computed,
+            device_ids=devices,
+            forward_sync_buffers=False,
+            init_sync=False,
+            gradient_as_bucket_view=True,  # gradients and buckets share their memory, which saves a copy of them
+        )
+        if exchanged_in == torch.bfloat16:
+            # Of hooks by this name, DDP takes torch's own on NCCL alone.
+            wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        self.wrapped = wrapped
 
     def reducing(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""

@@ -48,6 +48,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_contradictions(config),
         *_strategy(config),
         *_base_precision(config),
+        *_graph(config),
         *config.cluster.problems(),
         *config.latent_encoder.problems(),
         *_crops(config),
@@ -163,6 +164,27 @@ def _base_precision(config: Config) -> list[str]:
             f"{chosen} does not work with lora.variant=dora, which computes with D's weights themselves: set another "
             f"lora.variant, or remove parallel.base_precision"
         )
+    return found
+
+
+def _graph(config: Config) -> list[str]:
+    """Return what CUDA graphs do not go with."""
+    parallel, found = config.parallel, []
+    if not parallel.graph:
+        return []
+    if parallel.strategy != "ddp":
+        found.append(
+            f"parallel.graph=true needs parallel.strategy=ddp, which leaves weights and gradients at their places in "
+            f"memory, not {parallel.strategy}: set parallel.strategy=ddp, or remove parallel.graph"
+        )
+    if parallel.checkpoint_activations:
+        found.append(
+            "parallel.graph=true does not work with parallel.checkpoint_activations=true, which asks torch for the "
+            "state of its random generator in each block: remove one of them; a smaller parallel.micro_batch saves "
+            "memory, too"
+        )
+    if parallel.device == "cpu":
+        found.append("parallel.graph=true needs a GPU: set parallel.device=cuda, or remove parallel.graph")
     return found
 
 

@@ -28,8 +28,12 @@ def relative_error(quantizer: FSQ, z: torch.Tensor, **options: int) -> float:
 
 
 def test_bits_are_shared_out_among_a_books_dimensions():
-    assert FSQ(WIDTH, 3, 64).levels == [4, 4, 2, 2]  # 6 bits for 4 dimensions
-    assert FSQ(WIDTH, 12, 8).levels == [8]
+    def levels_and_weights(books: int, size: int) -> tuple[list[int], list[int]]:
+        levels, weights = FSQ(WIDTH, books, size)._levels_and_weights()
+        return levels.tolist(), weights.tolist()
+
+    assert levels_and_weights(3, 64) == ([4, 4, 2, 2], [1, 4, 16, 32])  # 6 bits for 4 dimensions
+    assert levels_and_weights(12, 8) == ([8], [1])
 
 
 @pytest.mark.parametrize(("books", "size"), [(3, 64), (4, 8), (12, 2), (1, 2**24)])

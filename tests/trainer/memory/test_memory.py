@@ -219,6 +219,21 @@ def test_no_row_cuts_a_base_in_fp8(folder):
     assert not any("zero3" in setting or "shard_base" in setting for setting in offered)
 
 
+def test_graphs_take_a_second_copy_of_the_gradients_and_no_other_strategy(folder):
+    config = recipe(folder, "autoencode.global_batch=8")
+    without = Estimate(config, "autoencode", 1)
+    config.parallel.graph = True
+    estimate = Estimate(config, "autoencode", 1)
+    parts, plain = estimate.row(estimate.own).parts, without.row(without.own).parts
+    assert dataclasses.replace(parts, buffers=0) == dataclasses.replace(plain, buffers=0)
+    assert parts.buffers == max(plain.buffers, parts.gradients)
+    assert [row.sharing for row in estimate.rows()] == [Sharing("ddp")]
+    assert estimate.fastest(0) is None
+    offered = [change.settings for change in changes(config, "autoencode", 2)]
+    assert ["parallel.graph=false"] in offered
+    assert not any("strategy" in str(settings) or "checkpoint_activations" in str(settings) for settings in offered)
+
+
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_fake_products_in_fp8_take_what_real_ones_take(folder, recomputed):
     """Weights that are multiplied out, and quantized inputs, live for one product alone."""

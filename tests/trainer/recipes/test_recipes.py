@@ -56,6 +56,17 @@ def test_a_base_in_fp8_goes_with_bf16_and_every_other_strategy():
         reading.load_recipe("demo", [FP8_BASE, "parallel.precision=bf16", f"parallel.strategy={strategy}"])
 
 
+GRAPH = "parallel.graph=true"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("others", [[], ["parallel.compile=true"], [FP8_BASE], ["lora.variant=dora"]])
+def test_graphs_go_with_what_can_be_recorded(precision, others):
+    chosen = "bf16" if FP8_BASE in others else precision
+    config = reading.load_recipe("demo", [GRAPH, f"parallel.precision={chosen}", *others])
+    assert config.parallel.graph
+
+
 def test_all_problems_are_found_at_once():
     overrides = [
         "autoencode.crop_frames=100",  # 9 does not divide it
@@ -99,6 +110,10 @@ def test_all_problems_are_found_at_once():
             [FP8_BASE, "parallel.strategy=fsdp2", "parallel.shard_base=true"],
             "shard_base=true cuts it: set parallel.shard_base=false",
         ),
+        ([GRAPH, "parallel.strategy=fsdp2"], "graph=true needs .*, not fsdp2: set parallel.strategy=ddp, or remove"),
+        ([GRAPH, "parallel.strategy=zero1"], "graph=true needs .*, not zero1: set parallel.strategy=ddp, or remove"),
+        ([GRAPH, "parallel.checkpoint_activations=true"], "graph=true does not work .*: remove one of them"),
+        ([GRAPH, "parallel.device=cpu"], "graph=true needs a GPU: set parallel.device=cuda, or remove parallel.graph"),
         ([FP8_BASE, "lora.variant=dora"], "not work with lora.variant=dora, .*: set another lora.variant"),
     ],
 )
