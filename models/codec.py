@@ -236,7 +236,7 @@ class SPresso(nn.Module):
         """Decode z to x0 with D; latents longer than 1.5 windows are decoded by `models.windows.JointWindows`."""
         sampling = sampling or self.config.sampling
         window, pooling = self.config.window, self.config.latent_encoder.pooling
-        if noise_BCT.shape[-1] <= 1.5 * window:
+        if windows.takes_one_window(noise_BCT.shape[-1], window):
             return self._sample(z_BZN, noise_BCT, sampling, progress)
         joint = windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
 
