@@ -190,13 +190,27 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     )
     help_ = "with a prior: thousandths of the variance of z by which a vector's error may grow for each bit saved"
     add_number(encode, "--error-per-bit", Range(least=0), help_, kind=float, default=0.0)
+    encode.add_argument(
+        "--live",
+        action="store_true",
+        help="let several channels follow one another in short turns, so that the stream can be decoded while it comes",
+    )
     _add_codec_options(encode)
 
     decode = _add_command(
         subs, "decode", "on_sounds:decode", "decode an .spr stream, or all streams in a folder, into sound files"
     )
-    decode.add_argument("input", type=_path, metavar="IN.spr", help="stream, or folder of streams")
-    decode.add_argument("output", type=_path, metavar="OUT.wav", help="sound file to write, or folder of sound files")
+    decode.add_argument(
+        "input", type=_path, metavar="IN.spr", help="stream, folder of streams, or - for standard input"
+    )
+    decode.add_argument(
+        "output",
+        type=_path,
+        nargs="?",
+        metavar="OUT.wav",
+        help="sound file to write, folder of sound files, or - for standard output (default: -), which gets a WAV file "
+        "while the stream comes",
+    )
     add_number(decode, "--seed", _SEED, "random seed; another seed gives another sound", default=0)
     steps = Range(least=1, most=100_000)
     add_number(decode, "--steps", steps, "steps of the diffusion sampler", without="as stored in the codec")

@@ -11,10 +11,11 @@ from launch.encode_record import EncodeRecord
 from launch.file_decoder import FileDecoder, named_errors
 from launch.file_encoder import FileEncoder
 from launch.find_codec import exports_of, load_codec, newest_codec, require_codec_folder
+from launch.live_decode import STANDARD, decode_live
 from launch.own_files import file_ids, is_decoded_sound, is_stream, refusal, require_stream_name
 from models import bitstream
 from models.bitstream import Header
-from models.codec import read_frames_of
+from models.frame_counts import read_frames_of
 from models.readable import require_file
 from trainer.data.audio import can_write
 from trainer.data.find_sounds import Counts, Found, find_files, find_sounds
@@ -34,6 +35,7 @@ def encode(
     channels: str = "auto",
     entropy: bool = True,
     error_per_bit: float = 0.0,
+    live: bool = False,
     force: bool = False,
 ) -> int:
     """Encode a sound file into a stream, or a folder into a folder; print the bit rate.
@@ -47,6 +49,7 @@ def encode(
         channels: `auto`, `separate` or `mid_side`.
         entropy: whether to use entropy coding if the codec has a prior.
         error_per_bit: error that a vector z may add for each bit that it saves, see `SPresso.encode`.
+        live: whether to interleave the rows of codes, see `models.bitstream.Header`.
         force: whether to redo files of a folder that are already converted.
 
     Returns:
@@ -63,7 +66,7 @@ def encode(
         _require_writable(jobs[0], is_stream, "spresso encode")
     record = EncodeRecord() if source.is_dir() else None
     spresso = load_codec(codec or newest_codec(), device)
-    encoder = FileEncoder(spresso, books, channels, entropy, record, error_per_bit)
+    encoder = FileEncoder(spresso, books, channels, entropy, record, error_per_bit, live)
     if books is not None:
         encoder.spresso.fitted_quantizer().bits(books)  # raises ValueError if the codec has fewer codebooks
     if not source.is_dir():
@@ -92,8 +95,8 @@ def decode(
     """Decode a stream into one or several sound files, or a folder into a folder.
 
     Args:
-        source: stream, or folder of streams.
-        target: sound file, or folder of sound files.
+        source: stream, folder of streams, or `-` for standard input, which is decoded to standard output.
+        target: sound file, folder of sound files, or `-` for standard output.
         codec: export folder; None: the export under runs/ that made the stream.
         device: `auto`, `cpu` or `cuda`.
         seed: random seed of the first decode.
@@ -110,6 +113,10 @@ def decode(
     """
     if codec is not None:
         require_codec_folder(codec)
+    if STANDARD in (source, target):
+        _require_live(source, target, samples)
+        decode_live(source, codec=codec, device=device, seed=seed, steps=steps, rate=rate)
+        return 0
     decoder = FileDecoder(codec, device, seed, steps, samples, rate)
     jobs, passed_over = _conversions(source, target, find_streams, _sound_of, decoder.outputs)
     if source.is_dir():
@@ -131,10 +138,13 @@ def info(path: Path, *, codec: Path | None) -> None:
     with named_errors(path):
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(exports_of(header.model)), None)
+    order = "" if header.in_order else "; to be decoded while it comes, encode it with --live"
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
     print(f"{printable(str(path))}: {len(content)} bytes")
     print(f"model   {header.model}" + (f", {printable(str(folder))}" if folder else ", not found under runs/"))
-    print(f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}")
+    print(
+        f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}{order}"
+    )
     bits = header.size.bit_length() - 1
     print(f"codes   {header.books} codebook(s) of {header.size}: {header.books * bits} bits per vector")
     for line in _rates(header, payload, len(content), folder):
@@ -179,7 +189,7 @@ def _conversions(
     """
     for path in (source, target):
         if str(path) == "-":
-            raise ValueError("- is no file: spresso reads and writes files by name, not standard input and output")
+            raise ValueError("- is no file: of standard input and output, only `spresso decode -` makes use")
     if not source.is_dir():
         require_file(source)
         if target.is_dir():
@@ -191,6 +201,18 @@ def _conversions(
     found = find(source)
     targets = [(path, name(target / path.relative_to(source))) for path in found.files]
     return [Conversion(path, to, outputs(to)) for path, to in targets], found.passed_over
+
+
+def _require_live(source: Path, target: Path, samples: int) -> None:
+    """Raise ValueError unless one sound is to be decoded to standard output."""
+    if target != STANDARD:
+        raise ValueError(
+            f"what comes from standard input is decoded to standard output: write `spresso decode - > {target}`"
+        )
+    if samples != 1:
+        raise ValueError(f"--samples {samples}: standard output takes one sound; leave the option out, or name a file")
+    if source.is_dir():
+        raise ValueError(f"{source} is a folder, but standard output takes one sound: give a stream")
 
 
 def _require_writable(job: Conversion, is_ours: Callable[[Path], bool], writer: str) -> None:

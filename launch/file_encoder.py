@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from launch.encode_record import EncodeRecord, crc32_of, version_of
 from models import bitstream
 from models.atomic_write import write_whole
-from models.bitstream import Header
+from models.bitstream import Header, Stream
 from models.codec import SPresso
 from models.encoding import encode_sound, rate_search
 from models.resampling import Audio
@@ -34,6 +35,8 @@ class FileEncoder:
     """What the streams of a folder were made from; None for a single file."""
     error_per_bit: float = 0.0
     """See `SPresso.encode`."""
+    live: bool = False
+    """Whether to interleave the rows of codes."""
     seconds: float = 0.0
     packed_bits: int = 0
     file_bytes: int = 0
@@ -50,6 +53,8 @@ class FileEncoder:
         self.settings = f"model={model} books={self.written_books} channels={self.channels} prior={prior}"
         if self.error_per_bit:
             self.settings += f" error_per_bit={self.error_per_bit!r}"
+        if self.live:
+            self.settings += " live=True"
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Encode one file. Raises ValueError, OSError."""
@@ -78,6 +83,8 @@ class FileEncoder:
             raise ValueError(f"{source} was changed while it was read: encode it again when nothing writes it")
         for note in notes:
             print(f"spresso: {printable(f'{source} {note}')}", file=sys.stderr)
+        if self.live:
+            stream = Stream(dataclasses.replace(stream.header, interleaved=True), stream.codes)
         content = bitstream.write(stream, coder=self.coder)
         write_whole(target, content)
         if self.record is not None:
@@ -121,7 +128,7 @@ class FileEncoder:
         separate = header.layout == "separate"
         layout_fits = separate if self.channels == "separate" else not separate or header.channels != 2
         own = "" if self.coder is None else self.coder.hash[: len(header.prior) // 2].hex()
-        return layout_fits and header.prior in ("", own)
+        return layout_fits and header.in_order >= self.live and header.prior in ("", own)
 
     def summary(self) -> str:
         """Return the size and the bit rates of all files so far, for people."""

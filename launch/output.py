@@ -43,9 +43,9 @@ def survive_readers() -> None:
     sys.stdout, sys.stderr = _lossy(sys.stdout, 1), _lossy(sys.stderr, 2)
 
 
-def reader_is_gone() -> bool:
-    """Whether a reader of this process's stdout or stderr is gone."""
-    return bool(_GONE_READERS)
+def reader_is_gone(*descriptors: int) -> bool:
+    """Whether the reader of one of these descriptors is gone, by default of this process's stdout or stderr."""
+    return bool(_GONE_READERS.intersection(descriptors or _GONE_READERS))
 
 
 def _lossy(stream: Any, descriptor: int) -> Any:

@@ -68,7 +68,8 @@ def is_stream(path: Path) -> bool:
     """Whether a file begins as a stream does, whole or damaged."""
     with path.open("rb") as file:
         start = file.read(len(bitstream.MAGIC) + 1)
-    return start == bitstream.MAGIC + bytes([bitstream.BITSTREAM_VERSION])
+    versions = (bitstream.BITSTREAM_VERSION, bitstream.INTERLEAVED_VERSION)
+    return start in [bitstream.MAGIC + bytes([version]) for version in versions]
 
 
 def is_decoded_sound(path: Path) -> bool:

@@ -104,10 +104,21 @@ class AudioAE(nn.Module):
         """Yield the audio that `decode` returns in consecutive blocks `(B, channels, …)`."""
         frames = x0.shape[2]
         for first, last, begin, end in self._blocks(frames):
-            with _whole_float32(x0.device):
-                audio = self._decode_from(begin, x0[..., begin:end].float())
             until = last if last < frames else frames - self.surplus_frames  # the sound ends at a surplus frame
-            yield audio[..., (first - begin) * self.hop : (until - begin) * self.hop]
+            yield self.decode_range(x0[..., begin:end], begin, first, until)
+
+    def decode_range(self, x0: Tensor, begin: int, first: int, until: int) -> Tensor:
+        """Decode a part of the latents of a sound; return the audio `(B, channels, …)` of some of the sound's hops.
+
+        Args:
+            x0: the latents `(B, latent_channels, …)` from frame `begin` on, with `context` frames around those hops.
+            begin: number of the part's first frame in the sound.
+            first: number of the first hop of audio in the sound.
+            until: number of the hop after the last.
+        """
+        with _whole_float32(x0.device):
+            audio = self._decode_from(begin, x0.float())
+        return audio[..., (first - begin) * self.hop : (until - begin) * self.hop]
 
     def _blocks(self, frames: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first, last, begin, end) of each block: its range of frames without and with the context."""

@@ -1,7 +1,7 @@
 """The ``.spr`` file: a small header, codes that are bit-packed or entropy-coded, and a checksum over both.
 
     magic      3 bytes   "SPR"
-    version    1 byte    2
+    version    1 byte    2, or 3 if the payload is interleaved
     model      4 bytes   the first bytes of the codec's hash
     samples    1–5 bytes samples per channel at the file's sample rate; 7 bits per byte, lowest bits first; the top bit
                          is set on all bytes but the last
@@ -12,8 +12,8 @@
     rate       1–3 bytes only if that index is 15: samples per second, encoded like `samples`
     gain       1 byte    one byte per row of codes: signed, in steps of 0.5 dB
     prior      2 bytes   only if entropy-coded: the first bytes of the prior's hash
-    payload              codes (rows, frames, books): packed with the most significant bit first and the last byte
-                         padded with zeros, or entropy-coded
+    payload              codes (rows, frames, books), in version 3 (frames, rows, books): packed with the most
+                         significant bit first and the last byte padded with zeros, or entropy-coded
     checksum   4 bytes   CRC-32 of all bytes before it, big-endian
 
 For one channel of 5 s at 48 kHz, everything except the payload takes 19 bytes. The number of frames is not stored: it
@@ -28,20 +28,24 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from models.code_packing import MAX_CODE_BITS, Codes, code_bits, pack, unpack
+
+__all__ = ["MAX_CODE_BITS", "Codes", "pack", "unpack"]
+
 MAGIC = b"SPR"
 BITSTREAM_VERSION = 2
+INTERLEAVED_VERSION = 3
+"""The version of files whose rows of codes are interleaved; apart from that it is version 2."""
 GAIN_STEP_DB = 0.5
 GAIN_RANGE_DB = (-128 * GAIN_STEP_DB, 127 * GAIN_STEP_DB)
 MAX_SAMPLES = 2**35 - 1
 MAX_CHANNELS = 8
 MAX_BOOKS = 255
-_FRAMES_AT_ONCE = 1 << 12  # a multiple of 8, so that the codes of so many frames fill whole bytes
-MAX_CODE_BITS = 31
 RATES = (
     *(8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100),
     *(48_000, 64_000, 88_200, 96_000, 176_400, 192_000, 384_000),
@@ -51,13 +55,12 @@ LAYOUTS = ("separate", "mid_side", "mid", "joint")
 """How rows of codes represent channels: one row per channel; (L + R) / 2 and (L - R) / 2; only (L + R) / 2, if both
 channels are equal; or one row for all channels together."""
 MOST_COMPRESSION = 16
+CHECKSUM_BYTES = 4
 
 _MODEL_BYTES = 4
 _PRIOR_BYTES = 2
-_CHECKSUM_BYTES = 4
 _OTHER_RATE = 15
 
-Codes = npt.NDArray[np.integer[Any]]
 FramesOf = Callable[[int, int], int]
 
 
@@ -68,10 +71,12 @@ class EntropyCoder(Protocol):
     size: int
     hash: bytes
 
-    def encode(self, codes: Codes) -> bytes:
-        """Encode codes (rows, frames, books) to bytes."""
+    def encode(self, codes: Codes, *, interleaved: bool = False) -> bytes:
+        """Encode codes (rows, frames, books) to bytes, row after row or frame after frame."""
 
-    def decode(self, data: bytes, rows: int, frames: int, books: int) -> npt.NDArray[np.int64]:
+    def decode(
+        self, data: bytes, rows: int, frames: int, books: int, *, interleaved: bool = False
+    ) -> npt.NDArray[np.int64]:
         """Decode the codes from the bytes of `encode`; raise ValueError if `encode` can't have returned these bytes."""
 
 
@@ -96,6 +101,9 @@ class Header:
     """Gain of each row of codes in dB, which decoding undoes; a file stores it to the nearest 0.5 dB."""
     prior: str = ""
     """Hash of the prior as 4 hex digits if the file is entropy-coded, otherwise empty."""
+    interleaved: bool = False
+    """Whether the codes of all rows follow one another frame by frame, so that a sound of several rows can be decoded
+    while its file is still coming. Otherwise one row follows the other."""
 
     @property
     def rows(self) -> int:
@@ -107,9 +115,14 @@ class Header:
         """Length in seconds."""
         return self.samples / self.rate
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the codes lie in the file in the order of time."""
+        return self.interleaved or self.rows == 1
+
     def packed_bits(self, frames: int) -> int:
         """Return the bits of `frames` frames of codes without entropy coding: rows · frames · books · log2 size."""
-        return self.rows * frames * self.books * _code_bits(self.size)
+        return self.rows * frames * self.books * code_bits(self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +146,16 @@ def write(stream: Stream, *, coder: EntropyCoder | None = None) -> bytes:
         ValueError: the format can't hold the value of a field, or the codes contradict the header.
     """
     header, codes = stream.header, np.asarray(stream.codes)
+    interleaved = header.interleaved and header.rows > 1  # one row needs no file that older programs can't read
     if codes.ndim != 3 or (codes.shape[0], codes.shape[2]) != (header.rows, header.books):
         raise ValueError(f"codes of shape {codes.shape} are not (rows={header.rows}, frames, books={header.books})")
-    payload, prior = pack(codes.reshape(-1, header.books), header.size), b""
+    in_file = codes.transpose(1, 0, 2) if interleaved else codes
+    payload, prior = pack(in_file.reshape(-1, header.books), header.size), b""
     if coder is not None and coder.size == header.size:
-        coded = coder.encode(codes).ljust(-(-len(payload) // MOST_COMPRESSION), b"\0")
+        coded = coder.encode(codes, interleaved=interleaved).ljust(-(-len(payload) // MOST_COMPRESSION), b"\0")
         if len(coded) + _PRIOR_BYTES < len(payload):
             payload, prior = coded, coder.hash[:_PRIOR_BYTES]
-    body = _encode_header(header, prior) + payload
+    body = _encode_header(header, INTERLEAVED_VERSION if interleaved else BITSTREAM_VERSION, prior) + payload
     return body + _checksum(body)
 
 
@@ -159,15 +174,30 @@ def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None)
     header, payload = _parse(data)
     frames = frames_of(header.samples, header.rate)
     # Check the length before allocating memory, as a damaged or hostile header may claim any number of frames.
-    packed = -(-header.packed_bits(frames) // 8)
+    least, most = payload_lengths(header, frames)
+    require_length(len(payload), least, most)
+    _require_checksum(data)
     shape = (header.rows, frames, header.books)
     if not header.prior:
-        _require_length(len(payload), packed, packed)
-        _require_checksum(data)
-        return Stream(header, unpack(payload, header.rows * frames, header.books, header.size).reshape(shape))
-    least = -(-packed // MOST_COMPRESSION)
-    _require_length(len(payload), least, packed)
-    _require_checksum(data)
+        codes = unpack(payload, header.rows * frames, header.books, header.size)
+        if header.interleaved:
+            return Stream(header, codes.reshape(frames, header.rows, header.books).transpose(1, 0, 2))
+        return Stream(header, codes.reshape(shape))
+    coder = fitting_coder(header, coder)
+    coded = payload
+    if len(payload) == least:  # `write` may have padded it
+        coded = payload.rstrip(b"\0")
+    return Stream(header, coder.decode(coded, *shape, interleaved=header.interleaved))
+
+
+def payload_lengths(header: Header, frames: int) -> tuple[int, int]:
+    """Return the least and the largest number of bytes that the payload of `frames` frames may have."""
+    packed = -(-header.packed_bits(frames) // 8)
+    return (-(-packed // MOST_COMPRESSION) if header.prior else packed), packed
+
+
+def fitting_coder(header: Header, coder: EntropyCoder | None) -> EntropyCoder:
+    """Return the coder if it is that of an entropy-coded file; raise ValueError if the file needs another one."""
     if coder is None or header.prior != coder.hash[:_PRIOR_BYTES].hex():
         own = "no prior" if coder is None else f"prior {coder.hash[:_PRIOR_BYTES].hex()}"
         raise ValueError(
@@ -178,10 +208,7 @@ def read(data: bytes, *, frames_of: FramesOf, coder: EntropyCoder | None = None)
         raise ValueError(
             f"the .spr file is damaged: its books have {header.size} codewords, but the prior's have {coder.size}"
         )
-    coded = payload
-    if len(payload) == least:  # `write` may have padded it
-        coded = payload.rstrip(b"\0")
-    return Stream(header, coder.decode(coded, *shape))
+    return coder
 
 
 def read_header(data: bytes) -> tuple[Header, int]:
@@ -191,52 +218,23 @@ def read_header(data: bytes) -> tuple[Header, int]:
     return header, len(payload)
 
 
+def read_beginning(data: bytes) -> tuple[Header, int] | None:
+    """Read the header of a file that is still coming, and the header's length in bytes.
+
+    None if more bytes have to come first. Raises ValueError if the file is none of this format, or damaged.
+    """
+    try:
+        return _parse_header(data)
+    except _CutShort:
+        return None
+
+
 def model_of(data: bytes) -> str:
     """Return the first 8 hex digits of the hash of the codec that wrote a file; raise ValueError for other files."""
-    return _parse_start(data)[1]
+    return _parse_start(data)[2]
 
 
-def pack(codes: Codes, size: int) -> bytes:
-    """Pack ``codes`` (frames, books) into log2 ``size`` bits each, most significant bit first, and pad the last byte.
-
-    Raises:
-        ValueError: the codes are not integers in [0, size), or ``size`` is not a power of two.
-    """
-    code_bits = _code_bits(size)
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"codes must be integers (frames, books), not {codes.dtype} {codes.shape}")
-    if codes.size and (codes.min() < 0 or codes.max() >= size):
-        raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], outside [0, {size})")
-    shifts = np.arange(code_bits - 1, -1, -1)
-    packed = []
-    for first in range(0, len(codes), _FRAMES_AT_ONCE):
-        bits = (codes[first : first + _FRAMES_AT_ONCE].astype(np.int64)[..., None] >> shifts) & 1
-        packed.append(np.packbits(bits.astype(np.uint8)).tobytes())
-    return b"".join(packed)
-
-
-def unpack(data: bytes, frames: int, books: int, size: int) -> npt.NDArray[np.int64]:
-    """Unpack the codes (frames, books) that :func:`pack` packed into ``data``.
-
-    Raises:
-        ValueError: ``data`` does not have the length of these codes, or ``size`` is not a power of two.
-    """
-    code_bits = _code_bits(size)
-    expected = -(-frames * books * code_bits // 8)
-    if len(data) != expected:
-        raise ValueError(f"{frames} × {books} codes of {code_bits} bits take {expected} bytes, not {len(data)}")
-    place_values = 1 << np.arange(code_bits - 1, -1, -1, dtype=np.int64)
-    codes = np.empty((frames, books), np.int64)
-    each = books * code_bits  # bits of a frame
-    for first in range(0, frames, _FRAMES_AT_ONCE):
-        part = codes[first : first + _FRAMES_AT_ONCE]
-        octets = np.frombuffer(data, np.uint8, -(-len(part) * each // 8), first * each // 8)
-        part[:] = np.unpackbits(octets, count=len(part) * each).reshape(*part.shape, code_bits) @ place_values
-    return codes
-
-
-def _encode_header(header: Header, prior: bytes) -> bytes:
+def _encode_header(header: Header, version: int, prior: bytes) -> bytes:
     if not re.fullmatch(r"[0-9a-fA-F]{8,}", header.model):
         raise ValueError(f"model '{header.model}' is not a hash of at least 8 hexadecimal digits")
     for name, value, low, high in (
@@ -252,23 +250,31 @@ def _encode_header(header: Header, prior: bytes) -> bytes:
         raise ValueError(
             f"{len(header.gains_db)} gains and {header.channels} channels do not fit the layout {header.layout}"
         )
-    sizes = (header.channels - 1) << 5 | _code_bits(header.size)
+    sizes = (header.channels - 1) << 5 | code_bits(header.size)
     place = RATES.index(header.rate) if header.rate in RATES else _OTHER_RATE
     flags = bool(prior) | LAYOUTS.index(header.layout) << 1 | place << 4
     gains = bytes(round(gain / GAIN_STEP_DB) & 255 for gain in header.gains_db)
     model = bytes.fromhex(header.model[: 2 * _MODEL_BYTES])
-    start = MAGIC + bytes([BITSTREAM_VERSION]) + model + _encode_varint(header.samples)
+    start = MAGIC + bytes([version]) + model + _encode_varint(header.samples)
     rate = _encode_varint(header.rate) if place == _OTHER_RATE else b""
     return start + bytes([header.books, sizes, flags]) + rate + gains + prior
 
 
 def _parse(data: bytes) -> tuple[Header, bytes]:
     """Parse the header; return it and the payload, which is the bytes between the header and the checksum."""
-    reader, model = _parse_start(data)
+    header, length = _parse_header(data)
+    if len(data) < length + CHECKSUM_BYTES:
+        raise _CutShort(len(data))
+    return header, data[length:-CHECKSUM_BYTES]
+
+
+def _parse_header(data: bytes) -> tuple[Header, int]:
+    """Parse the header; return it and its length."""
+    reader, version, model = _parse_start(data)
     samples, books, sizes, flags = reader.varint(), reader.byte(), reader.byte(), reader.byte()
-    channels, code_bits, layout, place = (sizes >> 5) + 1, sizes & 31, LAYOUTS[flags >> 1 & 3], flags >> 4
+    channels, bits_each, layout, place = (sizes >> 5) + 1, sizes & 31, LAYOUTS[flags >> 1 & 3], flags >> 4
     rate = reader.varint() if place == _OTHER_RATE else RATES[place]
-    if books == 0 or code_bits == 0:
+    if books == 0 or bits_each == 0:
         raise ValueError("the .spr file is damaged: its header claims no books or no code bits")
     if flags & 8 or (layout in ("mid_side", "mid") and channels != 2) or not RATE_RANGE[0] <= rate <= RATE_RANGE[1]:
         raise ValueError("the .spr file is damaged: its header contradicts itself")
@@ -276,25 +282,27 @@ def _parse(data: bytes) -> tuple[Header, bytes]:
         GAIN_STEP_DB * (gain - 256 if gain > 127 else gain) for gain in reader.take(rows_of(layout, channels))
     )
     prior = reader.take(_PRIOR_BYTES).hex() if flags & 1 else ""
-    header = Header(model, samples, rate, channels, layout, books, 2**code_bits, gains, prior)
-    if len(data) < reader.position + _CHECKSUM_BYTES:
-        raise ValueError(f"the .spr file is cut short: {len(data)} bytes do not even hold its header")
-    return header, data[reader.position : -_CHECKSUM_BYTES]
+    interleaved = version == INTERLEAVED_VERSION
+    header = Header(model, samples, rate, channels, layout, books, 2**bits_each, gains, prior, interleaved)
+    if interleaved and header.rows == 1:
+        raise ValueError("the .spr file is damaged: its header interleaves a single row")
+    return header, reader.position
 
 
-def _parse_start(data: bytes) -> tuple[_Reader, str]:
+def _parse_start(data: bytes) -> tuple[_Reader, int, str]:
     reader = _Reader(data)
     if reader.take(len(MAGIC)) != MAGIC:
         raise ValueError("this is not an .spr file: it does not begin with SPR")
-    if (version := reader.byte()) != BITSTREAM_VERSION:
+    if (version := reader.byte()) not in (BITSTREAM_VERSION, INTERLEAVED_VERSION):
         raise ValueError(
-            f"the .spr file has format version {version}, but this program reads version {BITSTREAM_VERSION}: decode "
-            "the file with the release that wrote it"
+            f"the .spr file has format version {version}, but this program reads version {BITSTREAM_VERSION} and "
+            f"{INTERLEAVED_VERSION}: decode the file with the release that wrote it"
         )
-    return reader, reader.take(_MODEL_BYTES).hex()
+    return reader, version, reader.take(_MODEL_BYTES).hex()
 
 
-def _require_length(found: int, least: int, most: int) -> None:
+def require_length(found: int, least: int, most: int) -> None:
+    """Raise ValueError unless a payload of `found` bytes has from `least` to `most` bytes."""
     if not least <= found <= most:
         trouble = "cut short or damaged" if found < least else "damaged, or has bytes after its end"
         expected = f"{most}" if least == most else f"{least} to {most}"
@@ -302,7 +310,7 @@ def _require_length(found: int, least: int, most: int) -> None:
 
 
 def _require_checksum(data: bytes) -> None:
-    if _checksum(data[:-_CHECKSUM_BYTES]) != data[-_CHECKSUM_BYTES:]:
+    if _checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
         raise ValueError("the .spr file is damaged: its checksum does not match")
 
 
@@ -314,6 +322,13 @@ def _encode_varint(number: int) -> bytes:
     return bytes([*groups, number])
 
 
+class _CutShort(ValueError):
+    """The bytes end within the header."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"the .spr file is cut short: {length} bytes do not even hold its header")
+
+
 class _Reader:
     """Reads the fields of a file one after the other; raises ValueError if the file ends too early."""
 
@@ -323,7 +338,7 @@ class _Reader:
     def take(self, count: int) -> bytes:
         taken = self.data[self.position : self.position + count]
         if len(taken) < count:
-            raise ValueError(f"the .spr file is cut short: {len(self.data)} bytes do not even hold its header")
+            raise _CutShort(len(self.data))
         self.position += count
         return taken
 
@@ -340,11 +355,5 @@ class _Reader:
         raise ValueError("the .spr file is damaged: a number in its header is too large")
 
 
-def _code_bits(size: int) -> int:
-    if size < 2 or size & (size - 1) or size > 2**MAX_CODE_BITS:
-        raise ValueError(f"codebook size {size} is not a power of two from 2 to 2^{MAX_CODE_BITS}")
-    return size.bit_length() - 1
-
-
 def _checksum(body: bytes) -> bytes:
-    return zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "big")
+    return zlib.crc32(body).to_bytes(CHECKSUM_BYTES, "big")

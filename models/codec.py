@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from torch import Tensor, nn
 
 from models import export, windows
 from models.autoencoder import AudioAE
-from models.backbones.pretrained import load_autoencoder, load_dit, outline_autoencoder
-from models.bitstream import RATE_RANGE, FramesOf, Header, Stream
+from models.backbones.pretrained import load_autoencoder, load_dit
+from models.bitstream import RATE_RANGE, Header, Stream
 from models.channels import channels_of
 from models.decoder import Decoder
 from models.diffusion import Diffusion, make_diffusion
 from models.encoding import check_audio, encode_sound, resize
+from models.frame_counts import count_z_frames
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.later_fields import without_later
+from models.live_decoder import LiveDecoder
 from models.lora import ADAPTER, file_config, file_tensors, inject_lora, load_file_tensors
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
@@ -90,7 +91,7 @@ class SPresso(nn.Module):
 
     def z_frames(self, samples: int, rate: int | None = None) -> int:
         """Return how many vectors z encode `samples` samples at `rate` (None: the AudioAE's sample rate)."""
-        return _count_z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
+        return count_z_frames(self.autoencoder, self.config.latent_encoder.pooling, samples, rate)
 
     # --- audio ↔ bits ---------------------------------------------------------------------------------------------
 
@@ -158,17 +159,26 @@ class SPresso(nn.Module):
             ValueError: another model wrote the stream, or its codes do not fit this codec's quantizer.
         """
         header = stream.header
-        self._require_own(header)
+        self.require_own(header)
         z_RZN = self.fitted_quantizer().decode(torch.from_numpy(stream.codes).to(self.device)).transpose(1, 2)
-        seeds = [seed + row * _SIDE_SEED_OFFSET if header.layout == "mid_side" else seed for row in range(header.rows)]
-        x0_RCT = self.z_to_x0(z_RZN, self.noise(seeds, z_RZN.shape[-1]), sampling=sampling, progress=progress)
+        noise_RCT = self.noise(self.row_seeds(header, seed), z_RZN.shape[-1])
+        x0_RCT = self.z_to_x0(z_RZN, noise_RCT, sampling=sampling, progress=progress)
         left = self.samples(header.samples, header.rate)
         for rows_RCS in self.x0_to_blocks(x0_RCT):
             audio = channels_of(rows_RCS[..., :left], header)
             left -= audio.shape[-1]
             yield audio
 
-    def _require_own(self, header: Header) -> None:
+    def decoder(self, *, seed: int = 0, sampling: Sampling | None = None) -> LiveDecoder:
+        """Return a decoder that takes a stream's bytes as they come, and gives the audio of `decode` part by part."""
+        return LiveDecoder(self, seed=seed, sampling=sampling or self.config.sampling)
+
+    def row_seeds(self, header: Header, seed: int) -> list[int]:
+        """Return the seeds of the noise that the rows of a stream start from."""
+        offset = _SIDE_SEED_OFFSET if header.layout == "mid_side" else 0
+        return [seed + row * offset for row in range(header.rows)]
+
+    def require_own(self, header: Header) -> None:
         """Raise ValueError unless this codec's model wrote the stream."""
         quantizer = self.fitted_quantizer()
         if header.model != self.model_hash[:8]:
@@ -239,10 +249,9 @@ class SPresso(nn.Module):
     ) -> Tensor:
         """Decode z to x0 with D; latents longer than 1.5 windows are decoded by `models.windows.JointWindows`."""
         sampling = sampling or self.config.sampling
-        window, pooling = self.config.window, self.config.latent_encoder.pooling
-        if noise_BCT.shape[-1] <= 1.5 * window:
+        if windows.takes_one_window(noise_BCT.shape[-1], self.config.window):
             return self._sample(z_BZN, noise_BCT, sampling, progress)
-        joint = windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
+        joint = self.joint_windows()
 
         def stepped(done: int, total: int) -> None:
             joint.step = done
@@ -251,6 +260,11 @@ class SPresso(nn.Module):
 
         conditions = {} if z_BZN is None else {"condition": z_BZN}
         return generate(joint, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=stepped)
+
+    def joint_windows(self) -> windows.JointWindows:
+        """Return D and f as one network for latents of any length."""
+        window, pooling = self.config.window, self.config.latent_encoder.pooling
+        return windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
 
     def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
         conditions = {} if z_BZN is None else {"condition": self.f(z_BZN)}
@@ -371,17 +385,6 @@ class SPresso(nn.Module):
         if self.prior is not None:
             left_out["prior"] = self.prior.state_dict()
         return {f"the {name}": hash_state(parts[name][1], state) for name, state in left_out.items() if name in parts}
-
-
-def read_frames_of(folder: Path) -> FramesOf:
-    """Return the `z_frames` function of an export's codec without loading its weights."""
-    config = export.read_config(folder)
-    return partial(_count_z_frames, outline_autoencoder(**config.autoencoder), config.latent_encoder.pooling)
-
-
-def _count_z_frames(autoencoder: AudioAE, pooling: int, samples: int, rate: int | None) -> int:
-    own = autoencoder.sample_rate
-    return -(-resampled_samples(samples, rate or own, own) // (autoencoder.hop * pooling))
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.range_decoder import PRECISION, RangeDecoder
+
 Integers = npt.NDArray[np.integer[Any]]
 
 LARGEST_SIZE = 2**16
 """Largest number of codewords per book: each needs a frequency above zero, and frequencies have 24 bits in all."""
-PRECISION = 24
-"""log2 of the sum of a code's frequencies; this is the range coder's own precision."""
 _FRACTION = 10
 """Fractional bits of weights and activations."""
 _LARGEST_WEIGHT = 8.0
@@ -142,8 +143,10 @@ class Coder:
     # The integers are stored in float64 so that BLAS can be used; below 2^53, products and sums are exact in any order.
     # The largest sum is over the embedding of the earlier codes: 2 · 16 features · 2^13 · 60 codes · 2^13 < 2^38.
 
-    def encode(self, codes: Integers) -> bytes:
+    def encode(self, codes: Integers, *, interleaved: bool = False) -> bytes:
         """Encode codes (rows, frames, books) to as few bytes as possible, without trailing zeros.
+
+        One row follows the other, or, if they are `interleaved`, all rows of one frame those of the frame before.
 
         Raises:
             ValueError: there are more books than the prior has, or codes outside [0, size).
@@ -153,32 +156,31 @@ class Coder:
         self._check(codes.shape[-1], codes)
         encoder = constriction.stream.queue.RangeEncoder()
         family = constriction.stream.model.Categorical(perfect=False)
-        for context, targets in self._contexts(codes):
+        for context, targets in self._contexts(codes, interleaved):
             encoder.encode(targets.astype(np.int32).ravel(), family, self._tables(context).astype(np.float64))
         return _shortest(encoder)
 
-    def decode(self, data: bytes, rows: int, frames: int, books: int) -> npt.NDArray[np.int64]:
+    def decode(
+        self, data: bytes, rows: int, frames: int, books: int, *, interleaved: bool = False
+    ) -> npt.NDArray[np.int64]:
         """Decode the codes (rows, frames, books) from the bytes ``data`` that `encode` returned.
 
         Raises:
             ValueError: there are more books than the prior has, or `encode` can't have returned these bytes.
         """
-        import constriction
-
         self._check(books)
-        words = np.frombuffer(data + bytes(-len(data) % 4), ">u4").astype(np.uint32)
-        decoder, categorical = constriction.stream.queue.RangeDecoder(words), constriction.stream.model.Categorical
         codes = np.zeros((rows, frames, books), np.int64)
-        try:
-            for before, frame in self._frames(codes):
-                same = np.zeros(self.same.shape[2])
-                for book in range(books):
-                    table_1K = self._table(book, np.concatenate([same, before])[None])
-                    frame[book] = decoder.decode(categorical(table_1K[0].astype(np.float64), perfect=False))
-                    same = same + self.same[book, frame[book]]
-        except AssertionError as error:  # constriction raises it for bytes that encode nothing
-            raise ValueError("the entropy-coded payload is damaged") from error
-        if self.encode(codes) != data:
+        decoder = VectorDecoder(self, books, rows=rows if interleaved else 1)
+        decoder.push(data)
+        decoder.end()
+        for group in [codes] if interleaved else codes[:, None]:
+            decoder.begin_row()
+            for frame in range(frames):
+                for row in group:
+                    vector = decoder.next_vector()
+                    assert vector is not None  # all bytes are there
+                    row[frame] = vector
+        if self.encode(codes, interleaved=interleaved) != data:
             raise ValueError("the entropy-coded payload is damaged: its codes do not encode to the same bytes")
         return codes
 
@@ -190,31 +192,26 @@ class Coder:
             total += float((PRECISION - np.log2(frequencies)).sum())
         return total
 
-    def _frames(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
-        """Yield, for each frame, the previous frame's embedding and a view of its codes, which the caller fills in."""
-        for row in codes:
-            before = self.start
-            for frame in row:
-                yield before, frame
-                before = self.before[np.arange(len(frame)), frame].sum(axis=0)
-
-    def _contexts(self, codes: Integers) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
-        """Yield (context (frames, books, 2 W), codes (frames, books)) in blocks of frames."""
+    def _contexts(
+        self, codes: Integers, interleaved: bool = False
+    ) -> Iterator[tuple[npt.NDArray[np.float64], Integers]]:
+        """Yield (context (vectors, books, 2 W), codes (vectors, books)) in blocks of frames."""
         books = codes.shape[-1]
-        at_once = max(1, _TABLE_NUMBERS // (self.size * books))
-        for row in codes:
-            last = self.start[None]
-            for first in range(0, len(row), at_once):
-                targets = row[first : first + at_once]
-                same = np.pad(self._sums(self.same, targets)[:, :-1], ((0, 0), (1, 0), (0, 0)))
-                vectors = np.concatenate([last, self._sums(self.before, targets)[:, -1]])
-                before, last = np.broadcast_to(vectors[:-1, None], same.shape), vectors[-1:]
-                yield np.concatenate([same, before], axis=-1), targets
+        for group in [codes] if interleaved else codes[:, None]:
+            last = np.broadcast_to(self.start, (len(group), 1, len(self.start)))
+            at_once = max(1, _TABLE_NUMBERS // (self.size * books * len(group)))
+            for first in range(0, codes.shape[1], at_once):
+                targets = group[:, first : first + at_once]
+                same = np.pad(self._sums(self.same, targets)[..., :-1, :], ((0, 0), (0, 0), (1, 0), (0, 0)))
+                vectors = np.concatenate([last, self._sums(self.before, targets)[..., -1, :]], axis=1)
+                before, last = np.broadcast_to(vectors[:, :-1, None], same.shape), vectors[:, -1:]
+                context = np.concatenate([same, before], axis=-1).swapaxes(0, 1)
+                yield context.reshape(-1, *context.shape[2:]), targets.swapaxes(0, 1).reshape(-1, books)
 
     @staticmethod
-    def _sums(table: npt.NDArray[np.float64], codes_NM: Integers) -> npt.NDArray[np.float64]:
-        """Return the embeddings (N, M, W) summed over the first 1, 2, …, M books."""
-        return table[np.arange(codes_NM.shape[1]), codes_NM].cumsum(axis=1)
+    def _sums(table: npt.NDArray[np.float64], codes_RNM: Integers) -> npt.NDArray[np.float64]:
+        """Return the embeddings (R, N, M, W) summed over the first 1, 2, …, M books."""
+        return table[np.arange(codes_RNM.shape[-1]), codes_RNM].cumsum(axis=-2)
 
     def _tables(self, context_NMW: npt.NDArray[np.float64]) -> Integers:
         """Return the frequencies (N · M, K), ordered by frame, then by book."""
@@ -235,6 +232,50 @@ class Coder:
             raise ValueError(
                 f"this prior is over books of {self.size} codewords, but codes lie in [{codes.min()}, {codes.max()}]"
             )
+
+
+class VectorDecoder:
+    """Decodes vectors of codes whose bytes come in parts, in the order in which a `Coder` encoded them.
+
+    Args:
+        coder: the coder.
+        books: codes of a vector.
+        rows: rows that are interleaved; 1 if one row follows the other.
+    """
+
+    def __init__(self, coder: Coder, books: int, *, rows: int) -> None:
+        coder._check(books)
+        self._coder, self._books, self._range = coder, books, RangeDecoder()
+        self._before = deque([coder.start] * rows)  # embedding of each row's vector before, the next row's first
+        self._codes: list[int] = []
+        self._same = np.zeros_like(coder.start)
+
+    def push(self, data: bytes) -> None:
+        """Append bytes of the payload."""
+        self._range.push(data)
+
+    def end(self) -> None:
+        """Say that the payload is complete."""
+        self._range.end()
+
+    def begin_row(self) -> None:
+        """Say that the next vector is a row's first; the first one of all is so anyway."""
+        self._before = deque([self._coder.start] * len(self._before))
+
+    def next_vector(self) -> list[int] | None:
+        """Return the next vector's codes; None if more bytes have to come first. Raises ValueError for damaged ones."""
+        coder = self._coder
+        while len(self._codes) < self._books:
+            if not self._range.ready():
+                return None
+            book = len(self._codes)
+            frequencies = coder._table(book, np.concatenate([self._same, self._before[0]])[None])[0] + 1
+            self._codes.append(self._range.decode(frequencies))
+            self._same = self._same + coder.same[book, self._codes[-1]]
+        codes, self._codes, self._same = self._codes, [], np.zeros_like(coder.start)
+        self._before[0] = coder.before[np.arange(self._books), codes].sum(axis=0)
+        self._before.rotate(-1)
+        return codes
 
 
 def _fixed(weights: npt.NDArray[np.float32], fraction: int) -> npt.NDArray[np.float64]:

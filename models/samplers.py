@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,20 +36,46 @@ def sample(
     Raises:
         ValueError: the sampler is unknown, or ``steps`` is less than 1.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
-    levels = _levels(diffusion, steps)
-    x = diffusion.initial(noise.to(torch.promote_types(noise.dtype, torch.float32)))
-
-    def denoise(x: Tensor, level: _Level) -> Tensor:
-        return diffusion.denoise(network, x, x.new_full((len(x),), level.t))
-
-    states = SAMPLERS[sampler](denoise, x, levels)
-    for done in range(1, steps + 1):
-        x = next(states)
+    solver = Solver(diffusion, steps=steps, sampler=sampler)
+    state = solver.begin(noise)
+    for done in range(steps):
+        state = solver.step(network, state, done)
         if progress is not None:
-            progress(done, steps)
-    return x
+            progress(done + 1, steps)
+    return state[0]
+
+
+State = tuple[Tensor, ...]
+"""What one step leaves to the next: x, and what the sampler remembers of the step before; all (B, C, T)."""
+
+
+class Solver:
+    """The steps that `sample` takes, one at a time.
+
+    The network alone relates a frame to other frames. So a part of x may be steps ahead of the rest, and states may be
+    cut and joined along T between steps; `models.wavefront` relies on that.
+
+    Raises:
+        ValueError: the sampler is unknown, or ``steps`` is less than 1.
+    """
+
+    def __init__(self, diffusion: Diffusion, *, steps: int, sampler: str) -> None:
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
+        self._diffusion, self._step, self._levels = diffusion, SAMPLERS[sampler], _levels(diffusion, steps)
+
+    def begin(self, noise: Tensor) -> State:
+        """Return the state before the first step, for standard gaussian ``noise`` (B, C, T)."""
+        return (self._diffusion.initial(noise.to(torch.promote_types(noise.dtype, torch.float32))),)
+
+    @torch.no_grad()
+    def step(self, network: Network, state: State, done: int) -> State:
+        """Take a step after ``done`` earlier ones; return the new state."""
+
+        def denoise(x: Tensor, level: _Level) -> Tensor:
+            return self._diffusion.denoise(network, x, x.new_full((len(x),), level.t))
+
+        return self._step(denoise, state, self._levels, done)
 
 
 @dataclass(frozen=True)
@@ -84,25 +109,25 @@ def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
 
 
 Denoise = Callable[[Tensor, _Level], Tensor]
+Step = Callable[[Denoise, State, Sequence[_Level], int], State]
+"""Takes a state from one level of the schedule to the next; the number counts the steps already done."""
 
 
-def _euler(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
-    for here, there in pairwise(levels):
-        x = _transfer(x, denoise(x, here), here, there)
-        yield x
+def _euler(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
+    (x,), (here, there) = state, levels[done : done + 2]
+    return (_transfer(x, denoise(x, here), here, there),)
 
 
-def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
+def _heun(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
     """Run algorithm 1 of Karras et al. 2022: average the slopes at both ends of a step; the last step is Euler's."""
-    for here, there in pairwise(levels):
-        x0 = denoise(x, here)
-        guess = _transfer(x, x0, here, there)
-        if there.sigma > 0:
-            slope = _increment(x, x0, here, here, there)
-            slope_there = _increment(guess, denoise(guess, there), there, here, there)
-            guess = x + (slope + slope_there) / 2
-        x = guess
-        yield x
+    (x,), (here, there) = state, levels[done : done + 2]
+    x0 = denoise(x, here)
+    guess = _transfer(x, x0, here, there)
+    if there.sigma == 0:
+        return (guess,)
+    slope = _increment(x, x0, here, here, there)
+    slope_there = _increment(guess, denoise(guess, there), there, here, there)
+    return (x + (slope + slope_there) / 2,)
 
 
 def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -> Tensor:
@@ -111,25 +136,22 @@ def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -
     return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
 
-def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
+def _dpmpp(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
     """Run DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): extrapolate x0 in λ to the step's middle.
 
-    At alpha = 0 and at sigma = 0, λ is infinite and x0 can't be extrapolated, so the step is of order 1.
+    At alpha = 0 and at sigma = 0, λ is infinite and x0 can't be extrapolated, so the step is of order 1. The state
+    holds the previous step's x0 from the second step on.
     """
-    previous: tuple[_Level, Tensor] | None = None
-    for here, there in pairwise(levels):
-        x0 = denoise(x, here)
-        x0_middle = x0
-        if previous is not None and previous[0].alpha > 0 and there.sigma > 0:
-            previous_level, previous_x0 = previous
-            half_ratio = (there.log_snr - here.log_snr) / (here.log_snr - previous_level.log_snr) / 2
-            x0_middle = x0 + half_ratio * (x0 - previous_x0)
-        x = _transfer(x, x0_middle, here, there)
-        previous = here, x0
-        yield x
+    x, (here, there) = state[0], levels[done : done + 2]
+    x0 = denoise(x, here)
+    x0_middle = x0
+    if done and levels[done - 1].alpha > 0 and there.sigma > 0:
+        half_ratio = (there.log_snr - here.log_snr) / (here.log_snr - levels[done - 1].log_snr) / 2
+        x0_middle = x0 + half_ratio * (x0 - state[1])
+    return _transfer(x, x0_middle, here, there), x0
 
 
-SAMPLERS: dict[str, Callable[[Denoise, Tensor, Sequence[_Level]], Iterator[Tensor]]] = {
+SAMPLERS: dict[str, Step] = {
     "euler": _euler,
     "heun": _heun,
     "dpmpp": _dpmpp,
@@ -156,6 +178,13 @@ def generate(
         sampling: sampler, steps, guidance and temperature.
         progress: called after every step with (steps done, steps).
     """
+    network = network_of(dit, conditions, guidance=sampling.guidance)
+    noise_BCT = sampling.temperature * noise_BCT
+    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+
+
+def network_of(dit: Callable[..., Tensor], conditions: Mapping[str, Tensor], *, guidance: float) -> Network:
+    """Bind the conditions to D, with classifier-free guidance if there are any; the arguments are `generate`'s."""
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
         return dit(x, t, **conditions)
@@ -163,6 +192,4 @@ def generate(
     def unconditional(x: Tensor, t: Tensor) -> Tensor:
         return dit(x, t)
 
-    network = guided(conditional, unconditional, sampling.guidance if conditions else 1.0)
-    noise_BCT = sampling.temperature * noise_BCT
-    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+    return guided(conditional, unconditional, guidance if conditions else 1.0)

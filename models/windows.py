@@ -50,6 +50,22 @@ def encode(g: Callable[[Tensor], Tensor], x0_BCT: Tensor, *, window: int, poolin
     return torch.cat(parts, dim=-1)
 
 
+def takes_one_window(frames: int, window: int) -> bool:
+    """Whether latents are so short that D takes them in one piece, instead of in windows that are sampled jointly."""
+    return frames <= 1.5 * window
+
+
+def joint_starts(frames: int, window: int, pooling: int, step: int) -> list[int]:
+    """Return the first frame of each window of `JointWindows` after `step` steps of the sampler."""
+    last = frames - window
+    return sorted({0, last, *range(window - joint_shift(window, pooling, step), last, window)})
+
+
+def joint_shift(window: int, pooling: int, step: int) -> int:
+    """Return how many frames earlier than in the first step the windows of `JointWindows` begin after `step` steps."""
+    return window // pooling // 2 * pooling if step % 2 else 0
+
+
 class JointWindows:
     """Runs D and f on windows as one network for latents of any length, in which all windows agree on one sound.
 
@@ -77,16 +93,20 @@ class JointWindows:
 
     def starts(self, frames: int) -> list[int]:
         """Return the first frame of each window in this step."""
-        shift = self.window // self.pooling // 2 * self.pooling if self.step % 2 else 0
-        last = frames - self.window
-        return sorted({0, last, *range(self.window - shift, last, self.window)})
+        return joint_starts(frames, self.window, self.pooling, self.step)
 
     def __call__(self, x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Any) -> Tensor:
         """Return D's prediction for x (B, C, T) at the noise levels t (B,); `condition` is z (B, Z, N) itself.
 
         Where windows overlap, near the ends of x, each frame is taken from the window whose middle is nearer.
         """
-        predicted_BCT, begins = torch.empty_like(x_BCT), self.starts(x_BCT.shape[-1])
+        return self.predict(self.starts(x_BCT.shape[-1]), x_BCT, t_B, condition=condition, **further)
+
+    def predict(
+        self, begins: list[int], x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Any
+    ) -> Tensor:
+        """Do what a call does with windows that begin at the frames `begins` and cover x."""
+        predicted_BCT = torch.empty_like(x_BCT)
         between = [(one + other + self.window) // 2 for one, other in pairwise(begins)]
         kept = zip(begins, [0, *between], [*between, x_BCT.shape[-1]], strict=True)
         for group in _groups(kept, max(1, WINDOWS_AT_ONCE // len(x_BCT))):

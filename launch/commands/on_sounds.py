@@ -24,6 +24,7 @@ def encode(options: argparse.Namespace) -> int:
         channels=options.channels,
         entropy=not options.no_entropy_coding,
         error_per_bit=options.error_per_bit,
+        live=options.live,
         force=options.force,
     )
     return 1 if failed else 0
@@ -33,7 +34,7 @@ def decode(options: argparse.Namespace) -> int:
     """Decode streams into sounds; return 1 if a file failed."""
     failed = codec_files.decode(
         options.input,
-        options.output,
+        options.output or codec_files.STANDARD,
         codec=options.codec,
         device=options.device,
         seed=options.seed,

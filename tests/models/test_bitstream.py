@@ -182,6 +182,30 @@ def test_what_is_likely_takes_fewer_bytes_and_comes_back(layout, channels):
     assert payload == len(coder.encode(stream.codes))
 
 
+@pytest.mark.parametrize("coder", [None, likely_coder()])
+@pytest.mark.parametrize(
+    ("layout", "channels", "version"), [("separate", 1, 2), ("mid_side", 2, 3), ("separate", 3, 3)]
+)
+def test_interleaved_rows_come_back(layout, channels, version, coder):
+    stream = with_header(likely_stream(layout=layout, channels=channels), interleaved=True)
+    data = write(stream, coder=coder)
+    assert data[3] == version
+    back = read(data, frames_of=frames_of, coder=coder)
+    assert np.array_equal(back.codes, stream.codes)
+    assert back.header.in_order
+    assert back.header.interleaved == (channels > 1)
+    assert bool(back.header.prior) == (coder is not None)
+
+
+def test_interleaved_rows_follow_one_another_in_the_order_of_time():
+    stream = with_header(make_stream(channels=2), interleaved=True)
+    end = stream.codes.copy()
+    end[:, -1] ^= 1
+    data, other = write(stream), write(with_header(stream, codes=end))
+    assert data[: -4 - 2 * 12] == other[: -4 - 2 * 12]
+    assert not with_header(stream, interleaved=False).header.in_order
+
+
 def test_what_entropy_coding_would_lengthen_is_packed():
     stream = make_stream()
     unlikely = with_header(stream, codes=255 - stream.codes // 64)
