@@ -37,6 +37,18 @@ def sample(
     Raises:
         ValueError: the sampler is unknown, or ``steps`` is less than 1.
     """
+    states = trajectory(diffusion, network, noise, steps=steps, sampler=sampler)
+    x = next(states)
+    for done in range(1, steps + 1):
+        x = next(states)
+        if progress is not None:
+            progress(done, steps)
+    return x
+
+
+def trajectory(diffusion: Diffusion, network: Network, noise: Tensor, *, steps: int, sampler: str) -> Iterator[Tensor]:
+    """Yield x at each of the schedule's `steps + 1` levels, of which the last is free of noise; arguments and errors
+    are those of `sample`."""
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
     levels = _levels(diffusion, steps)
@@ -45,12 +57,8 @@ def sample(
     def denoise(x: Tensor, level: _Level) -> Tensor:
         return diffusion.denoise(network, x, x.new_full((len(x),), level.t))
 
-    states = SAMPLERS[sampler](denoise, x, levels)
-    for done in range(1, steps + 1):
-        x = next(states)
-        if progress is not None:
-            progress(done, steps)
-    return x
+    yield x
+    yield from SAMPLERS[sampler](denoise, x, levels)
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,13 @@ def generate(
         sampling: sampler, steps, guidance and temperature.
         progress: called after every step with (steps done, steps).
     """
+    network = guided_dit(dit, conditions, sampling.guidance)
+    noise_BCT = sampling.temperature * noise_BCT
+    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+
+
+def guided_dit(dit: Callable[..., Tensor], conditions: Mapping[str, Tensor], guidance: float) -> Network:
+    """Bind D's conditions, and guide D with all of them away from D without any, by this scale."""
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
         return dit(x, t, **conditions)
@@ -163,6 +178,4 @@ def generate(
     def unconditional(x: Tensor, t: Tensor) -> Tensor:
         return dit(x, t)
 
-    network = guided(conditional, unconditional, sampling.guidance if conditions else 1.0)
-    noise_BCT = sampling.temperature * noise_BCT
-    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+    return guided(conditional, unconditional, guidance if conditions else 1.0)

@@ -160,6 +160,14 @@ class StableAudioConfig:
         return 1
 
 
+@dataclass
+class WooshFlowMapConfig(DiTConfig):
+    """Size and shape of a `WooshFlowMap`: those of the DiT that it was distilled from."""
+
+    kind: str = "woosh_flow_map"
+    """Marks these sizes as those of a `WooshFlowMap` in files; it is always `woosh_flow_map`."""
+
+
 DecoderConfig = DiTConfig | StableAudioConfig
 
 
@@ -169,8 +177,9 @@ def decoder_config(values: Any, where: object = "the config of D") -> DecoderCon
     Raises:
         ValueError: a name is unknown, or a value is of another type; the message begins with `where`.
     """
-    stable_audio = isinstance(values, Mapping) and values.get("kind") == "stable_audio"
-    kind: type[DecoderConfig] = StableAudioConfig if stable_audio else DiTConfig
+    kinds: dict[Any, type[DecoderConfig]] = {"stable_audio": StableAudioConfig, "woosh_flow_map": WooshFlowMapConfig}
+    named = values.get("kind") if isinstance(values, Mapping) else None
+    kind = kinds.get(named, DiTConfig) if isinstance(named, str) else DiTConfig
     return build(kind, values, where, mend=_MEND)
 
 

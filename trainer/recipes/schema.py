@@ -166,6 +166,18 @@ class QuantizerConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """What `distill` teaches D: to decode in few steps what D decodes with the recipe's `sampling`."""
+
+    steps: list[int] = ranged(lambda: [4, 2, 1], least=1)
+    """Numbers of steps in which D learns to decode, each below `sampling.steps`."""
+    loss: str = "squared"
+    """`squared` or `huber`."""
+    huber: float = ranged(0.1, above=0)
+    """Error of a prediction beyond which `huber` grows linearly."""
+
+
+@dataclass
 class TrainConfig:
     """How one stage is trained. All lengths are in samples, so they hold for any batch size."""
 
@@ -321,6 +333,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
