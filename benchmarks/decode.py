@@ -17,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,15 +46,19 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8, 12])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = str(options.run / "distill" / "config.yaml")
-    config = load_recipe(recipe, [f"run_dir={options.run}", f"evaluate.clips={options.clips}"])
-    clips = load_clips(config, torch.device("cpu"))
-    table = Table(options.run / "distill" / "export", clips, config.sampling)
-    for steps in options.steps:
-        for distilled in (False, True):
-            table.measure(steps, distilled=distilled)
-    print(f"\n{datetime.now(UTC).date()}, {platform.machine()}, torch {torch.__version__}, {len(clips)} clips\n")
+    table = measured(options.run, clips=options.clips, steps=options.steps)
+    print(f"\n{datetime.now(UTC).date()}, {platform.machine()}, torch {torch.__version__}, {options.clips} clips\n")
     print(aligned(table.lines))
+
+
+def measured(run: Path, *, clips: int, steps: Sequence[int], plain: bool = True) -> Table:
+    """Measure a run in each number of steps, with `distill` and, unless `plain` is false, without."""
+    config = load_recipe(str(run / "distill" / "config.yaml"), [f"run_dir={run}", f"evaluate.clips={clips}"])
+    table = Table(run / "distill" / "export", load_clips(config, torch.device("cpu")), config.sampling)
+    for count in steps:
+        for distilled in (False, True) if plain else (True,):
+            table.measure(count, distilled=distilled)
+    return table
 
 
 class Table:

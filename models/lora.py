@@ -149,12 +149,12 @@ def adapter_parameters(dit: Decoder, adapter: str = ADAPTER) -> dict[str, nn.Par
 
 
 def file_tensors(dit: Decoder, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """Copy an adapter to host memory as PEFT's file holds it, by the names in that file."""
+    """Copy an adapter to host memory as PEFT's file holds it, by the names in that file; empty if D lacks it."""
     tensors = {
         _peft_name(name, adapter): value.detach().cpu().contiguous()
         for name, value in adapter_parameters(dit, adapter).items()
     }
-    for name, start in start_factors(dit).items():
+    for name, start in start_factors(dit).items() if tensors else ():
         key = _file_name(name)
         joined = (tensors[key], start.cpu()) if name.endswith(".A") else (tensors[key], -start.cpu())
         tensors[key] = torch.cat(joined, dim=0 if name.endswith(".A") else 1)

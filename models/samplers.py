@@ -37,7 +37,7 @@ def sample(
     Raises:
         ValueError: the sampler is unknown, or ``steps`` is less than 1.
     """
-    states = trajectory(diffusion, network, noise, steps=steps, sampler=sampler)
+    states = trajectory(diffusion, network, noise, levels=levels_of(diffusion, steps), sampler=sampler)
     x = next(states)
     for done in range(1, steps + 1):
         x = next(states)
@@ -46,15 +46,19 @@ def sample(
     return x
 
 
-def trajectory(diffusion: Diffusion, network: Network, noise: Tensor, *, steps: int, sampler: str) -> Iterator[Tensor]:
-    """Yield x at each of the schedule's `steps + 1` levels, of which the last is free of noise; arguments and errors
-    are those of `sample`."""
+def trajectory(
+    diffusion: Diffusion, network: Network, noise: Tensor, *, levels: Sequence[Level], sampler: str
+) -> Iterator[Tensor]:
+    """Yield x at each level of a schedule, which `levels_of` returns, on the way of `sample`.
+
+    Raises:
+        ValueError: the sampler is unknown.
+    """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
-    levels = _levels(diffusion, steps)
     x = diffusion.initial(noise.to(torch.promote_types(noise.dtype, torch.float32)))
 
-    def denoise(x: Tensor, level: _Level) -> Tensor:
+    def denoise(x: Tensor, level: Level) -> Tensor:
         return diffusion.denoise(network, x, x.new_full((len(x),), level.t))
 
     yield x
@@ -62,7 +66,7 @@ def trajectory(diffusion: Diffusion, network: Network, noise: Tensor, *, steps: 
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """One noise level of a schedule, as Python floats, so that no step waits for the device."""
 
     t: float
@@ -75,13 +79,14 @@ class _Level:
         return math.log(self.alpha / self.sigma)
 
 
-def _levels(diffusion: Diffusion, steps: int) -> list[_Level]:
+def levels_of(diffusion: Diffusion, steps: int) -> list[Level]:
+    """Return the levels of the formulation's schedule. Raises ValueError if `steps` is less than 1."""
     t = diffusion.schedule(steps)
     alpha, sigma = diffusion.coefficients(t)
-    return [_Level(*numbers) for numbers in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+    return [Level(*numbers) for numbers in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
 
 
-def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
+def _transfer(x: Tensor, x0: Tensor, here: Level, there: Level) -> Tensor:
     """Step from level ``here`` to ``there``, assuming a constant estimate ``x0``; the noise in ``x`` is only rescaled.
 
     This is the first-order step of DDIM and DPM-Solver++. It is Euler's step, too, because alpha and sigma are linear
@@ -91,16 +96,16 @@ def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
     return ratio * x + (there.alpha - ratio * here.alpha) * x0
 
 
-Denoise = Callable[[Tensor, _Level], Tensor]
+Denoise = Callable[[Tensor, Level], Tensor]
 
 
-def _euler(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
+def _euler(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
     for here, there in pairwise(levels):
         x = _transfer(x, denoise(x, here), here, there)
         yield x
 
 
-def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
+def _heun(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
     """Run algorithm 1 of Karras et al. 2022: average the slopes at both ends of a step; the last step is Euler's."""
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
@@ -113,18 +118,18 @@ def _heun(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Ten
         yield x
 
 
-def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -> Tensor:
+def _increment(x: Tensor, x0: Tensor, at: Level, here: Level, there: Level) -> Tensor:
     """Return the increment of x from ``here`` to ``there`` along the ODE's slope for ``x`` and ``x0`` at ``at``."""
     noise = (x - at.alpha * x0) / at.sigma
     return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
 
-def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Tensor]:
+def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
     """Run DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): extrapolate x0 in λ to the step's middle.
 
     At alpha = 0 and at sigma = 0, λ is infinite and x0 can't be extrapolated, so the step is of order 1.
     """
-    previous: tuple[_Level, Tensor] | None = None
+    previous: tuple[Level, Tensor] | None = None
     for here, there in pairwise(levels):
         x0 = denoise(x, here)
         x0_middle = x0
@@ -137,7 +142,7 @@ def _dpmpp(denoise: Denoise, x: Tensor, levels: Sequence[_Level]) -> Iterator[Te
         yield x
 
 
-SAMPLERS: dict[str, Callable[[Denoise, Tensor, Sequence[_Level]], Iterator[Tensor]]] = {
+SAMPLERS: dict[str, Callable[[Denoise, Tensor, Sequence[Level]], Iterator[Tensor]]] = {
     "euler": _euler,
     "heun": _heun,
     "dpmpp": _dpmpp,

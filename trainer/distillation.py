@@ -19,7 +19,7 @@ from models.diffusion import Prediction
 from models.distilled import Distilled
 from models.flow_map import output_of, places, x0_of_step
 from models.lora import ADAPTER, DISTILLED, use, using
-from models.samplers import guided_dit, trajectory
+from models.samplers import guided_dit, levels_of, trajectory
 from models.sizes import Sampling
 from trainer.inputs import Inputs
 from trainer.losses import Losses
@@ -66,7 +66,7 @@ class TrajectoryDistiller(LatentDenoiser):
         self.spans = {count: list(pairwise(places(of, count))) for count in distilled.steps}
         """The steps of each number of steps, as places in the teacher's schedule."""
         with torch.device("cpu"):  # and not the memory plan's, whose tensors have no values
-            self.schedule: list[float] = self.diffusion.schedule(of).tolist()
+            self.levels = levels_of(self.diffusion, of)
 
     def draws(self, positions_B: Tensor) -> dict[str, Tensor]:
         """Draw all that `LatentDenoiser` does but the noise level, as the teacher's decode has all levels."""
@@ -89,7 +89,7 @@ class TrajectoryDistiller(LatentDenoiser):
             return [noise_BCT] * (sampling.steps + 1)
         with using(self.dit, ADAPTER):
             network = guided_dit(self.dit, conditions, sampling.guidance)
-            return list(trajectory(self.diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler))
+            return list(trajectory(self.diffusion, network, noise_BCT, levels=self.levels, sampler=sampling.sampler))
 
     def errors(
         self, states: list[Tensor], conditions: Mapping[str, Tensor], mask_BT: Tensor | None
@@ -97,7 +97,7 @@ class TrajectoryDistiller(LatentDenoiser):
         """Return the student's mean error (b,) by its number of steps, computed for all steps at once."""
         spans = [span for of_count in self.spans.values() for span in of_count]
         x_t, x_r = (torch.cat([states[span[end]] for span in spans]) for end in (0, 1))
-        t, r = (_levels([self.schedule[span[end]] for span in spans], like=states[0]) for end in (0, 1))
+        t, r = (_repeated([self.levels[span[end]].t for span in spans], like=states[0]) for end in (0, 1))
         repeated = {name: torch.cat([value] * len(spans)) for name, value in conditions.items()}
         mask = None if mask_BT is None else torch.cat([mask_BT] * len(spans))
         network = self.distilled.network_to(self.dit, self.diffusion, repeated)(t, r)
@@ -112,6 +112,6 @@ class TrajectoryDistiller(LatentDenoiser):
         return prediction.squared_error(mask)
 
 
-def _levels(levels: list[float], *, like: Tensor) -> Tensor:
+def _repeated(levels: list[float], *, like: Tensor) -> Tensor:
     """Return each level once for every clip of `like` (b, …), the clips of the first level first."""
     return torch.cat([like.new_full((len(like),), level) for level in levels])

@@ -171,10 +171,6 @@ class DistillationConfig:
 
     steps: list[int] = ranged(lambda: [4, 2, 1], least=1)
     """Numbers of steps in which D learns to decode, each below `sampling.steps`."""
-    loss: str = "squared"
-    """`squared` or `huber`."""
-    huber: float = ranged(0.1, above=0)
-    """Error of a prediction beyond which `huber` grows linearly."""
 
 
 @dataclass
