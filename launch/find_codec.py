@@ -36,9 +36,12 @@ def _written_at(export: Path) -> float | None:
 
 
 def fitting_codec(model: str, source: Path) -> Path:
-    """Return the export under runs/ whose model made a stream. Raises ValueError if there is none."""
-    for path in exports_of(model):
-        return path
+    """Return the export under runs/ whose model made a stream, of several the first that is distilled.
+
+    Raises ValueError if there is none.
+    """
+    if found := list(exports_of(model)):
+        return max(found, key=lambda export: (export / "distilled.safetensors").is_file())
     raise ValueError(
         f"{source} was made by model {model}, which is not under runs/: give its export with --codec FOLDER"
     )

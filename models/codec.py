@@ -8,31 +8,40 @@ names the base model by its hash.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models import export, windows
+from models import export, identity, windows
 from models.autoencoder import AudioAE
 from models.backbones.pretrained import load_autoencoder, load_dit
 from models.bitstream import RATE_RANGE, Header, Stream
 from models.channels import channels_of
 from models.decoder import Decoder
 from models.diffusion import Diffusion, make_diffusion
+from models.distilled import Distilled, steps_of
 from models.encoding import check_audio, encode_sound, resize
 from models.frame_counts import count_z_frames
 from models.latent_encoder import LatentEncoder, Upsampler
-from models.later_fields import without_later
 from models.live_decoder import LiveDecoder
-from models.lora import ADAPTER, file_config, file_tensors, inject_lora, load_file_tensors
+from models.lora import (
+    ADAPTER,
+    DISTILLED,
+    adapter_parameters,
+    add_distilled,
+    file_config,
+    file_tensors,
+    inject_lora,
+    load_file_tensors,
+)
 from models.prior import Coder, Prior
 from models.quantizers.quantizer import Quantizer, make_quantizer
 from models.resampling import resampled_samples
-from models.samplers import generate
-from models.sizes import CodecConfig, LatentEncoderConfig, Sampling
+from models.samplers import decode_steps
+from models.sizes import CodecConfig, Sampling
 from models.weights import hash_state
 
 _SIDE_SEED_OFFSET = 2**31
@@ -59,6 +68,7 @@ class SPresso(nn.Module):
         self.f = Upsampler(config.latent_encoder, dit_width=dit.config.width, dit_patch_size=dit.config.patch_size)
         self.quantizer = quantizer
         self.prior: Prior | None = None
+        self.distilled: Distilled | None = None
         self.diffusion: Diffusion = make_diffusion(config.diffusion["name"], **config.diffusion["options"])
         self.model_hash = ""
 
@@ -248,9 +258,10 @@ class SPresso(nn.Module):
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Decode z to x0 with D; latents longer than 1.5 windows are decoded by `models.windows.JointWindows`."""
-        sampling = sampling or self.config.sampling
+        steps = steps_of(self, sampling or self.config.sampling, conditional=z_BZN is not None)
         if windows.takes_one_window(noise_BCT.shape[-1], self.config.window):
-            return self._sample(z_BZN, noise_BCT, sampling, progress)
+            conditions = {} if z_BZN is None else {"condition": self.f(z_BZN)}
+            return decode_steps(steps, self.dit, noise_BCT, conditions, progress=progress)
         joint = self.joint_windows()
 
         def stepped(done: int, total: int) -> None:
@@ -259,16 +270,12 @@ class SPresso(nn.Module):
                 progress(done, total)
 
         conditions = {} if z_BZN is None else {"condition": z_BZN}
-        return generate(joint, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=stepped)
+        return decode_steps(steps, joint, noise_BCT, conditions, progress=stepped)
 
     def joint_windows(self) -> windows.JointWindows:
         """Return D and f as one network for latents of any length."""
         window, pooling = self.config.window, self.config.latent_encoder.pooling
         return windows.JointWindows(self.dit, self.f, window=window, pooling=pooling)
-
-    def _sample(self, z_BZN: Tensor | None, noise_BCT: Tensor, sampling: Sampling, progress: Any) -> Tensor:
-        conditions = {} if z_BZN is None else {"condition": self.f(z_BZN)}
-        return generate(self.dit, self.diffusion, noise_BCT, conditions, sampling=sampling, progress=progress)
 
     def noise(self, seeds: list[int], z_frames: int) -> Tensor:
         """Draw standard gaussian noise (len(seeds), C, z_frames · pooling), one row per seed, equal on all devices."""
@@ -289,7 +296,16 @@ class SPresso(nn.Module):
             parts["quantizer"] = (self.quantizer, self.quantizer.config())
         if self.prior is not None:
             parts["prior"] = (self.prior, self.prior.config())
+        if self.distilled is not None:
+            parts["distilled"] = (self.distilled, self.distilled.config())
         return parts
+
+    def add_distilled(self, distilled: Distilled) -> None:
+        """Give D a second adapter, which starts as a copy of the first, and with which it decodes in few steps."""
+        if distilled.width != self.dit.config.width:
+            raise ValueError(f"the distilled part is for a D of width {distilled.width}, not {self.dit.config.width}")
+        self.distilled = distilled
+        add_distilled(self.dit, self.config.lora)
 
     def save_pretrained(self, folder: Path, *, base: Path, card: str) -> str:
         """Write the codec to `folder` and return the model's hash.
@@ -300,11 +316,12 @@ class SPresso(nn.Module):
                 its path or its name on the hub.
             card: text of the model card; `{model}` in it is replaced by the first 8 digits of the hash.
         """
-        self.model_hash = self._hash()
+        self.model_hash = identity.model_hash(self)
         export.write_export(
             folder,
             parts=self.parts(),
             adapter=file_tensors(self.dit),
+            distilled=file_tensors(self.dit, DISTILLED),
             lora=file_config(self.config.lora, self.dit),
             base=base,
             description={
@@ -312,7 +329,7 @@ class SPresso(nn.Module):
                 "base_hash": self.base_hash,
                 "autoencoder_identity": self.autoencoder.identity(),
                 "config": dataclasses.asdict(self.config),
-                "parts": self._part_hashes(),
+                "parts": identity.part_hashes(self),
             },
             card=card.replace("{model}", self.model_hash[:8]),
         )
@@ -353,38 +370,21 @@ class SPresso(nn.Module):
         )
         codec.quantizer = export.read_part(folder, "quantizer", make_quantizer)
         codec.prior = export.read_part(folder, "prior", lambda config: Prior(**config))
-        export.fill_parts(folder, codec.parts())
         load_file_tensors(codec.dit, export.read_adapter(folder, file_tensors(codec.dit)))
-        codec.model_hash = codec._hash(description["config"])
-        parts = codec._part_hashes()
+        if (distilled := export.read_part(folder, "distilled", lambda config: Distilled(**config))) is not None:
+            codec.add_distilled(distilled)
+            adapter = export.read_adapter(folder / "distilled", file_tensors(codec.dit, DISTILLED))
+            load_file_tensors(codec.dit, adapter, DISTILLED)
+        export.fill_parts(folder, codec.parts())
+        codec.model_hash = identity.model_hash(codec, description["config"])
+        parts = identity.part_hashes(codec)
         recorded = {"the model": description["model"], **description.get("parts", parts)}  # older exports lack `parts`
         export.require_hashes(folder, {"the model": codec.model_hash, **parts}, recorded)
         return codec.to(device).eval().requires_grad_(False)
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the LoRA's trained parameters by their names in D."""
-        return {name: value for name, value in self.dit.named_parameters() if f".{ADAPTER}." in name}
-
-    def _hash(self, config: Mapping[str, Any] | None = None) -> str:
-        """Hash the model; `config` is the one of an export, which lacks the settings that were added after it."""
-        config = dict(dataclasses.asdict(self.config) if config is None else config)
-        config["latent_encoder"] = without_later(config["latent_encoder"], LatentEncoderConfig)
-        tensors: dict[str, Tensor] = {f"adapter.{name}": value for name, value in file_tensors(self.dit).items()}
-        for part, (module, _) in self.parts().items():
-            if part == "prior":  # the codes don't depend on the prior, and entropy-coded files store the prior's hash
-                continue
-            tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-        local = ("sampling", "autoencoder")  # decoding settings and file paths do not identify a model
-        identity = {name: value for name, value in config.items() if name not in local}
-        return hash_state(identity | {"base": self.base_hash, "autoencoder": self.autoencoder.identity()}, tensors)
-
-    def _part_hashes(self) -> dict[str, str]:
-        """Hash what the model's hash leaves out: the quantizer's settings, and the whole prior."""
-        parts = self.parts()
-        left_out: dict[str, Mapping[str, Tensor]] = {"quantizer": {}}
-        if self.prior is not None:
-            left_out["prior"] = self.prior.state_dict()
-        return {f"the {name}": hash_state(parts[name][1], state) for name, state in left_out.items() if name in parts}
+    def adapter_parameters(self, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+        """Return an adapter's trained parameters by their names in D."""
+        return adapter_parameters(self.dit, adapter)
 
 
 def _require_same(what: str, where: object, found: str, expected: str) -> None:

@@ -218,6 +218,7 @@ class DiT(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         condition: Tensor | None = None,
+        time_shift: Tensor | None = None,
     ) -> Tensor:
         """Predict the network's output `(B, C, T)` for noised latents.
 
@@ -228,6 +229,7 @@ class DiT(nn.Module):
             text_mask: `(B, text_tokens)`, 1 where `text` holds a token and 0 where a learned pad token replaces it;
                 None uses all tokens of `text`.
             condition: `(B, width, T / patch_size)`, added to the projected latents.
+            time_shift: `(B, width)`, added to the embedding of the noise level; see `models.flow_map`.
 
         Raises:
             ValueError: a shape does not fit, or the model has no text stream and `text` is given.
@@ -236,7 +238,10 @@ class DiT(nn.Module):
         patches_BNE = self._to_patches(x)
         x_BSD = self._embed_latents(patches_BNE, condition)
         text_BSD = self._embed_text(text, text_mask, batch=len(x))
-        time_B1D = F.silu(self.time_embed(self.time_features(t).type_as(x_BSD)))[:, None]
+        time_BD = self.embed_time(t)
+        if time_shift is not None:
+            time_BD = time_BD + time_shift.type_as(time_BD)
+        time_B1D = F.silu(time_BD)[:, None]
         x_BSD = self._run_blocks(x_BSD, text_BSD, time_B1D)
         shift, scale = self.output_modulation(time_B1D).chunk(2, -1)
         h_BND = modulated(x_BSD[:, self.config.memory_tokens :], shift, scale)
@@ -244,6 +249,10 @@ class DiT(nn.Module):
         if self.config.gated_skip:
             predicted_BNE = predicted_BNE + self.skip(h_BND) * patches_BNE
         return self._from_patches(predicted_BNE).to(x.dtype)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Embed noise levels `t (B,)`, before the last activation: `(B, width)` in the dtype of the weights."""
+        return self.time_embed(self.time_features(t).type_as(self.input.weight))
 
     def logvar(self, t: Tensor) -> Tensor:
         """Predict the log-variance `(B,)` of the loss at noise levels `t (B,)`; needs `predicts_logvar=True`."""

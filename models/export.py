@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 EXPORT_FORMAT = 1
 _DESCRIPTION, _ADAPTER_FILE, _CARD = "codec.json", "adapter_model.safetensors", "README.md"
 _BASE_FILE = "dit.safetensors"
-_PARTS = ("latent_encoder", "upsampler", "quantizer", "prior")
+_PARTS = ("latent_encoder", "upsampler", "quantizer", "prior", "distilled")
+_PEFT_FILES = ("adapter_config.json", _ADAPTER_FILE)
+_DISTILLED = "distilled"
+"""The folder of the second adapter, which has PEFT's layout, too."""
 _OWN = frozenset(
-    {_DESCRIPTION, _CARD, "adapter_config.json", _ADAPTER_FILE, _BASE_FILE, *(f"{part}.safetensors" for part in _PARTS)}
+    {_DESCRIPTION, _CARD, *_PEFT_FILES, _BASE_FILE, _DISTILLED, *(f"{part}.safetensors" for part in _PARTS)}
 )
 """The files that exports may hold; all others in an export's folder are a user's."""
 
@@ -74,6 +77,7 @@ def write_export(
     *,
     parts: Parts,
     adapter: Mapping[str, Tensor],
+    distilled: Mapping[str, Tensor],
     lora: LoraConfig,
     base: Path,
     description: Mapping[str, Any],
@@ -88,7 +92,8 @@ def write_export(
         folder: the export's folder.
         parts: the modules to write, each to a file of its own.
         adapter: the LoRA's weights by their names in PEFT's file.
-        lora: PEFT's config for the LoRA.
+        distilled: those of the second LoRA, with which D decodes in few steps; empty if there is none.
+        lora: PEFT's config of either LoRA.
         base: D's pretrained weights. A file is linked or copied into the export; the folder or the hub name of a
             release is only written down.
         description: the values that `codec.json` stores in addition to the format and the base's path: `model`,
@@ -101,8 +106,10 @@ def write_export(
     making.mkdir(parents=True)
     for name, (module, config) in parts.items():
         save_weights(making / f"{name}.safetensors", module.state_dict(), config)
-    lora.save_pretrained(str(making))
-    write_safetensors(making / _ADAPTER_FILE, adapter, {"format": "pt"})
+    for at, tensors in ((making, adapter), (making / _DISTILLED, distilled)):
+        if tensors:
+            lora.save_pretrained(str(at))
+            write_safetensors(at / _ADAPTER_FILE, tensors, {"format": "pt"})
     if base.is_file():
         _link_or_copy(base, making / _BASE_FILE)
     described = {
@@ -146,9 +153,16 @@ def _kept_files(folder: Path, *, card: str, model: str) -> dict[str, str]:
             f"{folder} was not written as an export, which would replace it: give another folder, or move it away"
         )
     kept = {path.name: path.name for path in entries if path.name not in _OWN}
+    if _holds_more(folder / _DISTILLED):
+        kept[_DISTILLED] = f"{_DISTILLED}.{secrets.token_hex(4)}.older"
     if (folder / _CARD).exists() and not _is_own_card(folder, card.replace(model[:8], "")):
         kept[_CARD] = f"{_CARD}.{secrets.token_hex(4)}.older"
     return kept
+
+
+def _holds_more(adapter: Path) -> bool:
+    """Whether a folder of an adapter holds files of a user's."""
+    return adapter.is_dir() and any(path.name not in _PEFT_FILES for path in adapter.iterdir())
 
 
 def _is_own_card(folder: Path, text: str) -> bool:

@@ -19,6 +19,7 @@ from models import windows
 from models.bitstream import Header, read_beginning
 from models.channels import channels_of
 from models.code_reader import CodeReader, Frames
+from models.distilled import steps_of
 from models.encoding import resize
 from models.noise_rows import NoiseRow
 from models.sizes import Sampling
@@ -167,9 +168,8 @@ class _Sound:
         if self._wave is None:
             channels = self._codec.autoencoder.latent_channels
             self._noise = [NoiseRow(seed, channels, frames) for seed in self._seeds]
-            self._wave = Wavefront(
-                self._codec.joint_windows(), self._codec.diffusion, sampling=self._sampling, frames=frames
-            )
+            steps = steps_of(self._codec, self._sampling)
+            self._wave = Wavefront(self._codec.joint_windows(), steps, frames=frames)
         noise_RCT = torch.stack([row.read(z_RZN.shape[-1] * self._pooling) for row in self._noise])
         self._z_RZN = z_RZN[..., -1:]
         x0_RCT = self._wave.push(z_RZN, noise_RCT.to(self._codec.device))

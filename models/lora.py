@@ -14,7 +14,9 @@ file holds trained and fixed factors as one plain LoRA of rank 2r, which fits th
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER = "default"
-"""PEFT's name for the one adapter that D has."""
+"""PEFT's name for the adapter that every codec's D has."""
+DISTILLED = "distilled"
+"""PEFT's name for the second adapter, with which D decodes in few steps; see `models.distilled`."""
 _START = "pissa_start"
 
 
@@ -72,6 +76,38 @@ def inject_lora(dit: Decoder, lora: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
+def add_distilled(dit: Decoder, lora: Mapping[str, Any]) -> None:
+    """Add the adapter `DISTILLED` to a D that has `ADAPTER`, as a copy of it. `ADAPTER` stays in use."""
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(_computed_config(lora, dit), dit, adapter_name=DISTILLED)
+    parameters = dict(dit.named_parameters())
+    for name, value in parameters.items():
+        if f".{DISTILLED}." in name:
+            value.copy_(parameters[name.replace(f".{DISTILLED}.", f".{ADAPTER}.")])
+    use(dit, ADAPTER)
+
+
+@contextmanager
+def using(dit: Decoder, adapter: str) -> Iterator[None]:
+    """Have D compute with one of its adapters inside a `with`, and afterwards with the one in use before."""
+    before = next(layer.active_adapters[0] for layer in _layers(dit))
+    use(dit, adapter)
+    try:
+        yield
+    finally:
+        use(dit, before)
+
+
+def use(dit: Decoder, adapter: str) -> None:
+    """Have D compute with one of its adapters from now on. What is trained stays as it is."""
+    for layer in _layers(dit):
+        layer._active_adapter = adapter  # PEFT's own method would also change which adapter is trained
+
+
+@torch.no_grad()
 def start_from_base(dit: Decoder) -> None:
     """Set the factors of a PiSSA, fixed and trained, to √S of the largest singular values of the base's weights.
 
@@ -107,14 +143,18 @@ def file_rank(lora: Mapping[str, Any]) -> int:
     return lora["rank"] * (2 if lora.get("variant") == "pissa" else 1)
 
 
-def file_tensors(dit: Decoder) -> dict[str, Tensor]:
-    """Copy the LoRA to host memory as PEFT's file holds it, by the names in that file."""
+def adapter_parameters(dit: Decoder, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """Return an adapter's trained parameters by their names in D."""
+    return {name: value for name, value in dit.named_parameters() if f".{adapter}." in name}
+
+
+def file_tensors(dit: Decoder, adapter: str = ADAPTER) -> dict[str, Tensor]:
+    """Copy an adapter to host memory as PEFT's file holds it, by the names in that file; empty if D lacks it."""
     tensors = {
-        _peft_name(name): value.detach().cpu().contiguous()
-        for name, value in dit.named_parameters()
-        if f".{ADAPTER}." in name
+        _peft_name(name, adapter): value.detach().cpu().contiguous()
+        for name, value in adapter_parameters(dit, adapter).items()
     }
-    for name, start in start_factors(dit).items():
+    for name, start in start_factors(dit).items() if tensors else ():
         key = _file_name(name)
         joined = (tensors[key], start.cpu()) if name.endswith(".A") else (tensors[key], -start.cpu())
         tensors[key] = torch.cat(joined, dim=0 if name.endswith(".A") else 1)
@@ -122,15 +162,14 @@ def file_tensors(dit: Decoder) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_file_tensors(dit: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `file_tensors` returned."""
+def load_file_tensors(dit: Decoder, tensors: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
+    """Load what `file_tensors` returned of an adapter."""
     starts = {_file_name(name): (name.endswith(".A"), start) for name, start in start_factors(dit).items()}
-    for name, parameter in dit.named_parameters():
-        if f".{ADAPTER}." not in name:
-            continue
-        value = tensors[_peft_name(name)]
-        if _peft_name(name) in starts:
-            is_a, start = starts[_peft_name(name)]
+    for name, parameter in adapter_parameters(dit, adapter).items():
+        in_file = _peft_name(name, adapter)
+        value = tensors[in_file]
+        if in_file in starts:
+            is_a, start = starts[in_file]
             value, fixed = value.chunk(2, dim=0 if is_a else 1)
             start.copy_(fixed if is_a else -fixed)
         parameter.copy_(value)
@@ -160,7 +199,8 @@ def _fused_linear() -> type:
             if args or kwargs or self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
             base: Any = self.get_base_layer()
-            found = lora_linear(x, base, *_factors(self), self.scaling[ADAPTER])
+            adapter = self.active_adapters[0]
+            found = lora_linear(x, base, *_factors(self, adapter), self.scaling[adapter])
             return super().forward(x) if found is None else found
 
     return FusedLinear
@@ -172,17 +212,17 @@ def _layers(dit: Decoder) -> Iterator[Any]:
     return (module for module in dit.modules() if isinstance(module, Linear))
 
 
-def _factors(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+def _factors(layer: Any, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def _without_start(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return (output - getattr(layer, _START)(inputs[0])).to(output.dtype)
 
 
-def _peft_name(name: str) -> str:
+def _peft_name(name: str, adapter: str = ADAPTER) -> str:
     """Return the name that PEFT gives a LoRA weight in its file."""
-    plain = name.replace(f".{ADAPTER}.", ".")
+    plain = name.replace(f".{adapter}.", ".")
     return "base_model.model." + plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 

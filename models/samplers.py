@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ class Solver:
     The network alone relates a frame to other frames. So a part of x may be steps ahead of the rest, and states may be
     cut and joined along T between steps; `models.wavefront` relies on that.
 
+    Attributes:
+        levels: the noise levels of the schedule, one more than there are steps.
+
     Raises:
         ValueError: the sampler is unknown, or ``steps`` is less than 1.
     """
@@ -62,7 +66,8 @@ class Solver:
     def __init__(self, diffusion: Diffusion, *, steps: int, sampler: str) -> None:
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler '{sampler}': choose one of {', '.join(SAMPLERS)}")
-        self._diffusion, self._step, self._levels = diffusion, SAMPLERS[sampler], _levels(diffusion, steps)
+        self._diffusion, self._step = diffusion, SAMPLERS[sampler]
+        self.levels = _levels(diffusion, steps)
 
     def begin(self, noise: Tensor) -> State:
         """Return the state before the first step, for standard gaussian ``noise`` (B, C, T)."""
@@ -72,14 +77,14 @@ class Solver:
     def step(self, network: Network, state: State, done: int) -> State:
         """Take a step after ``done`` earlier ones; return the new state."""
 
-        def denoise(x: Tensor, level: _Level) -> Tensor:
+        def denoise(x: Tensor, level: Level) -> Tensor:
             return self._diffusion.denoise(network, x, x.new_full((len(x),), level.t))
 
-        return self._step(denoise, state, self._levels, done)
+        return self._step(denoise, state, self.levels, done)
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """One noise level of a schedule, as Python floats, so that no step waits for the device."""
 
     t: float
@@ -92,13 +97,13 @@ class _Level:
         return math.log(self.alpha / self.sigma)
 
 
-def _levels(diffusion: Diffusion, steps: int) -> list[_Level]:
+def _levels(diffusion: Diffusion, steps: int) -> list[Level]:
     t = diffusion.schedule(steps)
     alpha, sigma = diffusion.coefficients(t)
-    return [_Level(*numbers) for numbers in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+    return [Level(*numbers) for numbers in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
 
 
-def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
+def _transfer(x: Tensor, x0: Tensor, here: Level, there: Level) -> Tensor:
     """Step from level ``here`` to ``there``, assuming a constant estimate ``x0``; the noise in ``x`` is only rescaled.
 
     This is the first-order step of DDIM and DPM-Solver++. It is Euler's step, too, because alpha and sigma are linear
@@ -108,17 +113,17 @@ def _transfer(x: Tensor, x0: Tensor, here: _Level, there: _Level) -> Tensor:
     return ratio * x + (there.alpha - ratio * here.alpha) * x0
 
 
-Denoise = Callable[[Tensor, _Level], Tensor]
-Step = Callable[[Denoise, State, Sequence[_Level], int], State]
+Denoise = Callable[[Tensor, Level], Tensor]
+Step = Callable[[Denoise, State, Sequence[Level], int], State]
 """Takes a state from one level of the schedule to the next; the number counts the steps already done."""
 
 
-def _euler(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
+def _euler(denoise: Denoise, state: State, levels: Sequence[Level], done: int) -> State:
     (x,), (here, there) = state, levels[done : done + 2]
     return (_transfer(x, denoise(x, here), here, there),)
 
 
-def _heun(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
+def _heun(denoise: Denoise, state: State, levels: Sequence[Level], done: int) -> State:
     """Run algorithm 1 of Karras et al. 2022: average the slopes at both ends of a step; the last step is Euler's."""
     (x,), (here, there) = state, levels[done : done + 2]
     x0 = denoise(x, here)
@@ -130,13 +135,13 @@ def _heun(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -
     return (x + (slope + slope_there) / 2,)
 
 
-def _increment(x: Tensor, x0: Tensor, at: _Level, here: _Level, there: _Level) -> Tensor:
+def _increment(x: Tensor, x0: Tensor, at: Level, here: Level, there: Level) -> Tensor:
     """Return the increment of x from ``here`` to ``there`` along the ODE's slope for ``x`` and ``x0`` at ``at``."""
     noise = (x - at.alpha * x0) / at.sigma
     return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
 
-def _dpmpp(denoise: Denoise, state: State, levels: Sequence[_Level], done: int) -> State:
+def _dpmpp(denoise: Denoise, state: State, levels: Sequence[Level], done: int) -> State:
     """Run DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): extrapolate x0 in λ to the step's middle.
 
     At alpha = 0 and at sigma = 0, λ is infinite and x0 can't be extrapolated, so the step is of order 1. The state
@@ -178,9 +183,54 @@ def generate(
         sampling: sampler, steps, guidance and temperature.
         progress: called after every step with (steps done, steps).
     """
-    network = network_of(dit, conditions, guidance=sampling.guidance)
-    noise_BCT = sampling.temperature * noise_BCT
-    return sample(diffusion, network, noise_BCT, steps=sampling.steps, sampler=sampling.sampler, progress=progress)
+    return decode_steps(GuidedSteps(diffusion, sampling), dit, noise_BCT, conditions, progress=progress)
+
+
+class DecodingSteps(Protocol):
+    """The steps in which D samples x0 from noise, one at a time. States may be cut and joined, as a `Solver`'s may."""
+
+    steps: int
+    """Number of steps."""
+
+    def begin(self, noise_BCT: Tensor) -> State:
+        """Return the state before the first step, for standard gaussian noise."""
+
+    def step(self, dit: Callable[..., Tensor], conditions: Mapping[str, Tensor], state: State, done: int) -> State:
+        """Take a step after `done` earlier ones with D and its conditions; return the new state."""
+
+
+class GuidedSteps:
+    """The steps of a sampler, with guidance and temperature."""
+
+    def __init__(self, diffusion: Diffusion, sampling: Sampling) -> None:
+        self._solver = Solver(diffusion, steps=sampling.steps, sampler=sampling.sampler)
+        self._sampling, self.steps = sampling, sampling.steps
+
+    def begin(self, noise_BCT: Tensor) -> State:
+        """Return the state before the first step."""
+        return self._solver.begin(self._sampling.temperature * noise_BCT)
+
+    def step(self, dit: Callable[..., Tensor], conditions: Mapping[str, Tensor], state: State, done: int) -> State:
+        """Take a step after `done` earlier ones."""
+        return self._solver.step(network_of(dit, conditions, guidance=self._sampling.guidance), state, done)
+
+
+@torch.no_grad()
+def decode_steps(
+    steps: DecodingSteps,
+    dit: Callable[..., Tensor],
+    noise_BCT: Tensor,
+    conditions: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Take all the steps from noise (B, C, T) to x0; the other arguments are those of `generate`."""
+    state = steps.begin(noise_BCT)
+    for done in range(steps.steps):
+        state = steps.step(dit, conditions, state, done)
+        if progress is not None:
+            progress(done + 1, steps.steps)
+    return state[0]
 
 
 def network_of(dit: Callable[..., Tensor], conditions: Mapping[str, Tensor], *, guidance: float) -> Network:

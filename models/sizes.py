@@ -95,8 +95,18 @@ class DiTConfig:
             )
 
 
+@dataclass
+class WooshFlowMapConfig(DiTConfig):
+    """Size and shape of a `WooshFlowMap`: those of the DiT that it was distilled from."""
+
+    kind: str = "woosh_flow_map"
+    """Marks these sizes as those of a `WooshFlowMap` in files; it is always `woosh_flow_map`."""
+
+
 DecoderConfig = DiTConfig | StableAudioConfig | StableAudio3Config
-_RELEASED: dict[str, type[DecoderConfig]] = {kind.kind: kind for kind in (StableAudioConfig, StableAudio3Config)}
+_RELEASED: dict[str, type[DecoderConfig]] = {
+    kind.kind: kind for kind in (StableAudioConfig, StableAudio3Config, WooshFlowMapConfig)
+}
 """The sizes of public releases, by the `kind` that marks them in files."""
 
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.diffusion import Diffusion
-from models.samplers import Solver, State, network_of
-from models.sizes import Sampling
+from models.samplers import DecodingSteps, State
 from models.windows import WINDOWS_AT_ONCE, JointWindows, joint_shift, joint_starts
 
 
@@ -36,16 +34,14 @@ class Wavefront:
 
     Args:
         joint: D and f in windows.
-        diffusion: the formulation that D was trained with.
-        sampling: sampler, steps, guidance and temperature.
+        steps: the steps of the codec, from noise to x0.
         frames: of the whole sound, more than 1.5 windows.
     """
 
-    def __init__(self, joint: JointWindows, diffusion: Diffusion, *, sampling: Sampling, frames: int) -> None:
-        self._joint, self._sampling, self._frames = joint, sampling, frames
-        self._solver = Solver(diffusion, steps=sampling.steps, sampler=sampling.sampler)
+    def __init__(self, joint: JointWindows, steps: DecodingSteps, *, frames: int) -> None:
+        self._joint, self._steps, self._frames = joint, steps, frames
         places = [_cells(joint_starts(frames, joint.window, joint.pooling, step), joint.window) for step in (0, 1)]
-        self._levels = [_Level(cells=places[step % 2]) for step in range(sampling.steps)]
+        self._levels = [_Level(cells=places[step % 2]) for step in range(steps.steps)]
         self._z_BZN: Tensor | None = None
         self._z_begin = 0
 
@@ -55,7 +51,7 @@ class Wavefront:
         They follow those that were returned before. None if there are none yet.
         """
         self._z_BZN = z_BZN if self._z_BZN is None else torch.cat([self._z_BZN, z_BZN], dim=-1)
-        states = [self._solver.begin(self._sampling.temperature * noise_BCT)]
+        states = [self._steps.begin(noise_BCT)]
         for done, level in enumerate(self._levels):
             for state in states:
                 level.extend(state)
@@ -71,11 +67,10 @@ class Wavefront:
         begins = [start - cell.begin for start in cell.starts]
         z_BZN = z_BZN[..., (cell.begin - self._z_begin) // pooling : (cell.end - self._z_begin) // pooling]
 
-        def dit(x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None) -> Tensor:
-            return self._joint.predict(begins, x_BCT, t_B, condition=condition)
+        def dit(x_BCT: Tensor, t_B: Tensor, **inputs: Tensor) -> Tensor:
+            return self._joint.predict(begins, x_BCT, t_B, **inputs)
 
-        network = network_of(dit, {"condition": z_BZN}, guidance=self._sampling.guidance)
-        return self._solver.step(network, level.take(cell), done)
+        return self._steps.step(dit, {"condition": z_BZN}, level.take(cell), done)
 
     def _forget_z(self) -> None:
         """Drop the vectors z of frames that the last step has passed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -95,15 +95,17 @@ class JointWindows:
         """Return the first frame of each window in this step."""
         return joint_starts(frames, self.window, self.pooling, self.step)
 
-    def __call__(self, x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Any) -> Tensor:
+    def __call__(self, x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Tensor) -> Tensor:
         """Return D's prediction for x (B, C, T) at the noise levels t (B,); `condition` is z (B, Z, N) itself.
+
+        `further` arguments of D have a row for each clip.
 
         Where windows overlap, near the ends of x, each frame is taken from the window whose middle is nearer.
         """
         return self.predict(self.starts(x_BCT.shape[-1]), x_BCT, t_B, condition=condition, **further)
 
     def predict(
-        self, begins: list[int], x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Any
+        self, begins: list[int], x_BCT: Tensor, t_B: Tensor, *, condition: Tensor | None = None, **further: Tensor
     ) -> Tensor:
         """Do what a call does with windows that begin at the frames `begins` and cover x."""
         predicted_BCT = torch.empty_like(x_BCT)
@@ -112,9 +114,10 @@ class JointWindows:
         for group in _groups(kept, max(1, WINDOWS_AT_ONCE // len(x_BCT))):
             starts = [start for start, _, _ in group]
             x_WBCT = torch.stack([x_BCT[..., start : start + self.window] for start in starts])
+            inputs = {name: torch.cat([value] * len(group)) for name, value in further.items()}
             if condition is not None:
-                further = further | {"condition": self.f(self._z(condition, starts).flatten(0, 1))}
-            parts = self.dit(x_WBCT.flatten(0, 1), t_B.repeat(len(group)), **further).unflatten(0, x_WBCT.shape[:2])
+                inputs["condition"] = self.f(self._z(condition, starts).flatten(0, 1))
+            parts = self.dit(x_WBCT.flatten(0, 1), t_B.repeat(len(group)), **inputs).unflatten(0, x_WBCT.shape[:2])
             for (start, first, last), part_BCT in zip(group, parts, strict=True):
                 predicted_BCT[..., first:last] = part_BCT[..., first - start : last - start]
         return predicted_BCT

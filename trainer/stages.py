@@ -33,7 +33,7 @@ class Stage:
     builds_on: tuple[str, ...] = ()
     """Candidates for the previous stage, whose export this stage uses: the first one that the recipe needs."""
     evaluates: tuple[str, ...] = ()
-    """Trained stages whose exports this stage evaluates. All of them must be done before."""
+    """Trained stages whose exports this stage evaluates. All of them that the recipe needs must be done before."""
     learned_from: tuple[str, ...] = ()
     """Keys of the recipe that decide what is learned, in addition to the stage's own key and those that all stages
     share. A run whose recipe changes one of them is not resumed."""
@@ -137,9 +137,18 @@ STAGES: dict[str, Stage] = {
             learned_from=("diffusion", "quantizer"),
         ),
         Stage(
+            "distill",
+            "D in one to four steps, taught by its own decodes; where the recipe asks for it",
+            task="trainer.distillation:Distill",
+            needed=lambda config: config.stage("distill").samples > 0,
+            builds_on=("finetune",),
+            learned_from=("diffusion", "quantizer", "sampling", "distillation"),
+            defaults={"samples": 0, "condition_dropout": 0.0, "text_dropout": 1.0},
+        ),
+        Stage(
             "evaluate",
             "figures on the held-out clips",
-            evaluates=("autoencode", "quantize", "finetune"),
+            evaluates=("autoencode", "quantize", "finetune", "distill"),
             resources={"nodes": 1, "gpus_per_node": 1, "tasks_per_node": 1},
             array=True,
             progress_files="pieces/*/*",

@@ -24,6 +24,7 @@ from models.diffusion import make_diffusion
 from models.latent_encoder import start_features
 from models.lora import start_factors
 from models.samplers import generate
+from models.sizes import Sampling
 from models.weights import hash_state, save_weights
 from trainer import formulation
 from trainer.data.conditions import ConditionReader
@@ -202,7 +203,12 @@ class CodecTask(Task):
         if self.codec.quantizer is not None:
             z_BZN = self.codec.quantizer.decode(self.codec.quantizer.encode(z_BZN.transpose(1, 2))).transpose(1, 2)
         noise = self.codec.noise(seeds, z_frames)
-        return self.codec.z_to_audio(z_BZN, noise, sampling=self.config.sampling, progress=progress)
+        return self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling, progress=progress)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How held-out clips are decoded for the log."""
+        return self.config.sampling
 
     def export(self, folder: Path) -> str:
         """Write the whole codec as it is after this stage."""

@@ -339,7 +339,8 @@ def _export(t: Training, weights: dict[str, torch.Tensor], tried: Tried) -> None
     finished.reporter = t.task.reporter
     finished.finish(t.feed.from_the_beginning(whole=True), t.parallel.device)
     exported = finished.export(t.run.export)
-    files = sorted(path.name for path in t.run.export.iterdir() if path.suffix in (".json", ".safetensors"))
+    written = [path for path in t.run.export.rglob("*") if path.suffix in (".json", ".safetensors")]
+    files = sorted(path.relative_to(t.run.export).as_posix() for path in written)
     averages = {"averages": tried, "average": chosen(tried)} if tried else {}
     t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files, **averages)
     logger.info("%s: done, exported to %s", t.task.stage, t.run.export)

@@ -158,6 +158,7 @@ class StableAudioDiT(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         condition: Tensor | None = None,
+        time_shift: Tensor | None = None,
     ) -> Tensor:
         """Predict the network's output `(B, C, T)` for noised latents.
 
@@ -168,6 +169,7 @@ class StableAudioDiT(nn.Module):
             text_mask: `(B, text_tokens)`, 1 where `text` holds a token and 0 elsewhere; a row of zeros is
                 unconditional. None uses all tokens of `text`.
             condition: `(B, width, T)`, added to the projected latents.
+            time_shift: `(B, width)`, added to the embedding of the noise level; see `models.flow_map`.
 
         Raises:
             ValueError: a shape does not fit.
@@ -179,6 +181,8 @@ class StableAudioDiT(nn.Module):
             x_BTD = x_BTD + condition.transpose(1, 2).type_as(x_BTD)
         start, end = self._seconds(len(x), x.shape[2], x.device)
         time_BD = self.time_embed(self.time_features(t).to(self.input.weight.dtype))
+        if time_shift is not None:
+            time_BD = time_BD + time_shift.type_as(time_BD)
         first_B1D = self.seconds_embed(torch.cat((start, end), 2)) + time_BD[:, None]
         x_BTD = torch.cat((first_B1D, x_BTD), 1)
         cross_BNE = self.text_embed(_cross_inputs(text, text_mask, start, end))

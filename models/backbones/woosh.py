@@ -14,9 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models.autoencoder import VocosAE
 from models.autoencoder_sizes import VocosConfig
+from models.backbones.woosh_flow_map import flow_map_config, flow_map_from_woosh
 from models.dit import DiT
 from models.documents import Natural, Size, damaged, fits
-from models.sizes import DiTConfig
+from models.sizes import DiTConfig, WooshFlowMapConfig
 from models.weights import Stored, Weights, filled, listed, open_safetensors, read
 from models.yaml_document import read_yaml
 
@@ -131,7 +132,7 @@ class _VocosSettings(TypedDict):
 
 
 def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
-    """Load Woosh-Flow or Woosh-AE from its folder, which holds `config.yaml` and `weights.safetensors`.
+    """Load Woosh-Flow, Woosh-DFlow or Woosh-AE from its folder, which holds `config.yaml` and `weights.safetensors`.
 
     Raises:
         ValueError: a file is missing or damaged, the weights are a pickle, or the model is another one.
@@ -149,17 +150,20 @@ def read_woosh_sizes(folder: str | Path) -> DiTConfig | VocosConfig:
     """Read the sizes of a release's model from its `config.yaml` alone; raises as `load_woosh_folder` does."""
     config, is_dit = _read_config(Path(folder))
     try:
-        return _dit_config(config) if is_dit else _vocos_config(config)
+        return _sizes_of_dit(config) if is_dit else _vocos_config(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], bool]:
-    """Read a release's config; return it and whether it is Woosh-Flow's."""
+    """Read a release's config; return it and whether it is that of a D, which Woosh-DFlow's has under `ldm`."""
     config = _read_yaml(folder / "config.yaml")
-    is_dit = config.get("model_type") == "LatentDiffusionModel"
+    of_dit = config["ldm"] if isinstance(config.get("ldm"), dict) else config
+    is_dit = of_dit.get("model_type") == "LatentDiffusionModel"
     if not is_dit and config.get("_target_") != _VOCOS_FIXED["_target_"]:
-        raise ValueError(f"{folder} holds another model than Woosh-Flow or Woosh-AE: only these two are supported")
+        raise ValueError(
+            f"{folder} holds another model than Woosh-Flow, Woosh-DFlow or Woosh-AE: only these are supported"
+        )
     return config, is_dit
 
 
@@ -170,20 +174,28 @@ def _dit_state(state: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
-    """Build a DiT with the weights of a Woosh-Flow model.
+    """Build a DiT with the weights of a Woosh-Flow model, or a `WooshFlowMap` with those of a Woosh-DFlow model.
 
     Args:
-        config: the release's config, of which only `dit` (sizes) and `pred_type` are used.
+        config: the release's config, of which only `dit` (sizes) and `pred_type` are used; Woosh-DFlow's has them under
+            `ldm`.
         state: the release's tensors by their names without the prefix `dit.`.
 
     Raises:
         ValueError: this DiT does not support the config, or a tensor is missing, unknown or of another shape.
     """
-    dit_config = _dit_config(config)
+    dit_config = _sizes_of_dit(config)
     # This tensor is empty, because the model has no such tokens; some exports leave it out.
-    empty = "preprocessing.memory_tokens_description"
-    kept = {name: value for name, value in state.items() if name != empty or value.shape.numel()}
+    empty = "memory_tokens_description"
+    kept = {name: value for name, value in state.items() if not name.endswith(f".{empty}") or value.shape.numel()}
+    if isinstance(dit_config, WooshFlowMapConfig):
+        return flow_map_from_woosh(dit_config, kept, _release_dit_name)
     return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _release_dit_name)
+
+
+def _sizes_of_dit(config: Mapping[str, Any]) -> DiTConfig:
+    """Return the sizes of Woosh-Flow's or of Woosh-DFlow's D."""
+    return flow_map_config(_dit_config(config["ldm"])) if "ldm" in config else _dit_config(config)
 
 
 def _dit_config(config: Mapping[str, Any]) -> DiTConfig:

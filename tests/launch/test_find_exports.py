@@ -47,6 +47,16 @@ def test_a_folder_that_can_not_be_listed_is_named_and_hides_no_other(tmp_path, m
     assert line.endswith("; it is passed over")
 
 
+def test_of_several_exports_of_a_model_a_stream_gets_the_distilled_one(tmp_path, monkeypatch):
+    exports = [tmp_path / f"runs/a/{stage}/export" for stage in ("autoencode", "distill", "finetune")]
+    for export in exports:
+        export.mkdir(parents=True)
+    monkeypatch.setattr(find_codec, "exports_of", lambda model: iter(exports))
+    assert find_codec.fitting_codec("0123", tmp_path / "a.spr") == exports[0]
+    (exports[1] / "distilled.safetensors").touch()
+    assert find_codec.fitting_codec("0123", tmp_path / "a.spr") == exports[1]
+
+
 def test_an_export_that_can_not_be_read_is_named_and_hides_no_other(tmp_path, monkeypatch, capsys):
     for run in ("a", "b", "no_quantizer"):
         export = tmp_path / "runs" / run / "finetune/export"

@@ -18,6 +18,8 @@ from models.magnitude_autoencoder import MagnitudeAE
 from models.prior import Prior
 from models.sizes import Sampling
 from tests.models.test_codec import HOP, make_codec, noise
+from tests.models.test_distilled import add as distil
+from tests.models.test_distilled import in_steps
 
 TOLERANCE = 2e-5
 """Sums are grouped otherwise; the audio has values of up to about 5."""
@@ -83,6 +85,14 @@ def test_the_sampling_is_that_of_the_file(codec, sampler):
     stream, sampling = make_stream(codec, 5.0), Sampling(steps=3, sampler=sampler, guidance=1.5, temperature=0.8)
     live = decode_live(codec, pieces(bitstream.write(stream), "in pieces"), sampling=sampling)
     torch.testing.assert_close(live, codec.decode(stream, sampling=sampling), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_distilled_codec_decodes_as_it_decodes_the_file(steps):
+    codec = distil(make_live_codec())
+    stream = make_stream(codec, 5.0)
+    live = decode_live(codec, pieces(bitstream.write(stream), "in pieces"), sampling=in_steps(steps))
+    torch.testing.assert_close(live, codec.decode(stream, sampling=in_steps(steps)), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("autoencoder", [SpectralAE, MagnitudeAE])

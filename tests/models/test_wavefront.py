@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.diffusion import FlowMatching
-from models.samplers import SAMPLERS, generate
+from models.samplers import SAMPLERS, GuidedSteps, generate
 from models.sizes import Sampling
 from models.wavefront import Wavefront, lookahead
 from models.windows import WINDOWS_AT_ONCE, JointWindows
@@ -35,7 +35,7 @@ def sampled_whole(z, noise, sampling):
 
 def sampled_live(z, noise, sampling, portion):
     """Return x0, and the greatest number of frames that had come and whose x0 had not."""
-    wave = Wavefront(make_joint(), FlowMatching(), sampling=sampling, frames=noise.shape[-1])
+    wave = Wavefront(make_joint(), GuidedSteps(FlowMatching(), sampling), frames=noise.shape[-1])
     parts, behind = [], 0
     for first in range(0, z.shape[-1], portion):
         came = min(first + portion, z.shape[-1])
@@ -72,7 +72,7 @@ def test_each_window_is_computed_once_a_step_and_a_few_are_taken_together():
         seen.append(len(x))
         return of_the_window(x, t, condition)
 
-    wave = Wavefront(make_joint(watched), FlowMatching(), sampling=Sampling(steps=2, sampler="euler"), frames=600)
+    wave = Wavefront(make_joint(watched), GuidedSteps(FlowMatching(), Sampling(steps=2, sampler="euler")), frames=600)
     wave.push(torch.randn(1, 4, 200), torch.randn(1, 4, 600))
     assert max(seen) == WINDOWS_AT_ONCE
     assert sum(seen) == 600 // WINDOW + 600 // WINDOW + 1

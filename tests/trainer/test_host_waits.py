@@ -79,7 +79,7 @@ class _Calls(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "prior", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "prior", "finetune", "distill"])
 @pytest.mark.parametrize("kind", ["residual", "qinco2", "fsq"])
 def test_a_pass_reads_nothing_back(stage, kind, tiny):
     if kind == "qinco2":
@@ -88,7 +88,10 @@ def test_a_pass_reads_nothing_back(stage, kind, tiny):
         chosen = ("quantizer.kind=fsq", "quantizer.books=4", "quantizer.size=16", "quantizer.rates=[4]")
     else:
         chosen = ("quantizer.kind=residual", "quantizer.books=3", "quantizer.size=32", "quantizer.rates=[3,1]")
-    config = tiny(*chosen, "prior.samples=8", "prior.global_batch=8", "prior.crop_frames=63")
+    asked = [
+        f"{name}.{key}" for name in ("prior", "distill") for key in ("samples=8", "global_batch=8", "crop_frames=63")
+    ]
+    config = tiny(*chosen, *asked, "distillation.steps=[2,1]")
     task = make_task(config, stage, models=OutlinedModels(config, config.dit))
     positions_B = torch.arange(6)
     x0_BCT = torch.randn(6, config.dit.channels, config.stage(stage).crop_frames)

@@ -142,9 +142,10 @@ def test_last_checkpoints_are_kept(whole):
     assert kept == ["step_000000000064", "step_000000000096"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "prior", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "autoencode", "quantize", "prior", "finetune", "distill"])
 def test_a_stage_moves_all_that_it_computes_with_except_the_frozen_base(tiny, tmp_path, stage):
-    config = tiny(*PRETRAIN, "pretrain.samples=8", "autoencode.samples=8", "quantizer.vectors=64")
+    short = [f"{name}.samples=8" for name in ("pretrain", "autoencode", "finetune")]
+    config = tiny(*PRETRAIN, *short, "quantizer.vectors=64")
     for before in [name for name in trained_stages()[: trained_stages().index(stage)] if name != "prior"]:
         assert train(config, before) == "done"
     task = make_task(config, stage)
@@ -153,7 +154,9 @@ def test_a_stage_moves_all_that_it_computes_with_except_the_frozen_base(tiny, tm
     tensors = {tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()}
     base = frozen_base(task.module)
     assert {tensor.device.type for tensor in tensors - base} == {"meta"}
-    assert {tensor.device.type for tensor in base} == ({"cpu"} if stage in ("autoencode", "finetune") else set())
+    assert {tensor.device.type for tensor in base} == (
+        {"cpu"} if stage in ("autoencode", "finetune", "distill") else set()
+    )
 
 
 def test_another_config_is_refused_and_nothing_is_lost(whole, tiny):

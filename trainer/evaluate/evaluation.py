@@ -313,6 +313,8 @@ class _Plan:
 
 def _require_ended(config: Config) -> None:
     for stage in STAGES["evaluate"].evaluates:
+        if not STAGES[stage].needed(config):
+            continue
         directory = RunDirectory(stage_folder(config, stage), stage)
         recorded_export(config, stage, needed_by="evaluate")
         require_recorded(config, stage, read_description(directory.export)["model"])

@@ -95,11 +95,15 @@ class Export:
         assert self.codec.quantizer is not None
         return self.codec.quantizer.decode(torch.stack(codes).to(self.device)).transpose(1, 2), files
 
-    def decode(self, z_BZN: Tensor | None, rows: Sequence[int], *, take: int = 0) -> Tensor:
-        """Decode z to audio (B, channels, samples) at the clips' sample rate; without z, draw unconditional samples."""
+    def decode(self, z_BZN: Tensor | None, rows: Sequence[int], *, take: int = 0, steps: int | None = None) -> Tensor:
+        """Decode z to audio (B, channels, samples) at the clips' sample rate; without z, draw unconditional samples.
+
+        `steps` replaces the number of steps in `sampling`.
+        """
+        sampling = self.sampling if steps is None else dataclasses.replace(self.sampling, steps=steps)
         samples = _length(self.clips.samples, self.clips.sample_rate, self.codec.autoencoder.sample_rate)
         noise = self.codec.noise(self.clips.seeds(rows, take), self.codec.z_frames(samples))
-        return self.back(self.codec.z_to_audio(z_BZN, noise, sampling=self.sampling))
+        return self.back(self.codec.z_to_audio(z_BZN, noise, sampling=sampling))
 
     def back(self, audio_BCS: Tensor) -> Tensor:
         """Bring audio from the codec's rate and channels to the clips', and cut it to the clips' length."""
@@ -157,6 +161,7 @@ class OwnCodec(SystemUnderTest):
         told: str = "own",
         takes: int = 1,
         control_of: str = "",
+        steps: int | None = None,
     ) -> None:
         """Describe the system; nothing is loaded yet.
 
@@ -167,11 +172,15 @@ class OwnCodec(SystemUnderTest):
             told: which z D is conditioned on: the clip's `own`, the next clip's (`other`), or none (`nothing`).
             takes: number of decodes of the page's clips.
             control_of: key of the system that this one is the control of, see `SystemUnderTest`.
+            steps: number of steps in which the distilled D decodes; None: as the run or the export samples.
         """
+        self.steps = steps
         self.export, self.system, self.books, self.told, self.takes = export, system, books, told, takes
         self.key, self.control_of = system.key, control_of
         sampling = dataclasses.asdict(export.asked) if export.asked else None
         facts = {"model": export.model_hash, "sampling": sampling, "books": books, "told": told, "takes": takes}
+        if steps is not None:
+            facts |= {"steps": steps, "parts": read_description(export.folder).get("parts")}
         self.identity = hash_values(facts | {"title": system.title})
 
     def decode(self, rows: Sequence[int]) -> Decoded:
@@ -184,14 +193,14 @@ class OwnCodec(SystemUnderTest):
             z_BZN, files = export.through_files(source, self.books)
         elif self.told != "nothing":
             z_BZN = export.z(source)
-        takes = [export.decode(z_BZN, rows)]
+        takes = [export.decode(z_BZN, rows, steps=self.steps)]
         page = [row for row in rows if row < clips.on_page]
         for take in range(1, self.takes if page else 1):
             takes.append(export.decode(None if z_BZN is None else z_BZN[: len(page)], page, take=take))
         return Decoded(
             self._described(),
             takes,
-            export.denoising(z_BZN, rows),
+            None if self.steps else export.denoising(z_BZN, rows),
             file_bytes=[len(file.content) for file in files],
             coded_bits=[bits for file in files if (bits := file.coded_bits) is not None],
         )
@@ -265,6 +274,8 @@ def own_sources(
             key = f"zq{books}" + ("" if finetuned else "_before")
             title = _KBPS + ("" if finetuned else ", before finetuning")
             rows.append(OwnCodec(of_stage[stage], System(key, title, "system", page=finetuned), books=books))
+    if "distill" in config.stages:
+        rows += _distilled(config, own_export(stage_folder(config, "distill") / "export"))
     for title, folder in config.evaluate.codecs.items():
         rows += _of_codec(title, Path(folder), functools.partial(open_export, sampling=None))
     rows = _with_takes(rows, config.evaluate.decodes)
@@ -278,6 +289,14 @@ def own_sources(
         OwnCodec(continuous, nothing, told="nothing"),
     ]
     return [Original(clips), Ceiling(continuous), *pairs], floors
+
+
+def _distilled(config: Config, export: Export) -> Iterator[OwnCodec]:
+    """Yield the systems of the distilled D: the highest rate, in each number of steps."""
+    books = config.rates[0]
+    for steps in sorted(config.distillation.steps, reverse=True):
+        title = f"{_KBPS} in {steps} step{'s' if steps > 1 else ''}"
+        yield OwnCodec(export, System(f"zq{books}_in{steps}", title, "system"), books=books, steps=steps)
 
 
 def _of_codec(title: str, folder: Path, open_export: Callable[[Path], Export]) -> Iterator[OwnCodec]:
@@ -305,19 +324,24 @@ def _rates(folder: Path) -> list[int]:
 
 def _with_takes(rows: list[OwnCodec], decodes: int) -> list[OwnCodec]:
     """Set several decodes for up to `VARIABLE` systems of the page: quantized ones, evenly over the rates, first."""
-    played = sorted((row for row in rows if row.system.page), key=lambda row: row.books is None)
+    played = [row for row in rows if row.system.page and row.steps is None]
+    played.sort(key=lambda row: row.books is None)
     in_bits = [row for row in played if row.books is not None]
     if len(in_bits) > VARIABLE:
         played = [in_bits[round(n * (len(in_bits) - 1) / (VARIABLE - 1))] for n in range(VARIABLE)]
     chosen = {row.key for row in played[:VARIABLE]}
     return [
-        OwnCodec(row.export, row.system, books=row.books, takes=decodes if row.key in chosen else 1) for row in rows
+        OwnCodec(row.export, row.system, books=row.books, takes=decodes, steps=row.steps) if row.key in chosen else row
+        for row in rows
     ]
 
 
 def _control(row: OwnCodec) -> list[OwnCodec]:
-    """Return the control of a system, decoded from another clip's codes; the control of `z` is one of the floors."""
-    if row.key == "z":
+    """Return the control of a system, decoded from another clip's codes; the control of `z` is one of the floors.
+
+    The distilled D needs none: it decodes the codes of the finetuned one.
+    """
+    if row.key == "z" or row.steps is not None:
         return []
     system = dataclasses.replace(row.system, key=f"{row.key}_other", page=False)
     return [OwnCodec(row.export, system, books=row.books, told="other", control_of=row.key)]

@@ -168,6 +168,14 @@ class QuantizerConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """What `distill` teaches D: to decode in few steps what D decodes with the recipe's `sampling`."""
+
+    steps: list[int] = ranged(lambda: [4, 2, 1], least=1)
+    """Numbers of steps in which D learns to decode, each below `sampling.steps`."""
+
+
+@dataclass
 class TrainConfig:
     """How one stage is trained. All lengths are in samples, so they hold for any batch size."""
 
@@ -323,6 +331,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)

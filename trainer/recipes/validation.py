@@ -54,6 +54,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_crops(config),
         *_codebooks(config),
         *_formulation(config),
+        *_distilled_steps(config),
         *_folders(config),
         *_evaluation(config),
         *(_released(config) if released else ()),
@@ -271,6 +272,19 @@ def _formulation(config: Config) -> list[str]:
     except ValueError as error:
         return [f"diffusion: {error}"]
     return []
+
+
+def _distilled_steps(config: Config) -> list[str]:
+    if not config.stage("distill").samples:
+        return []
+    steps, of = config.distillation.steps, config.sampling.steps
+    if not steps:
+        return ["distillation.steps is empty: set it to [4, 2, 1], or distill.samples=0"]
+    return [
+        f"distillation.steps holds {count}, which is not below sampling.steps={of}: remove it"
+        for count in steps
+        if count >= of
+    ]
 
 
 def _folders(config: Config) -> list[str]:

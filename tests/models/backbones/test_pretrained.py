@@ -212,7 +212,7 @@ def test_the_other_model_of_the_release_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a VocosAE, not a DiT"):
         load_dit(ae_folder(tmp_path))
     (tmp_path / "config.yaml").write_text("pretrained_model_type: videokontext\n")
-    with pytest.raises(ValueError, match="another model than Woosh-Flow or Woosh-AE"):
+    with pytest.raises(ValueError, match="another model than Woosh-Flow, Woosh-DFlow or Woosh-AE"):
         load_woosh_folder(tmp_path)
 
 

@@ -14,6 +14,7 @@ from trainer.log.metrics import read_metrics
 from trainer.log.throughput import Throughput, peak_tflops, sample_flops
 from trainer.loop import train
 from trainer.memory.outline import OutlinedModels
+from trainer.stages import trained_stages
 from trainer.tasks import make_task
 
 
@@ -32,12 +33,14 @@ def test_they_are_those_that_torch_counts_on_real_tensors(stage, tiny):
 
 @pytest.mark.parametrize("kind", ["residual", "qinco2"])
 def test_every_stage_is_counted(kind, tiny):
-    config = tiny(f"quantizer.kind={kind}", "prior.samples=8", "prior.global_batch=8", "prior.crop_frames=63")
-    counted = {
-        stage: sample_flops(config, stage) for stage in ("pretrain", "autoencode", "quantize", "prior", "finetune")
-    }
+    asked = [
+        f"{name}.{key}" for name in ("prior", "distill") for key in ("samples=8", "global_batch=8", "crop_frames=63")
+    ]
+    config = tiny(f"quantizer.kind={kind}", *asked, "distillation.steps=[2,1]")
+    counted = {stage: sample_flops(config, stage) for stage in trained_stages()}
     assert min(counted.values()) > 0
     assert counted["autoencode"] > counted["finetune"]  # g is frozen
+    assert counted["distill"] > 1.5 * counted["finetune"]  # three steps a sample; f is frozen
 
 
 def test_the_log_has_them_after_a_while(tiny, tmp_path, monkeypatch):

@@ -146,8 +146,9 @@ def test_resolved_config_starts_the_same_run(tmp_path):
 
 
 def test_stages_follow_from_what_is_given(tmp_path):
-    assert reading.load_recipe("demo", ["prior.samples=8", "prior.crop_frames=126"]).stages == list(STAGES)
-    assert reading.load_recipe("demo", []).stages == [stage for stage in STAGES if stage != "prior"]
+    asked = ["prior.samples=8", "prior.crop_frames=126", "distill.samples=8"]
+    assert reading.load_recipe("demo", asked).stages == list(STAGES)
+    assert reading.load_recipe("demo", []).stages == [name for name in STAGES if name not in ("prior", "distill")]
     given = reading.load_recipe("demo", [f"data.audio={tmp_path}", f"pretrained.folder={tmp_path}"])
     assert given.stages == ["prepare", "autoencode", "quantize", "finetune", "evaluate", "page"]
 
