@@ -84,6 +84,18 @@ def test_a_diffuse_sound_stays_diffuse():
     assert correlation(again(half_2S)) == pytest.approx(correlation(half_2S), abs=0.1)
 
 
+def test_a_band_that_is_at_no_place_is_decoded_to_unrelated_channels():
+    """A single frame of any sound is nearly at a place, but D may predict what lies between the places."""
+    ae = StereoMagnitudeAE()
+    x0_BCT = ae.encode(noises()[None])
+    x0_BCT[:, 128:192] = 0
+    x0_BCT[:, 192:] = -ae.correlation_mean / ae.correlation_spread
+    decoded_2S = ae.decode(x0_BCT)[0]
+    assert abs(correlation(decoded_2S)) < 0.05
+    levels_db = 10 * decoded_2S.square().mean(1).log10()
+    assert float(levels_db[0] - levels_db[1]) == pytest.approx(0, abs=0.5)
+
+
 def test_the_image_is_kept_where_mid_and_side_by_themselves_lose_it():
     audio_2S = panned(voice(), 20) + panned(noises()[0], 80)
     mono = MagnitudeAE()
