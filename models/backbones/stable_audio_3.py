@@ -159,6 +159,7 @@ class StableAudio3DiT(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         condition: Tensor | None = None,
+        time_shift: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity `(B, C, T)` from noise to data for noised latents.
 
@@ -169,6 +170,7 @@ class StableAudio3DiT(nn.Module):
             text_mask: `(B, text_tokens)`, 1 where `text` holds a token and 0 elsewhere; a row of zeros is
                 unconditional. None uses all tokens of `text`.
             condition: `(B, width, T)`, added to the projected latents.
+            time_shift: `(B, width)`, added to the embedding of the noise level; see `models.flow_map`.
 
         Raises:
             ValueError: a shape does not fit.
@@ -184,6 +186,8 @@ class StableAudio3DiT(nn.Module):
         # What modulates and conditions the blocks: noise level, duration and text.
         seconds_BE = self.seconds(torch.full_like(t, x.shape[2] * self.config.frame_seconds, dtype=torch.float32))
         time_BD = self.time_embed(self.time_features(t.float()[:, None]).to(dtype))
+        if time_shift is not None:
+            time_BD = time_BD + time_shift.type_as(time_BD)
         modulation_BD = self.modulation(self.seconds_embed(seconds_BE) + time_BD)
         text_BND = self.text_embed(self._cross_inputs(text, text_mask, seconds_BE))
         nothing_given = x_BCT.new_zeros(1, 1, self.config.inpainting_width)

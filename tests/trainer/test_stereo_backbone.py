@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,21 @@ def test_every_strategy_learns_the_same(make, tmp_path):
         for way, overrides in WAYS.items():
             curve = learned_curve(make(tmp_path, "autoencode.global_batch=4", *overrides), x0_BCT, conditions)
             assert curve == pytest.approx(reference, rel=1e-5), way
+
+
+def test_it_is_distilled_and_learns_where_a_step_ends(trained, make, tmp_path):
+    for stage in ("autoencode", "quantize", "finetune"):
+        (tmp_path / stage).symlink_to(trained / stage)
+    settings = ("distillation.steps=[1]", "distill.samples=16", "distill.warmup=0", "distill.lr=1e-2")
+    assert train(make(tmp_path, *settings, f"distill.crop_frames={FRAMES}"), "distill") == "done"
+    before, after = (SPresso.from_pretrained(tmp_path / stage / "export") for stage in ("finetune", "distill"))
+    stream = before.encode(0.1 * torch.randn(2, 9001))
+    taught, untaught = (dataclasses.replace(before.config.sampling, steps=steps) for steps in (1, 2))
+    assert torch.equal(after.decode(stream, sampling=untaught), before.decode(stream, sampling=untaught))
+    assert not torch.equal(after.decode(stream, sampling=taught), before.decode(stream, sampling=taught))
+    assert after.distilled is not None
+    x_BCT, t_B, shift_BD = torch.randn(1, release.CHANNELS, FRAMES), torch.tensor([0.5]), torch.ones(1, 32)
+    assert after.distilled.second_time.out.weight.abs().max() > 0
+    with torch.no_grad():
+        assert torch.equal(after.dit(x_BCT, t_B, time_shift=0 * shift_BD), after.dit(x_BCT, t_B))
+        assert not torch.equal(after.dit(x_BCT, t_B, time_shift=shift_BD), after.dit(x_BCT, t_B))
