@@ -22,6 +22,9 @@ class Places:
     columns: NDArray[np.int64]
     """(6, n): each sample's shard, its offset, length and checksum, and the start and end of its bytes in the batch."""
 
+    def __len__(self) -> int:
+        return self.columns.shape[1]
+
     def __iter__(self) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Return an iterator over the samples: (shard, offset, length, checksum, start, end)."""
         return zip(*self.columns.tolist(), strict=True)

@@ -8,20 +8,20 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from models.documents import Natural, parse_json, to_json
+from trainer.data.crops import Crop, Cuts, Planned, draw_spans
 from trainer.data.order import Order
 from trainer.data.places import Reads
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import DamagedSample
 from trainer.files import locked
-from trainer.randomness import below
 
 _SUBSTITUTES = 64  # the number of samples tried as a replacement for a damaged one
 
@@ -53,21 +53,6 @@ def cut(shard_set: ShardSet, lengths: list[int]) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class Crop:
-    """The samples of a batch that one reader reads; each field is a column (B,)."""
-
-    places: NDArray[np.int64]
-    """Places in the reader's order."""
-    ids: NDArray[np.int64]
-    bits: NDArray[np.int64]
-    """64 random bits for the start of each crop."""
-    rows: NDArray[np.int64]
-    """Rows of the batch."""
-    reads: Reads | None = None
-    """The samples' reads, or None if they are not planned yet."""
-
-
-@dataclass(frozen=True)
 class Reader:
     """Reads crops of the samples of one part in its order; damaged samples are replaced."""
 
@@ -86,12 +71,30 @@ class Reader:
         ids = self.order.ids(places)
         return ids if self.part.ids is None else self.part.ids[ids]
 
-    def plan_reads(
-        self, ids: NDArray[np.int64], batches: NDArray[np.int64], count: int, *, channels: int
-    ) -> list[Reads]:
-        """Plan the reads of `count` batches: of samples (n,), in the order of their batches (n,)."""
-        rows = np.arange(len(ids)) - np.searchsorted(batches, batches)
-        return self.shard_set.plan_reads(ids, rows, batches, count, row_bytes=self._row_bytes(channels))
+    def plan(
+        self,
+        ids: NDArray[np.int64],
+        bits: NDArray[np.int64],
+        batches: NDArray[np.int64],
+        count: int,
+        *,
+        channels: int,
+    ) -> list[Planned]:
+        """Plan the reads and the crops of `count` batches, which costs far less for many at once than for each of them.
+
+        Args:
+            ids: (n,), the samples in the order of their batches.
+            bits: (n,), 64 random bits for the start of each crop.
+            batches: (n,), each sample's batch, 0 … count - 1.
+            count: the number of batches.
+            channels: C.
+        """
+        bounds = np.searchsorted(batches, np.arange(count + 1))
+        rows = np.arange(len(ids)) - bounds[batches]
+        reads = self.shard_set.plan_reads(ids, rows, batches, count, row_bytes=self._row_bytes(channels))
+        spans = draw_spans(self.shard_set, ids, bits, self.part.frames)
+        parts = (spans.part(start, end) for start, end in pairwise(bounds.tolist()))
+        return [Planned(*planned) for planned in zip(reads, parts, strict=True)]
 
     def _row_bytes(self, channels: int) -> int:
         """Return the bytes of the set's longest clip."""
@@ -108,33 +111,29 @@ class Reader:
         Returns:
             (B,), the ids of the samples that were read: those of `crop`, except for replaced samples.
         """
-        channels, frames = out.shape[1:]
+        channels = out.shape[1]
+        (planned,) = (
+            [crop.planned]
+            if crop.planned
+            else self.plan(crop.ids, crop.bits, np.zeros_like(crop.ids), 1, channels=channels)
+        )
         # If the crops fill the batch and every clip is as long as a crop, read directly into the batch.
         if len(crop.rows) == len(out) and self.reads_whole_clips:
-            return self._fill(crop, out.reshape(len(out), -1))
-        values = np.empty((len(crop.rows), self._row_bytes(channels) // 2), np.float16)
-        ids = self._fill(crop, values)
-        lengths = self.shard_set.index["frames"][ids].astype(np.int64)
-        # Cut a crop out of each clip at a random start, and pad the clips that are shorter.
-        starts = below(torch.from_numpy(np.maximum(0, lengths - frames) + 1), torch.from_numpy(crop.bits))
-        for row, clip, length, start in zip(crop.rows.tolist(), values, lengths.tolist(), starts.tolist(), strict=True):
-            clip_CT = clip[: channels * length].reshape(channels, length)
-            if length >= frames:
-                out[row] = clip_CT[:, start : start + frames]
-                continue
-            out[row, :, :length] = clip_CT
-            if mask is not None:
-                out[row, :, length:] = 0
-                mask[row, length:] = False
-        return ids
+            return self._fill(crop, planned.reads, out.reshape(len(out), -1))
+        clips = np.empty((len(crop.rows), self._row_bytes(channels) // 2), np.float16)
+        return self._fill(crop, planned.reads, clips, Cuts(clips, planned.spans, crop.rows, out, mask))
 
-    def _fill(self, crop: Crop, values: NDArray[np.float16]) -> NDArray[np.int64]:
+    def _fill(
+        self, crop: Crop, reads: Reads, values: NDArray[np.float16], cuts: Cuts | None = None
+    ) -> NDArray[np.int64]:
+        """Read samples into the rows of `values`, from where `cuts` cuts each of them; returns the samples' ids."""
         ids = crop.ids.copy()
-        shard_set, reads = self.shard_set, crop.reads
-        problems = shard_set.read(ids, values) if reads is None else shard_set.read_planned(reads, values)
-        for row, problem in problems.items():
+        for row, problem in self.shard_set.read_planned(reads, values, cuts).items():
             self.damage.note(self.shard_set, int(ids[row]), problem)
             ids[row] = self._substitute(int(crop.places[row]), values[row : row + 1])
+            if cuts is not None:
+                one = slice(row, row + 1)
+                cuts.replace(row, draw_spans(self.shard_set, ids[one], crop.bits[one], self.part.frames))
         return ids
 
     def _substitute(self, place: int, value: NDArray[np.float16]) -> int:

@@ -7,7 +7,7 @@ import io
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from models.disk_errors import NO_FILE, PASSING, with_number
 from models.documents import DamagedDocument, opened
 from models.readable import describe_os_error
 from trainer.data.index_file import CHECKED, is_described, read_whole
+from trainer.data.local_reads import Memory, Taken, read_each
 from trainer.data.places import Places, Reads, plan_reads
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.set_description import read_description
@@ -151,7 +152,7 @@ class ShardSet:
 
         Args:
             ids: (B,), the samples' rows in the index.
-            out: (B, n), n at least C · frames of the longest sample.
+            out: (B, n), n at least C · frames of the longest sample, contiguous.
 
         Returns:
             The problem of each sample that could not be read, by its row of `out`. The content of such a row is
@@ -179,41 +180,28 @@ class ShardSet:
 
         return plan_reads(self.index, ids, rows=rows, batches=batches, count=count, fits=fits, row_bytes=row_bytes)
 
-    def read_planned(self, reads: Reads, out: NDArray[np.float16]) -> dict[int, DamagedSample]:
-        """Do as `read` does, for reads that `plan_reads` planned for rows as long as those of `out`."""
-        buffer, row_bytes = out.reshape(-1).view(np.uint8).data, out.strides[0]
-        problems = {row * row_bytes: self._index_damaged() for row in reads.damaged}
-        for number in self._read_each(reads.alone, buffer):
-            problems |= self._read_run(reads.alone.part(number, number + 1), buffer)
-        for run in reads.runs:
-            problems |= self._read_run(run, buffer)
-        return {start // row_bytes: problem for start, problem in problems.items()}
+    def read_planned(
+        self, reads: Reads, out: NDArray[np.float16], taken: Taken | None = None
+    ) -> dict[int, DamagedSample]:
+        """Do as `read` does, for reads that `plan_reads` planned for rows as long as those of `out`.
 
-    def _read_each(self, places: Places, buffer: memoryview) -> Iterable[int]:
-        """Read samples of a local set; returns the numbers of those that it could not read whole and unchanged.
-
-        This is the hot path of a shuffled order. `_read_run` finds out the reasons of its failures, and reads the
-        samples of a remote set.
+        `taken` takes each sample out of `out` once it is read; without it, each stays in its row.
         """
-        if self._cache is not None:
-            return range(places.columns.shape[1])
-        failed, open_shard, preadv = [], self._open, os.preadv
-        for number, (shard, offset, length, checksum, start, end) in enumerate(places):
-            values = buffer[start:end]
-            try:
-                file = open_shard(shard)
-                # The checksum is computed while the sample's bytes are still in the processor's cache.
-                if preadv(file.fileno(), (values,), offset) != length or crc32(values) != checksum:
-                    failed.append(number)
-            except OSError:
-                failed.append(number)
-        return failed
+        memory = Memory(out.reshape(-1).view(np.uint8).data, out.strides[0], taken)
+        problems = {row: self._index_damaged() for row in reads.damaged}
+        # `_read_run` finds out the reasons of failures, and reads the samples of a remote set.
+        failed = read_each(reads.alone, memory, self._open) if self._cache is None else range(len(reads.alone))
+        for number in failed:
+            problems |= self._read_run(reads.alone.part(number, number + 1), memory)
+        for run in reads.runs:
+            problems |= self._read_run(run, memory)
+        return problems
 
-    def _read_run(self, places: Places, buffer: memoryview) -> dict[int, DamagedSample]:
+    def _read_run(self, places: Places, memory: Memory) -> dict[int, DamagedSample]:
         """Read samples at rising offsets of one shard with one system call.
 
-        Returns the problem of each sample that could not be read, by its start in the buffer. Raises OSError if the
-        disk fails, because the samples may be whole.
+        Returns the problem of each sample that could not be read, by its row. Raises OSError if the disk fails, because
+        the samples may be whole.
         """
         run = list(places)
         shard, first, *_ = run[0]
@@ -221,18 +209,20 @@ class ShardSet:
         for _, offset, length, _, start, end in run:
             if offset > position:
                 targets.append(memoryview(bytearray(offset - position)))
-            targets.append(buffer[start:end])
+            targets.append(memory.buffer[start:end])
             position = offset + length
         try:
             read = self._patiently(shard, lambda file: os.preadv(file.fileno(), targets, first))
         except (_NoSuchPlaceError, MissingFileError) as error:
-            return {start: self._damaged(shard, offset, str(error)) for _, offset, _, _, start, _ in run}
+            return {memory.row(start): self._damaged(shard, offset, str(error)) for _, offset, _, _, start, _ in run}
         problems = {}
         for _, offset, length, checksum, start, end in run:
             if offset + length - first > read:
-                problems[start] = self._damaged(shard, offset, "the shard is truncated")
-            elif crc32(buffer[start:end]) != checksum:
-                problems[start] = self._damaged(shard, offset, "the checksum is wrong")
+                problems[memory.row(start)] = self._damaged(shard, offset, "the shard is truncated")
+            elif crc32(memory.buffer[start:end]) != checksum:
+                problems[memory.row(start)] = self._damaged(shard, offset, "the checksum is wrong")
+            elif memory.taken:
+                memory.taken(memory.row(start), start)
         return problems
 
     @property

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.conditions import ConditionReader
+from trainer.data.crops import Crop, Planned
 from trainer.data.fetch_ahead import FetchAhead, Needs
 from trainer.data.order import Buckets, Mixture, Order
-from trainer.data.places import Reads
-from trainer.data.reader import Crop, Damage, Part, Reader, cut
+from trainer.data.reader import Damage, Part, Reader, cut
 from trainer.data.reader_pool import ReaderPool, wait_for
 from trainer.data.shard_set import ShardSet
 from trainer.inputs import Inputs
@@ -281,18 +281,18 @@ class LatentStream:
             # The number of planned steps grows from one, so that the first batch does not wait for a long plan.
             steps = max(1, min(_PLAN_GROWTH * steps, _PLANNED_AT_ONCE // per_rank))
 
-    def _plan_reads(self, plan: _Plan, size: int) -> list[dict[int, Reads]]:
-        """Return the reads of each micro batch of `size` samples, by reader.
+    def _plan_reads(self, plan: _Plan, size: int) -> list[dict[int, Planned]]:
+        """Return how each micro batch of `size` samples is read and cut, by reader.
 
-        The reads from sets whose index is not in memory are left to the threads that read, as they wait for the disk.
+        Sets whose index is not in memory are left to the threads that read, as they wait for the disk.
         """
         count = len(plan.positions) // size
-        of_batches: list[dict[int, Reads]] = [{} for _ in range(count)]
+        of_batches: list[dict[int, Planned]] = [{} for _ in range(count)]
         for number, rows in _groups(plan.readers, len(self._readers)):
             reader = self._readers[number]
             if reader.shard_set.index_in_memory:
-                reads = reader.plan_reads(plan.ids[rows], rows // size, count, channels=self._channels)
-                for of_batch, of_reader in zip(of_batches, reads, strict=True):
+                planned = reader.plan(plan.ids[rows], plan.bits[rows], rows // size, count, channels=self._channels)
+                for of_batch, of_reader in zip(of_batches, planned, strict=True):
                     of_batch[number] = of_reader
         return of_batches
 
@@ -376,10 +376,10 @@ class _Plan:
     sets: NDArray[np.int64]
     bits: NDArray[np.int64]
     """Random bits for each position's crop, drawn for a whole plan at once because many cost little more than a few."""
-    reads: dict[int, Reads] = field(default_factory=dict)
-    """How the samples are read, by reader; a reader without an entry finds out when it reads."""
+    reads: dict[int, Planned] = field(default_factory=dict)
+    """How the samples are read and cut, by reader; a reader without an entry finds out when it reads."""
 
-    def rows(self, start: int, end: int, reads: dict[int, Reads]) -> _Plan:
+    def rows(self, start: int, end: int, reads: dict[int, Planned]) -> _Plan:
         """Return the plan of rows start … end - 1, whose reads are given."""
         part = slice(start, end)
         of_stream = (self.positions[part], self.readers[part], self.places[part])

@@ -152,7 +152,7 @@ def test_no_thread_is_left_when_an_iterator_is_dropped_or_fails(stream, monkeypa
         next(stream.iterate(0, world_size=5))
     assert reading_threads() == []
 
-    def fail(reads: Reads, out: np.ndarray) -> None:
+    def fail(reads: Reads, out: np.ndarray, taken: object) -> None:
         raise OSError("the disk is gone")
 
     batches = stream.iterate(0)
