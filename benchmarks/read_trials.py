@@ -1,8 +1,8 @@
 """Compare ways to read shuffled samples: python benchmarks/read_trials.py FOLDER; prints a Markdown table.
 
-FOLDER holds the samples that `benchmarks/data.py` writes: `sets/ours` below its `--work`. Each way is a loop without the
-rest of a stream, so that a way can be judged before it is built. All ways run in turn on the same samples from the page
-cache; the ratios are to the bare read of the same turn, and the medians count.
+FOLDER holds the samples that `benchmarks/data.py` writes: `sets/ours` below its `--work`. Each way is a loop without
+the rest of a stream, so that it can be judged before it is built. All ways run in turn on the same samples from the
+page cache; the ratios are to the bare read of the same turn, and the medians count.
 """
 
 from __future__ import annotations
