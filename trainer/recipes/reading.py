@@ -17,6 +17,7 @@ from models.sizes import DiTConfig
 from models.yaml_document import read_yaml
 from trainer.recipes.paths import expand_homes, expanded
 from trainer.recipes.schema import Config, recipe_schema
+from trainer.recipes.shapes import misshapen
 from trainer.recipes.text import is_text, may_be_none, quote_text
 from trainer.recipes.values import flatten, is_stored, older_values
 
@@ -44,7 +45,10 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
 
     schema = OmegaConf.structured(recipe_schema())
     try:
-        merged = OmegaConf.merge(schema, *_layers(_read_recipe(find_recipe(recipe)), overrides))
+        layers = _layers(_read_recipe(find_recipe(recipe)), overrides)
+        if strange := [line for layer in layers for line in misshapen(OmegaConf.to_container(layer))]:  # type: ignore[arg-type]
+            raise ValueError("\n".join(strange))
+        merged = OmegaConf.merge(schema, *layers)
         values: Any = OmegaConf.to_container(merged, resolve=True)
         if found := value_problems(values):
             raise ValueError("\n".join(found))
