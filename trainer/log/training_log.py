@@ -14,7 +14,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.held_out import HeldOutLoss, ListeningClips
-from trainer.log.metrics import LossSums, Metrics, mean_loss
+from trainer.log.metrics import LossSum, LossSums, Metrics, mean_loss
 from trainer.log.throughput import Throughput
 from trainer.log.timing import StepClock, compared
 from trainer.log.watched_z import WatchedZ
@@ -71,7 +71,7 @@ class TrainingLog:
         """Write a line of the log with the means since the last line. All ranks."""
         of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
         feed.waited = 0.0
-        loss, by_bin, terms = mean_loss([losses for losses, _ in of_ranks])
+        loss, by_bin, terms = mean_loss([LossSum(*losses) for losses, _ in of_ranks])
         times = compared([times for _, times in of_ranks])
         seconds = times["step_seconds"][1] / self.settings.global_batch
         if self.metrics is not None:
