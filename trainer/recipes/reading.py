@@ -16,6 +16,7 @@ from models.readable import file_trouble, require_file
 from models.sizes import DiTConfig
 from models.yaml_document import read_yaml
 from trainer.recipes.paths import expand_homes, expanded
+from trainer.recipes.privacy import keys_from_environment
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.shapes import misshapen
 from trainer.recipes.text import is_text, may_be_none, quote_text
@@ -58,6 +59,8 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
+    assert isinstance(merged, DictConfig)
+    config.private = sorted({*config.private, *keys_from_environment(merged)})
     expand_homes(config)
     if found := [*sizes, *problems(config, released=released)]:
         raise ValueError("\n".join(found))
