@@ -14,7 +14,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.held_out import HeldOutLoss, ListeningClips
-from trainer.log.metrics import LossSum, LossSums, Metrics, mean_loss
+from trainer.log.metrics import LossSum, LossSums, Metrics, mean_loss, read_metrics
 from trainer.log.throughput import Throughput
 from trainer.log.timing import StepClock, compared
 from trainer.log.watched_z import WatchedZ
@@ -120,6 +120,11 @@ class TrainingLog:
         if self.metrics is not None:
             self.metrics.write(kind, samples, loss=loss, **of_z, **facts)
         return loss
+
+    def has_line(self, kind: str, samples: int) -> bool:
+        """Whether the metrics have a line of this kind at `samples`. On rank 0."""
+        assert self.metrics is not None
+        return any(line["kind"] == kind and line["samples"] == samples for line in read_metrics(self.metrics.path))
 
     def listen(self, samples: int) -> bool:
         """Decode a few held-out clips with the averaged weights. All ranks. False if the run is asked to stop first."""
