@@ -28,8 +28,8 @@ from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
 from trainer.page.recordings import require_recordings
 from trainer.progress import Progress
+from trainer.recipes.privacy import public_yaml
 from trainer.recipes.schema import Config
-from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES, trained_stages
@@ -243,7 +243,7 @@ def page(config: Config) -> Path:
             stage_folder(config, "page"),
             audio_root=stage_folder(config, "evaluate"),
             curves={stage: path for stage, path in curves.items() if path.exists()},
-            config_text=to_yaml(config),
+            config_text=public_yaml(config),
         )
     say(f"open {index.resolve()}")
     return index

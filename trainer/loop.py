@@ -14,7 +14,7 @@ from trainer.ranks.readback import Readback
 from trainer.recipes.schema import Config
 from trainer.schedule import bounded_intervals, is_due, learning_rate
 from trainer.stop import Stop
-from trainer.training import PendingStep, Training, finish, go_back, set_up
+from trainer.training import PendingStep, Training, finish, go_back, make_up_for, set_up
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
         OSError: a checkpoint could not be written. Older checkpoints are untouched.
     """
     with set_up(config, stage, stop or Stop(), require_ownership) as training:
+        make_up_for(training)
         while not training.ended and not training.stopping:
             step = train_step(training)
             if training.health.hopeless:
@@ -163,12 +164,15 @@ def _accumulate_gradients(t: Training) -> Callable[[], tuple[Tensor, list[bool]]
 def _do_scheduled_work(t: Training, step: Step) -> None:
     """Write what is due."""
     state, due = t.state, step.due
+    state.left_out = []
     if due.line:
         t.log.line(state.samples, lr=step.lr, grad_norm=t.grad_norm, feed=t.feed, saver=t.saver)
         t.tracer.look()
     if due.listening and not t.stopping:
         with t.watchdog.allow_longer():
             t.stopping = not t.log.listen(state.samples)
+    if due.listening and t.stopping:
+        state.left_out.append("listening")
     if due.averages:
         t.save_snapshot()
     state.save_due = due.checkpoint
@@ -178,3 +182,5 @@ def _do_scheduled_work(t: Training, step: Step) -> None:
             t.stopping = held_out_loss is None
             if held_out_loss is not None:
                 t.save(held_out_loss=held_out_loss)
+    if state.save_due and t.stopping and t.health.good:
+        state.left_out.append("held_out")

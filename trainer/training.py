@@ -299,6 +299,21 @@ def go_back(t: Training) -> None:
     t.log.went_back(t.state.samples, t.state.position, t.health, from_=left_at, to=good.name)
 
 
+def make_up_for(t: Training) -> None:
+    """Do what was due when the run was stopped and was left out then. All ranks.
+
+    So the log is that of a run that nobody stopped. The line of a held-out loss may have been written before a kill.
+    """
+    left_out, samples = set(t.state.left_out) if t.state.saved_at == t.state.samples else set(), t.state.samples
+    if "held_out" in left_out and collective.on_rank_0(lambda: t.log.has_line("held_out", samples)):
+        left_out.remove("held_out")
+    with t.watchdog.allow_longer():
+        if "listening" in left_out:
+            t.stopping = not t.log.listen(samples)
+        if "held_out" in left_out and not t.stopping:
+            t.stopping = t.log.measure(samples) is None
+
+
 def finish(t: Training) -> str:
     """Save a checkpoint, and export the averaged weights if all samples were seen. All ranks.
 

@@ -86,14 +86,20 @@ def _end(attempt: Attempt, status: int) -> int:
 
 
 def _add_to_submitted(attempt: Attempt) -> None:
-    """Add the job to the submitted jobs of the run, if the user gave its script to sbatch by hand."""
+    """Add the job to the submitted jobs of the run, if the user gave its script to sbatch by hand.
+
+    The list only informs, so that a job starts whatever has become of it.
+    """
     root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job.partition("_")[0]
-    known = _readable(lambda: submitted_jobs.submitted(root)).get(stage)
-    if known is None or known.job != job:
-        log = str(root / "logs" / f"job_{job}.out")
-        submitted_jobs.keep(
-            root, [submitted_jobs.Submitted(stage, job, os.environ.get(SUBMISSION, ""), log, time.time())]
-        )
+    log = str(root / "logs" / f"job_{job}.out")
+    ours = submitted_jobs.Submitted(stage, job, os.environ.get(SUBMISSION, ""), log, time.time())
+    try:
+        known = _readable(lambda: submitted_jobs.undamaged(root)).get(stage)
+        if known is None or known.job != job:
+            submitted_jobs.keep(root, [ours])
+    except (ValueError, OSError) as error:
+        told = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"spresso: {printable_lines(told)}: `spresso status` will not show this job", file=sys.stderr)
 
 
 def _close_killed_attempt(attempt: Attempt) -> None:

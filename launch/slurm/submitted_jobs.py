@@ -42,3 +42,11 @@ def submitted(root: Path) -> dict[str, Submitted]:
     if lines.problem or lines.damaged:
         raise damaged(root / _FILE, lines.problem or lines.first, "repair or remove the line")
     return found
+
+
+def undamaged(root: Path) -> dict[str, Submitted]:
+    """Return the last job of each stage by the undamaged lines. Raises OSError if the file can't be read."""
+    lines = Lines(root / _FILE, Submitted)
+    found = {item.stage: item for item in lines}
+    lines.require_readable()
+    return found

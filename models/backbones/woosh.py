@@ -270,7 +270,8 @@ def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        config = OmegaConf.to_container(read_yaml(path, mend=_MEND), resolve=True)
+        # A value such as ${oc.env:NAME} stays text: a release has no business with the environment.
+        config = OmegaConf.to_container(read_yaml(path, mend=_MEND), resolve=False)
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow"

@@ -180,3 +180,37 @@ def test_a_save_of_who_was_replaced_does_not_appear(tmp_path, checks):
     with pytest.raises(OSError, match="taken over"):
         checkpoint.save(tmp_path, 8, tensors, {}, require_ownership=require_ownership)
     assert checkpoint.checkpoints(tmp_path) == []
+
+
+class AskedAt(Stop):
+    """A stop from the step on that begins at these samples."""
+
+    def __init__(self, samples: int) -> None:
+        self.at, self.reached = samples, samples <= 0
+
+    def before_step(self, samples: int) -> None:
+        self.reached = samples >= self.at
+
+    def __call__(self) -> bool:
+        return self.reached
+
+
+def held_out_lines(run_dir: Path) -> list[tuple[int, float]]:
+    lines = read_metrics(run_dir / "pretrain" / "metrics.jsonl")
+    return [(line["samples"], line["loss"]) for line in lines if line["kind"] == "held_out"]
+
+
+def listened(run_dir: Path) -> dict[str, bytes]:
+    folder = run_dir / "pretrain" / "samples"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.flac")}
+
+
+@pytest.mark.parametrize("samples", [24, 88])
+def test_what_was_due_at_the_last_step_is_made_up_for(tiny, tmp_path, samples):
+    settings = (*PRETRAIN, "log.samples_every=32")
+    assert train(tiny(*settings, run_dir=tmp_path / "other"), "pretrain") == "done"
+    assert train(tiny(*settings), "pretrain", stop=AskedAt(samples)) == "stopped"
+    assert train(tiny(*settings), "pretrain", stop=AskedAt(0)) == "stopped"
+    assert train(tiny(*settings), "pretrain") == "done"
+    assert held_out_lines(tmp_path / "run") == held_out_lines(tmp_path / "other")
+    assert listened(tmp_path / "run") == listened(tmp_path / "other")

@@ -57,6 +57,7 @@ class _Meta(TypedDict):
     good: NotRequired[bool]
     unsaved: NotRequired[bool]
     held_out_loss: NotRequired[float | None]
+    left_out: NotRequired[list[str]]
 
 
 class _File(TypedDict):

@@ -37,6 +37,8 @@ class TrainState:
         """Samples of the stream that the run skipped when it was rewound to an older checkpoint."""
         self.save_due = False
         """Whether a scheduled checkpoint is still to be saved, because steps were being skipped when its time came."""
+        self.left_out: list[str] = []
+        """Work that was due at `samples`, but left out because the run was asked to stop: `held_out`, `listening`."""
         self.saved_at = -1
         """Samples seen at the last checkpoint that was handed to the saver; -1 if there was none."""
 
@@ -65,6 +67,7 @@ class TrainState:
             "health": self.health.state(),
             "good": good,
             "unsaved": self.save_due,
+            **({"left_out": self.left_out} if self.left_out else {}),
         }
 
     def held(self) -> dict[str, FlatRange]:
@@ -95,6 +98,7 @@ class TrainState:
         self.strategy.set_steps(meta["steps"])
         self.samples, self.steps = meta["samples"], meta["steps"]
         self.skipped_samples, self.save_due = meta.get("passed_over", 0), meta.get("unsaved", False)
+        self.left_out = meta.get("left_out", [])
         self.health.restore(meta.get("health"))
 
     def go_back(self, path: Path) -> None:
@@ -102,7 +106,7 @@ class TrainState:
         position, rewinds, save_due = self.position, self.health.rewinds, self.save_due
         self.load(path)
         self.skipped_samples = position - self.samples
-        self.save_due, self.saved_at = save_due, -1
+        self.save_due, self.saved_at, self.left_out = save_due, -1, []
         self.health.rewound(rewinds)
 
     def averaged_weights(self) -> dict[str, Tensor]:

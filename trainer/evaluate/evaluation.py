@@ -15,6 +15,7 @@ import torch
 from models.codec import SPresso
 from models.documents import write_json
 from models.export import read_description
+from trainer.cpus import usable_threads
 from trainer.data.audio import write_audio
 from trainer.evaluate.bit_curve import Probe, curve_of, probes_of
 from trainer.evaluate.bootstrap import LEVEL
@@ -80,6 +81,8 @@ def evaluate_part(
     require_own_report(plan.folder)
     if (report := plan.finished()) is not None:
         return report
+    # Sums depend on the number of threads, which a stage that was trained in this process may have changed.
+    torch.set_num_threads(config.parallel.threads or usable_threads(1))
     with torch.inference_mode(), sole():
         plan.work(part, parts)
         if not plan.complete():

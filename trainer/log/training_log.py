@@ -14,7 +14,7 @@ from trainer.checkpoints.saver import Saver
 from trainer.feed import Feed
 from trainer.health import Health
 from trainer.log.held_out import HeldOutLoss, ListeningClips
-from trainer.log.metrics import LossSums, Metrics, mean_loss
+from trainer.log.metrics import LossSum, LossSums, Metrics, mean_loss, read_metrics
 from trainer.log.throughput import Throughput
 from trainer.log.timing import StepClock, compared
 from trainer.log.watched_z import WatchedZ
@@ -71,7 +71,7 @@ class TrainingLog:
         """Write a line of the log with the means since the last line. All ranks."""
         of_ranks = collective.gather((self.losses.read(), self.clock.read(feed.waited)))
         feed.waited = 0.0
-        loss, by_bin, terms = mean_loss([losses for losses, _ in of_ranks])
+        loss, by_bin, terms = mean_loss([LossSum(*losses) for losses, _ in of_ranks])
         times = compared([times for _, times in of_ranks])
         seconds = times["step_seconds"][1] / self.settings.global_batch
         if self.metrics is not None:
@@ -120,6 +120,11 @@ class TrainingLog:
         if self.metrics is not None:
             self.metrics.write(kind, samples, loss=loss, **of_z, **facts)
         return loss
+
+    def has_line(self, kind: str, samples: int) -> bool:
+        """Whether the metrics have a line of this kind at `samples`. On rank 0."""
+        assert self.metrics is not None
+        return any(line["kind"] == kind and line["samples"] == samples for line in read_metrics(self.metrics.path))
 
     def listen(self, samples: int) -> bool:
         """Decode a few held-out clips with the averaged weights. All ranks. False if the run is asked to stop first."""

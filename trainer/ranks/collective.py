@@ -1,4 +1,7 @@
-"""Collectives on Python objects, in which all ranks succeed or all fail. Without a process group there is one rank.
+"""Collectives on plain values, in which all ranks succeed or all fail. Without a process group there is one rank.
+
+Values travel as JSON (`trainer.ranks.messages` names their types): torch's own collectives for objects unpickle what
+they receive, which could be a stranger's.
 
 `group` is the process group of the collective. The default group belongs to the training thread; any other thread must
 pass its own group.
@@ -14,6 +17,7 @@ import torch.distributed as dist
 
 from models.disk_errors import first_lasting, room_words, with_number
 from models.readable import describe_os_error
+from trainer.ranks import messages
 
 _SHOWN = 5
 
@@ -50,12 +54,19 @@ def own_group() -> dist.ProcessGroup | None:
 
 
 def gather(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Return every rank's value, on every rank. All ranks."""
+    """Return every rank's value, on every rank. All ranks. A named tuple arrives as a plain one."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    message, place = _message(value), device(group)
+    length = torch.tensor([len(message)], device=place)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length, group=group)
+    sizes = torch.cat(lengths).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(message)] = message
+    received = [torch.empty(len(padded), dtype=torch.uint8, device=place) for _ in sizes]
+    dist.all_gather(received, padded.to(place), group=group)
+    return [_value(values[:size]) for values, size in zip(received, sizes, strict=True)]
 
 
 def collect(
@@ -67,15 +78,29 @@ def collect(
     """
     if rank() != receiver:
         if rank() in senders:
-            dist.send_object_list([value], receiver, group)
+            message, place = _message(value), device(group)
+            dist.send(torch.tensor([len(message)], device=place), receiver, group)
+            dist.send(message.to(place), receiver, group)
         return []
-    values: list[Result] = []
-    for sender in senders:
-        received: list[Any] = [value]
-        if sender != receiver:
-            dist.recv_object_list(received, sender, group)
-        values += received
-    return values
+    return [value if sender == receiver else _received(sender, group) for sender in senders]
+
+
+def _received(sender: int, group: dist.ProcessGroup | None) -> Any:
+    """Return the value that another rank sends in `collect`."""
+    length = torch.empty(1, dtype=torch.int64, device=device(group))
+    dist.recv(length, sender, group)
+    message = torch.empty(int(length), dtype=torch.uint8, device=device(group))
+    dist.recv(message, sender, group)
+    return _value(message)
+
+
+def _message(value: Any) -> torch.Tensor:
+    """Return a value as the bytes that ranks exchange, (n,), uint8, in host memory."""
+    return torch.frombuffer(bytearray(messages.encode(value)), dtype=torch.uint8)
+
+
+def _value(message: torch.Tensor) -> Any:
+    return messages.decode(message.cpu().numpy().tobytes())
 
 
 def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
@@ -84,15 +109,25 @@ def on_rank_0(action: Callable[[], Result], group: dist.ProcessGroup | None = No
     No rank returns before every rank has the result. Each rank exchanges the result's bytes, however many ranks there
     are.
     """
-    outcome: list[Any] = [_outcome(action) if rank() == 0 else None]
+    outcome = _outcome(action) if rank() == 0 else (None, None)
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, 0, group)
+        outcome = _of_rank_0(outcome, group)
         received = torch.zeros(1, device=device(group))
         dist.all_reduce(received, group=group)
         received.item()  # waits for a GPU, which all other ranks wait for
-    result, failure = outcome[0]
-    _raise_first({0: failure} if failure else {})
+    result, failure = outcome
+    _raise_first({0: _Failure(*failure)} if failure else {})
     return cast(Result, result)
+
+
+def _of_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Return rank 0's value on every rank. All ranks."""
+    message, place = _message(value) if rank() == 0 else torch.empty(0, dtype=torch.uint8), device(group)
+    length = torch.tensor([len(message)], device=place)
+    dist.broadcast(length, 0, group)
+    message = message.to(place) if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=place)
+    dist.broadcast(message, 0, group)
+    return _value(message)
 
 
 def together(action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
@@ -103,7 +138,7 @@ def together(action: Callable[[], Result], group: dist.ProcessGroup | None = Non
             one. Its `errno` is that of the failed rank's OSError, by which a full disk is told from a passing failure.
     """
     outcomes = gather(_outcome(action), group)
-    _raise_first({number: failure for number, (_, failure) in enumerate(outcomes) if failure})
+    _raise_first({number: _Failure(*failure) for number, (_, failure) in enumerate(outcomes) if failure})
     return [cast(Result, result) for result, _ in outcomes]
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 
 from trainer.cpus import usable_threads
-from trainer.ranks import collective
+from trainer.ranks import collective, rendezvous
 from trainer.ranks.allocator import keep_freed_memory
 from trainer.ranks.compiling import compile_blocks, compiles
 from trainer.ranks.flat_ranges import FlatRange
@@ -49,15 +49,21 @@ class Parallel:
         """
         self.config = config
         _allow_many_files()
+        if rendezvous.are_on_one_machine():
+            rendezvous.stay_inside()
         prepare_gloo(int(os.environ.get("WORLD_SIZE") or 1))
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("parallel.device=cuda, but torch finds no CUDA device here: set parallel.device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        backend = "gloo" if on_cpu else "nccl"
+        if rendezvous.are_on_one_machine() and not dist.is_initialized():
+            rendezvous.join_inside(backend, timeout)
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
         if on_cpu:
             keep_freed_memory()
+            # After Accelerate, which counts the machine's cores where OMP_NUM_THREADS is not set.
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
             torch.set_num_threads(config.threads or usable_threads(here))
-        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -71,7 +77,6 @@ class Parallel:
                 f"such as the number of nodes"
             )
         if config.strategy != "ddp" and not dist.is_initialized():  # FSDP2 and ZeRO need a group even for one rank.
-            backend = "gloo" if on_cpu else "nccl"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():
             atexit.register(_leave_group)

@@ -16,7 +16,9 @@ from models.readable import file_trouble, require_file
 from models.sizes import DiTConfig
 from models.yaml_document import read_yaml
 from trainer.recipes.paths import expand_homes, expanded
+from trainer.recipes.privacy import keys_from_environment
 from trainer.recipes.schema import Config, recipe_schema
+from trainer.recipes.shapes import misshapen
 from trainer.recipes.text import is_text, may_be_none, quote_text
 from trainer.recipes.values import flatten, is_stored, older_values
 
@@ -44,7 +46,10 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
 
     schema = OmegaConf.structured(recipe_schema())
     try:
-        merged = OmegaConf.merge(schema, *_layers(_read_recipe(find_recipe(recipe)), overrides))
+        layers = _layers(_read_recipe(find_recipe(recipe)), overrides)
+        if strange := [line for layer in layers for line in misshapen(OmegaConf.to_container(layer))]:  # type: ignore[arg-type]
+            raise ValueError("\n".join(strange))
+        merged = OmegaConf.merge(schema, *layers)
         values: Any = OmegaConf.to_container(merged, resolve=True)
         if found := value_problems(values):
             raise ValueError("\n".join(found))
@@ -54,6 +59,8 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, schema)) from None
     assert isinstance(config, Config)
+    assert isinstance(merged, DictConfig)
+    config.private = sorted({*config.private, *keys_from_environment(merged)})
     expand_homes(config)
     if found := [*sizes, *problems(config, released=released)]:
         raise ValueError("\n".join(found))

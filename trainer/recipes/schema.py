@@ -339,6 +339,9 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     sampling: Sampling = field(default_factory=Sampling)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    private: list[str] = field(default_factory=list, metadata=added_later([]))
+    """Keys that the page leaves out, such as `data.audio`. It leaves out `cluster` anyway. Each key whose value holds
+    an environment variable (`${oc.env:NAME}`) is added here."""
 
     def stage(self, name: str) -> TrainConfig:
         """Return the settings of a trained stage."""

@@ -20,7 +20,7 @@ _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 
 def is_text(key: str) -> bool:
     """Whether the value of a dotted key of a recipe is text, or None."""
-    return _kind(_hint_at(key)) is str
+    return kind_without_none(_hint_at(key)) is str
 
 
 def may_be_none(key: str) -> bool:
@@ -46,7 +46,7 @@ def quote_text(text: str, *, key: str = "") -> str:
 
 def _quote(node: yaml.Node, hint: Any) -> bool:
     """Quote the text in a node whose type is `hint`; return whether any was quoted."""
-    kind = _kind(hint)
+    kind = kind_without_none(hint)
     if isinstance(node, yaml.ScalarNode):
         typed = kind is str or dataclasses.is_dataclass(kind)  # text in place of a table is the name of a file
         plain_word = node.tag == _STR and node.value[:1].isalpha()  # no reader of YAML makes anything else of it
@@ -64,7 +64,7 @@ def _quote(node: yaml.Node, hint: Any) -> bool:
         if name.tag == _MERGE:
             done.append(_quote(value, list[hint] if isinstance(value, yaml.SequenceNode) else hint))  # type: ignore[valid-type]
             continue
-        done += [_quote(name, str), _quote(value, _below(kind, str(name.value)))]
+        done += [_quote(name, str), _quote(value, hint_below(kind, str(name.value)))]
     return any(done)
 
 
@@ -76,17 +76,17 @@ def _altered(node: yaml.ScalarNode, kind: Any) -> bool:
 def _hint_at(key: str) -> Any:
     hint: Any = recipe_schema()
     for name in filter(None, key.split(".")):
-        hint = _below(_kind(hint), name)
+        hint = hint_below(kind_without_none(hint), name)
     return hint
 
 
-def _kind(hint: Any) -> Any:
+def kind_without_none(hint: Any) -> Any:
     """Return a type without its `| None`."""
     kinds = [part for part in typing.get_args(hint) if part is not NoneType]
     return kinds[0] if NoneType in typing.get_args(hint) and len(kinds) == 1 else hint
 
 
-def _below(kind: Any, name: str) -> Any:
+def hint_below(kind: Any, name: str) -> Any:
     """Return the type of the value `name` in a table of this type; None if it has no such value."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _hints(kind).get(name)

@@ -17,6 +17,7 @@ from trainer.data.remote import is_url
 from trainer.data.sources import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
 from trainer.file_names import as_unicode, printable
+from trainer.recipes.privacy import unknown_private_keys
 from trainer.recipes.ranges import out_of_range, value_at
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
@@ -50,6 +51,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_base_precision(config),
         *_graph(config),
         *config.cluster.problems(),
+        *unknown_private_keys(config),
         *config.latent_encoder.problems(),
         *_crops(config),
         *_codebooks(config),

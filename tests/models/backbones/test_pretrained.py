@@ -255,10 +255,21 @@ def test_folders_that_lack_a_file_or_hold_a_broken_config_are_named(tmp_path):
     (flow_folder(tmp_path) / "weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"weights\.safetensors does not exist: download"):
         load_woosh_folder(tmp_path)
-    for broken in ("a: [1", "- 1\n- 2\n", "a: ${nowhere}\n"):
+    for broken in ("a: [1", "- 1\n- 2\n"):
         (tmp_path / "config.yaml").write_text(broken)
         with pytest.raises(ValueError, match=r"config\.yaml"):
             load_woosh_folder(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["pred_type", "dit.n_layers", "model_type"])
+def test_a_release_learns_nothing_of_the_environment(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OF_MINE", "6")
+    config = OmegaConf.load(flow_folder(tmp_path) / "config.yaml")
+    OmegaConf.update(config, key, "${oc.env:OF_MINE}")
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"is damaged|only") as error:
+        load_woosh_folder(tmp_path)
+    assert "6" not in str(error.value).replace(str(tmp_path), "")
 
 
 def test_misfits_in_a_folder_name_the_folder(tmp_path):

@@ -293,3 +293,33 @@ def test_an_export_that_is_none_is_refused(tiny, tmp_path):
         tiny("evaluate.baselines=[dac@2]")
     with pytest.raises(ValueError, match="neither auto, aisfx, mel-stat nor clap:FOLDER_OR_NAME"):
         tiny("evaluate.embedding=clip")
+
+
+def test_an_evaluation_takes_its_own_number_of_threads(tiny, monkeypatch):
+    """A stage that was trained in the same process may have set another one, on which sums depend."""
+    threads = []
+
+    class Plan:
+        folder = Path("nowhere")
+
+        def __init__(self, config: Config) -> None:
+            torch.set_num_threads(3)
+
+        def finished(self) -> None:
+            return None
+
+        def work(self, part: int, parts: int) -> None:
+            threads.append(torch.get_num_threads())
+
+        def complete(self) -> bool:
+            return False
+
+    monkeypatch.setattr(evaluation, "_Plan", Plan)
+    before = torch.get_num_threads()
+    try:
+        evaluation.evaluate_part(tiny("parallel.threads=2"), part=0, parts=2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        evaluation.evaluate_part(tiny("parallel.threads=null"), part=0, parts=2)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2, 1]
