@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Audio = NDArray[np.float32]
 """Audio as float32, (channels, samples) or (samples,), with full scale 1."""
+_MOST_MADE = 1 << 20  # samples that are resampled at a time
 _HELD = 1 << 14
 """Samples that are held back until the end, because the resampler's last block may exceed the wanted length."""
 
@@ -25,8 +26,10 @@ def resample(blocks: Iterable[Audio], rate: int, wanted: int, *, channels: int) 
         yield from blocks
         return
     stream = soxr.ResampleStream(rate, wanted, channels, dtype="float32")
+    at_once = max(1, _MOST_MADE * rate // wanted)  # a block at a very low rate would become one of hours
     for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block.T)).T
+        for start in range(0, block.shape[1], at_once):
+            yield stream.resample_chunk(np.ascontiguousarray(block[:, start : start + at_once].T)).T
     yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True).T
 
 

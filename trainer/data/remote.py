@@ -13,13 +13,11 @@ cache is in its file names and file locks alone, so a killed process leaves noth
 from __future__ import annotations
 
 import fcntl
-import getpass
 import io
 import logging
 import math
 import os
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +30,12 @@ from urllib.parse import quote
 
 from models.atomic_write import write_whole
 from models.disk_errors import LASTING, PASSING, with_number
+from models.documents import LARGEST_LIST
 from models.ranges import ranged
+from trainer.data.bounded_reads import TooLongError, read_range, read_whole
+from trainer.data.cache_folder import claim, default_folder, open_own, own_folder, set_folders
+from trainer.data.set_description import read_description
+from trainer.data.shards import LONGEST_INDEX_ROW
 from trainer.file_names import printable
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 256 << 10, 16 << 20  # bytes per request
 _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _HTTP_TIMEOUT = 60.0  # seconds without a byte after which an HTTP request fails
 _WARNING_INTERVAL = 30.0  # seconds
+_INDEX_HEADER = 64 << 10  # bytes, more than numpy writes before the rows
 _FULL_CACHE_PAUSE = 0.05  # seconds between two attempts to make room in a cache whose shards are all in use
 
 
@@ -62,7 +66,8 @@ class CacheSettings:
     """The node's cache of remote shards, and how downloads are retried."""
 
     folder: str | None = None
-    """A folder on a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or the system's temporary folder."""
+    """A folder on a disk of the node; None: `spresso-USER` in `$SLURM_TMPDIR` or the system's temporary folder. Where
+    others may write to the folder, the cache is `spresso-USER` in it."""
     gib: float = ranged(50.0, above=0)
     """The size limit of all shards in the cache, in GiB."""
     patience: float = ranged(600.0, above=0, unlimited=True)
@@ -77,10 +82,8 @@ class CacheSettings:
 
     @property
     def path(self) -> Path:
-        """The cache folder, with its default filled in."""
-        if self.folder is not None:
-            return Path(self.folder).expanduser()
-        return Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"spresso-{getpass.getuser()}"
+        """The cache folder, with its default filled in. `cache_folder.claim` may take a folder of this user in it."""
+        return default_folder() if self.folder is None else Path(self.folder).expanduser()
 
 
 class Remote:
@@ -109,9 +112,10 @@ class Remote:
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url} can't be opened: {error}") from error
 
-    def content(self, name: str) -> bytes:
-        """Return the content of a small file. Raises the errors of `append`."""
-        return self._retry(name, lambda: self._filesystem.cat_file(self._path(name)))
+    def content(self, name: str, *, most: int) -> bytes:
+        """Return the content of a small file. Raises the errors of `append`, ValueError for more than `most` bytes."""
+        path = self._path(name)
+        return self._retry(name, lambda: read_whole(self._filesystem, path, most=most, seconds=self._slowest))
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes. Raises the errors of `append`."""
@@ -141,7 +145,7 @@ class Remote:
             nonlocal piece
             wanted = min(piece, size - at)
             piece = max(_SMALLEST_PIECE, wanted // 2)  # if this request fails, the next one is smaller
-            content = self._filesystem.cat_file(path, start=at, end=at + wanted)
+            content = read_range(self._filesystem, path, at, at + wanted, size=size, seconds=self._slowest)
             if len(content) == size > wanted:  # the server ignores ranges and sent the whole file
                 content = content[at:]
             elif len(content) != wanted:
@@ -151,6 +155,11 @@ class Remote:
 
         while (at := os.fstat(file.fileno()).st_size) < size:
             file.write(self._retry(name, fetch))
+
+    @property
+    def _slowest(self) -> float:
+        """Seconds that one request may take: a server that sends a byte now and then would hold it for ever."""
+        return max(self.patience, _HTTP_TIMEOUT)
 
     def _path(self, name: str) -> str:
         """Return where a file is. In a URL of HTTP a name's `%`, `#`, `?` and so on are escaped; S3 and others take
@@ -168,6 +177,8 @@ class Remote:
                 return attempt()
             except MissingFileError:
                 raise
+            except TooLongError:
+                raise ValueError(f"{self._named(name)} is longer than it may be, and was not fetched") from None
             except Exception as error:  # the errors of fsspec's backends share no base class
                 self._raise_if_final(name, error)
                 reason = f"{type(error).__name__} {error}".strip()
@@ -217,21 +228,30 @@ class ShardCache:
         self.url, self.settings, self._all_sets = url.rstrip("/"), settings, settings.path
         self.remote = Remote(url, patience=settings.patience)
         try:
-            description = self.remote.content("set.json")
+            description = self.remote.content("set.json", most=LARGEST_LIST)
             # The folder's name depends on set.json, so that shards of an old set are never used for a new set at the
             # same URL.
             name = blake2b(self.url.encode() + b"\0" + description, digest_size=8).hexdigest()
-            self.folder = self._all_sets / name
             with self._disk_errors_explained():
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with self._complete("index.npy", self.remote.size("index.npy")):
+                self._all_sets = claim(settings.path if settings.folder is not None else None)
+                self.folder = own_folder(self._all_sets / name)
+                with self._lock():
+                    write_whole(self.folder / "set.json", description)
+            with self._complete("index.npy", self._index_size()):
                 pass
         except MissingFileError as error:
             raise NoSetError(
                 f"{error}: give the URL of a folder with train/ and test/, as `spresso prepare` makes it"
             ) from error
-        with self._disk_errors_explained(), self._lock():
-            write_whole(self.folder / "set.json", description)
+
+    def _index_size(self) -> int:
+        """Return the bytes of the remote index; raises ValueError if `set.json` or the cache allow fewer."""
+        size, samples = self.remote.size("index.npy"), read_description(self.folder, self.url)["samples"]
+        if size > samples * LONGEST_INDEX_ROW + _INDEX_HEADER:
+            raise ValueError(f"{self.url}/index.npy has {size} bytes, too many for {samples} samples")
+        if size > self.settings.limit:
+            raise self._too_large("the index", size)
+        return size
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[io.FileIO]:
@@ -251,7 +271,7 @@ class ShardCache:
         path = self.folder / name
         while True:
             try:
-                file = path.open("rb", buffering=0)
+                file = open_own(path, os.O_RDONLY)
             except FileNotFoundError:
                 if (fetched := self._fetch(path, size)) is None:
                     continue
@@ -291,17 +311,15 @@ class ShardCache:
         part = path.with_name(f"{path.name}.{size}.part")
         with self._lock():
             if part.exists() or path.suffix != ".tar" or self._make_room(size):
-                return io.FileIO(part, "ab+")
+                return open_own(part, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         return None
 
     def _make_room(self, size: int) -> bool:
         """Evict the least recently used shards until `size` bytes fit; returns whether they do."""
         if size > self.settings.limit:
-            raise ValueError(
-                f"a shard of {self.url} has {size / 2**20:.0f} MiB, more than data.cache.gib={self.settings.gib:g}: "
-                f"raise data.cache.gib"
-            )
-        files = [(path, path.stat()) for kind in ("*.tar", "*.tar.*.part") for path in self._all_sets.glob(f"*/{kind}")]
+            raise self._too_large("a shard", size)
+        folders = set_folders(self._all_sets)
+        files = [(path, path.lstat()) for kind in ("*.tar", "*.tar.*.part") for at in folders for path in at.glob(kind)]
         sizes = {path: _reserved_bytes(path, status) for path, status in files}
         total = sum(sizes.values())
         for path, _ in sorted(files, key=lambda file: file[1].st_mtime_ns):
@@ -311,9 +329,15 @@ class ShardCache:
                 total -= sizes[path]
         return total + size <= self.settings.limit
 
+    def _too_large(self, what: str, size: int) -> ValueError:
+        return ValueError(
+            f"{what} of {self.url} has {size / 2**20:.0f} MiB, more than data.cache.gib={self.settings.gib:g}: "
+            f"raise data.cache.gib"
+        )
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self._all_sets / "lock").open("w") as lock:
+        with open_own(self._all_sets / "lock", os.O_RDWR | os.O_CREAT) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -359,7 +383,7 @@ def _reserved_bytes(path: Path, status: os.stat_result) -> int:
 
 def _remove_if_unused(path: Path) -> bool:
     """Remove a file that no process has locked; returns whether the file was removed."""
-    with path.open("rb+") as file:
+    with open_own(path, os.O_RDWR) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

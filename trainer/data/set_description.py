@@ -60,6 +60,8 @@ def read_description(folder: Path, location: str) -> dict[str, Any]:
         raise damaged(where, f"it has an unknown field `{min(unknown)}`", MAKE_AGAIN)
     if strays := [shard["name"] for shard in description["shards"] if Path(shard["name"]).name != shard["name"]]:
         raise DamagedDocument(f"{where} names a shard outside of the set's folder: {strays[0]}")
+    if others := [shard["name"] for shard in description["shards"] if not shard["name"].endswith(".tar")]:
+        raise DamagedDocument(f"{where} names a shard that is no .tar: {others[0]}")
     return description
 
 

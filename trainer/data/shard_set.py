@@ -77,9 +77,10 @@ class ShardSet:
 
     def __init__(self, folder: Path | ShardCache, *, verify: bool = True):
         """`verify`: whether to compare an index that is read whole with its checksum in `set.json`."""
-        self.location, self._cache = str(folder), None
+        self.location, self._cache, mend = str(folder), None, MAKE_AGAIN
         if isinstance(folder, ShardCache):
             self.location, self._cache, folder = folder.url, folder, folder.folder
+            mend = f"remove {folder} on this node, or {MAKE_AGAIN}"
         self.folder = folder
         try:
             description = read_description(folder, self.location)
@@ -105,16 +106,13 @@ class ShardSet:
         self.info = SetInfo(**description)
         columns = mapped.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
-        if (
-            mapped.dtype not in INDEX_ROWS
-            or mapped.shape != (samples,)
-            or self.has_text != (self.info.text is not None)
-        ):
-            raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
+        as_told = mapped.shape == (samples,) and self.has_text == (self.info.text is not None)
+        if mapped.dtype not in INDEX_ROWS or not as_told:
+            raise ValueError(f"{self.location}/index.npy does not match set.json: {mend}")
         self.index_in_memory = mapped.nbytes <= _MOST_READ
         self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if self.index_in_memory else mapped
         if verify and self.index_in_memory and not self.has_own_index():
-            raise ValueError(f"{self.location}/index.npy does not match set.json: {MAKE_AGAIN}")
+            raise ValueError(f"{self.location}/index.npy does not match set.json: {mend}")
         for name, size in self.shards if self._cache is None else ():
             try:
                 found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (faster, for a hundred thousand shards)

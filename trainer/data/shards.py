@@ -55,6 +55,8 @@ INDEX_ROWS = (
     np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS, *_TEXT_COLUMNS]),
 )
 """Row types without audio and text, with audio, with text, and with both; all rows of a set have the same type."""
+LONGEST_INDEX_ROW = max(row.itemsize for row in INDEX_ROWS)
+"""Bytes of a row with audio and text."""
 _X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
 _KINDS = (_X0, _JSON, _FLAC, _TEXT)
 _LONGEST_MEMBER = 2**32 - 1  # bytes, by the index's columns of lengths

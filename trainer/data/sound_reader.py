@@ -33,6 +33,8 @@ from trainer.data.sound_decoders import (
 )
 from trainer.data.sound_headers import SoundHeader
 
+LOWEST_RATE, HIGHEST_RATE = 100, 10_000_000
+"""Hz. A few kilobytes at 1 Hz would become hours."""
 _BLOCK = 1 << 16
 _BYTES_PER_SECOND = 100_000
 """What a second takes in a file without a length: stereo in FLAC."""
@@ -68,6 +70,12 @@ class SoundReader:
             self._file.close()
             raise
         self.rate, self.channels = self._decoder.rate, self._decoder.channels
+        if not LOWEST_RATE <= self.rate <= HIGHEST_RATE:
+            self.close()
+            raise ValueError(
+                f"{path} has a sample rate of {self.rate:,} Hz, and is no sound: {LOWEST_RATE} Hz to "
+                f"{HIGHEST_RATE // 10**6} MHz can be read"
+            )
 
     def blocks(self) -> Iterator[Samples]:
         """Yield all samples in blocks of at most 65,536; to be called once.
@@ -132,6 +140,10 @@ class SoundReader:
         except Damaged as error:
             self._file.require_sound_disk()
             raise ValueError(f"{self.path} {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            self._file.require_sound_disk()
+            reason = str(error) or "it asks for more memory than there is"
+            raise ValueError(f"{self.path} can't be decoded: {reason}") from error
         except Exception:
             self._file.require_sound_disk()
             raise

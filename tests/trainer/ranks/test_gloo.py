@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.trainer import rank_processes
-from trainer.ranks import gloo
+from trainer.ranks import collective, gloo
 from trainer.ranks.parallel import Parallel
 from trainer.recipes.parallel import ParallelConfig
 
@@ -72,9 +72,9 @@ def eight_ranks(rank: int, root: str) -> None:
     Parallel(ParallelConfig(device="cpu"))
     before = sockets()
     group = dist.new_group(backend="gloo")
-    total, everybody = torch.tensor([float(rank)]), [None] * RANKS
+    total = torch.tensor([float(rank)])
     dist.all_reduce(total, group=group)
-    dist.all_gather_object(everybody, rank, group=group)
+    everybody = collective.gather(rank, group)
     if rank == RANKS - 1:
         dist.send(total, 0, group)
     elif rank == 0:
