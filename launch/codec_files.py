@@ -138,15 +138,14 @@ def info(path: Path, *, codec: Path | None) -> None:
     with named_errors(path):
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(exports_of(header.model)), None)
-    order = "" if header.in_order else "; to be decoded while it comes, encode it with --live"
     how = {"mid_side": ", as mid and side", "mid": ", both the same", "joint": ", together", "separate": ""}
     print(f"{printable(str(path))}: {len(content)} bytes")
     print(f"model   {header.model}" + (f", {printable(str(folder))}" if folder else ", not found under runs/"))
-    print(
-        f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}{order}"
-    )
+    print(f"sound   {header.seconds:.3f} s at {header.rate} Hz, {header.channels} channel(s){how[header.layout]}")
     bits = header.size.bit_length() - 1
     print(f"codes   {header.books} codebook(s) of {header.size}: {header.books * bits} bits per vector")
+    if not header.in_order:
+        print("order   one channel after the other: to be decoded while it comes, encode it with --live")
     for line in _rates(header, payload, len(content), folder):
         print(line)
 
