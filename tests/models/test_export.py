@@ -143,6 +143,19 @@ def test_a_file_of_another_stages_export_is_noticed(exported, tmp_path):
     assert "holds files of another export (the model has the hash" in refusal(exported)
 
 
+@pytest.mark.parametrize("part", ["prior", "quantizer"])
+def test_a_part_behind_a_link_that_leads_nowhere_is_missing(exported, part):
+    """In an older export too, whose `codec.json` does not say that there is a prior."""
+    description = json.loads((exported / "codec.json").read_text())
+    del description["parts"]
+    (exported / "codec.json").write_text(json.dumps(description))
+    path = exported / f"{part}.safetensors"
+    path.unlink()
+    path.symlink_to("away")
+    with pytest.raises(FileNotFoundError, match=rf"{part}\.safetensors"):
+        SPresso.from_pretrained(exported)
+
+
 def test_other_settings_of_the_quantizer_are_noticed(exported):
     path = exported / "quantizer.safetensors"
     config, state = load_weights(path)
