@@ -58,7 +58,7 @@ def test_other_filesystems_take_names_as_they_are(odd: ShardSet, tmp_path: Path)
 
 def test_a_missing_name_is_told_on_one_line(odd: ShardSet, tmp_path: Path):
     with Nginx(tmp_path / "data", tmp_path / "nginx") as nginx, pytest.raises(MissingFileError) as error:
-        Remote(f"{nginx.url}/plain", patience=5).content("no\n\x1b[2Jne.tar")
+        Remote(f"{nginx.url}/plain", patience=5).content("no\n\x1b[2Jne.tar", most=100)
     assert str(error.value) == rf"{nginx.url}/plain/no\x0a\x1b[2Jne.tar is missing"
 
 
