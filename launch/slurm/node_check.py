@@ -20,8 +20,8 @@ def look(gpus: bool) -> list[str]:
     run = Path(os.environ[RUN])
     if not run.is_dir():
         return [
-            f"a compute node does not see {run}: set run_dir to a folder on a disk that all nodes share, and bind it into "
-            "the container of cluster.container, if there is one"
+            f"a compute node does not see {run}: set run_dir to a folder on a disk that all nodes share, "
+            "and bind it into the image of cluster.container, if there is one"
         ]
     found = []
     for name in _NEEDED:
@@ -29,7 +29,8 @@ def look(gpus: bool) -> list[str]:
             importlib.import_module(name)
         except Exception as error:
             found.append(
-                f"a compute node can't import {name} with {sys.executable}: {error} (see cluster.setup, .python, .container)"
+                f"a compute node can't import {name} with {sys.executable}: {error} "
+                "(see cluster.setup, .python, .container)"
             )
     if gpus and not found:
         import torch

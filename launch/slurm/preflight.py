@@ -7,7 +7,6 @@ whether the run directory and the GPUs are found.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -130,7 +129,8 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")
-    lines = [*job.parameters["setup"], f"exec {cluster.ranks_python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"]
+    check = f"{cluster.ranks_python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"
+    lines = [*job.parameters["setup"], f"exec {check}"]
     command = ["srun", "--nodes=1", "--ntasks=1", "--time=5", f"--immediate={_AT_ONCE}", "--job-name=spresso-check"]
     try:
         done = subprocess.run(

@@ -102,7 +102,9 @@ def test_where_no_node_is_free_the_look_is_left_out(config, slurm, capsys):
 def test_a_node_is_checked_inside_the_container(config, slurm):
     config.cluster.container = "apptainer exec image.sif"
     submit.run(config, only="synth")
-    [checked] = [line for line in (slurm.folder / "calls").read_text().splitlines() if "launch.slurm.node_check" in line]
+    [checked] = [
+        line for line in (slurm.folder / "calls").read_text().splitlines() if "launch.slurm.node_check" in line
+    ]
     assert "exec apptainer exec image.sif python3 -m launch.slurm.node_check" in checked
 
 
