@@ -65,7 +65,8 @@ def test_both_images_start_from_one_pinned_debian_and_run_one_script():
     [apptainer_base] = re.findall(r"^From: (\S+)$", definition, re.MULTILINE)
     assert docker_base == apptainer_base
     assert re.fullmatch(r"debian:12\.\d+-slim", docker_base)
-    assert "install.sh" in dockerfile and "install.sh" in definition
+    assert "install.sh" in dockerfile
+    assert "install.sh" in definition
 
 
 def test_the_docker_image_is_not_root_s():
