@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,11 +145,11 @@ class Job(SlurmExecutor):
         return "\n".join(line for stage in self.stages for line in self._lines(stage)) + "\nexit 0"
 
     def _lines(self, stage: str) -> Iterator[str]:
-        python = self.cluster.python or shlex.quote(sys.executable)
+        python, ranks_python = self.cluster.batch_python, self.cluster.ranks_python
         yield f"\n# {stage}"
         yield f"settings=$({python} -m launch.slurm.begin_end begin {stage}) || exit $?"
         yield 'eval "$settings"'
-        yield f"{shlex.join(['srun', *self._srun(stage)])} {python} -u -m launch.slurm.job_task {stage}"
+        yield f"{shlex.join(['srun', *self._srun(stage)])} {ranks_python} -u -m launch.slurm.job_task {stage}"
         yield f"{python} -m launch.slurm.begin_end end {stage} $? || exit $?"
 
     def _output(self, name: str, stage: str = "") -> str:

@@ -19,14 +19,18 @@ def look(gpus: bool) -> list[str]:
     """Return what this compute node lacks, one line each; `gpus`: whether torch must find GPUs."""
     run = Path(os.environ[RUN])
     if not run.is_dir():
-        return [f"a compute node does not see {run}: set run_dir to a folder on a disk that all nodes share"]
+        return [
+            f"a compute node does not see {run}: set run_dir to a folder on a disk that all nodes share, "
+            "and bind it into the image of cluster.container, if there is one"
+        ]
     found = []
     for name in _NEEDED:
         try:
             importlib.import_module(name)
         except Exception as error:
             found.append(
-                f"a compute node can't import {name} with {sys.executable}: {error} (see cluster.setup, .python)"
+                f"a compute node can't import {name} with {sys.executable}: {error} "
+                "(see cluster.setup, .python, .container)"
             )
     if gpus and not found:
         import torch

@@ -7,10 +7,8 @@ whether the run directory and the GPUs are found.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,8 +129,8 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")
-    python = cluster.python or shlex.quote(sys.executable)
-    lines = [*job.parameters["setup"], f"exec {python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"]
+    check = f"{cluster.ranks_python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"
+    lines = [*job.parameters["setup"], f"exec {check}"]
     command = ["srun", "--nodes=1", "--ntasks=1", "--time=5", f"--immediate={_AT_ONCE}", "--job-name=spresso-check"]
     try:
         done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from trainer.recipes.reading import load_recipe
 
 pytestmark = pytest.mark.alone
 
+CONTAINER = """#!/bin/sh
+echo "$@" >> {inside}
+exec unshare --mount sh -c '
+  for name in scontrol sbatch squeue sacct; do mount --bind /bin/false "$(command -v $name)"; done
+  PATH={python}:$PATH exec "$@"' sh "$@"
+"""
 SETTINGS = ("cluster=no_accounting", "parallel.threads=1", "cluster.stages.prepare.array=2")
 
 
@@ -23,9 +30,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: SlurmCluster, folder: Path) -> dict[str, str]:
-    """Submit a whole recipe and return its job ids by stage."""
-    done = spresso("run", "tiny", f"run_dir={folder / 'run'}", *SETTINGS, cwd=folder)
+def container(folder: Path) -> Path:
+    """Stands in for `apptainer exec IMAGE`: a program in a mount namespace without SLURM's commands.
+
+    Each call adds its words to the file `inside`.
+    """
+    path = folder / "container"
+    path.write_text(CONTAINER.format(inside=folder / "inside", python=Path(sys.executable).parent))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: SlurmCluster, folder: Path, container: Path) -> dict[str, str]:
+    """Submit a whole recipe, of which one stage runs in a container, and return its job ids by stage."""
+    inside = f"cluster.stages.finetune.container={container}"
+    done = spresso("run", "tiny", f"run_dir={folder / 'run'}", *SETTINGS, inside, cwd=folder)
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^  (\w+): job (\d+)", done.stderr, re.MULTILINE))
 
@@ -42,6 +62,11 @@ def test_each_stage_is_a_job_after_the_one_before(jobs: dict[str, str], cluster:
     assert (folder / "run" / "page" / "index.html").exists()
     report = json.loads((folder / "run" / "evaluate" / "evaluation.json").read_text())
     assert report
+
+
+def test_the_ranks_of_one_stage_alone_run_in_its_container(jobs: dict[str, str], folder: Path):
+    assert (folder / "inside").read_text().splitlines() == ["python3 -u -m launch.slurm.job_task finetune"] * 4
+    assert (folder / "run" / "finetune" / "export").is_dir()
 
 
 def test_the_logs_of_a_rank(jobs: dict[str, str], folder: Path):

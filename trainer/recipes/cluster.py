@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.I
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ONE_LINE = ("mem", "partition", "account", "qos", "constraint", "python")
+_ONE_LINE = ("mem", "partition", "account", "qos", "constraint", "python", "container")
 OURS = (
     # options of sbatch that requeueing depends on, or that have a setting of their own
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output", "requeue"),
@@ -64,6 +66,9 @@ class ClusterConfig:
     """Environment variables of the job."""
     python: str | None = None
     """Command that starts Python in the job; None: the Python that submits the job."""
+    container: str | None = None
+    """Command that starts a program in a container, such as `apptainer exec --nv spresso.sif`. The ranks run the
+    container's `python3`; the batch script, which asks SLURM to requeue the job, stays outside. None: no container."""
     grace_seconds: int = ranged(120, least=1)
     """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
     them. SLURM may send the signal up to a minute early."""
@@ -89,6 +94,16 @@ class ClusterConfig:
     def ranks_per_node(self) -> int:
         """Ranks per node: `tasks_per_node`, or one per GPU, or one."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def ranks_python(self) -> str:
+        """Command that starts the ranks' Python: the container's, or `batch_python`."""
+        return f"{self.container} python3" if self.container else self.batch_python
+
+    @property
+    def batch_python(self) -> str:
+        """Command that starts Python in the batch script: `python`, or the Python that runs now."""
+        return self.python or shlex.quote(sys.executable)
 
     def of(self, stage: str) -> ClusterConfig:
         """Return the settings for the job of one stage."""

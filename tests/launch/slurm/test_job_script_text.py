@@ -111,6 +111,22 @@ def test_the_user_s_own_commands_stay(tmp_path: Path):
     assert "$(conda run -n a python -m launch.slurm.begin_end begin autoencode)" in text
 
 
+def test_only_the_ranks_run_in_the_container(tmp_path: Path):
+    text = script(tmp_path, python="host-python", container="apptainer exec --nv 'my image.sif'")
+    lines = [line for line in text.split("\n") if " -m launch." in line]
+    ranks = [line for line in lines if line.startswith("srun ")]
+    assert [line.partition(" apptainer ")[2] for line in ranks] == [
+        "exec --nv 'my image.sif' python3 -u -m launch.slurm.job_task autoencode"
+    ]
+    assert all("host-python -m launch.slurm.begin_end" in line for line in lines if line not in ranks)
+    assert len(lines) == 3
+
+
+def test_a_container_of_several_lines_is_refused():
+    [told] = ClusterConfig(container="apptainer exec a.sif\n#SBATCH --exclusive").problems()
+    assert "cluster.container" in told
+
+
 def test_a_percent_sign_of_the_folder_is_none_of_slurm_s_patterns(tmp_path: Path):
     config = load_recipe("tiny", ["cluster=no_accounting", f"run_dir={tmp_path}/50%a $(x)"])
     text = dict(submit.scripts(config))["autoencode"]

@@ -99,6 +99,15 @@ def test_where_no_node_is_free_the_look_is_left_out(config, slurm, capsys):
     assert "not checked on a compute node: none was free" in capsys.readouterr().err
 
 
+def test_a_node_is_checked_inside_the_container(config, slurm):
+    config.cluster.container = "apptainer exec image.sif"
+    submit.run(config, only="synth")
+    [checked] = [
+        line for line in (slurm.folder / "calls").read_text().splitlines() if "launch.slurm.node_check" in line
+    ]
+    assert "exec apptainer exec image.sif python3 -m launch.slurm.node_check" in checked
+
+
 def test_what_a_node_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SPRESSO_RUN", str(tmp_path / "elsewhere"))
     assert "does not see" in node_check.look(gpus=False)[0]
