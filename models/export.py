@@ -37,9 +37,7 @@ _PARTS = ("latent_encoder", "upsampler", "quantizer", "prior", "distilled")
 _PEFT_FILES = ("adapter_config.json", _ADAPTER_FILE)
 _DISTILLED = "distilled"
 """The folder of the second adapter, which has PEFT's layout, too."""
-_OWN = frozenset(
-    {DESCRIPTION, CARD, *_PEFT_FILES, _BASE_FILE, _DISTILLED, *(f"{part}.safetensors" for part in _PARTS)}
-)
+_OWN = frozenset({DESCRIPTION, CARD, *_PEFT_FILES, _BASE_FILE, _DISTILLED, *(f"{part}.safetensors" for part in _PARTS)})
 """The files that exports may hold; all others in an export's folder are a user's."""
 
 FILES = (*sorted(_OWN - {_DISTILLED}), *(f"{_DISTILLED}/{name}" for name in _PEFT_FILES))

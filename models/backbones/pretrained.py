@@ -39,8 +39,6 @@ __all__ = [
     "load_dit",
     "load_weights",
     "load_woosh_folder",
-    "locate",
-    "missing",
     "outline_autoencoder",
     "read_dit_config",
     "save_weights",
