@@ -5,6 +5,7 @@ Listing needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ def listing() -> str:
     """Return the table of all public weights, and below it how to get those that are not here."""
     places = {release: release.found() for release in RELEASES}
     rows = [_HEADER, *(_row(release, place) for release, place in places.items())]
-    absent = [line for release, place in places.items() if place is None for line in _how_to_get(release)]
+    absent = [release for release, place in places.items() if place is None]
+    commands = [line for group in _alike(absent) for line in _get(group)]
     own = (
         "model=stereo, and recipes without model=, need no weights. The size is that of float32; of Stable Audio 3 "
         "without its text encoder."
@@ -32,7 +34,7 @@ def listing() -> str:
     check = (
         "`spresso weights FOLDER` checks a folder, or a name in the hub's cache: files, shapes and published hashes."
     )
-    return "\n".join([aligned(rows), "", own, check, *absent])
+    return "\n".join([aligned(rows), "", own, check, *commands])
 
 
 def _row(release: Release, place: Path | None) -> tuple[str, ...]:
@@ -41,14 +43,27 @@ def _row(release: Release, place: Path | None) -> tuple[str, ...]:
     return release.model, release.name, release.what, f"{gigabytes:.1f} GB", release.licence.name, here
 
 
-def _how_to_get(release: Release) -> list[str]:
-    """Return the lines that say how to get a release: what is to be done first, its licence, and its commands."""
-    terms = f"{release.licence.name}, {release.licence.link}" + (
-        f" ({release.licence.note})" if release.licence.note else ""
-    )
-    first = [f"  first: {release.first}"] if release.first else []
-    commands = [f"    {command}" for command in release.commands]
-    return ["", f"{release.name}: {release.source}", f"  licence: {terms}", *first, *commands]
+def _alike(releases: Iterable[Release]) -> list[list[Release]]:
+    """Group releases that are got by the same commands but for their name."""
+    groups: dict[tuple[str, ...], list[Release]] = {}
+    for release in releases:
+        own = Path(release.place).name
+        groups.setdefault(tuple(text.replace(own, "") for text in (*release.commands, release.first)), []).append(
+            release
+        )
+    return list(groups.values())
+
+
+def _get(group: list[Release]) -> list[str]:
+    """Return the lines that say how to get releases: what is to be done first, the licence, and the commands."""
+    release, *others = group
+    licence = release.licence
+    note = f" ({licence.note})" if licence.note else ""
+    lines = ["", f"{release.name}: {release.source}", f"  licence: {licence.name}, {licence.link}{note}"]
+    lines += [f"  first: {release.first}"] if release.first else []
+    lines += [f"    {command}" for command in release.commands]
+    names = ", ".join(Path(other.place).name for other in others)
+    return [*lines, f"  likewise, with their names: {names}"] if others else lines
 
 
 def report(checked: Checked) -> str:
