@@ -17,7 +17,7 @@ from models.backbones.releases import release_at
 from models.codec import SPresso
 from models.documents import to_json
 from models.export import CARD, DESCRIPTION, FILES, ExportDescription, files_of, read_description
-from models.hub import hub_errors, split_name
+from models.hub import hub_errors, is_hub_name, split_name
 from trainer.evaluate.report_file import read_whole_report
 from trainer.file_names import printable, printable_lines
 from trainer.formatting import aligned, size
@@ -150,8 +150,9 @@ def _portable(description: ExportDescription) -> str:
 
 
 def _place(folder: str) -> str:
-    release = release_at(folder)
-    return release.place if release else Path(folder).name if Path(folder).is_absolute() else folder
+    if release := release_at(folder):
+        return release.place
+    return folder if is_hub_name(folder) and not Path(folder).exists() else Path(folder).name
 
 
 def _upload(repo: str, files: Files, *, private: bool, revision: str | None, model: str) -> str:
