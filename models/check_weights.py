@@ -16,10 +16,10 @@ from torch import nn
 from models.backbones import stable_audio_3
 from models.backbones.pretrained import in_diffusers_layout, load_autoencoder, load_dit
 from models.backbones.released import ORIGINAL_CONFIG, class_of, original_layout, require_package
-from models.backbones.releases import RELEASES, Release, family, release_at
+from models.backbones.releases import RELEASES, Release, family, missing, release_at
 from models.backbones.woosh import load_woosh_folder
 from models.export import DESCRIPTION
-from models.hub import locate, missing
+from models.hub import locate
 from models.published_hashes import holds, published_files
 from models.readable import describe_os_error, file_trouble
 from models.weights import outlined

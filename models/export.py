@@ -17,10 +17,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from models.backbones.releases import release_at
+from models.backbones.releases import missing
 from models.decoder import Decoder
 from models.documents import build, damaged, fits, read_json, to_json
-from models.hub import fetch, is_remote, locate, missing
+from models.hub import fetch, is_remote, locate
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.lora import file_rank
 from models.readable import folder_trouble, require_file
@@ -202,9 +202,9 @@ def locate_base(folder: Path, base: str | Path | None) -> Path:
     path = Path(base or read_description(folder)["base"]["path"] or folder / _BASE_FILE)
     if locate(path).exists() or path.parent == folder:
         return path
-    release = release_at(path)
-    get = f"get {release.name} with the commands of  spresso weights, or " if release else ""
-    raise ValueError(f"{missing(path)}: the codec in {folder} stands on it: {get}give its folder as base=FOLDER")
+    raise ValueError(
+        f"the codec in {folder} stands on weights that are not here (or give them as base=): {missing(path)}"
+    )
 
 
 def read_description(folder: Path) -> ExportDescription:

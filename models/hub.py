@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.readable import folder_trouble
-
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
 _NO_NETWORK = "the hub can't be reached: connect this machine, or give a folder"
 _WORDS = {
@@ -57,18 +55,6 @@ def locate(folder: str | Path) -> Path:
     except LocalEntryNotFoundError as error:
         partial = getattr(error, "snapshot_path", None)  # of a copy that lacks some of the files that the hub lists
         return Path(partial) if partial else path
-
-
-def missing(folder: str | Path) -> str:
-    """Return the error message for a folder that `locate` did not find."""
-    if not is_hub_name(folder):
-        return f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}"
-    repo, revision = split_name(folder)
-    command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
-    return (
-        f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
-        f"with  {command}  (for a gated model, first accept its licence on huggingface.co and run  hf auth login)"
-    )
 
 
 def is_remote(folder: str | Path) -> bool:

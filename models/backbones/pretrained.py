@@ -15,6 +15,7 @@ from models.autoencoder_sizes import OobleckConfig, SameConfig, VocosConfig
 from models.backbones import stable_audio, stable_audio_3
 from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
 from models.backbones.released import ORIGINAL_CONFIG, class_of
+from models.backbones.releases import missing
 from models.backbones.same import SameAE, load_same, read_same_config
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
 from models.backbones.stable_audio_3 import load_stable_audio_3, read_stable_audio_3_config
@@ -22,7 +23,7 @@ from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_
 from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
-from models.hub import is_hub_name, locate, missing
+from models.hub import is_hub_name, locate
 from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
 from models.stereo_magnitude_autoencoder import StereoMagnitudeAE

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.backbones.releases import CONVERTER, conversion
+from models.backbones.releases import CONVERTER, conversion, missing
 from models.documents import fits
 from models.documents import read_json as read_document
-from models.hub import is_hub_name, locate, missing, split_name
+from models.hub import is_hub_name, locate, split_name
 from models.weights import Stored, listed, open_safetensors
 
 _MEND = "download the release again"

@@ -11,7 +11,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.hub import locate
+from models.hub import is_hub_name, locate, split_name
+from models.readable import folder_trouble
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,24 @@ def release_at(folder: str | Path) -> Release | None:
     """Return the release that a folder or a hub name is called after; None if it is called like none."""
     path = str(folder)
     return next((each for each in RELEASES if path == each.hub or Path(path).name == Path(each.place).name), None)
+
+
+def missing(folder: str | Path) -> str:
+    """Return the error message for a folder, or a hub name, that `models.hub.locate` did not find."""
+    release = release_at(folder)
+    if release and str(folder) != release.hub:
+        return (
+            f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}: give the folder of {release.name}, or get "
+            "it with the commands of  spresso weights"
+        )
+    if not is_hub_name(folder):
+        return f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}"
+    repo, revision = split_name(folder)
+    command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    return (
+        f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
+        f"with  {command}  (for a gated model, first accept its licence on huggingface.co and run  hf auth login)"
+    )
 
 
 def family(model: str) -> tuple[Release, ...]:

@@ -276,7 +276,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         config = OmegaConf.to_container(read_yaml(path, mend=_MEND), resolve=False)
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow"
+            f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow; `spresso weights` "
+            "says how to get it"
         ) from None
     except OmegaConfBaseException as error:
         raise damaged(path, " ".join(str(error).split()), _MEND) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from models.backbones.pretrained import AUTOENCODERS, EMBEDDED, latent_timing
+from models.backbones.releases import missing
 from models.diffusion import make_diffusion
-from models.hub import is_remote, locate, missing
+from models.hub import is_remote, locate
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
 from models.readable import file_trouble
