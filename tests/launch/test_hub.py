@@ -22,6 +22,7 @@ from models.export import FILES
 from tests import fake_hub
 from tests.fake_hub import TOKEN, Hub
 from tests.launch.codecs import content, export_codec, sound, spresso
+from trainer.recipes.reading import load_recipe
 
 NAME = "alice/door-codec"
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,14 @@ def test_a_slip_in_the_path_of_a_run_asks_no_hub(hub, capsys):
     assert spresso("info", __file__, "--codec", "runs/tpyo") == 2
     assert "--codec runs/tpyo is missing: give an export folder" in capsys.readouterr().err
     assert hub.asked == []
+
+
+def test_a_recipe_compares_with_a_codec_on_the_hub(pushed, codec):
+    config = load_recipe("tiny", [f"evaluate.codecs={{there: {NAME}, here: {codec}}}"])
+    assert config.evaluate.codecs["there"] == NAME
+    Path("alice").mkdir()
+    with pytest.raises(ValueError, match=rf"evaluate\.codecs: there={NAME} is not an export"):
+        load_recipe("tiny", [f"evaluate.codecs={{there: {NAME}}}"])
 
 
 def test_a_revision_is_a_codec_of_its_own(pushed, tmp_path):
