@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run_commands(subs)
     _add_file_commands(subs)
     _add_codec_commands(subs)
+    _add_hub_commands(subs)
     return top
 
 
@@ -222,8 +223,38 @@ def _add_codec_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser
     info = _add_command(subs, "info", "on_sounds:info", "show the contents and the bit rate of a stream")
     info.add_argument("input", type=_path, metavar="FILE.spr", help="stream to read")
     info.add_argument(
-        "--codec", type=_path, help="export folder of the codec that made it (default: found under runs/)"
+        "--codec", type=_path, help="export folder, or name on the hub, of its codec (default: found under runs/)"
     )
+
+
+def _add_hub_commands(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands for public weights and the hub."""
+    weights = _add_command(
+        subs, "weights", "on_hub:weights", "list the public weights to start from and how to get them, or check some"
+    )
+    weights.add_argument(
+        "folder",
+        nargs="?",
+        type=_path,
+        metavar="FOLDER",
+        help="folder of a release or an export, name in the hub's cache, or archive, to check for missing and damaged "
+        "files (default: list all weights)",
+    )
+    help_ = "put a codec on the Hugging Face hub, with its model card; `hf auth login` comes first"
+    push = _add_command(subs, "push", "on_hub:push", help_)
+    push.add_argument("codec", type=_path, metavar="RUN", help="directory or name of a run, or an export folder")
+    push.add_argument("name", metavar="OWNER/NAME", help="name on the hub; the model is made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a private model")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    push.add_argument(
+        "--evaluation", type=_path, metavar="FOLDER", help="evaluation whose figures to show (default: the run's)"
+    )
+    sounds = "clips of the evaluation to upload, with their decodes; you need the right to publish them"
+    add_number(push, "--sounds", Range(least=0, most=100), sounds, default=0)
+    push.add_argument(
+        "--license", metavar="ID", help="the codec's licence by the hub's name, such as cc-by-4.0 (default: its base's)"
+    )
+    push.add_argument("--dry-run", action="store_true", help="print the files and the card; upload nothing")
 
 
 def _add_listening_test(subs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -307,7 +338,8 @@ def _add_codec_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--codec",
         type=_path,
-        help="export folder of the codec (default: the newest under runs/; for decode, the one that made the stream)",
+        help="export folder of the codec, or OWNER/NAME[@REVISION] on the hub (default: the newest under runs/; for "
+        "decode, the one that made the stream)",
     )
     sub.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (default: %(default)s)"

@@ -10,7 +10,7 @@ from launch.conversions import Conversion, Converter, convert_folder
 from launch.encode_record import EncodeRecord
 from launch.file_decoder import FileDecoder, named_errors
 from launch.file_encoder import FileEncoder
-from launch.find_codec import exports_of, load_codec, newest_codec, require_codec_folder
+from launch.find_codec import codec_folder, exports_of, load_codec, newest_codec
 from launch.live_decode import STANDARD, decode_live
 from launch.own_files import file_ids, is_decoded_sound, is_stream, refusal, require_stream_name
 from models import bitstream
@@ -112,7 +112,7 @@ def decode(
         ValueError: source, target, codec or a setting can't be used; a single file can't be converted.
     """
     if codec is not None:
-        require_codec_folder(codec)
+        codec = codec_folder(codec)
     if STANDARD in (source, target):
         _require_live(source, target, samples)
         decode_live(source, codec=codec, device=device, seed=seed, steps=steps, rate=rate)
@@ -133,7 +133,7 @@ def info(path: Path, *, codec: Path | None) -> None:
     """Print the contents and the bit rates of a stream. Raises ValueError if the file is not a stream."""
     require_file(path)
     if codec is not None:
-        require_codec_folder(codec)
+        codec = codec_folder(codec)
     content = path.read_bytes()
     with named_errors(path):
         header, payload = bitstream.read_header(content)

@@ -10,7 +10,7 @@ import torch
 
 from launch.find_exports import find_exports
 from models.codec import SPresso
-from models.export import read_description
+from models.export import find_export, read_description
 from models.readable import describe_os_error, folder_trouble
 from trainer.file_names import printable
 
@@ -69,15 +69,23 @@ def _pass_over(error: Exception) -> None:
     print(f"spresso: {printable(reason)}; it is passed over", file=sys.stderr)
 
 
-def require_codec_folder(folder: Path) -> None:
-    """Raise ValueError unless --codec names a folder that can be read."""
+def codec_folder(codec: Path) -> Path:
+    """Return the folder of the export that --codec names; one on the hub is downloaded unless it is cached.
+
+    Raises ValueError unless it can be read.
+    """
+    folder = find_export(codec)
     if trouble := folder_trouble(folder):
-        raise ValueError(f"--codec {folder} {trouble}: give an export folder, such as runs/demo/finetune/export")
+        raise ValueError(
+            f"--codec {codec} {trouble}: give an export folder, such as runs/demo/finetune/export, or OWNER/NAME on "
+            "the hub"
+        )
+    return folder
 
 
 def load_codec(folder: Path, device: str) -> SPresso:
     """Load a codec to `auto`, `cpu` or `cuda`, and name it on stderr. Raises ValueError."""
-    require_codec_folder(folder)
+    folder = codec_folder(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():

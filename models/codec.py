@@ -347,7 +347,7 @@ class SPresso(nn.Module):
         """Load an export.
 
         Args:
-            folder: a folder that `save_pretrained` wrote.
+            folder: a folder that `save_pretrained` wrote, or the name of one on the hub, `owner/name[@revision]`.
             device: the device to load the weights to.
             base: D's pretrained weights, if they are no longer where the export says.
             autoencoder: the folder of the AudioAE's release, likewise.
@@ -356,11 +356,11 @@ class SPresso(nn.Module):
             ValueError: the export is missing or damaged, its weights are not those that its hash was made of, or the
                 codec was trained on another base model or autoencoder.
         """
-        folder = Path(folder)
+        folder = export.find_export(folder)
         description, config = export.read_description(folder), export.read_config(folder)
         if autoencoder is not None:
             config.autoencoder["folder"] = str(autoencoder)
-        base_path = Path(base or description["base"]["path"] or folder / "dit.safetensors")
+        base_path = export.locate_base(folder, base)
         dit = load_dit(base_path)
         export.require_sizes(folder, config, dit)
         codec = cls(config, autoencoder=load_autoencoder(**config.autoencoder), dit=dit)

@@ -17,8 +17,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from models.backbones.releases import missing
 from models.decoder import Decoder
 from models.documents import build, damaged, fits, read_json, to_json
+from models.hub import fetch, is_remote, locate
 from models.latent_encoder import LatentEncoder, Upsampler
 from models.lora import file_rank
 from models.readable import folder_trouble, require_file
@@ -29,16 +31,17 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 EXPORT_FORMAT = 1
-_DESCRIPTION, _ADAPTER_FILE, _CARD = "codec.json", "adapter_model.safetensors", "README.md"
+DESCRIPTION, _ADAPTER_FILE, CARD = "codec.json", "adapter_model.safetensors", "README.md"
 _BASE_FILE = "dit.safetensors"
 _PARTS = ("latent_encoder", "upsampler", "quantizer", "prior", "distilled")
 _PEFT_FILES = ("adapter_config.json", _ADAPTER_FILE)
 _DISTILLED = "distilled"
 """The folder of the second adapter, which has PEFT's layout, too."""
-_OWN = frozenset(
-    {_DESCRIPTION, _CARD, *_PEFT_FILES, _BASE_FILE, _DISTILLED, *(f"{part}.safetensors" for part in _PARTS)}
-)
+_OWN = frozenset({DESCRIPTION, CARD, *_PEFT_FILES, _BASE_FILE, _DISTILLED, *(f"{part}.safetensors" for part in _PARTS)})
 """The files that exports may hold; all others in an export's folder are a user's."""
+
+FILES = (*sorted(_OWN - {_DISTILLED}), *(f"{_DISTILLED}/{name}" for name in _PEFT_FILES))
+"""The same by their paths in the export."""
 
 _MEND = "copy it again from where it was made, or export it again"
 
@@ -120,8 +123,8 @@ def write_export(
         "config": description["config"],
         "parts": description["parts"],
     }
-    (making / _DESCRIPTION).write_text(to_json(described, indent=2))
-    (making / _CARD).write_text(card, "utf-8")
+    (making / DESCRIPTION).write_text(to_json(described, indent=2))
+    (making / CARD).write_text(card, "utf-8")
     _exchange(folder, making, kept=kept)
 
 
@@ -148,15 +151,15 @@ def _kept_files(folder: Path, *, card: str, model: str) -> dict[str, str]:
     if not folder.exists():
         return {}
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
-    if entries and not (folder / _DESCRIPTION).is_file():
+    if entries and not (folder / DESCRIPTION).is_file():
         raise ValueError(
             f"{folder} was not written as an export, which would replace it: give another folder, or move it away"
         )
     kept = {path.name: path.name for path in entries if path.name not in _OWN}
     if _holds_more(folder / _DISTILLED):
         kept[_DISTILLED] = f"{_DISTILLED}.{secrets.token_hex(4)}.older"
-    if (folder / _CARD).exists() and not _is_own_card(folder, card.replace(model[:8], "")):
-        kept[_CARD] = f"{_CARD}.{secrets.token_hex(4)}.older"
+    if (folder / CARD).exists() and not _is_own_card(folder, card.replace(model[:8], "")):
+        kept[CARD] = f"{CARD}.{secrets.token_hex(4)}.older"
     return kept
 
 
@@ -167,13 +170,41 @@ def _holds_more(adapter: Path) -> bool:
 
 def _is_own_card(folder: Path, text: str) -> bool:
     """Whether an export's model card has this text, apart from the hash of its model."""
-    if not (folder / _CARD).is_file():
+    if not (folder / CARD).is_file():
         return False
     try:
         model = read_description(folder)["model"]
-        return (folder / _CARD).read_text("utf-8").replace(model[:8], "") == text
+        return (folder / CARD).read_text("utf-8").replace(model[:8], "") == text
     except ValueError:
         return False
+
+
+def find_export(folder: str | Path) -> Path:
+    """Return the folder of an export; one on the hub, `owner/name[@revision]`, is downloaded unless it is cached.
+
+    Only the files of an export are downloaded. A folder here wins over a name on the hub. Raises ValueError as
+    `models.hub.fetch` does.
+    """
+    return fetch(folder, FILES) if is_remote(folder) else Path(folder)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the paths of an export's own files, relative to its folder. All other files in it are a user's."""
+    return [name for name in FILES if (folder / name).is_file()]
+
+
+def locate_base(folder: Path, base: str | Path | None) -> Path:
+    """Return where D's pretrained weights are: `base` if it is given, otherwise where the export says.
+
+    Raises:
+        ValueError: they are not there. The message says how to get them.
+    """
+    path = Path(base or read_description(folder)["base"]["path"] or folder / _BASE_FILE)
+    if locate(path).exists() or path.parent == folder:
+        return path
+    raise ValueError(
+        f"the codec in {folder} stands on weights that are not here (or give them as base=): {missing(path)}"
+    )
 
 
 def read_description(folder: Path) -> ExportDescription:
@@ -182,7 +213,7 @@ def read_description(folder: Path) -> ExportDescription:
     Raises:
         ValueError: the folder holds no export, a damaged one, or one in another format.
     """
-    path = folder / _DESCRIPTION
+    path = folder / DESCRIPTION
     try:
         description = read_json(path, _Format, mend=_MEND, finite=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -198,7 +229,7 @@ def read_description(folder: Path) -> ExportDescription:
 
 def read_config(folder: Path) -> CodecConfig:
     """Read the config of an export's codec; raises as `read_description` does."""
-    return CodecConfig.from_dict(read_description(folder)["config"], folder / _DESCRIPTION)
+    return CodecConfig.from_dict(read_description(folder)["config"], folder / DESCRIPTION)
 
 
 def read_part(folder: Path, name: str, kind: Callable[[dict[str, Any]], Part]) -> Part | None:
@@ -239,12 +270,12 @@ def require_sizes(folder: Path, config: CodecConfig, dit: Decoder) -> None:
         path = folder / f"{name}.safetensors"
         stored_config, stored = open_weights(path)
         if build(LatentEncoderConfig, stored_config, path, mend=_MEND) != shapes:
-            raise damaged(folder / _DESCRIPTION, f"`config.latent_encoder` is not the config of {path.name}", _MEND)
+            raise damaged(folder / DESCRIPTION, f"`config.latent_encoder` is not the config of {path.name}", _MEND)
         outlined(outline, stored, str(path))
     adapter = open_safetensors(folder / _ADAPTER_FILE)[1]
     ranks = {value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}
     if ranks != {file_rank(config.lora)}:
-        raise damaged(folder / _DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
+        raise damaged(folder / DESCRIPTION, f"`config.lora.rank` is not that of {_ADAPTER_FILE}", _MEND)
 
 
 @torch.no_grad()

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.backbones.released import find_part, locate, missing, open_part, read_config, require_package
+from models.backbones.released import find_part, open_part, read_config, require_package
+from models.backbones.releases import missing
 from models.backbones.stable_audio import ProjectionSettings, text_tokens
 from models.backbones.stable_audio_3 import stable_audio_3_text_tokens
+from models.hub import locate
 from models.weights import hash_state, listed, read
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -142,6 +142,16 @@ def hash_state(config: Mapping[str, Any], state: State) -> str:
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class Fill(Protocol):
+    """Builds a model and gives it its weights: `filled`, or `outlined`, which only checks that they fit."""
+
+    def __call__(
+        self, build: Callable[[], Model], state: Weights, where: str, name_of: Callable[[str], str] = str
+    ) -> Model:
+        """Build the model; raises as `filled` does."""
+        ...
 
 
 def filled(build: Callable[[], Model], state: Weights, where: str, name_of: Callable[[str], str] = str) -> Model:

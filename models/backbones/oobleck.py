@@ -13,7 +13,7 @@ from models.autoencoder import AudioAE
 from models.autoencoder_sizes import OobleckConfig
 from models.backbones.released import find_part, open_part, read_config, require, require_package
 from models.documents import Size
-from models.weights import filled
+from models.weights import Fill, filled
 
 _CLASS = "AutoencoderOobleck"
 
@@ -63,14 +63,14 @@ class OobleckAE(AudioAE):
         return self.decoder(x0_BCT).mean(1, keepdim=True)
 
 
-def load_oobleck(folder: str | Path) -> OobleckAE:
+def load_oobleck(folder: str | Path, fill: Fill = filled) -> OobleckAE:
     """Load the autoencoder from the subfolder `vae/` of a release, given by its folder or its hub name.
 
     Raises:
         ValueError: the autoencoder is missing or damaged, or is another model.
     """
     part, config = find_part(folder, "vae"), read_oobleck_config(folder)
-    return filled(lambda: OobleckAE(config), open_part(part), str(part))
+    return fill(lambda: OobleckAE(config), open_part(part), str(part))
 
 
 def read_oobleck_config(folder: str | Path) -> OobleckConfig:

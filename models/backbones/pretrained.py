@@ -14,7 +14,8 @@ from models.autoencoder import AudioAE, SpectralAE, VocosAE
 from models.autoencoder_sizes import OobleckConfig, SameConfig, VocosConfig
 from models.backbones import stable_audio, stable_audio_3
 from models.backbones.oobleck import OobleckAE, load_oobleck, read_oobleck_config
-from models.backbones.released import ORIGINAL_CONFIG, class_of, is_hub_name, locate, missing
+from models.backbones.released import ORIGINAL_CONFIG, class_of
+from models.backbones.releases import missing
 from models.backbones.same import SameAE, load_same, read_same_config
 from models.backbones.stable_audio import load_stable_audio, read_stable_audio_config
 from models.backbones.stable_audio_3 import load_stable_audio_3, read_stable_audio_3_config
@@ -22,10 +23,11 @@ from models.backbones.woosh import autoencoder_from_woosh, dit_from_woosh, load_
 from models.decoder import Decoder, make_decoder
 from models.dit import DiT
 from models.documents import fits
+from models.hub import is_hub_name, locate
 from models.magnitude_autoencoder import MagnitudeAE
 from models.sizes import DecoderConfig, DiTConfig, Formulation, decoder_config
 from models.stereo_magnitude_autoencoder import StereoMagnitudeAE
-from models.weights import filled, hash_state, load_weights, open_weights, save_weights
+from models.weights import Fill, filled, hash_state, load_weights, open_weights, save_weights
 
 __all__ = [
     "AUTOENCODERS",
@@ -38,8 +40,6 @@ __all__ = [
     "load_dit",
     "load_weights",
     "load_woosh_folder",
-    "locate",
-    "missing",
     "outline_autoencoder",
     "read_dit_config",
     "save_weights",
@@ -58,7 +58,7 @@ EMBEDDED: dict[str, type[SpectralAE | MagnitudeAE]] = {
 class InDiffusers:
     """A kind of AudioAE that is read from a release in the layout of diffusers."""
 
-    load: Callable[[str | Path], AudioAE]
+    load: Callable[[str | Path, Fill], AudioAE]
     read_sizes: Callable[[str | Path], OobleckConfig | SameConfig]
     build: Callable[[Any], AudioAE]
     """Builds the AudioAE, without its weights, from its sizes."""
@@ -75,11 +75,12 @@ Model = TypeVar("Model", bound=nn.Module)
 Sizes = TypeVar("Sizes", DiTConfig, VocosConfig)
 
 
-def load_dit(path: str | Path) -> Decoder:
+def load_dit(path: str | Path, fill: Fill = filled) -> Decoder:
     """Load D from this project's export or from a public release.
 
     Args:
         path: an exported file, a folder with `dit.safetensors`, or a release's folder or hub name.
+        fill: builds the model; `outlined` only checks that the weights fit it.
 
     Returns:
         D. Its attribute `diffusion` is its training's formulation, {"name", "options"}, or None if unknown.
@@ -90,15 +91,15 @@ def load_dit(path: str | Path) -> Decoder:
     path = _locate(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
-        if _in_diffusers_layout(path):
-            return load_stable_audio_3(path) if _is_stable_audio_3(path) else load_stable_audio(path)
-        released = _require_kind(DiT, load_woosh_folder(path), path)
+        if in_diffusers_layout(path):
+            return load_stable_audio_3(path, fill) if _is_stable_audio_3(path) else load_stable_audio(path, fill)
+        released = _require_kind(DiT, load_woosh_folder(path, fill), path)
         released.diffusion = {"name": "flow_matching", "options": {}}
         return released
     config, stored = open_weights(exported)
     diffusion = config.pop("diffusion", None)
     sizes = decoder_config(config, exported)
-    dit = filled(lambda: make_decoder(sizes), stored, str(exported))
+    dit = fill(lambda: make_decoder(sizes), stored, str(exported))
     if diffusion is not None:
         dit.diffusion = dict(fits(diffusion, Formulation, exported, mend="export it again"))
     return dit
@@ -112,7 +113,7 @@ def _locate(path: str | Path) -> Path:
     return found
 
 
-def _in_diffusers_layout(folder: Path) -> bool:
+def in_diffusers_layout(folder: Path) -> bool:
     """Whether a release's folder has the layout of diffusers."""
     return any((folder / name).exists() for name in ("transformer", "model_index.json", ORIGINAL_CONFIG))
 
@@ -125,19 +126,20 @@ def weight_files(path: str | Path) -> dict[str, Path]:
     """Return all files that `load_dit` may read from a D's folder, by their relative paths in it."""
     folder = locate(path)
     parts: tuple[str, ...] = (".",)
-    if _in_diffusers_layout(folder):
+    if in_diffusers_layout(folder):
         parts = stable_audio_3.PARTS if _is_stable_audio_3(folder) else stable_audio.PARTS
     files = [file for part in parts if (folder / part).is_dir() for file in (folder / part).iterdir() if file.is_file()]
     return {file.relative_to(folder).as_posix(): file for file in files}
 
 
-def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -> AudioAE:
+def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None, fill: Fill = filled) -> AudioAE:
     """Load an AudioAE.
 
     Args:
         kind: one of `AUTOENCODERS`.
         folder: the folder of a Woosh-AE release for `woosh`; the folder or the hub name of a release of Stable Audio
             Open for `oobleck` and of Stable Audio 3 for `same`; unused for the kinds of `EMBEDDED`.
+        fill: builds the model; `outlined` only checks that the weights fit it.
 
     Raises:
         ValueError: the kind is unknown, or the folder is missing, damaged or another model's.
@@ -146,8 +148,8 @@ def load_autoencoder(kind: str = "spectral", folder: str | Path | None = None) -
         return EMBEDDED[kind]()
     where = _require_release(kind, folder)
     if kind in IN_DIFFUSERS:
-        return IN_DIFFUSERS[kind].load(where)
-    return _require_kind(VocosAE, load_woosh_folder(where), where)
+        return IN_DIFFUSERS[kind].load(where, fill)
+    return _require_kind(VocosAE, load_woosh_folder(where, fill), where)
 
 
 def _require_release(kind: str, folder: str | Path | None) -> Path:
@@ -176,7 +178,7 @@ def read_dit_config(path: str | Path) -> DecoderConfig:
     path = _locate(path)
     exported = path / "dit.safetensors" if path.is_dir() else path
     if path.is_dir() and not exported.exists():
-        if not _in_diffusers_layout(path):
+        if not in_diffusers_layout(path):
             return _read_woosh_sizes(DiTConfig, path)
         return read_stable_audio_3_config(path) if _is_stable_audio_3(path) else read_stable_audio_config(path)
     config = open_weights(exported)[0]

@@ -5,14 +5,14 @@ A subfolder holds `config.json` and safetensors, in one file or in shards with a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.backbones.releases import CONVERTER, conversion, missing
 from models.documents import fits
 from models.documents import read_json as read_document
-from models.readable import folder_trouble
+from models.hub import is_hub_name, locate, split_name
 from models.weights import Stored, listed, open_safetensors
 
 _MEND = "download the release again"
@@ -20,40 +20,6 @@ ORIGINAL_CONFIG = "model_config.json"
 """The config of a release in the layout of stable-audio-tools, which is not that of diffusers."""
 _STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def locate(folder: str | Path) -> Path:
-    """Return the folder if it exists, or the copy in the hub's local cache if `folder` is a hub name (`owner/model`).
-
-    Nothing is downloaded. If neither exists, `folder` itself is returned.
-    """
-    path = Path(folder)
-    if path.exists() or not is_hub_name(folder):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(folder), local_files_only=True))
-    except LocalEntryNotFoundError:
-        return path
-
-
-def is_hub_name(folder: str | Path) -> bool:
-    """Whether `folder` has the form of a model's name on the hub, `owner/model`."""
-    return _HUB_NAME.fullmatch(str(folder)) is not None
-
-
-def missing(folder: str | Path) -> str:
-    """Return the error message for a folder that `locate` did not find."""
-    if not is_hub_name(folder):
-        return f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}"
-    return (
-        f"{folder} is neither a folder nor a model in the hub's cache on this machine: give a folder, or download it "
-        f"with  hf download {folder}  (for a gated model, first accept its licence on huggingface.co and run  "
-        "hf auth login)"
-    )
 
 
 def find_part(folder: str | Path, part: str) -> Path:
@@ -67,12 +33,23 @@ def find_part(folder: str | Path, part: str) -> Path:
         raise ValueError(missing(folder))
     if not (path / part / "config.json").is_file():
         if (path / ORIGINAL_CONFIG).is_file():
-            raise ValueError(
-                f"{path} holds {ORIGINAL_CONFIG} and is in the layout of stable-audio-tools: convert it to that of "
-                f"diffusers with its scripts/convert_stable_audio_3_to_diffusers.py, and give the new folder"
-            )
+            raise ValueError(original_layout(folder))
         raise ValueError(f"{path} has no {part}/config.json: give the complete release in diffusers' layout")
     return path / part
+
+
+def original_layout(folder: str | Path) -> str:
+    """Return the error message for a release as its authors publish it, with the command that converts it."""
+    path = locate(folder)
+    if not is_hub_name(folder) or Path(folder).exists():
+        target = path.with_name(f"{path.name}-diffusers")
+    else:
+        target = Path("checkpoints") / split_name(folder)[0].partition("/")[2]
+    return (
+        f"{path} holds {ORIGINAL_CONFIG} and is in the layout of stable-audio-tools, which names and orders weights in "
+        f"another way: convert it to diffusers' layout, and give {target} instead:  curl -LO {CONVERTER} && "
+        f"{conversion(path, target)}"
+    )
 
 
 def class_of(folder: Path, part: str) -> str:

@@ -14,7 +14,7 @@ from models.autoencoder import AudioAE
 from models.autoencoder_sizes import SameConfig
 from models.backbones.released import find_part, open_part, read_config, require, require_package
 from models.documents import Natural, Size
-from models.weights import filled
+from models.weights import Fill, filled
 
 _CLASS = "AutoencoderSAME"
 
@@ -87,14 +87,14 @@ class _Rotary(nn.Module):
         return torch.cat((angles, angles), -1)
 
 
-def load_same(folder: str | Path) -> SameAE:
+def load_same(folder: str | Path, fill: Fill = filled) -> SameAE:
     """Load the autoencoder from the subfolder `vae/` of a release, given by its folder or its hub name.
 
     Raises:
         ValueError: the autoencoder is missing or damaged, or is another model.
     """
     part, config = find_part(folder, "vae"), read_same_config(folder)
-    return filled(lambda: SameAE(config), open_part(part), str(part))
+    return fill(lambda: SameAE(config), open_part(part), str(part))
 
 
 def read_same_config(folder: str | Path) -> SameConfig:

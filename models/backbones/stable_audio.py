@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.oobleck import read_oobleck_config
-from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
+from models.backbones.released import find_part, open_part, read_config, read_json, require, require_package
 from models.documents import Size, fits
+from models.hub import locate
 from models.stable_audio_sizes import STABLE_AUDIO_TEXT_TOKENS, StableAudio3Config, StableAudioConfig
-from models.weights import filled
+from models.weights import Fill, filled
 
 _CLASS = "StableAudioDiTModel"
 PARTS = ("transformer", "projection_model", "scheduler")
@@ -248,7 +249,7 @@ def _cross_inputs(text_BNE: Tensor | None, mask_BN: Tensor | None, start_B1E: Te
     return torch.where(real_BN.any(1)[:, None, None], whole, 0.0)
 
 
-def load_stable_audio(folder: str | Path) -> StableAudioDiT:
+def load_stable_audio(folder: str | Path, fill: Fill = filled) -> StableAudioDiT:
     """Load D from a release's folder or hub name: `transformer/`, and the time embedding in `projection_model/`.
 
     Raises:
@@ -261,7 +262,7 @@ def load_stable_audio(folder: str | Path) -> StableAudioDiT:
         for name, value in open_part(projection).items()
         if not name.startswith("text_projection.")  # it belongs to the text encoder, not to D
     }
-    dit = filled(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _release_name)
+    dit = fill(lambda: StableAudioDiT(config), own | open_part(transformer), str(transformer), _release_name)
     dit.diffusion = _read_formulation(folder)
     return dit
 

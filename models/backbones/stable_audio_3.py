@@ -19,13 +19,14 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 
-from models.backbones.released import find_part, locate, open_part, read_config, read_json, require, require_package
+from models.backbones.released import find_part, open_part, read_config, read_json, require, require_package
 from models.backbones.same import read_same_config
 from models.backbones.stable_audio import renamed, require_shapes, text_tokens
 from models.documents import Natural, Size
 from models.float32_buffers import Float32Buffers
+from models.hub import locate
 from models.stable_audio_sizes import STABLE_AUDIO_3_TEXT_TOKENS, StableAudio3Config
-from models.weights import filled
+from models.weights import Fill, filled
 
 CLASS = "StableAudio3DiTModel"
 """The name of the class in diffusers, by which a release's folder is known."""
@@ -221,7 +222,7 @@ class StableAudio3DiT(nn.Module):
         return torch.cat((angles, angles), -1)
 
 
-def load_stable_audio_3(folder: str | Path) -> StableAudio3DiT:
+def load_stable_audio_3(folder: str | Path, fill: Fill = filled) -> StableAudio3DiT:
     """Load D from a release's folder or hub name: `transformer/`, and the duration's part in `duration_embedder/`.
 
     Raises:
@@ -232,7 +233,7 @@ def load_stable_audio_3(folder: str | Path) -> StableAudio3DiT:
     _require_scheduler(folder)
     own = {f"{_DURATION}{name}": value for name, value in open_part(duration).items()}
     given = own | open_part(transformer)
-    dit = filled(lambda: StableAudio3DiT(config), given, str(transformer), lambda ours: renamed(ours, _NAMES))
+    dit = fill(lambda: StableAudio3DiT(config), given, str(transformer), lambda ours: renamed(ours, _NAMES))
     dit.diffusion = {"name": "flow_matching", "options": {}}
     return dit
 

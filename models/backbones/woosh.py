@@ -18,7 +18,7 @@ from models.backbones.woosh_flow_map import flow_map_config, flow_map_from_woosh
 from models.dit import DiT
 from models.documents import Natural, Size, damaged, fits
 from models.sizes import DiTConfig, WooshFlowMapConfig
-from models.weights import Stored, Weights, filled, listed, open_safetensors, read
+from models.weights import Fill, Stored, Weights, filled, listed, open_safetensors, read
 from models.yaml_document import read_yaml
 
 _MEND = "download the release again"
@@ -131,7 +131,7 @@ class _VocosSettings(TypedDict):
     istft_head: dict[str, Any] | None
 
 
-def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
+def load_woosh_folder(folder: str | Path, fill: Fill = filled) -> DiT | VocosAE:
     """Load Woosh-Flow, Woosh-DFlow or Woosh-AE from its folder, which holds `config.yaml` and `weights.safetensors`.
 
     Raises:
@@ -141,7 +141,9 @@ def load_woosh_folder(folder: str | Path) -> DiT | VocosAE:
     config, is_dit = _read_config(folder)
     state = _open_weights(folder)
     try:
-        return dit_from_woosh(config, _dit_state(state)) if is_dit else autoencoder_from_woosh(config, state)
+        if is_dit:
+            return dit_from_woosh(config, _dit_state(state), fill)
+        return autoencoder_from_woosh(config, state, fill)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -173,7 +175,7 @@ def _dit_state(state: Mapping[str, Stored]) -> dict[str, Stored]:
     return {name.removeprefix("dit."): value for name, value in own.items()}
 
 
-def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
+def dit_from_woosh(config: Mapping[str, Any], state: Weights, fill: Fill = filled) -> DiT:
     """Build a DiT with the weights of a Woosh-Flow model, or a `WooshFlowMap` with those of a Woosh-DFlow model.
 
     Args:
@@ -189,8 +191,8 @@ def dit_from_woosh(config: Mapping[str, Any], state: Weights) -> DiT:
     empty = "memory_tokens_description"
     kept = {name: value for name, value in state.items() if not name.endswith(f".{empty}") or value.shape.numel()}
     if isinstance(dit_config, WooshFlowMapConfig):
-        return flow_map_from_woosh(dit_config, kept, _release_dit_name)
-    return filled(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _release_dit_name)
+        return flow_map_from_woosh(dit_config, kept, _release_dit_name, fill)
+    return fill(lambda: DiT(dit_config), kept, "Woosh-Flow weights", _release_dit_name)
 
 
 def _sizes_of_dit(config: Mapping[str, Any]) -> DiTConfig:
@@ -233,7 +235,7 @@ def _dit_config(config: Mapping[str, Any]) -> DiTConfig:
     )
 
 
-def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE:
+def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights, fill: Fill = filled) -> VocosAE:
     """Build a VocosAE with the weights of a Woosh-AE model; `z_mean` and `z_std` of the release normalise its latents.
 
     Raises:
@@ -247,7 +249,7 @@ def autoencoder_from_woosh(config: Mapping[str, Any], state: Weights) -> VocosAE
     if "z_std" in state and not (read(state["z_std"]) > 0).all():
         raise ValueError("Woosh-AE weights: z_std is not positive, so the model was exported without latent statistics")
     kept = {name: value for name, value in state.items() if name not in _WINDOWS}
-    return filled(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _release_vocos_name)
+    return fill(lambda: VocosAE(vocos_config), kept, "Woosh-AE weights", _release_vocos_name)
 
 
 def _vocos_config(config: Mapping[str, Any]) -> VocosConfig:
@@ -274,7 +276,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         config = OmegaConf.to_container(read_yaml(path, mend=_MEND), resolve=False)
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow"
+            f"{path} does not exist: give a folder of the release, such as checkpoints/Woosh-Flow; `spresso weights` "
+            "says how to get it"
         ) from None
     except OmegaConfBaseException as error:
         raise damaged(path, " ".join(str(error).split()), _MEND) from error

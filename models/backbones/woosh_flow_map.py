@@ -21,7 +21,7 @@ from models.diffusion import Network
 from models.dit import DiT
 from models.flow_map import NetworkTo
 from models.sizes import DiTConfig, WooshFlowMapConfig
-from models.weights import Weights, filled, read
+from models.weights import Fill, Weights, filled, read
 
 _SLOWEST = 10_000.0
 _NUMBERS = 3
@@ -92,13 +92,16 @@ def flow_map_config(config: DiTConfig) -> WooshFlowMapConfig:
     return WooshFlowMapConfig(**{**dataclasses.asdict(config), "predicts_logvar": False})
 
 
-def flow_map_from_woosh(config: WooshFlowMapConfig, state: Weights, release_name: Callable[[str], str]) -> WooshFlowMap:
+def flow_map_from_woosh(
+    config: WooshFlowMapConfig, state: Weights, release_name: Callable[[str], str], fill: Fill = filled
+) -> WooshFlowMap:
     """Build a flow map with the weights of Woosh-DFlow.
 
     Args:
         config: its sizes.
         state: the release's tensors by their names without the prefix `dit.`.
         release_name: maps the names of Woosh-Flow's weights here to those in its release.
+        fill: builds the model; `outlined` only checks that the weights fit.
 
     Raises:
         ValueError: a frequency is another than the fixed one, or a tensor is missing, unknown or of another shape.
@@ -115,4 +118,4 @@ def flow_map_from_woosh(config: WooshFlowMapConfig, state: Weights, release_name
         wrapped = room in ("preprocessing", "postprocessing") and not ours.startswith("time_embed.")
         return f"{room}.old_{room}.{rest}" if wrapped else theirs
 
-    return filled(lambda: WooshFlowMap(config), kept, "Woosh-DFlow weights", flow_map_name)
+    return fill(lambda: WooshFlowMap(config), kept, "Woosh-DFlow weights", flow_map_name)

@@ -79,7 +79,20 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("synth", "prepare", "train", "run", "encode", "decode", "info", "evaluate", "page", "plan"):
+    for command in (
+        "synth",
+        "prepare",
+        "train",
+        "run",
+        "encode",
+        "decode",
+        "info",
+        "evaluate",
+        "page",
+        "plan",
+        "weights",
+        "push",
+    ):
         assert re.search(rf"^ +{command} +\S", text, re.MULTILINE)
 
 

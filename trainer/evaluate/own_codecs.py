@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import bitstream
 from models.codec import SPresso
-from models.export import read_config, read_description
+from models.export import find_export, read_config, read_description
 from models.sizes import Sampling
 from trainer.evaluate.baselines.baseline import resample_mono
 from trainer.evaluate.scored_clips import ScoredClips
@@ -277,7 +277,7 @@ def own_sources(
     if "distill" in config.stages:
         rows += _distilled(config, own_export(stage_folder(config, "distill") / "export"))
     for title, folder in config.evaluate.codecs.items():
-        rows += _of_codec(title, Path(folder), functools.partial(open_export, sampling=None))
+        rows += _of_codec(title, find_export(folder), functools.partial(open_export, sampling=None))
     rows = _with_takes(rows, config.evaluate.decodes)
     note = "The z of the next clip is decoded. A codec that follows its source is clearly better than this."
     other = System("z_other", "Another clip's z", "floor", note=note)

@@ -135,10 +135,25 @@ def read_report(path: Path, identity: str) -> dict[str, Any] | None:
     report = read_optional(path, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
     if report is None or report.get("identity") != identity:
         return None
+    _require_sound(report, path)
+    return report
+
+
+def read_whole_report(path: Path) -> dict[str, Any]:
+    """Read an `evaluation.json` of any evaluation. Raises ValueError if there is none, or it is damaged."""
+    report = read_optional(path, dict[str, Any], mend=_MEND, most=LARGEST_LIST)
+    if report is None:
+        raise ValueError(
+            f"{path} is missing: give the folder that `spresso evaluate` wrote, such as runs/NAME/evaluate"
+        )
+    _require_sound(report, path)
+    return report
+
+
+def _require_sound(report: dict[str, Any], path: Path) -> None:
     fits(report, _Report, path, mend=_MEND)
     if problem := _contradiction(report):
         raise damaged(path, problem, _MEND)
-    return report
 
 
 def require_own_report(folder: Path) -> None:

@@ -298,7 +298,8 @@ class EvaluateConfig:
     batch: int = ranged(8, least=1)
     """Clips per batch. The parts of an array job take batches in turn."""
     codecs: dict[str, str] = field(default_factory=dict)
-    """Title → `export/` of another run's `finetune`, scored next to this run: continuous z and each of its rates."""
+    """Title → `export/` of another run's `finetune`, or a codec's name on the hub, scored next to this run: continuous
+    z and each of its rates."""
     baselines: list[str] = field(default_factory=list)
     """Codecs by others to compare with, by name and kbps: `[opus@6, dac@1.7, encodec@1.5, semanticodec@1.4,
     stable_audio, music2latent]`. If one or its weights are not installed, its row of the table says so."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.backbones.pretrained import AUTOENCODERS, EMBEDDED, latent_timing, locate, missing
+from models.backbones.pretrained import AUTOENCODERS, EMBEDDED, latent_timing
+from models.backbones.releases import missing
 from models.diffusion import make_diffusion
+from models.hub import is_remote, locate
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
 from models.readable import file_trouble
@@ -343,7 +345,7 @@ def _evaluation(config: Config) -> list[str]:
     return found + [
         f"evaluate.codecs: {title}={folder} is not an export: give a folder such as runs/NAME/finetune/export"
         for title, folder in chosen.codecs.items()
-        if not (Path(folder) / "codec.json").is_file()
+        if not is_remote(folder) and not (Path(folder) / "codec.json").is_file()
     ]
 
 
