@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.fused.use import standing_in
 from models.sizes import DecoderConfig, block_counts, with_blocks
 from trainer.data.text_embeddings import TextReader
 from trainer.inputs import Inputs
@@ -120,11 +122,14 @@ def _of_depth(
             if how.recomputed:
                 recompute(block)
         computed = PrecisionModule(module, torch.device("cpu"), dtype)
+        if not how.lower_trained:
+            computed.cast_together()
         if how.cuda:
             as_on_cuda(computed)
         readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
         conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
-        return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
+        with standing_in(lambda *_: None) if how.cuda else nullcontext():
+            return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
 
 
 def measure(
