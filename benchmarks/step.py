@@ -3,9 +3,9 @@
 The stage's own module runs forward and backward on fake tensors, which have shapes and no memory, with CUDA's rules of
 autocast. What is counted is what autograd sends to the device. Each operation that is no view and no allocation counts
 as one kernel, which is a little less than what the device runs, as some operations launch two. Bytes are those of
-inputs and outputs, as if nothing stayed in a cache. A kernel in Triton is one (`models.fused`), and a copy of many tensors as many as torch packs it into. The few
-kernels of the optimizer are left out. The default is
-step 1 at the size of the public Woosh release.
+inputs and outputs, as if nothing stayed in a cache. A kernel in Triton counts as one (`models.fused`), a copy of many
+tensors as the kernels that torch packs it into. The few kernels of the optimizer are left out. The default is step 1 at
+the size of the public Woosh release.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused.heads import Stream, attention
+from models.fused.heads import ProjectedTokens, attention
 from models.fused.norm import gated_sum, modulated, sum_modulated
 from models.rotary import Rotary, rope_frequencies, yarn
 from models.sizes import DiTConfig
@@ -76,11 +76,11 @@ class TokenStream(nn.Module):
         self.mlp_in = nn.Linear(width, config.hidden_width)
         self.mlp_out = nn.Linear(config.hidden_width, width)
 
-    def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[Tensor, Stream, Tensor]:
+    def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[Tensor, ProjectedTokens, Tensor]:
         """Return x for later use, the projected queries, keys and values, and the gate for the attention's output."""
         shift, scale, gate = self.attention_modulation(time_B1D).chunk(3, -1)
         x_BSD, h_BSD = modulated(x_BSD, shift, scale)
-        return x_BSD, Stream(self.qkv(h_BSD), self.norm_q, self.norm_k), gate
+        return x_BSD, ProjectedTokens(self.qkv(h_BSD), self.norm_q, self.norm_k), gate
 
     def finish(self, x_BSD: Tensor, attended_BSD: Tensor, gate_B1D: Tensor, time_B1D: Tensor) -> Tensor:
         """Add the gated attention output, then the gated MLP output, to the stream; return the input's shape."""
@@ -127,7 +127,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(time_B1D).chunk(3, -1)
         x_BSD, h_BSD = modulated(x_BSD, shift, scale)
         qkv, hidden = self.qkv_mlp(h_BSD).split(self.parts, -1)
-        attended = attention((Stream(qkv, self.norm_q, self.norm_k),), self.heads, rotary)
+        attended = attention((ProjectedTokens(qkv, self.norm_q, self.norm_k),), self.heads, rotary)
         both = torch.cat((attended, F.gelu(hidden, approximate="tanh")), -1)
         return gated_sum(x_BSD, self.out(both), gate)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.block_pca import BlockPCA
-from models.fused.heads import Stream, attention
+from models.fused.heads import ProjectedTokens, attention
 from models.fused.norm import layer_normed, sum_layer_normed
 from models.rotary import Rotary, rope_frequencies
 from models.sizes import LatentEncoderConfig
@@ -30,7 +30,7 @@ class RotarySelfAttention(nn.Module):
 
     def forward(self, x_BTW: Tensor, rotary: Rotary) -> Tensor:
         """Attend from all tokens to all tokens; return the input's shape."""
-        return self.out(attention((Stream(self.qkv(x_BTW)),), self.heads, rotary))
+        return self.out(attention((ProjectedTokens(self.qkv(x_BTW)),), self.heads, rotary))
 
 
 def _rotary(config: LatentEncoderConfig, h_BTW: Tensor) -> Rotary:

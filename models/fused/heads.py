@@ -9,6 +9,7 @@ Shape suffixes: B batch, S tokens of a sequence, H heads, K features of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.fused.use import Compute, applies, in_rows, launch, steps
+from models.fused.use import applies, in_rows, launch, steps, trial_numbers
 from models.rotary import Rotary
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, (B, S, H, K)."""
 
 
-class Stream(NamedTuple):
+class ProjectedTokens(NamedTuple):
     """The projection of a stream's tokens, and the norms of its queries and keys, if it has some."""
 
     qkv: Tensor
@@ -37,22 +38,29 @@ class Stream(NamedTuple):
         return self.norm_q(q) if self.norm_q else q, self.norm_k(k) if self.norm_k else k, v
 
 
-def attention(streams: Sequence[Stream], heads: int, rotary: Rotary) -> Tensor:
+def attention(streams: Sequence[ProjectedTokens], heads: int, rotary: Rotary) -> Tensor:
     """Attend from all tokens of all streams to all of them, with RoPE on queries and keys; return (B, S, H·K)."""
     q_BHSK, k_BHSK, v_BHSK = (each_BSHK.transpose(1, 2) for each_BSHK in turned_heads(streams, heads, rotary))
     return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK).transpose(1, 2).flatten(2)
 
 
-def turned_heads(streams: Sequence[Stream], heads: int, rotary: Rotary) -> Heads:
+def turned_heads(streams: Sequence[ProjectedTokens], heads: int, rotary: Rotary) -> Heads:
     """Return the heads of all streams' tokens, one stream after the other, with RoPE on queries and keys."""
     weights = [norm.weight for stream in streams for norm in (stream.norm_q, stream.norm_k) if norm is not None]
     projections = [stream.qkv for stream in streams]
-    if len({value.dtype for value in projections}) == 1 and applies(_trial, *projections, *weights):
+    if _fits(projections, weights, heads, rotary) and applies(_trial, *projections, *weights):
         return _by_kernels(streams, heads, rotary)
     return _plain(streams, heads, rotary)
 
 
-def _plain(streams: Sequence[Stream], heads: int, rotary: Rotary) -> Heads:
+def _fits(projections: Sequence[Tensor], weights: Sequence[Tensor], heads: int, rotary: Rotary) -> bool:
+    """Whether the kernels' assumptions hold: one dtype, all streams with norms or none, and an angle for each token."""
+    angles = (sum(value.shape[1] for value in projections), 1, projections[0].shape[-1] // (3 * heads))
+    alike = len({(value.dtype, len(value), value.shape[-1]) for value in projections}) == 1
+    return alike and len(weights) in (0, 2 * len(projections)) and rotary.cos_S1K.shape == angles
+
+
+def _plain(streams: Sequence[ProjectedTokens], heads: int, rotary: Rotary) -> Heads:
     if len(streams) == 1 and streams[0].norm_q is None:
         qk, v = streams[0].qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), 2)
     else:
@@ -61,14 +69,14 @@ def _plain(streams: Sequence[Stream], heads: int, rotary: Rotary) -> Heads:
     return q, k, v
 
 
-def _joined(streams: Sequence[Stream], heads: int) -> tuple[Tensor, Tensor]:
+def _joined(streams: Sequence[ProjectedTokens], heads: int) -> tuple[Tensor, Tensor]:
     """Return the queries and keys of all streams' tokens, as heads of one tensor, and the values."""
     parts = zip(*(stream.split(heads) for stream in streams), strict=True)
     q, k, v = (torch.cat(values, 1) if len(values) > 1 else values[0] for values in parts)
     return torch.cat((q, k), 2), v
 
 
-def _by_kernels(streams: Sequence[Stream], heads: int, rotary: Rotary) -> Heads:
+def _by_kernels(streams: Sequence[ProjectedTokens], heads: int, rotary: Rotary) -> Heads:
     norm = streams[0].norm_q
     eps = 0.0 if norm is None else norm.eps or torch.finfo(norm.weight.dtype).eps
     weights = [each.weight for stream in streams for each in (stream.norm_q, stream.norm_k) if each is not None]
@@ -146,22 +154,13 @@ def _blocks(heads: int, width: int) -> dict[str, int]:
     return {"HEADS": 1 << (heads - 1).bit_length(), "WIDTH": 1 << (width - 1).bit_length()}
 
 
-def _trial(device: torch.device, dtype: torch.dtype, fused: bool) -> Compute:
+def _trial(device: torch.device, dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
     """See `applies`."""
-
-    def numbers(*shape: int) -> Tensor:
-        values = torch.arange(torch.Size(shape).numel(), device=device).mul(0.7).sin().view(shape)
-        return values.bfloat16().to(dtype).requires_grad_()
-
-    def compute() -> tuple[Tensor, ...]:
-        frequencies = torch.linspace(0.1, 1, 5, device=device)
-        rotary = Rotary.at(torch.arange(7, device=device), frequencies)
-        norms = [nn.RMSNorm(10, eps=1e-6, device=device, dtype=torch.float32) for _ in range(4)]
-        latent, text = numbers(2, 5, 90), numbers(2, 2, 90)
-        streams = (Stream(latent, *norms[:2]), Stream(text, *norms[2:]))
-        results = (_by_kernels if fused else _plain)(streams, 3, rotary)
-        inputs = (latent, text, *(norm.weight for norm in norms))
-        loss = torch.stack([value.float().square().sum() for value in results]).sum()
-        return *results, *torch.autograd.grad(loss, inputs)
-
-    return compute
+    numbers = partial(trial_numbers, device=device, dtype=dtype)
+    rotary = Rotary.at(torch.arange(7, device=device), torch.linspace(0.1, 1, 5, device=device))
+    norms = [nn.RMSNorm(10, eps=1e-6, device=device) for _ in range(4)]
+    latent, text = numbers(2, 5, 90), numbers(2, 2, 90)
+    streams = ProjectedTokens(latent, *norms[:2]), ProjectedTokens(text, *norms[2:])
+    results = (_by_kernels if fused else _plain)(streams, 3, rotary)
+    loss = torch.stack([value.float().square().sum() for value in results]).sum()
+    return *results, *torch.autograd.grad(loss, (latent, text, *(norm.weight for norm in norms)))

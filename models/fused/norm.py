@@ -11,6 +11,8 @@ Shape suffixes: B batch, S tokens of a sequence, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.fused.use import Compute, applies, in_rows, launch, output_dtype, steps, widest
+from models.fused.use import applies, in_rows, launch, output_dtype, steps, trial_numbers, widest
 
 _EPS = 1e-6
 _ROWS = 16
@@ -41,7 +43,7 @@ def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tens
 
     Returns x and the result. Use that x from here on: its gradients are then added in the kernel of the norm.
     """
-    if not _fuses(x_BSD, shift_B1D, scale_B1D):
+    if not _fuses((x_BSD,), (shift_B1D, scale_B1D)):
         return x_BSD, _plain_modulated(x_BSD, shift_B1D, scale_B1D)
     return _normed(x_BSD, Norm(shift_B1D, scale_B1D, 1, _EPS))
 
@@ -50,7 +52,7 @@ def sum_modulated(
     x_BSD: Tensor, y_BSD: Tensor, gate_B1D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x + gate · y, and its AdaLN."""
-    if not _fuses(x_BSD, y_BSD, gate_B1D, shift_B1D, scale_B1D):
+    if not _fuses((x_BSD, y_BSD), (gate_B1D, shift_B1D, scale_B1D)):
         total_BSD = x_BSD + gate_B1D * y_BSD
         return total_BSD, _plain_modulated(total_BSD, shift_B1D, scale_B1D)
     return _sum_normed(x_BSD, y_BSD, gate_B1D, Norm(shift_B1D, scale_B1D, 1, _EPS))
@@ -58,28 +60,33 @@ def sum_modulated(
 
 def gated_sum(x_BSD: Tensor, y_BSD: Tensor, gate_B1D: Tensor) -> Tensor:
     """Return x + gate · y."""
-    if not _fuses(x_BSD, y_BSD, gate_B1D):
+    if not _fuses((x_BSD, y_BSD), (gate_B1D,)):
         return x_BSD + gate_B1D * y_BSD
     return _GatedSum.apply(x_BSD, y_BSD, gate_B1D)
 
 
 def layer_normed(x_BSD: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Return x, as `modulated` does, and its layer norm with learned weights."""
-    if not _fuses(x_BSD, norm.weight, norm.bias):
+    if not _fuses((x_BSD,), (norm.weight, norm.bias)):
         return x_BSD, norm(x_BSD)
     return _normed(x_BSD, Norm(norm.bias, norm.weight, 0, norm.eps))
 
 
 def sum_layer_normed(x_BSD: Tensor, y_BSD: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Return x + y, and its layer norm with learned weights."""
-    if not _fuses(x_BSD, y_BSD, norm.weight, norm.bias):
+    if not _fuses((x_BSD, y_BSD), (norm.weight, norm.bias)):
         total_BSD = x_BSD + y_BSD
         return total_BSD, norm(total_BSD)
     return _sum_normed(x_BSD, y_BSD, None, Norm(norm.bias, norm.weight, 0, norm.eps))
 
 
-def _fuses(x_BSD: Tensor, *others: Tensor) -> bool:
-    return x_BSD.ndim == 3 and applies(_trial, x_BSD, *others)
+def _fuses(tokens: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether kernels compute with these tensors: tokens (B, S, D), and weights (B, 1, D) or (D,)."""
+    shape = tokens[0].shape
+    if len(shape) != 3 or any(value.shape != shape for value in tokens):
+        return False
+    known = (shape[0], 1, shape[2]), (shape[2],)
+    return all(value.shape in known for value in weights) and applies(_trial, *tokens, *weights)
 
 
 def _plain_modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -190,21 +197,15 @@ def _block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
-def _trial(device: torch.device, dtype: torch.dtype, fused: bool) -> Compute:
+def _trial(device: torch.device, dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
     """See `applies`."""
-
-    def numbers(*shape: int) -> Tensor:
-        values = torch.arange(torch.Size(shape).numel(), device=device).mul(0.7).sin().view(shape)
-        return values.bfloat16().to(dtype).requires_grad_()
-
-    def compute() -> tuple[Tensor, ...]:
-        x_BSD, y_BSD, weights = numbers(2, 19, 40), numbers(2, 19, 40), numbers(2, 1, 120)
-        gate, shift, scale = weights.chunk(3, -1)
-        norm = Norm(shift, scale, 1, _EPS)
+    numbers = partial(trial_numbers, device=device, dtype=dtype)
+    x_BSD, y_BSD, weights = numbers(2, 19, 40), numbers(2, 19, 40), numbers(2, 1, 120)
+    gate, shift, scale = weights.chunk(3, -1)
+    if fused:
+        results = _sum_normed(x_BSD, y_BSD, gate, Norm(shift, scale, 1, _EPS))
+    else:
         total = x_BSD + gate * y_BSD
-        plain = (total, _plain_modulated(total, shift, scale))
-        results = _sum_normed(x_BSD, y_BSD, gate, norm) if fused else plain
-        loss = torch.stack([value.float().square().sum() for value in results]).sum()
-        return *results, *torch.autograd.grad(loss, (x_BSD, y_BSD, weights))
-
-    return compute
+        results = total, _plain_modulated(total, shift, scale)
+    loss = torch.stack([value.float().square().sum() for value in results]).sum()
+    return *results, *torch.autograd.grad(loss, (x_BSD, y_BSD, weights))

@@ -158,6 +158,8 @@ def require_as_real(config: Config, how: Pass) -> Activations:
     convert_base(computed.module, config.parallel, torch.device("cpu"))
     for block in blocks_of(computed) if how.recomputed else ():
         recompute(block)
+    if not how.lower_trained:
+        computed.cast_together()
     fake = activations(config, "autoencode", outline(config, "autoencode").dit, how)
     real = measure(computed, (how.clips, 128, how.frames))
     for name in ("saved", "forward", "backward"):
