@@ -75,6 +75,9 @@ class Pass:
     """Whether to follow CUDA's autocast, which keeps more operations in float32 than the CPU's."""
     text: bool = False
     """Whether D is conditioned on text."""
+    kernels: bool = False
+    """Whether kernels compute norms and heads (`models.fused`): on CUDA, where blocks are not compiled, except under
+    ZeRO-3. Compiled blocks are planned as if torch's own operations computed them."""
 
 
 def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
@@ -122,13 +125,13 @@ def _of_depth(
             if how.recomputed:
                 recompute(block)
         computed = PrecisionModule(module, torch.device("cpu"), dtype)
-        if not how.lower_trained:
-            computed.cast_together()
         if how.cuda:
             as_on_cuda(computed)
+            if not how.lower_trained:
+                computed.cast_together()
         readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
         conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
-        with standing_in(lambda *_: None) if how.cuda else nullcontext():
+        with standing_in(lambda *_: None) if how.kernels else nullcontext():
             return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
 
 

@@ -227,7 +227,8 @@ class Replicated(TorchStrategy):
         """`exchanged_in`: the data type in which the ranks exchange gradients, float32 or bfloat16."""
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
-        computed.cast_together()
+        if computed.device_type != "cpu":  # a CPU launches no kernels, and casts a weight best where it is used
+            computed.cast_together()
         if world_size > 1:
             self._distribute(exchanged_in)
         self._begin(dict(self.learned))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.dit import DiT
+from tests.trainer.ranks.recorders import RerunningRecorder
 from trainer.inputs import Inputs
+from trainer.memory.outline import OutlinedModels
 from trainer.ranks.casts import groups_of
+from trainer.ranks.graphed import Graphed
 from trainer.ranks.strategy import PrecisionModule, Replicated, blocks_of, recompute
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
-from trainer.task_models import Models
 from trainer.tasks import make_task
 
 CPU = torch.device("cpu")
@@ -37,13 +38,6 @@ class Kernels(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-class WithoutBase(Models):
-    """Models that are not read from files."""
-
-    def pretrained_dit(self):
-        return DiT(self.config.dit)
-
-
 def recipe(*overrides: str) -> Config:
     return load_recipe("tiny", ["parallel.device=cpu", "parallel.precision=bf16", *overrides])
 
@@ -51,7 +45,7 @@ def recipe(*overrides: str) -> Config:
 def computed(config: Config, *, together: bool, recomputed: bool = False, stage: str = "autoencode") -> PrecisionModule:
     """A stage's module with noise in all its weights, its frozen ones in bf16 as in training."""
     torch.manual_seed(0)
-    module = make_task(config, stage, models=WithoutBase(config)).module
+    module = make_task(config, stage, models=OutlinedModels(config, config.dit)).module
     with torch.no_grad():
         for value in module.parameters():
             value.add_(torch.randn_like(value) * 0.05)
@@ -140,7 +134,7 @@ def test_a_pass_takes_the_weights_of_its_time():
 def test_a_weight_without_a_gradient_has_none():
     """The optimizer leaves such a weight out, where a gradient of zero would decay it."""
     module = computed(recipe(), together=True)
-    layer = next(owner for group in groups_of(module.module, blocks_of(module)) for owner, _ in group)
+    layer = module.module.g.blocks[0].feed_forward[0]
     layer.forward = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)  # its weight and bias go unused
     loss_of(module).backward()
     assert layer.weight.grad is None
@@ -149,7 +143,7 @@ def test_a_weight_without_a_gradient_has_none():
 
 def test_float32_and_stages_without_a_d_cast_nothing():
     config = recipe("quantizer.kind=qinco2")
-    assert groups_of(make_task(config, "quantize", models=WithoutBase(config)).module, []) == []
+    assert groups_of(make_task(config, "quantize", models=OutlinedModels(config, config.dit)).module, []) == []
     whole = PrecisionModule(computed(recipe(), together=False).module, CPU, torch.float32)
     whole.cast_together()
     with Kernels() as kernels:
@@ -157,14 +151,33 @@ def test_float32_and_stages_without_a_d_cast_nothing():
     assert kernels.names["_foreach_copy_"] == 0
 
 
-def test_ddp_casts_together_and_steps_the_weights_themselves():
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", 0), ("cuda", 1)])
+def test_ddp_on_a_gpu_casts_together_and_steps_the_weights_themselves(device, kernels):
     config = recipe()
     module = computed(config, together=False)
+    module.device_type = device
     strategy = Replicated(module, config.stage("autoencode"), rank=0, world_size=1)
-    with Kernels() as kernels:
+    module.device_type = "cpu"
+    with Kernels() as forward:
         loss_of(module)
-    assert kernels.names["_foreach_copy_"] == 1
+    assert forward.names["_foreach_copy_"] == kernels
     assert all(value.dtype == torch.float32 and value.is_leaf for value in strategy.learned.values())
+
+
+def test_a_recording_takes_the_weights_of_each_replay():
+    """CUDA graphs repeat the casts with the rest of the pass: a step between two replays is seen."""
+    config = recipe()
+    module = computed(config, together=True)
+    strategy = Graphed(module, config.stage("autoencode"), RerunningRecorder(), rank=0, world_size=1)
+    inputs = Inputs(x0=torch.randn(2, 128, 63), positions=torch.arange(2))
+    for _ in range(3):
+        with torch.no_grad():
+            for value in strategy.learned.values():
+                value.mul_(0.9)
+        losses = strategy.forward(inputs)
+        strategy.backward(losses.total({}).mean(), last=True)
+        expected, _ = module(inputs)
+        assert torch.equal(losses.terms["denoising"], expected["denoising"])
 
 
 def test_blocks_are_compiled_once_and_not_for_each_copy():
