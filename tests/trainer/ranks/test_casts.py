@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.trainer import rank_processes
 from tests.trainer.ranks.recorders import RerunningRecorder
 from trainer.inputs import Inputs
 from trainer.memory.outline import OutlinedModels
@@ -178,6 +179,26 @@ def test_a_recording_takes_the_weights_of_each_replay():
         strategy.backward(losses.total({}).mean(), last=True)
         expected, _ = module(inputs)
         assert torch.equal(losses.terms["denoising"], expected["denoising"])
+
+
+def compared(rank: int) -> None:
+    """Two accumulated micro batches of two ranks, with and without casts together."""
+    torch.distributed.init_process_group("gloo")
+    inputs = Inputs(x0=torch.randn(2, 128, 63), positions=torch.arange(2) + 2 * rank)
+    found = []
+    for together in (True, False):
+        module = computed(recipe(), together=together)
+        strategy = Replicated(module, recipe().stage("autoencode"), rank=rank, world_size=2)
+        for last in (False, True):
+            with strategy.reducing(last=last):
+                strategy.backward(strategy.forward(inputs).total({}).mean(), last=last)
+        found.append([value.grad for value in module.parameters()])
+    assert sum(value is not None for value in found[0]) > 20
+    assert all(map(same, *found))
+
+
+def test_ddp_averages_the_same_gradients():
+    assert rank_processes.run(compared, 2) == [0, 0]
 
 
 def test_blocks_are_compiled_once_and_not_for_each_copy():
