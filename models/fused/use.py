@@ -104,9 +104,9 @@ def _works(trial: Trial, device: torch.device) -> bool:
 def off_by(trial: Trial, device: torch.device, dtype: torch.dtype) -> float:
     """Return how far the kernels in a dtype are off the plain form in float32, relative to each result's largest."""
     # The first use may lie in a block whose activations are recomputed: its hooks on saved tensors must see none of
-    # the trial's, because the second computation of the block has no trial.
+    # the trial's, because the second computation of the block has no trial. Or it lies in a pass without gradients.
     untouched = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
-    with untouched, torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with untouched, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         fused, plain = trial(device, dtype, True), trial(device, torch.float32, False)
     pairs = [(one.detach().float(), other.detach()) for one, other in zip(fused, plain, strict=True)]
     return float(torch.stack([(one - other).abs().max() / other.abs().max() for one, other in pairs]).max())

@@ -156,6 +156,17 @@ def test_a_trial_that_comes_out_right_is_used(caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_first_use_may_lie_in_a_pass_without_gradients(mode, caplog):
+    def differentiates(device, dtype, fused):
+        values = use.trial_numbers(7, device=device, dtype=dtype)
+        return torch.autograd.grad(values.square().sum(), (values,))
+
+    with mode(), caplog.at_level(logging.WARNING):
+        assert use._works.__wrapped__(differentiates, CPU)
+    assert caplog.records == []
+
+
 def test_a_stand_in_is_told_what_would_run_and_is_gone_afterwards():
     names = []
     x, y, gate, shift, scale = (value.requires_grad_() for value in inputs())

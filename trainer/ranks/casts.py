@@ -42,9 +42,8 @@ class Casts:
         try:
             for group in self.groups:
                 own = [getattr(owner, name) for owner, name in group]
-                for (owner, name), copy in zip(
-                    group, _Cast.apply(tuple(islice(copies, len(group))), *own), strict=True
-                ):
+                made = _Cast.apply(tuple(islice(copies, len(group))), *own)
+                for (owner, name), copy in zip(group, made, strict=True):
                     owner._parameters[name] = copy
             yield
         finally:
