@@ -14,6 +14,7 @@ from gpu_training import STAGE, TEXT, alternating, recipe, take_step, training
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
+from models.fused import use
 from trainer import inputs, randomness
 from trainer.ranks.strategy import blocks_of
 from trainer.training import Training
@@ -21,6 +22,8 @@ from trainer.training import Training
 OFF = {
     "LoRA as one function": lambda prepared: _pefts_layers(prepared.task.module),
     "noise as one Triton kernel": lambda prepared: mock.patch.object(randomness, "_kernel_works", return_value=False),
+    "norms and heads as Triton kernels": lambda prepared: mock.patch.object(use, "_works", return_value=False),
+    "weights cast together": lambda prepared: mock.patch.object(prepared.strategy.computed, "_casts", None),
     "levels and drops drawn on the host": lambda prepared: _drawn_on_the_device(prepared),
     "pinned copies": lambda prepared: mock.patch.object(inputs, "moved", _pageable),
     "a step read one late": lambda prepared: mock.patch.object(type(prepared.strategy), "waits_for_steps", True),

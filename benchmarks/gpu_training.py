@@ -49,7 +49,14 @@ _NEVER = 10**12
 _QUIET = (
     *(f"{STAGE}.samples={_NEVER}", f"log.every={_NEVER}", f"checkpoint.every={_NEVER}", "log.samples_every=0"),
     *("log.least_steps=1", "checkpoint.least_steps=1"),
-    *("log.held_out=4", "log.clips=1", "sampling.steps=1", "health.spike=0", "parallel.micro_batch=null"),
+    *(
+        "log.held_out=4",
+        "log.clips=1",
+        "sampling.steps=1",
+        "distill.samples=0",
+        "health.spike=0",
+        "parallel.micro_batch=null",
+    ),
 )
 _TINY = (
     *("latent_encoder.width=32", "latent_encoder.encoder_depth=1", "latent_encoder.upsampler_depth=1"),

@@ -3,8 +3,9 @@
 The stage's own module runs forward and backward on fake tensors, which have shapes and no memory, with CUDA's rules of
 autocast. What is counted is what autograd sends to the device. Each operation that is no view and no allocation counts
 as one kernel, which is a little less than what the device runs, as some operations launch two. Bytes are those of
-inputs and outputs, as if nothing stayed in a cache. The few kernels of the optimizer are left out. The default is
-step 1 at the size of the public Woosh release.
+inputs and outputs, as if nothing stayed in a cache. A kernel in Triton counts as one (`models.fused`), a copy of many
+tensors as the kernels that torch packs it into. The few kernels of the optimizer are left out. The default is step 1 at
+the size of the public Woosh release.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from models.fused.use import standing_in  # noqa: E402
 from models.sizes import DiTConfig  # noqa: E402
 from trainer import objectives  # noqa: E402
 from trainer.formatting import aligned  # noqa: E402
@@ -49,9 +51,12 @@ RELEASED = DiTConfig(
     text_width=1024,
     text_tokens=77,
 )
+AT_ONCE = {"tensors": 64, "chunks": 320, "numbers": 65_536}
+"""The most that one kernel of a `_foreach_copy_` takes: tensors, and chunks of as many numbers (torch's
+MultiTensorApply.cuh)."""
 WITHOUT_KERNEL = {
     *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "device"),
-    *("_record_function_enter_new", "_record_function_exit"),
+    *("_record_function_enter_new", "_record_function_exit", "promote_types"),
 }
 
 
@@ -85,10 +90,20 @@ class Counting(TorchDispatchMode):
         if name == "_unsafe_view" or _is_view(function):
             counts.views += 1
         elif name not in WITHOUT_KERNEL:
-            counts.kernels[name] += 1
-            tensors = [leaf for leaf in tree_leaves((arguments, options, result)) if isinstance(leaf, Tensor)]
-            counts.bytes[name] += sum({id(one): one.numel() * one.element_size() for one in tensors}.values())
+            self.launched(name, (arguments, options, result))
         return result
+
+    def launched(self, name: str, values: Any) -> None:
+        """Count a kernel that reads or writes all tensors in these values."""
+        tensors = {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+        self.counts.kernels[name] += _kernels_of_copies(values[0][0]) if name == "_foreach_copy_" else 1
+        self.counts.bytes[name] += sum(leaf.numel() * leaf.element_size() for leaf in tensors.values())
+
+
+def _kernels_of_copies(copies: list[Tensor]) -> int:
+    """Return the number of kernels that fill these tensors, as torch packs them."""
+    chunks = sum(-(-copy.numel() // AT_ONCE["numbers"]) for copy in copies)
+    return max(-(-len(copies) // AT_ONCE["tensors"]), -(-chunks // AT_ONCE["chunks"]))
 
 
 def _is_view(function: Any) -> bool:
@@ -131,6 +146,7 @@ def count(config: Config, stage: str, dit: DiTConfig, *, clips: int, frames: int
         for block in blocks_of(task.module):
             as_on_cuda(block)
         computed = PrecisionModule(task.module, torch.device("cpu"), dtype)
+        computed.cast_together()
         as_on_cuda(computed)
         for norm in computed.modules():
             if isinstance(norm, nn.RMSNorm):
@@ -141,10 +157,10 @@ def count(config: Config, stage: str, dit: DiTConfig, *, clips: int, frames: int
         positions = torch.arange(clips)
         draws = task.module.draws(positions)  # in host memory
         inputs = Inputs(x0=x0_BCT, positions=positions, draws=draws, conditions=conditions)
-        with FlopCounter() as flops, Counting() as forward:
+        with FlopCounter() as flops, Counting() as forward, standing_in(forward.launched):
             loss = Losses(*computed(inputs)).total({}).mean()
         forward.counts.flops = flops.found.total()
-        with FlopCounter() as flops, Counting() as backward:
+        with FlopCounter() as flops, Counting() as backward, standing_in(backward.launched):
             loss.backward()
         backward.counts.flops = flops.found.total()
     return {"forward": forward.counts, "backward": backward.counts}

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused.heads import ProjectedTokens, attention
+from models.fused.norm import gated_sum, modulated, sum_modulated
 from models.rotary import Rotary, rope_frequencies, yarn
 from models.sizes import DiTConfig
 
@@ -35,8 +37,10 @@ def rotaries(config: DiTConfig, latent_tokens: int, *, device: torch.device) -> 
     text = latent_tokens + torch.arange(0 if config.text_width is None else config.text_tokens, device=device)
     multi = torch.cat((memory, latent, torch.zeros_like(text)))
     single = torch.cat((memory, latent, text * (text < config.rotary_span)))
-    frequencies = _frequencies(config, device)
-    return Rotary.at(multi, frequencies), Rotary.at(single, frequencies)
+    # The angles of both are computed together: on a GPU, each operation is a kernel.
+    both = Rotary.at(torch.cat((multi, single)), _frequencies(config, device))
+    of_multi, of_single = both.split((len(multi), len(single)))
+    return of_multi, of_single
 
 
 def _frequencies(config: DiTConfig, device: torch.device) -> Tensor:
@@ -46,18 +50,6 @@ def _frequencies(config: DiTConfig, device: torch.device) -> Tensor:
     if trained_tokens is None or trained_tokens >= config.rotary_span:
         return frequencies
     return yarn(frequencies, base=base, trained_tokens=trained_tokens, factor=config.yarn_factor)
-
-
-def modulated(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """Apply AdaLN: a layer norm without learned weights, then a shift and scale computed from the noise level."""
-    return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
-
-
-def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, rotary: Rotary) -> Tensor:
-    """Attend from all tokens to all tokens, with RoPE on queries and keys; return `(B, S, H·K)`."""
-    q, k = rotary.turn(torch.cat((q_BSHK, k_BSHK), 2)).type_as(v_BSHK).chunk(2, 2)
-    attended_BHSK = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v_BSHK.transpose(1, 2))
-    return attended_BHSK.transpose(1, 2).flatten(2)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -84,19 +76,18 @@ class TokenStream(nn.Module):
         self.mlp_in = nn.Linear(width, config.hidden_width)
         self.mlp_out = nn.Linear(config.hidden_width, width)
 
-    def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Return queries, keys and values `(B, S, H, K)`, and the gate for the attention's output."""
+    def attention_inputs(self, x_BSD: Tensor, time_B1D: Tensor) -> tuple[Tensor, ProjectedTokens, Tensor]:
+        """Return x for later use, the projected queries, keys and values, and the gate for the attention's output."""
         shift, scale, gate = self.attention_modulation(time_B1D).chunk(3, -1)
-        qkv = self.qkv(modulated(x_BSD, shift, scale))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return (self.norm_q(q), self.norm_k(k), v), gate
+        x_BSD, h_BSD = modulated(x_BSD, shift, scale)
+        return x_BSD, ProjectedTokens(self.qkv(h_BSD), self.norm_q, self.norm_k), gate
 
     def finish(self, x_BSD: Tensor, attended_BSD: Tensor, gate_B1D: Tensor, time_B1D: Tensor) -> Tensor:
         """Add the gated attention output, then the gated MLP output, to the stream; return the input's shape."""
-        x_BSD = x_BSD + gate_B1D * self.attention_out(attended_BSD)
         shift, scale, gate = self.mlp_modulation(time_B1D).chunk(3, -1)
-        hidden = F.gelu(self.mlp_in(modulated(x_BSD, shift, scale)), approximate="tanh")
-        return x_BSD + gate * self.mlp_out(hidden)
+        x_BSD, h_BSD = sum_modulated(x_BSD, self.attention_out(attended_BSD), gate_B1D, shift, scale)
+        hidden = F.gelu(self.mlp_in(h_BSD), approximate="tanh")
+        return gated_sum(x_BSD, self.mlp_out(hidden), gate)
 
 
 class MultiStreamBlock(nn.Module):
@@ -109,10 +100,9 @@ class MultiStreamBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, text_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Apply the block to the latent and the text stream; return both in their input shapes."""
-        x_qkv, x_gate = self.latent.attention_inputs(x_BSD, time_B1D)
-        text_qkv, text_gate = self.text.attention_inputs(text_BSD, time_B1D)
-        q, k, v = (torch.cat(pair, 1) for pair in zip(x_qkv, text_qkv, strict=True))
-        attended = attention(q, k, v, rotary)
+        x_BSD, x_stream, x_gate = self.latent.attention_inputs(x_BSD, time_B1D)
+        text_BSD, text_stream, text_gate = self.text.attention_inputs(text_BSD, time_B1D)
+        attended = attention((x_stream, text_stream), self.latent.heads, rotary)
         x_attended, text_attended = attended.split((x_BSD.shape[1], text_BSD.shape[1]), 1)
         x_BSD = self.latent.finish(x_BSD, x_attended, x_gate, time_B1D)
         return x_BSD, self.text.finish(text_BSD, text_attended, text_gate, time_B1D)
@@ -135,11 +125,11 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x_BSD: Tensor, time_B1D: Tensor, rotary: Rotary) -> Tensor:
         """Apply the block; return the input's shape."""
         shift, scale, gate = self.modulation(time_B1D).chunk(3, -1)
-        qkv, hidden = self.qkv_mlp(modulated(x_BSD, shift, scale)).split(self.parts, -1)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        attended = attention(self.norm_q(q), self.norm_k(k), v, rotary)
+        x_BSD, h_BSD = modulated(x_BSD, shift, scale)
+        qkv, hidden = self.qkv_mlp(h_BSD).split(self.parts, -1)
+        attended = attention((ProjectedTokens(qkv, self.norm_q, self.norm_k),), self.heads, rotary)
         both = torch.cat((attended, F.gelu(hidden, approximate="tanh")), -1)
-        return x_BSD + gate * self.out(both)
+        return gated_sum(x_BSD, self.out(both), gate)
 
 
 class FourierFeatures(nn.Module):
@@ -244,7 +234,7 @@ class DiT(nn.Module):
         time_B1D = F.silu(time_BD)[:, None]
         x_BSD = self._run_blocks(x_BSD, text_BSD, time_B1D)
         shift, scale = self.output_modulation(time_B1D).chunk(2, -1)
-        h_BND = modulated(x_BSD[:, self.config.memory_tokens :], shift, scale)
+        _, h_BND = modulated(x_BSD[:, self.config.memory_tokens :], shift, scale)
         predicted_BNE = self.output(h_BND)
         if self.config.gated_skip:
             predicted_BNE = predicted_BNE + self.skip(h_BND) * patches_BNE

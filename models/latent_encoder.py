@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.block_pca import BlockPCA
+from models.fused.heads import ProjectedTokens, attention
+from models.fused.norm import layer_normed, sum_layer_normed
 from models.rotary import Rotary, rope_frequencies
 from models.sizes import LatentEncoderConfig
 
@@ -28,12 +30,7 @@ class RotarySelfAttention(nn.Module):
 
     def forward(self, x_BTW: Tensor, rotary: Rotary) -> Tensor:
         """Attend from all tokens to all tokens; return the input's shape."""
-        qk_BTHK, v_BTHK = self.qkv(x_BTW).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 2)
-        q_BTHK, k_BTHK = rotary.turn(qk_BTHK).type_as(v_BTHK).chunk(2, 2)
-        mixed_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
-        )
-        return self.out(mixed_BHTK.transpose(1, 2).flatten(2))
+        return self.out(attention((ProjectedTokens(self.qkv(x_BTW)),), self.heads, rotary))
 
 
 def _rotary(config: LatentEncoderConfig, h_BTW: Tensor) -> Rotary:
@@ -54,8 +51,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BTW: Tensor, rotary: Rotary) -> Tensor:
         """Apply the block; return the input's shape."""
-        x_BTW = x_BTW + self.attention(self.attention_norm(x_BTW), rotary)
-        return x_BTW + self.feed_forward(self.feed_forward_norm(x_BTW))
+        x_BTW, h_BTW = layer_normed(x_BTW, self.attention_norm)
+        x_BTW, h_BTW = sum_layer_normed(x_BTW, self.attention(h_BTW, rotary), self.feed_forward_norm)
+        return x_BTW + self.feed_forward(h_BTW)
 
 
 class LatentEncoder(nn.Module):
@@ -92,7 +90,7 @@ class LatentEncoder(nn.Module):
         rotary = _rotary(config, h_BTW)
         for block in self.blocks:
             h_BTW = block(h_BTW, rotary)
-        z_BNZ = self._pooled(self.norm(h_BTW))
+        z_BNZ = self._pooled(layer_normed(h_BTW, self.norm)[1])
         if self.start is not None:
             z_BNZ = z_BNZ + self.start(start_features(x0_BCT, config).flatten(2))
         return z_BNZ.transpose(1, 2)
@@ -152,7 +150,7 @@ class Upsampler(nn.Module):
         rotary = _rotary(self.config, h_BTW)
         for block in self.blocks:
             h_BTW = block(h_BTW, rotary)
-        return self._to_dit_tokens(self.project_out(self.norm(h_BTW)).transpose(1, 2))
+        return self._to_dit_tokens(self.project_out(layer_normed(h_BTW, self.norm)[1]).transpose(1, 2))
 
     def _spread(self, z_BNZ: Tensor) -> Tensor:
         """Return the vectors of each place of each z, (B, N, places, width); one for all places with `average`."""

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S tokens of a sequence, H heads, K features of a head, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Rotary(NamedTuple):
         angles_S1k = positions_S[:, None, None] * frequencies_k
         cos_S1k, sin_S1k = angles_S1k.cos(), angles_S1k.sin()
         return cls(_paired(cos_S1k, cos_S1k), _paired(-sin_S1k, sin_S1k))
+
+    def split(self, tokens: Sequence[int]) -> list[Rotary]:
+        """Return the angles of parts of the sequence, each with its number of tokens."""
+        return [Rotary(*part) for part in zip(*(each.split(list(tokens)) for each in self), strict=True)]
 
     def turn(self, x_BSHK: Tensor) -> Tensor:
         """Rotate each pair of neighbouring features by its token's angle; return float32 in the input's shape.

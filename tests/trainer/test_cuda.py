@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.fp8_linear import FP8Linear, dequantized, multiplies_fp8, quantized
+from models.fused import heads, norm, use
 from tests.trainer import rank_processes
 from tests.trainer.ranks.strategies import STEPS, STRATEGIES, Trained, group, make_base, recipe
 from trainer.inputs import Inputs
@@ -54,6 +55,11 @@ def fp8_curves(rank: int, folder: str, device: str) -> None:
             overrides = (f"parallel.device={device}", f"parallel.strategy={strategy}", "parallel.precision=bf16")
             curves[strategy] = Trained.begin(recipe(Path(folder), *overrides, "parallel.base_precision=fp8")).steps()
     (Path(folder) / f"fp8_{device}.json").write_text(json.dumps(curves))
+
+
+@pytest.mark.parametrize("part", [norm, heads])
+def test_kernels_give_the_plain_forms_numbers_on_this_gpu(part):
+    assert use._works(part._trial, torch.device("cuda"))
 
 
 @pytest.fixture(scope="module")

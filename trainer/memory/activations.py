@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.fused.use import standing_in
 from models.sizes import DecoderConfig, block_counts, with_blocks
 from trainer.data.text_embeddings import TextReader
 from trainer.inputs import Inputs
@@ -73,6 +75,9 @@ class Pass:
     """Whether to follow CUDA's autocast, which keeps more operations in float32 than the CPU's."""
     text: bool = False
     """Whether D is conditioned on text."""
+    kernels: bool = False
+    """Whether kernels compute norms and heads (`models.fused`): on CUDA, where blocks are not compiled, except under
+    ZeRO-3. Compiled blocks are planned as if torch's own operations computed them."""
 
 
 def activations(config: Config, stage: str, dit: DecoderConfig, how: Pass) -> Activations:
@@ -122,9 +127,12 @@ def _of_depth(
         computed = PrecisionModule(module, torch.device("cpu"), dtype)
         if how.cuda:
             as_on_cuda(computed)
+            if not how.lower_trained:
+                computed.cast_together()
         readers = [reader for reader in task.conditions() if how.text or not isinstance(reader, TextReader)]
         conditions = {name: value for reader in readers for name, value in reader.blank(how.clips).items()}
-        return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
+        with standing_in(lambda *_: None) if how.kernels else nullcontext():
+            return measure(computed, (how.clips, dit.channels, how.frames), conditions, backward=backward)
 
 
 def measure(

@@ -126,9 +126,11 @@ class Estimate:
     def activations(self, sharing: Sharing) -> Activations:
         """Measure the activations of one micro batch; equal settings are measured once."""
         lower_trained = sharing.strategy != "ddp" and self.ranks.precision != "fp32"
-        return self._measured(lower_trained, sharing.checkpoint_activations)
+        eager = self.config.parallel.compile is False
+        kernels = self.ranks.cuda and eager and sharing.strategy != "zero3"
+        return self._measured(lower_trained, sharing.checkpoint_activations, kernels)
 
-    def _measure(self, lower_trained: bool, recomputed: bool) -> Activations:
+    def _measure(self, lower_trained: bool, recomputed: bool, kernels: bool) -> Activations:
         how = Pass(
             clips=self.micro,
             frames=self.config.stage(self.stage).crop_frames,
@@ -137,6 +139,7 @@ class Estimate:
             recomputed=recomputed,
             text=self.config.text.kind != "none" and self.config.stage(self.stage).text_dropout < 1,
             cuda=self.ranks.cuda,
+            kernels=kernels,
         )
         return activations(self.config, self.stage, self.outline.dit, how)
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from models.fp8_linear import FP8Linear
 from trainer.inputs import Inputs
 from trainer.losses import Losses
+from trainer.ranks.casts import Casts, groups_of
 from trainer.ranks.flat_ranges import FlatRange, whole_ranges
 from trainer.ranks.gate import Gate
 from trainer.recipes.schema import TrainConfig
@@ -52,6 +53,15 @@ class PrecisionModule(nn.Module):
         """`keeps_casts`: whether a weight that a pass uses twice is cast once, which torch forbids in CUDA graphs."""
         super().__init__()
         self.module, self.device_type, self.dtype, self.keeps_casts = module, device.type, dtype, keeps_casts
+        self._casts: Casts | None = None
+
+    def cast_together(self) -> None:
+        """From now on, cast float32 weights at the start of each pass, and not where each is used (`Casts`).
+
+        For strategies in which a parameter is the same object in every pass, and whole.
+        """
+        if self.dtype != torch.float32:
+            self._casts = Casts(groups_of(self.module, blocks_of(self.module)), self.dtype)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute matrix products in the lower precision, inside a `with`."""
@@ -61,7 +71,7 @@ class PrecisionModule(nn.Module):
 
     def forward(self, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor]:
         """Return the fields of the module's `Losses`, with the terms in float32."""
-        with self.autocast():
+        with self.autocast(), self._casts.in_place_of_weights() if self._casts else nullcontext():
             losses: Losses = self.module(inputs)
         return {name: value.float() for name, value in losses.terms.items()}, losses.quantiles
 
@@ -217,6 +227,8 @@ class Replicated(TorchStrategy):
         """`exchanged_in`: the data type in which the ranks exchange gradients, float32 or bfloat16."""
         super().__init__(computed, settings)
         self.copy, self.copies = rank, world_size
+        if computed.device_type != "cpu":  # a CPU launches no kernels, and casts a weight best where it is used
+            computed.cast_together()
         if world_size > 1:
             self._distribute(exchanged_in)
         self._begin(dict(self.learned))

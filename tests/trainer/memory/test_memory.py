@@ -174,12 +174,24 @@ def real_module(config: Config, stage: str, precision: str) -> PrecisionModule:
     return PrecisionModule(module, torch.device("cpu"), dtype)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_a_deep_model_is_measured_at_a_few_blocks(folder, recomputed):
+def test_a_deep_model_is_measured_at_a_few_blocks(folder, recomputed, kernels):
     config = recipe(folder)
     dit = dataclasses.replace(config.dit, depth=8, multistream_depth=4, text_width=24, text_tokens=7)
-    how = Pass(2, 63, "bf16", lower_trained=False, recomputed=recomputed, cuda=True)
+    how = Pass(2, 63, "bf16", lower_trained=False, recomputed=recomputed, cuda=True, kernels=kernels)
     assert activations(config, "autoencode", dit, how) == _of_depth(config, "autoencode", dit, how, (4, 4))
+
+
+def test_kernels_are_planned_where_they_compute(folder):
+    """They save less for the backward pass, in eager mode; not under ZeRO-3, which gathers weights for modules."""
+    overrides = ("parallel.precision=bf16", "autoencode.global_batch=8", "parallel.device=auto")
+    eager, compiled = (
+        Estimate(recipe(folder, *overrides, f"parallel.compile={each}"), "autoencode", 1) for each in ("false", "null")
+    )
+    whole = compiled.activations(Sharing("ddp")).saved
+    assert eager.activations(Sharing("ddp")).saved < 0.9 * whole
+    assert eager.activations(Sharing("zero3")).saved > 0.9 * whole
 
 
 def test_known_totals(folder):
