@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.documents import opened
-from trainer.data.shards import MAKE_AGAIN, SetInfo, set_checksum, set_fingerprint, well_formed
+from trainer.data.index_row import well_formed
+from trainer.data.shards import MAKE_AGAIN, SetInfo, set_checksum, set_fingerprint
 
 CHECKED = ("total_frames", "shortest_frames", "longest_frames", "fingerprint", "checksum")
 """Fields of `set.json` that follow from the index. Sets of release 0.1.0 have no `checksum`."""

@@ -22,22 +22,19 @@ from models.disk_errors import NO_FILE, PASSING, with_number
 from models.documents import DamagedDocument, opened
 from models.readable import describe_os_error
 from trainer.data.index_file import CHECKED, is_described, read_whole
+from trainer.data.index_row import (
+    INDEX_ROWS,
+    LONGEST_METADATA,
+    OLDER_INDEX_ROWS,
+    checked_metadata,
+    text_fits,
+    well_formed,
+)
 from trainer.data.local_reads import Memory, Taken, read_each
 from trainer.data.places import Places, Reads, plan_reads
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.set_description import read_description
-from trainer.data.shards import (
-    INDEX_ROWS,
-    LONGEST_METADATA,
-    MAKE_AGAIN,
-    DamagedSample,
-    SetInfo,
-    member_at,
-    parse_metadata,
-    pread,
-    text_fits,
-    well_formed,
-)
+from trainer.data.shards import MAKE_AGAIN, DamagedSample, SetInfo, member_at, pread
 
 Result = TypeVar("Result")
 
@@ -107,7 +104,7 @@ class ShardSet:
         columns = mapped.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
         as_told = mapped.shape == (samples,) and self.has_text == (self.info.text is not None)
-        if mapped.dtype not in INDEX_ROWS or not as_told:
+        if mapped.dtype not in (*INDEX_ROWS, *OLDER_INDEX_ROWS) or not as_told:
             raise ValueError(f"{self.location}/index.npy does not match set.json: {mend}")
         self.index_in_memory = mapped.nbytes <= _MOST_READ
         self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if self.index_in_memory else mapped
@@ -257,17 +254,17 @@ class ShardSet:
         """Return the content of a sample's `KEY.json`, or an empty dict if the sample has none.
 
         Raises:
-            DamagedSample: the content is not a JSON object, or the shard is missing.
+            DamagedSample: the content is not what was indexed, or not a JSON object, or the shard is missing.
         """
         row = self.index[id_]
-        if not row["json_length"]:
-            return {}
         if row["json_length"] > LONGEST_METADATA:
             raise self._index_damaged()
-        content = self._content(row, "json")
+        content = self._content(row, "json") if row["json_length"] else b""
         try:
-            return parse_metadata(content)
+            return checked_metadata(row, content)
         except ValueError as error:
+            if not content:
+                raise self._index_damaged() from error
             shard, offset = row["shard"], row["json_offset"]
             name = member_at(self.paths[shard], offset) or f"the metadata of sample {id_}"
             raise self._damaged(shard, offset, f"{name} {error}") from error
