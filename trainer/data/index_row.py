@@ -26,7 +26,12 @@ _OLDER_ROW = np.dtype(
 INDEX_ROW = np.dtype([*_OLDER_ROW.descr, ("json_crc32", "<u4")])
 _AUDIO_COLUMNS = [("flac_offset", "<u8"), ("flac_length", "<u4"), ("flac_crc32", "<u4")]
 _TEXT_COLUMNS = [("text_offset", "<u8"), ("text_length", "<u4"), ("text_crc32", "<u4"), ("text_tokens", "<u4")]
-_MORE_COLUMNS = ([], _AUDIO_COLUMNS, _TEXT_COLUMNS, [*_AUDIO_COLUMNS, *_TEXT_COLUMNS])
+_MORE_COLUMNS: tuple[list[tuple[str, str]], ...] = (
+    [],
+    _AUDIO_COLUMNS,
+    _TEXT_COLUMNS,
+    [*_AUDIO_COLUMNS, *_TEXT_COLUMNS],
+)
 INDEX_ROWS = tuple(np.dtype([*INDEX_ROW.descr, *more]) for more in _MORE_COLUMNS)
 """Row types without audio and text, with audio, with text, and with both; all rows of a set have the same type."""
 OLDER_INDEX_ROWS = tuple(np.dtype([*_OLDER_ROW.descr, *more]) for more in _MORE_COLUMNS)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.atomic_write import replacing
+from models.disk_errors import patiently
 from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.groups import groups
@@ -313,8 +315,9 @@ def _write_unit(
             if progress:
                 progress(tally)
     for name in writer.names:
-        with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
-            np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
+        found = patiently(partial(scan_shard, out / unit.split / name))
+        with replacing(_rows_path(out, unit, name)) as path, path.open("wb") as rows:
+            np.save(rows, found, allow_pickle=False)
     write_json(_record_path(out, unit), record | {"shards": writer.names})
 
 
@@ -384,7 +387,7 @@ def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
 
 def _rows(out: Path, unit: Unit, shard: str) -> NDArray[np.void]:
     mend = f"remove {_record_path(out, unit)}, and the shard is made again"
-    return read_rows(_rows_path(out, unit, shard), out / unit.split / shard, mend=mend)
+    return patiently(lambda: read_rows(_rows_path(out, unit, shard), out / unit.split / shard, mend=mend))
 
 
 def _record(out: Path, unit: Unit) -> _Record:

@@ -214,7 +214,7 @@ def read_rows(path: Path, shard: Path, *, mend: str) -> NDArray[np.void]:
     if rows.dtype not in OLDER_INDEX_ROWS:
         raise damaged(path, "it holds no rows of an index", mend)
     completed = np.zeros(len(rows), INDEX_ROWS[OLDER_INDEX_ROWS.index(rows.dtype)])
-    for name in rows.dtype.names:
+    for name in rows.dtype.names or ():
         completed[name] = rows[name]
     with shard.open("rb") as file:
         for row in completed:
