@@ -247,7 +247,8 @@ def _make_billion(folder: Path) -> None:
 
     from numpy.lib import format as npy
 
-    from trainer.data.shards import INDEX_ROW, SET_VERSION, SetInfo
+    from trainer.data.index_row import INDEX_ROW
+    from trainer.data.shards import SET_VERSION, SetInfo
 
     samples, shards, shard_bytes = 10**9, 27_000, 2**30
     folder.mkdir(parents=True, exist_ok=True)

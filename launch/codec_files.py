@@ -15,6 +15,7 @@ from launch.live_decode import STANDARD, decode_live
 from launch.own_files import file_ids, is_decoded_sound, is_stream, refusal, require_stream_name
 from models import bitstream
 from models.bitstream import Header
+from models.disk_errors import patiently
 from models.frame_counts import read_frames_of
 from models.readable import require_file
 from trainer.data.audio import can_write
@@ -134,7 +135,7 @@ def info(path: Path, *, codec: Path | None) -> None:
     require_file(path)
     if codec is not None:
         codec = codec_folder(codec)
-    content = path.read_bytes()
+    content = patiently(path.read_bytes)
     with named_errors(path):
         header, payload = bitstream.read_header(content)
     folder = codec or next(iter(exports_of(header.model)), None)

@@ -97,9 +97,11 @@ class EncodeRecord:
 
 
 def _read_lines(path: Path) -> dict[str, str]:
-    """Read a record; a damaged line is left out, as if its stream had no record."""
+    """Read a record; a damaged line is left out, as if its stream had no record. Raises OSError if the disk fails."""
     lines: Lines[Any] = Lines(path, _Entry)
-    return {entry["stream"]: line.decode() for line, entry in lines.pairs()}
+    found = {entry["stream"]: line.decode() for line, entry in lines.pairs()}
+    lines.require_readable()
+    return found
 
 
 def _ends_with_newline(path: Path) -> bool:

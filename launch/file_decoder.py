@@ -16,6 +16,7 @@ from launch.own_files import DECODE_MARK
 from models import bitstream
 from models.bitstream import Header
 from models.codec import SPresso
+from models.disk_errors import patiently
 from models.resampling import fit_blocks, resample, resampled_samples
 from models.sizes import Sampling
 from trainer.data.audio import sound_length, sound_mark, write_blocks
@@ -35,7 +36,7 @@ class FileDecoder:
 
     def __call__(self, source: Path, target: Path, progress: Callable[[float], None]) -> None:
         """Decode one file. Raises ValueError, OSError."""
-        content = source.read_bytes()
+        content = patiently(source.read_bytes)
         with named_errors(source):
             spresso = self._codec(bitstream.model_of(content), source)
             stream = bitstream.read(content, frames_of=spresso.z_frames, coder=spresso.coder())
@@ -76,7 +77,7 @@ class FileDecoder:
 
         The mark lies in the sounds themselves, so that neither dates nor records are needed.
         """
-        content = source.read_bytes()
+        content = patiently(source.read_bytes)
         try:
             header, _ = bitstream.read_header(content)
         except ValueError:

@@ -15,6 +15,7 @@ from models import bitstream
 from models.atomic_write import write_whole
 from models.bitstream import Header, Stream
 from models.codec import SPresso
+from models.disk_errors import patiently
 from models.encoding import encode_sound, rate_search
 from models.resampling import Audio
 from trainer.data.audio import sound_length
@@ -107,7 +108,7 @@ class FileEncoder:
         """
         assert self.record is not None
         try:
-            content = target.read_bytes()
+            content = patiently(target.read_bytes)
             header, _ = bitstream.read_header(content)
         except (FileNotFoundError, ValueError):
             return False

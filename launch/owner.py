@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from launch import record_lock, this_process
 from launch.slurm import scheduler
 from launch.slurm.attempt import TOKEN, Attempt
 from models.atomic_write import replacing
-from models.documents import Moment, Natural, Positive, read_json, to_json
+from models.documents import DamagedDocument, Moment, Natural, Positive, damaged, read_json, to_json
 
 _FILE = "owner.json"
 _TURN = ".owner.lock"
@@ -75,6 +76,11 @@ class Owner:
     """Command line of the process."""
     launch: str = ""
     """The SLURM job or torchrun that started the process, if any; `restart` counts its starts."""
+
+    @property
+    def unattended(self) -> bool:
+        """Whether a job or a launcher has started the process, which no person watches."""
+        return bool(self.job or self.launch)
 
     @property
     def told(self) -> str:
@@ -128,7 +134,8 @@ def take(folder: Path, owner: Owner) -> None:
     """Make `owner` the owner of a trained stage's directory, for this process and its children.
 
     Raises:
-        ValueError: a living process or job owns the directory.
+        ValueError: a living process or job owns the directory, or its record is damaged and a person is there to say
+            whether one does.
     """
     _take(folder, owner, _FILE, lambda name: name == _FILE)
     os.environ[TOKEN] = owner.token
@@ -151,9 +158,21 @@ def _take(folder: Path, owner: Owner, name: str, is_rival: Callable[[str], bool]
 
 
 def _require_free(record: Path, newcomer: Owner) -> None:
-    held = _read(record)
+    try:
+        held = _read(record)
+    except DamagedDocument as error:
+        if not newcomer.unattended:
+            raise
+        _set_aside(record, error)
+        return
     if held is not None and not _same(held, newcomer) and _lives(held, record):
         raise _in_use(record.parent, held)
+
+
+def _set_aside(record: Path, error: DamagedDocument) -> None:
+    """Rename a damaged record, which names no owner. One that lives all the same ends at its next `require`."""
+    kept = record.rename(record.with_name(f"{record.name}.{secrets.token_hex(4)}.damaged"))
+    logger.warning("%s is damaged and counts as none: it is kept as %s", record, kept.name)
 
 
 def _in_use(folder: Path, held: Owner | None) -> _InUse:
@@ -191,10 +210,14 @@ def holder(folder: Path) -> Owner | None:
 
 
 def _read(record: Path) -> Owner | None:
+    mend = "remove it if nothing trains there or writes there"
     try:
-        return read_json(record, Owner, mend="remove it if nothing trains there or writes there")
+        held = read_json(record, Owner, mend=mend)
     except FileNotFoundError:
         return None
+    if held.job and held.token != f"{held.job}_{held.restart}":
+        raise damaged(record, "`token` does not name the job and its start", mend)
+    return held
 
 
 def release(folder: Path, token: str) -> None:
@@ -215,8 +238,15 @@ def _release(record: Path, token: str) -> None:
 
 
 def require(folder: Path) -> None:
-    """Raise Superseded if the start that this process belongs to no longer owns the directory."""
-    held = holder(folder)
+    """Raise Superseded if the start that this process belongs to no longer owns the directory.
+
+    A damaged record names no other start, so that it ends no training. The next start replaces it.
+    """
+    try:
+        held = holder(folder)
+    except DamagedDocument as error:
+        logger.warning("%s", error)
+        return
     if held is None or held.token != os.environ.get(TOKEN):
         raise Superseded(f"{folder} was taken over by {held.told if held else 'an unknown owner'}: this rank ends")
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The disk is full, or the user's share of it is."""
@@ -20,16 +26,51 @@ PASSING = frozenset(
         errno.EACCES,
         errno.ENFILE,
         errno.EMFILE,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
     }
 )
 """Errors of reading that network file systems and busy machines give for a moment."""
 NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """Errors that say what is at a path, not that its disk failed: there is no such file."""
 
+PAUSES = (0.1, 1.0, 5.0)
+"""Seconds to wait before a file whose disk failed is read again."""
+
+logger = logging.getLogger(__name__)
+
 _ROOM_WORDS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
 }
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Return what `read` returns; after an error that may pass, pause and call it again, as often as `PAUSES` says.
+
+    Raises:
+        OSError: the disk failed each time, so that the work has to stop: what it read may be whole.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            logger.warning("%s: trying again in %g s", error, pause)
+        time.sleep(pause)
+    return read()
+
+
+def require_sound_disk(error: BaseException) -> None:
+    """Raise the error of the disk behind a library's own error, if there is one, which may pass."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in PASSING - NOT_ALLOWED:
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def with_number(number: int | None, message: str) -> OSError:

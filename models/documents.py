@@ -24,6 +24,7 @@ from typing import Annotated, Any, BinaryIO, Generic, TypeVar, get_args, get_typ
 import msgspec
 
 from models.atomic_write import write_whole
+from models.disk_errors import patiently
 from models.later_fields import values_before
 from models.readable import kind_of
 
@@ -88,16 +89,20 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def read_bytes(path: Path, *, mend: str, most: int = LARGEST) -> bytes:
-    """Read a regular file of at most `most` bytes.
+    """Read a regular file of at most `most` bytes, again after an error of its disk that may pass.
 
     Raises:
         DamagedDocument: the path is no regular file, or the file is larger. `mend` says what mends it.
         FileNotFoundError: there is no file.
         OSError: the file can't be read.
     """
-    try:
+
+    def read() -> bytes:
         with opened(path) as file:
-            content = file.read(most + 1)
+            return file.read(most + 1)
+
+    try:
+        content = patiently(read)
     except ValueError as error:
         raise damaged(path, error, mend) from None
     if len(content) > most:

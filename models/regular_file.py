@@ -11,11 +11,14 @@ import os
 import stat
 from pathlib import Path
 
+from models.disk_errors import NOT_ALLOWED, patiently
 from models.readable import describe_os_error, kind_of
 
 _BUFFER = 1 << 18
-_OWN_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
+_OWN_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of opening that come from the path itself, not from its disk."""
+_OF_PERMISSIONS, _OF_DEVICES = (errno.EACCES, errno.EPERM), (errno.ENXIO, errno.ENODEV)
+"""Errors of opening that come from either."""
 
 
 def open_regular(path: Path) -> int:
@@ -25,12 +28,7 @@ def open_regular(path: Path) -> int:
         ValueError: the file is missing, is no regular file, or its permissions don't allow to read it.
         OSError: the disk failed, or refuses access that the file's permissions grant.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in _OWN_FAULTS or (error.errno in (errno.EACCES, errno.EPERM) and not _permits(path)):
-            raise ValueError(describe_os_error(OSError(error.errno, error.strerror, str(path)))) from error
-        raise
+    descriptor = patiently(lambda: _open(path))
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
@@ -38,12 +36,22 @@ def open_regular(path: Path) -> int:
     raise ValueError(f"{path} is {kind_of(kind)}, not a file")
 
 
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        own = error.errno in _OWN_FAULTS or (error.errno in _OF_DEVICES and not path.is_file())
+        if own or (error.errno in _OF_PERMISSIONS and not _permits(path)):
+            raise ValueError(describe_os_error(OSError(error.errno, error.strerror, str(path)))) from error
+        raise
+
+
 def _permits(path: Path) -> bool:
     """Whether the permissions grant access, so that its refusal comes from elsewhere, such as a lapsed ticket."""
     try:
-        status = path.stat()
-    except OSError:
-        return False
+        status = patiently(path.stat)
+    except OSError as error:
+        return error.errno not in NOT_ALLOWED  # a folder above it refuses
     groups = {os.getegid(), *os.getgroups()}
     owner, group = status.st_uid == os.geteuid(), status.st_gid in groups
     return bool(status.st_mode & (stat.S_IRUSR if owner else stat.S_IRGRP if group else stat.S_IROTH))
@@ -72,7 +80,7 @@ class WatchedFile(io.RawIOBase):
     def readinto(self, target: memoryview) -> int:  # type: ignore[override]
         """Fill `target`; after an error, which `require_sound_disk` raises, claim that the file has ended."""
         try:
-            return os.readv(self._descriptor, [target])
+            return patiently(lambda: os.readv(self._descriptor, [target]))
         except OSError as error:
             self.error = self.error or error
             return 0

@@ -14,6 +14,7 @@ from models.backbones.released import find_part, open_part, read_config, require
 from models.backbones.releases import missing
 from models.backbones.stable_audio import ProjectionSettings, text_tokens
 from models.backbones.stable_audio_3 import stable_audio_3_text_tokens
+from models.disk_errors import patiently, require_sound_disk
 from models.hub import locate
 from models.weights import hash_state, listed, read
 
@@ -122,8 +123,9 @@ def _load_model(kind: Any, path: Path) -> nn.Module:
     logging.disable_progress_bar()
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, loading = kind.from_pretrained(str(path), trust_remote_code=False, **options)
+        model, loading = patiently(lambda: kind.from_pretrained(str(path), trust_remote_code=False, **options))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        require_sound_disk(error)
         raise ValueError(f"{path} can't be loaded as a text encoder: {_reason(error)}") from error
     # transformers initialises missing weights at random. Only the pooler may be missing: no hidden state depends on it.
     if absent := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
@@ -136,13 +138,15 @@ def _load_tokenizer(path: Path) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = patiently(lambda: AutoTokenizer.from_pretrained(str(path), **local))
     except (OSError, ValueError, KeyError) as error:
+        require_sound_disk(error)
         raise ValueError(f"{path} holds no complete tokenizer: {_reason(error)}") from error
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         if (path / name).is_file():
-            digest.update(json.dumps(name).encode() + (path / name).read_bytes())
+            digest.update(json.dumps(name).encode() + patiently((path / name).read_bytes))
     return tokenizer, digest.hexdigest()
 
 

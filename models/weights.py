@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from models.atomic_write import replacing
+from models.disk_errors import patiently
 from models.documents import damaged, opened, parse_json
 
 _MEND = "download or export it again"
@@ -41,6 +42,9 @@ class Stored:
 
     def read(self) -> Tensor:
         """Read the tensor into newly allocated memory; raise `ValueError` if the file was damaged after opening."""
+        return patiently(self._read)
+
+    def _read(self) -> Tensor:
         try:
             return self.file.get_tensor(self.name)
         except _UNREADABLE as error:
@@ -113,6 +117,10 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Stored
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a safetensors file in it")
+    return patiently(lambda: _open_safetensors(path))
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     try:
         with opened(path):  # a pipe would hold up the library, and its errors do not name a file that can't be opened
             pass

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch import pipeline
+from models import disk_errors
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
 
@@ -28,6 +29,12 @@ def _no_rank_left() -> Iterator[None]:
     yield
     if before is None:
         os.environ.pop("LOCAL_RANK", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that a test lets fail is asked again at once."""
+    monkeypatch.setattr(disk_errors, "PAUSES", (0.0,) * len(disk_errors.PAUSES))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""Counts what becomes of mutants in tests that damage files at random; `pytest -m slow` prints a table of them."""
+"""Counts what becomes of mutants in tests that damage inputs at random.
+
+`python -m pytest --mutants` runs these tests alone and prints a table: dozens of each kind in a few minutes, or
+thousands with `-m slow`. The whole suite's slow tests print the table, too.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,28 @@ def mutant_counts(record_property: Callable[[str, object], None]) -> MutantCount
     return counts
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--mutants`."""
+    parser.addoption("--mutants", action="store_true", help="only the tests that damage inputs at random; with a table")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that count mutants, if they were asked for; of these the slow ones only if they were, too."""
+    if not config.option.mutants:
+        return
+    slow = "slow" in config.option.markexpr
+    kept = [
+        item
+        for item in items
+        if "mutant_counts" in getattr(item, "fixturenames", ()) and (slow or not item.get_closest_marker("slow"))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table after the slow tests."""
-    if config.option.markexpr != "slow":
+    """Print the table after the slow tests, or after those that `--mutants` chose."""
+    if config.option.markexpr != "slow" and not config.option.mutants:
         return
     stats = terminalreporter.stats
     reports = [report for outcome in ("passed", "failed") for report in stats.get(outcome, [])]

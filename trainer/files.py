@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from models.disk_errors import patiently
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -19,6 +21,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file in hex, read again after an error of its disk that may pass."""
+
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return patiently(read)

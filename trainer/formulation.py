@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from models.diffusion import make_diffusion
+from models.disk_errors import patiently, require_sound_disk
 from models.sizes import CodecConfig
 from trainer.recipes.schema import Config
 
@@ -92,7 +93,9 @@ def of_checkpoint(path: Path, meta: Mapping[str, Any]) -> Mapping[str, Any]:
     if "formulation" in meta:
         return meta["formulation"]
     try:
-        stored = OmegaConf.to_container(OmegaConf.create((path.parents[1] / "config.yaml").read_text("utf-8")))
-    except (OSError, ValueError, IndexError, YAMLError):
+        text = patiently((path.parents[1] / "config.yaml").read_bytes).decode()
+        stored = OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, ValueError, IndexError, YAMLError) as error:
+        require_sound_disk(error)
         return {}
     return {key: stored[key] for key in ("diffusion", "lora") if key in stored} if isinstance(stored, dict) else {}

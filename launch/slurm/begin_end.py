@@ -25,6 +25,7 @@ from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
 from launch.slurm.slurm_task import rendezvous
 from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
 from models.disk_errors import LASTING, PASSING
+from models.documents import DamagedDocument
 from models.readable import describe_os_error
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
@@ -65,7 +66,7 @@ def _begin(attempt: Attempt) -> int:
 
 def _end(attempt: Attempt, status: int) -> int:
     folder = attempt.stage_folder
-    held = _readable(lambda: owner.holder(folder))
+    held = _holder(folder)
     if is_trained(folder.name) and held is not None and held.token != attempt.token:
         print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
@@ -83,6 +84,15 @@ def _end(attempt: Attempt, status: int) -> int:
     if is_trained(folder.name):
         owner.release(folder, attempt.token)
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
+
+
+def _holder(folder: Path) -> owner.Owner | None:
+    """Return the owner of the stage's directory; None, with a line in the log, if its record is damaged."""
+    try:
+        return _readable(lambda: owner.holder(folder))
+    except DamagedDocument as error:
+        print(f"spresso: {printable_lines(str(error))}: the job goes on as its owner", file=sys.stderr)
+        return None
 
 
 def _add_to_submitted(attempt: Attempt) -> None:

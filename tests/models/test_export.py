@@ -63,6 +63,81 @@ def refusal(folder: Path) -> str:
     return str(error.value)
 
 
+PIECE = 4096
+
+
+def damage(folder: Path, other: Path, chance: Random) -> tuple[Path, str]:
+    """Damage one file of an export as disks and copies do; returns the file and the way. `other` is another export."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size)
+    path = folder / chance.choice(names)
+    data = bytearray(path.read_bytes())
+    way = chance.choice(("flipped", "flipped", "cut", "zeroed", "exchanged", "of another export", "gone"))
+    if way == "flipped":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif way == "cut":
+        del data[chance.randrange(len(data)) :]
+    elif way == "zeroed":
+        start = PIECE * chance.randrange(-(-len(data) // PIECE))
+        data[start : start + PIECE] = bytes(len(data[start : start + PIECE]))
+    elif way == "exchanged":
+        data[:] = (folder / chance.choice(names)).read_bytes()
+    elif way == "of another export":
+        data[:] = (other / path.name).read_bytes()
+    path.unlink()
+    if way != "gone":
+        path.write_bytes(data)
+    return path, way
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], object]:
+    """Load an export: its weights and the codes that it gives, and its settings."""
+    codec = SPresso.from_pretrained(folder)
+    z = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        codes = codec.quantizer.encode(z)
+    settings = (codec.config, codec.dit.config, codec.model_hash, codec.autoencoder.identity(), scales(codec))
+    return {**state_of(codec), "codes": codes}, settings
+
+
+def scales(codec: SPresso) -> list[object]:
+    """Return how strongly each layer's LoRA is added."""
+    return [module.scaling for module in codec.dit.modules() if hasattr(module, "scaling")]
+
+
+def load_damaged(folder: Path, seeds: range, counts: MutantCounts) -> None:
+    folder.parent.joinpath("later").mkdir()
+    other = write(folder.parent / "later/export", shift=0.1)
+    whole = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    expected, settings = outcome(folder)
+    for seed in seeds:
+        path, way = damage(folder, other, Random(f"export {seed}"))
+        counts.begin("exports")
+        said = ""
+        try:
+            with watched():
+                found, theirs = outcome(folder)
+        except (ValueError, FileNotFoundError) as error:
+            said = str(error)
+            assert str(folder) in said, (seed, said)
+            assert "\n" not in said, (seed, said)
+        else:
+            assert theirs == settings, f"{seed}: {path.name} is {way}, and the settings are others"
+            assert found.keys() == expected.keys(), seed
+            assert all(torch.equal(found[name], expected[name]) for name in found), f"{seed}: {path.name} is {way}"
+        counts.end("exports", refused=bool(said))
+        path.write_bytes(whole[path])
+
+
+def test_damaged_exports(exported, mutant_counts):
+    load_damaged(exported, range(80), mutant_counts)
+    assert mutant_counts.kinds["exports"]["refused"] > 40
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_exports(exported, mutant_counts):
+    load_damaged(exported, range(80, 2080), mutant_counts)
+
+
 def test_an_undamaged_export_is_believed(exported):
     codec = SPresso.from_pretrained(exported)
     assert codec.model_hash == json.loads((exported / "codec.json").read_text())["model"]

@@ -7,9 +7,11 @@ DDP, each rank reads an equal share, and a collective spreads the shares. Of all
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.disk_errors import patiently
 from trainer.checkpoints.manifest import misfits, read_manifest
 from trainer.checkpoints.problems import header_problem, problems_beside
 from trainer.checkpoints.rank_file import RankFile
@@ -91,8 +93,12 @@ def _require_none(path: Path, problems: list[str]) -> None:
 def _fill(path: Path, files: Mapping[str, Mapping[str, list[int]]], wanted: Mapping[str, FlatRange]) -> None:
     """Fill the ranges that a rank reads from the files that hold them; `files` maps a file's name to its ranges."""
     for file_name, ranges in files.items():
-        with (path / file_name).open("rb", buffering=0) as file:
-            stored = RankFile(file, ranges)
-            for name, (start, stop) in overlaps(ranges, wanted).items():
-                part = wanted[name]
-                part.data[start - part.start : stop - part.start].copy_(stored.read(name, start, stop))
+        patiently(partial(_fill_from, path / file_name, ranges, wanted))
+
+
+def _fill_from(path: Path, ranges: Mapping[str, list[int]], wanted: Mapping[str, FlatRange]) -> None:
+    with path.open("rb", buffering=0) as file:
+        stored = RankFile(file, ranges)
+        for name, (start, stop) in overlaps(ranges, wanted).items():
+            part = wanted[name]
+            part.data[start - part.start : stop - part.start].copy_(stored.read(name, start, stop))

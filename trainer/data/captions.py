@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.disk_errors import NO_FILE, with_number
+from models.disk_errors import NO_FILE, patiently, with_number
 from models.readable import describe_os_error, is_broken_link
 from models.regular_file import open_regular
 from trainer.data.find_sounds import Counts
@@ -96,7 +96,7 @@ class CaptionFile:
         self._forms: dict[str, str] = {}
         """Plain form of a name → the name in the file."""
         self._used: set[str] = set()
-        for number, entry in _json_lines(path, _read_text(path)) if _is_there(path) else ():
+        for number, entry in _json_lines(path, _read_text(path)) if is_there(path) else ():
             found = captions_of(entry)
             if not (isinstance(entry, dict) and isinstance(entry.get("file"), str) and found):
                 raise ValueError(f'{path}, line {number} is not like {{"file": "a/b.wav", "caption": "…"}}')
@@ -142,7 +142,7 @@ def sidecar_captions(path: Path, notes: Counts) -> list[str]:
     """
     for suffix in (".txt", ".json"):
         sidecar = path.with_suffix(suffix)
-        if not _is_there(sidecar) or sidecar.is_dir():
+        if not is_there(sidecar) or sidecar.is_dir():
             continue
         if is_broken_link(sidecar):
             raise ValueError(
@@ -157,10 +157,10 @@ def sidecar_captions(path: Path, notes: Counts) -> list[str]:
     return []
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether there is anything of this name, be it a link to nothing; raises OSError if the disk can't say."""
     try:
-        path.lstat()
+        patiently(path.lstat)
     except OSError as error:
         if error.errno in NO_FILE:
             return False
@@ -180,9 +180,13 @@ def caption_from_name(stem: str) -> str:
 
 def _read_text(path: Path) -> str:
     """Return the text of a file; raises ValueError if it holds none or is no file, OSError if its disk failed."""
-    try:
+
+    def read() -> str:
         with os.fdopen(open_regular(path), encoding="utf-8-sig") as file:
             return file.read()
+
+    try:
+        return patiently(read)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not text in UTF-8: convert the file, such as with iconv -f LATIN1 -t UTF-8"

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from models.disk_errors import patiently
 from models.regular_file import open_regular
 from trainer.data.sources import SoundFile
 
@@ -21,11 +22,19 @@ _THREADS = 8  # threads that read files; on a network file system they mostly wa
 
 
 def content_digest(path: Path) -> str:
-    """Return a hash of a file's bytes, in hex; empty if it is missing, or is no file that can be read."""
-    try:
+    """Return a hash of a file's bytes, in hex; empty if it is missing, or is no file that may be read.
+
+    Raises:
+        OSError: its disk failed, which an empty hash would hide from then on.
+    """
+
+    def read() -> str:
         with os.fdopen(open_regular(path), "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except (ValueError, OSError):
+
+    try:
+        return patiently(read)
+    except ValueError:
         return ""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from models.disk_errors import NO_FILE, NOT_ALLOWED, PASSING, patiently, with_number
 from trainer.file_names import as_unicode, printable
 from trainer.stages import STAGES
 
@@ -145,10 +146,12 @@ class _Walk:
 
     def _search(self, name: str, real: str) -> None:
         try:
-            with os.scandir(self.root / name) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+            entries = patiently(lambda: _listed(self.root / name))
         except OSError as error:
-            raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
+            told = f"{self.root / name} can't be listed: {error.strerror}"
+            raise (
+                with_number(error.errno, told) if error.errno in PASSING - NOT_ALLOWED else ValueError(told)
+            ) from error
         if name and _is_run_directory(self.root / name, {entry.name for entry in entries}):
             self.passed_over.add("directories of runs", name)
             return
@@ -216,18 +219,30 @@ def _is_run_directory(folder: Path, names: set[str]) -> bool:
     return bool(stages) and "config.yaml" in names and _is_config(folder / "config.yaml")
 
 
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as listing:
+        return sorted(listing, key=lambda entry: entry.name)
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or to what may not be read
-        return False
+        return patiently(entry.is_dir)
+    except OSError as error:
+        if error.errno not in NO_FILE | NOT_ALLOWED:
+            raise  # a folder whose disk failed would be left out without a word
+        return False  # a link to itself, or to what may not be read
 
 
 def _is_config(path: Path) -> bool:
-    try:
+    def read() -> bool:
         with path.open(encoding="utf-8", errors="replace") as file:
             return any(line.startswith("run_dir:") for line in file)
-    except OSError:
+
+    try:
+        return patiently(read)
+    except OSError as error:
+        if error.errno not in NO_FILE | NOT_ALLOWED:
+            raise
         return False
 
 

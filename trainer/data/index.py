@@ -12,10 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from models.documents import LARGEST_LIST, opened, read_json
+from models.disk_errors import patiently
+from models.documents import LARGEST_LIST, read_json
 from models.readable import describe_os_error
+from trainer.data.index_file import open_mapped
+from trainer.data.index_row import INDEX_ROWS, OLDER_INDEX_ROWS
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import INDEX_ROWS, MAKE_AGAIN, SetInfo, find_members, index_rows, text_width, write_index
+from trainer.data.shards import MAKE_AGAIN, SetInfo, find_members, index_rows, text_width, write_index
 from trainer.data.tar_members import is_apple_double, shown
 from trainer.data.workers import exit_with_parent, explain_dead_workers
 
@@ -128,8 +131,8 @@ def _in_workers(scan: Callable[[Path], Result], paths: list[Path], workers: int)
 
 
 def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    samples = find_members(path)
-    return index_rows(path, samples), list(samples)
+    samples = patiently(lambda: find_members(path))
+    return patiently(lambda: index_rows(path, samples)), list(samples)
 
 
 def _scan_tolerantly(path: Path) -> tuple[NDArray[np.void], list[str]] | str:
@@ -148,9 +151,7 @@ def require_own_index(folder: Path) -> None:
     """
     foreign = []
     try:
-        with opened(folder / "index.npy"):  # a pipe would hold up numpy
-            pass
-        if np.lib.format.open_memmap(folder / "index.npy", mode="r").dtype not in INDEX_ROWS:
+        if open_mapped(folder / "index.npy").dtype not in (*INDEX_ROWS, *OLDER_INDEX_ROWS):
             foreign.append("index.npy")
     except (OSError, ValueError):  # missing or damaged; then set.json decides
         foreign += ["index.npy"] if (folder / "index.npy").exists() and not (folder / "set.json").exists() else []

@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.disk_errors import patiently
 from models.documents import opened
-from trainer.data.shards import MAKE_AGAIN, SetInfo, set_checksum, set_fingerprint, well_formed
+from trainer.data.index_row import well_formed
+from trainer.data.shards import MAKE_AGAIN, SetInfo, set_checksum, set_fingerprint
 
 CHECKED = ("total_frames", "shortest_frames", "longest_frames", "fingerprint", "checksum")
 """Fields of `set.json` that follow from the index. Sets of release 0.1.0 have no `checksum`."""
+
+
+def open_mapped(path: Path) -> np.memmap[Any, np.dtype[np.void]]:
+    """Map an index. A damaged header gives errors of many kinds, because numpy evaluates the header as Python."""
+    with opened(path):  # a pipe would hold up numpy
+        pass
+    return np.lib.format.open_memmap(path, mode="r")
 
 
 def read_whole(path: Path, mapped: np.memmap[Any, np.dtype[np.void]]) -> NDArray[np.void]:
@@ -23,12 +32,16 @@ def read_whole(path: Path, mapped: np.memmap[Any, np.dtype[np.void]]) -> NDArray
         ValueError: the file has become shorter.
         OSError: the file can't be read now.
     """
-    with opened(path) as file:
-        file.seek(mapped.offset)
-        try:
-            content = file.read(mapped.nbytes)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def read() -> bytes:
+        with opened(path) as file:
+            file.seek(mapped.offset)
+            return file.read(mapped.nbytes)
+
+    try:
+        content = patiently(read)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     if len(content) != mapped.nbytes:
         raise ValueError(f"{path} has become shorter: {MAKE_AGAIN}")
     return np.frombuffer(content, mapped.dtype)

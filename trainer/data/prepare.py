@@ -14,20 +14,23 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from models.atomic_write import replacing
+from models.disk_errors import patiently
 from models.documents import Natural, damaged, read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.groups import groups
 from trainer.data.set_content import Content
 from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
-from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
+from trainer.data.shards import SetInfo, ShardWriter, read_rows, scan_shard, write_index
 from trainer.data.sources import SoundFile, Sources, find_sources
 from trainer.data.sources_before import list_sources_as_before
 from trainer.data.text_embeddings import Embedder
@@ -312,8 +315,9 @@ def _write_unit(
             if progress:
                 progress(tally)
     for name in writer.names:
-        with replacing(_rows_path(out, unit, name)) as partial, partial.open("wb") as rows:
-            np.save(rows, scan_shard(out / unit.split / name), allow_pickle=False)
+        found = patiently(partial(scan_shard, out / unit.split / name))
+        with replacing(_rows_path(out, unit, name)) as path, path.open("wb") as rows:
+            np.save(rows, found, allow_pickle=False)
     write_json(_record_path(out, unit), record | {"shards": writer.names})
 
 
@@ -342,9 +346,7 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content
     files = sum(len(unit.sources) for unit in units)
     shards: dict[str, dict[str, np.ndarray]] = {unit.split: {} for unit in units}
     for unit, record in zip(units, records, strict=True):
-        shards[unit.split] |= {
-            name: np.load(_rows_path(out, unit, name), allow_pickle=False) for name in record["shards"]
-        }
+        shards[unit.split] |= {name: _rows(out, unit, name) for name in record["shards"]}
     if not any(shards.values()):
         reasons = "; ".join(printable(f"{problem['file']} {problem['reason']}") for problem in problems[:3])
         raise ValueError(f"none of the {files} sound files can be used: {reasons}")
@@ -381,6 +383,11 @@ def _record_path(out: Path, unit: Unit) -> Path:
 
 def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
     return out / _WORK / f"{unit.split}-{shard}.npy"
+
+
+def _rows(out: Path, unit: Unit, shard: str) -> NDArray[np.void]:
+    mend = f"remove {_record_path(out, unit)}, and the shard is made again"
+    return patiently(lambda: read_rows(_rows_path(out, unit, shard), out / unit.split / shard, mend=mend))
 
 
 def _record(out: Path, unit: Unit) -> _Record:

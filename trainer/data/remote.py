@@ -34,8 +34,8 @@ from models.documents import LARGEST_LIST
 from models.ranges import ranged
 from trainer.data.bounded_reads import TooLongError, read_range, read_whole
 from trainer.data.cache_folder import claim, default_folder, open_own, own_folder, set_folders
+from trainer.data.index_row import LONGEST_INDEX_ROW
 from trainer.data.set_description import read_description
-from trainer.data.shards import LONGEST_INDEX_ROW
 from trainer.file_names import printable
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from models.documents import LARGEST_LIST, DamagedDocument, Natural, Positive, damaged, fits, read_json
-from trainer.data.shards import MAKE_AGAIN, SET_VERSION, SetInfo
+from trainer.data.shards import MAKE_AGAIN, READABLE_VERSIONS, SetInfo
 
 
 class _Text(TypedDict):
@@ -53,7 +53,7 @@ def read_description(folder: Path, location: str) -> dict[str, Any]:
     """
     where = f"{location}/set.json"
     description = read_json(folder / "set.json", dict[str, Any], mend=MAKE_AGAIN, most=LARGEST_LIST, finite=True)
-    if description.pop("version", None) != SET_VERSION:
+    if description.pop("version", None) not in READABLE_VERSIONS:
         raise DamagedDocument(f"{where} was written by another version of spresso: {MAKE_AGAIN}")
     fits(description, _Description, where, mend=MAKE_AGAIN)
     if unknown := description.keys() - _Description.__annotations__.keys():

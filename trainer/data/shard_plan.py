@@ -12,6 +12,7 @@ from typing import Annotated
 
 import msgspec
 
+from models.disk_errors import NO_FILE, NOT_ALLOWED, patiently
 from models.documents import read_json, write_json
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.groups import groups, held_out
@@ -35,14 +36,16 @@ class Unit:
 
 
 def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
-    """Return a hash that changes with the size, time, caption or facts of any file."""
+    """Return a hash that changes with the size, time, caption or facts of any file; raises OSError if a disk fails."""
     digest = blake2b(digest_size=16)
     for source in sources:
         try:
-            status = source.path.stat()
+            status = patiently(source.path.stat)
             version = [status.st_size, status.st_mtime_ns]
-        except OSError:  # a manifest may name missing files
-            version = []
+        except OSError as error:
+            if error.errno not in NO_FILE | NOT_ALLOWED:
+                raise
+            version = []  # a manifest may name missing files
         digest.update(json.dumps([source.name, *version, source.caption, dict(source.facts)]).encode())
     return digest.hexdigest()
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,26 +18,23 @@ import soundfile
 from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fast
 from numpy.typing import NDArray
 
-from models.disk_errors import NO_FILE, PASSING, with_number
-from models.documents import DamagedDocument, opened
+from models.disk_errors import NO_FILE, PASSING, patiently, with_number
+from models.documents import DamagedDocument
 from models.readable import describe_os_error
-from trainer.data.index_file import CHECKED, is_described, read_whole
+from trainer.data.index_file import CHECKED, is_described, open_mapped, read_whole
+from trainer.data.index_row import (
+    INDEX_ROWS,
+    LONGEST_METADATA,
+    OLDER_INDEX_ROWS,
+    checked_metadata,
+    text_fits,
+    well_formed,
+)
 from trainer.data.local_reads import Memory, Taken, read_each
 from trainer.data.places import Places, Reads, plan_reads
 from trainer.data.remote import CacheSettings, MissingFileError, NoSetError, ShardCache, is_url
 from trainer.data.set_description import read_description
-from trainer.data.shards import (
-    INDEX_ROWS,
-    LONGEST_METADATA,
-    MAKE_AGAIN,
-    DamagedSample,
-    SetInfo,
-    member_at,
-    parse_metadata,
-    pread,
-    text_fits,
-    well_formed,
-)
+from trainer.data.shards import MAKE_AGAIN, DamagedSample, SetInfo, member_at, pread
 
 Result = TypeVar("Result")
 
@@ -84,9 +81,7 @@ class ShardSet:
         self.folder = folder
         try:
             description = read_description(folder, self.location)
-            with opened(folder / "index.npy"):  # a pipe would hold up numpy
-                pass
-            mapped = np.lib.format.open_memmap(folder / "index.npy", mode="r")
+            mapped = patiently(lambda: open_mapped(folder / "index.npy"))
         except FileNotFoundError as error:
             remedy = "make the set with `spresso prepare`, or index existing tars with `spresso index`"
             raise NoSetError(f"{error.filename} is missing: {remedy}") from error
@@ -107,7 +102,7 @@ class ShardSet:
         columns = mapped.dtype.names or ()
         self.has_audio, self.has_text = "flac_offset" in columns, "text_offset" in columns
         as_told = mapped.shape == (samples,) and self.has_text == (self.info.text is not None)
-        if mapped.dtype not in INDEX_ROWS or not as_told:
+        if mapped.dtype not in (*INDEX_ROWS, *OLDER_INDEX_ROWS) or not as_told:
             raise ValueError(f"{self.location}/index.npy does not match set.json: {mend}")
         self.index_in_memory = mapped.nbytes <= _MOST_READ
         self.index: NDArray[np.void] = read_whole(folder / "index.npy", mapped) if self.index_in_memory else mapped
@@ -115,7 +110,8 @@ class ShardSet:
             raise ValueError(f"{self.location}/index.npy does not match set.json: {mend}")
         for name, size in self.shards if self._cache is None else ():
             try:
-                found = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116 (faster, for a hundred thousand shards)
+                # faster than Path.stat, for a hundred thousand shards
+                found = patiently(partial(os.stat, f"{folder}/{name}")).st_size
             except FileNotFoundError:
                 raise ValueError(f"{folder}/{name} is missing: {MAKE_AGAIN}") from None
             if found != size:
@@ -257,17 +253,17 @@ class ShardSet:
         """Return the content of a sample's `KEY.json`, or an empty dict if the sample has none.
 
         Raises:
-            DamagedSample: the content is not a JSON object, or the shard is missing.
+            DamagedSample: the content is not what was indexed, or not a JSON object, or the shard is missing.
         """
         row = self.index[id_]
-        if not row["json_length"]:
-            return {}
         if row["json_length"] > LONGEST_METADATA:
             raise self._index_damaged()
-        content = self._content(row, "json")
+        content = self._content(row, "json") if row["json_length"] else b""
         try:
-            return parse_metadata(content)
+            return checked_metadata(row, content)
         except ValueError as error:
+            if not content:
+                raise self._index_damaged() from error
             shard, offset = row["shard"], row["json_offset"]
             name = member_at(self.paths[shard], offset) or f"the metadata of sample {id_}"
             raise self._damaged(shard, offset, f"{name} {error}") from error

@@ -29,42 +29,26 @@ from isal.isal_zlib import crc32  # the same sum as zlib's, several times as fas
 from numpy.typing import NDArray
 
 from models.atomic_write import replacing
-from models.documents import write_json
+from models.documents import damaged, write_json
+from trainer.data.index_row import (
+    INDEX_ROWS,
+    LONGEST_MEMBER,
+    LONGEST_METADATA,
+    OLDER_INDEX_ROWS,
+    metadata_checksum,
+    parse_metadata,
+    text_fits,
+    well_formed,
+)
 from trainer.data.npy_header import LONGEST_NPY_HEADER, float16_shape
 from trainer.data.tar_members import find_tar_members, shown
 
-# Offsets are bytes from the start of the shard. x0's offset and length leave out the .npy header.
-INDEX_ROW = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("frames", "<u4"),
-        ("x0_offset", "<u8"),
-        ("x0_length", "<u4"),
-        ("x0_crc32", "<u4"),
-        ("json_offset", "<u8"),
-        ("json_length", "<u4"),
-    ]
-)
-_AUDIO_COLUMNS = [("flac_offset", "<u8"), ("flac_length", "<u4"), ("flac_crc32", "<u4")]
-_TEXT_COLUMNS = [("text_offset", "<u8"), ("text_length", "<u4"), ("text_crc32", "<u4"), ("text_tokens", "<u4")]
-INDEX_ROW_WITH_AUDIO = np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS])
-INDEX_ROWS = (
-    INDEX_ROW,
-    INDEX_ROW_WITH_AUDIO,
-    np.dtype([*INDEX_ROW.descr, *_TEXT_COLUMNS]),
-    np.dtype([*INDEX_ROW.descr, *_AUDIO_COLUMNS, *_TEXT_COLUMNS]),
-)
-"""Row types without audio and text, with audio, with text, and with both; all rows of a set have the same type."""
-LONGEST_INDEX_ROW = max(row.itemsize for row in INDEX_ROWS)
-"""Bytes of a row with audio and text."""
 _X0, _JSON, _FLAC, _TEXT = "x0.npy", "json", "flac", "text.npy"
 _KINDS = (_X0, _JSON, _FLAC, _TEXT)
-_LONGEST_MEMBER = 2**32 - 1  # bytes, by the index's columns of lengths
-LONGEST_METADATA = 16 << 20
-"""The maximum number of bytes in a sample's `KEY.json`."""
 _PIECE = 16 << 20  # bytes that are read at a time
 _BLOCK = tarfile.BLOCKSIZE
-SET_VERSION = 2
+SET_VERSION = 3
+READABLE_VERSIONS = (2, SET_VERSION)
 MAKE_AGAIN = "restore it and run `spresso index` on the folder, or remove the set and run `spresso prepare` again"
 
 
@@ -190,18 +174,21 @@ def index_rows(path: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]])
 def _fill_row(row: np.void, file: BinaryIO, members: Mapping[str, tuple[int, int]]) -> None:
     """Fill the index row of a sample. The message of a ValueError begins with the kind of the member at fault."""
     for kind in _KINDS:
-        if members.get(kind, (0, 0))[1] > _LONGEST_MEMBER:
-            raise ValueError(f"{kind} has {members[kind][1]} bytes, but the index can hold {_LONGEST_MEMBER}")
+        if members.get(kind, (0, 0))[1] > LONGEST_MEMBER:
+            raise ValueError(f"{kind} has {members[kind][1]} bytes, but the index can hold {LONGEST_MEMBER}")
     (_, row["frames"]), row["x0_offset"], row["x0_length"] = _find_values(file, _X0, *members[_X0])
     row["x0_crc32"] = _checksum(file, row["x0_offset"], row["x0_length"])
+    about = b""
     if _JSON in members:
         row["json_offset"], row["json_length"] = members[_JSON]
         if row["json_length"] > LONGEST_METADATA:
             raise ValueError(f"{_JSON} has {row['json_length']} bytes, but metadata may have {LONGEST_METADATA}")
+        about = pread(file, *members[_JSON])
         try:
-            parse_metadata(pread(file, *members[_JSON]))
+            parse_metadata(about)
         except ValueError as error:
             raise ValueError(f"{_JSON} {error}") from error
+    row["json_crc32"] = metadata_checksum(row, about)
     if _FLAC in members:
         row["flac_offset"], row["flac_length"] = members[_FLAC]
         row["flac_crc32"] = _checksum(file, *members[_FLAC])
@@ -210,21 +197,29 @@ def _fill_row(row: np.void, file: BinaryIO, members: Mapping[str, tuple[int, int
         row["text_crc32"] = _checksum(file, row["text_offset"], row["text_length"])
 
 
-def parse_metadata(content: bytes) -> dict[str, Any]:
-    """Return the content of a sample's `KEY.json`.
+def read_rows(path: Path, shard: Path, *, mend: str) -> NDArray[np.void]:
+    """Read rows that `scan_shard` has returned; rows of an older version get the checksums of the shard's metadata.
 
     Raises:
-        ValueError: this is not a JSON object; the message is a predicate.
+        DamagedDocument: these are no such rows. `mend` says what mends that.
+        OSError: the rows or the shard can't be read.
     """
+    content = path.read_bytes()
     try:
-        metadata = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-        kind = kinds.get(type(metadata), "a number")
-        raise ValueError(f'is {kind}, but metadata must be an object, such as {{"caption": "rain"}}')
-    return metadata
+        rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # numpy evaluates the header as Python, whose errors are of many kinds
+        raise damaged(path, " ".join(str(error).split()), mend) from error
+    if rows.dtype in INDEX_ROWS:
+        return rows
+    if rows.dtype not in OLDER_INDEX_ROWS:
+        raise damaged(path, "it holds no rows of an index", mend)
+    completed = np.zeros(len(rows), INDEX_ROWS[OLDER_INDEX_ROWS.index(rows.dtype)])
+    for name in rows.dtype.names or ():
+        completed[name] = rows[name]
+    with shard.open("rb") as file:
+        for row in completed:
+            row["json_crc32"] = metadata_checksum(row, pread(file, row["json_offset"], row["json_length"]))
+    return completed
 
 
 def text_width(path: Path) -> int | None:
@@ -355,19 +350,3 @@ def set_checksum(info: SetInfo, shards: Sequence[tuple[str, int]], index: NDArra
     """Return a CRC-32 of the whole index, of each shard's (name, bytes), and of what says how to read the samples."""
     facts = [info.sample_rate, info.hop, info.latent_channels, info.clip_seconds, info.text, list(shards)]
     return crc32(np.ascontiguousarray(index).view(np.uint8).data, crc32(json.dumps(facts, sort_keys=True).encode()))
-
-
-def well_formed(rows: NDArray[np.void] | Mapping[str, NDArray[Any]], channels: int) -> NDArray[np.bool]:
-    """Whether the latents' length of each row fits its number of frames."""
-    return rows["x0_length"] == _bytes_each(channels) * rows["frames"]
-
-
-def text_fits(rows: NDArray[np.void], text: Mapping[str, Any]) -> NDArray[np.bool]:
-    """Whether each row's text length fits its number of tokens, which is at most the maximum per caption."""
-    whole = rows["text_length"] == _bytes_each(text["width"]) * rows["text_tokens"]
-    return whole & (rows["text_tokens"] <= text["tokens"])
-
-
-def _bytes_each(values: int) -> np.uint64:
-    """Return the bytes of so many float16 values, or a number that is more than any row's length."""
-    return np.uint64(min(2 * values, _LONGEST_MEMBER + 1))

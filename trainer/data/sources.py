@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.data.captions import CaptionFile, caption_from_name, captions_of, read_manifest, sidecar_captions
+from trainer.data.captions import (
+    CaptionFile,
+    caption_from_name,
+    captions_of,
+    is_there,
+    read_manifest,
+    sidecar_captions,
+)
 from trainer.data.find_sounds import CAPTIONS, Counts, find_sounds
 from trainer.file_names import as_unicode, printable
 
@@ -114,7 +121,7 @@ def _spelling_that_exists(folder: Path, name: str) -> str:
     slashes = name.replace("\\", "/")
     forms = (unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
     for spelled in (name, slashes, *forms, os.path.expanduser(name)):  # noqa: PTH111 (a home that is unknown stays a name)
-        if os.path.lexists(folder / spelled):
+        if is_there(folder / spelled):
             return spelled
     return name
 

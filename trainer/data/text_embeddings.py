@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.regular_file import open_regular
+from trainer.data.captions import is_there
 from trainer.data.conditions import ConditionReader, Note
 from trainer.data.contents import hash_files
 from trainer.data.find_sounds import find_files
@@ -157,7 +158,7 @@ class TextFiles:
     def embed(self, name: str, caption: str) -> NDArray[np.float16]:
         """See `Embedder`."""
         path = (self.folder / name).with_suffix(".npy")
-        if not path.is_file():
+        if not is_there(path):
             raise ValueError(f"has no text embedding {path}")
         embedded = self._read(path)
         if embedded.shape[1] != self.width or not np.isfinite(embedded).all():

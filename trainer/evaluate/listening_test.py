@@ -26,6 +26,7 @@ from models.atomic_write import write_whole
 from models.documents import read_json, to_json
 from models.readable import require_file
 from trainer.data.audio import Audio, read_audio, write_audio
+from trainer.evaluate.report_file import recording
 
 MOST_CONDITIONS = 12
 """The most versions in one trial, including the reference and the anchors, as BS.1534 recommends."""
@@ -205,9 +206,10 @@ def _versions(
     files = {"reference": clip["audio"].get("original"), **{key: clip["audio"].get(key) for key in systems}}
     if missing := [key for key, takes in files.items() if not takes]:
         raise ValueError(f"no audio of {', '.join(missing)} for {clip['key']}: choose others with --systems")
-    for takes in files.values():
-        require_file(root / (takes or [""])[0])
-    versions = {key: read_audio(root / takes[0], **form) for key, takes in files.items() if takes}
+    paths = {key: recording(root, takes[0]) for key, takes in files.items() if takes}
+    for path in paths.values():
+        require_file(path)
+    versions = {key: read_audio(path, **form) for key, path in paths.items()}
     versions |= {
         key: anchor_filter(versions["reference"], cutoff, report["sample_rate"]) for key, cutoff in ANCHORS.items()
     }

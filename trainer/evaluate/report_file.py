@@ -171,6 +171,18 @@ def require_own_report(folder: Path) -> None:
         )
 
 
+def recording(root: Path, source: str) -> Path:
+    """Return the path of a recording that a report names, in the folder `root` of its evaluation.
+
+    Raises:
+        ValueError: links lead from there out of the folder, so that it is no recording of the evaluation.
+    """
+    path = root / source
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} leads out of {root} to {path.resolve()}: remove it and evaluate again")
+    return path
+
+
 def _contradiction(report: Mapping[str, Any]) -> str:
     """Return which parts of a report do not fit each other; empty if all do."""
     keys = [system["key"] for system in report["systems"]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from models.atomic_write import replacing
+from models.disk_errors import patiently
 from models.documents import append_lines
 from trainer.checkpoints.names import folder_name
 from trainer.data.audio import write_audio
@@ -88,7 +89,7 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, *, resumed_at: int, sample_rate: int) -> None:
         self.path, self.sample_rate, self.run = run.path / "metrics.jsonl", sample_rate, run
-        self._cut_after(resumed_at)
+        patiently(lambda: self._cut_after(resumed_at))
         self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at + 1, flush_secs=10)
 
     def _cut_after(self, samples: int) -> None:
@@ -102,7 +103,7 @@ class Metrics:
     def go_back_to(self, samples: int) -> None:
         """Remove everything after `samples` samples from `metrics.jsonl` and from TensorBoard."""
         self.board.close()
-        self._cut_after(samples)
+        patiently(lambda: self._cut_after(samples))
         self.board = SummaryWriter(str(self.run.tensorboard), purge_step=samples + 1, flush_secs=10)
 
     def write(self, kind: str, samples: int, **values: Any) -> None:

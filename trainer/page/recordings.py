@@ -19,6 +19,8 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from models.disk_errors import patiently
+from trainer.evaluate.report_file import recording
 from trainer.page.system_cells import EvaluationReport
 from trainer.spectrogram import log_mel_image, save_png
 
@@ -56,16 +58,17 @@ def gather_takes(report: EvaluationReport, folder: Path, audio_root: Path) -> Ta
         (folder / name).mkdir(parents=True, exist_ok=True)
     takes: dict[tuple[str, str], list[Take]] = {}
     for clip, system, source, name in _recordings(report):
-        takes.setdefault((clip, system), []).append(_add_take(audio_root / source, folder, name))
+        takes.setdefault((clip, system), []).append(_add_take(recording(audio_root, source), folder, name))
     return takes
 
 
 def require_recordings(report: EvaluationReport, audio_root: Path) -> None:
     """Raise ValueError if a recording that the report names is missing or damaged, OSError if it can't be read now."""
     for _, _, source, _ in _recordings(report):
-        if not (audio_root / source).is_file():
-            raise ValueError(f"{audio_root / source} is missing: `spresso evaluate` makes it again")
-        _read_sound(audio_root / source)
+        path = recording(audio_root, source)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: `spresso evaluate` makes it again")
+        _read_sound(path)
 
 
 def foreign_recordings(folder: Path) -> list[Path]:
@@ -112,7 +115,7 @@ def _read_sound(source: Path) -> tuple[bytes, NDArray[np.float32], int]:
         OSError: it can't be read now. It may be whole.
     """
     try:
-        content = source.read_bytes()
+        content = patiently(source.read_bytes)
         samples, sample_rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, FileNotFoundError) as error:
         raise ValueError(

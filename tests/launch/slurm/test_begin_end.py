@@ -13,7 +13,7 @@ from launch import owner
 from launch.slurm import begin_end, scheduler
 from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.variables import RUN, TASKS_PER_NODE
-from models import documents
+from models import disk_errors, documents
 
 ROOT = Path(__file__).parents[3]
 
@@ -252,7 +252,8 @@ def test_a_job_that_is_done_is_done_whatever_can_be_listed(start, slurm, monkeyp
 
 
 def unreadable(monkeypatch, name: str, number: int, times: int) -> None:
-    """Let the first `times` openings of a record fail."""
+    """Let the first `times` openings of a record fail, of which each is tried once."""
+    monkeypatch.setattr(disk_errors, "PAUSES", ())
     real, left = documents.opened, iter(range(times))
 
     def opened(path: Path):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch import owner
-from launch.slurm import begin_end, submitted_jobs
-from launch.slurm.attempt import history
-from tests.damage import VALUES
+from launch.slurm import begin_end, scheduler, submitted_jobs
+from launch.slurm.attempt import TOKEN, history
+from tests.damage import VALUES, Document, remove
 from tests.launch.slurm.test_begin_end_history import asked, start
 
 __all__ = ["asked"]
@@ -64,9 +64,78 @@ def goes_on(folder: Path, asked: list[tuple[str, ...]], chance: random.Random) -
     asked.clear()
 
 
-def test_foreign_lines_stop_no_requeue(tmp_path, asked):
+def damage_owner(folder: Path, seed: int) -> None:
+    """Make the record of the owner one that names none."""
+    path = folder / "pretrain" / "owner.json"
+    try:
+        before = owner.holder(folder / "pretrain")
+    except ValueError:  # it is damaged already
+        return
+    if before is None:
+        return
+    content = path.read_bytes()
+    for attempt in range(100):
+        Document(path).damage(random.Random(f"{seed} {attempt}"))
+        try:
+            held = owner.holder(folder / "pretrain")
+        except ValueError:
+            return
+        except OSError:  # a link to itself, which is no content of a record
+            held = before
+        assert held is None or held.token == before.token, "a damaged record names another owner"
+        remove(path)
+        path.write_bytes(content)
+    raise AssertionError("no damage was seen")
+
+
+def test_a_damaged_owner_stops_no_requeue(tmp_path, asked, monkeypatch, mutant_counts):
+    monkeypatch.setattr(scheduler, "alive", lambda jobs: jobs)
+    for seed in range(30):
+        mutant_counts.begin("damaged owners of jobs")
+        folder = tmp_path / str(seed)
+        for restart in range(2):
+            damage_owner(folder, 10 * seed + restart)
+            assert begin_end._begin(start(folder, restart)) == 0
+            monkeypatch.setenv(TOKEN, f"12_{restart}")
+            owner.require(folder / "pretrain")
+            damage_owner(folder, 10 * seed + 5 + restart)
+            owner.require(folder / "pretrain")
+            start(folder, restart).note(0, "stopped", why="was preempted")
+            assert begin_end._end(start(folder, restart), 0) == 0
+        assert asked == [("requeue", "12")] * 2
+        assert len([*(folder / "pretrain").glob("owner.json.*.damaged")]) == 1
+        asked.clear()
+        mutant_counts.end("damaged owners of jobs", refused=False)
+
+
+def test_another_owner_is_still_heeded(tmp_path, asked):
+    assert begin_end._begin(start(tmp_path, 0)) == 0
+    assert begin_end._begin(start(tmp_path, 1)) == 0
+    start(tmp_path, 0).note(0, "stopped", why="was preempted")
+    assert begin_end._end(start(tmp_path, 0), 0) == 0
+    assert asked == []
+
+
+def test_a_person_is_asked_about_a_damaged_owner(tmp_path):
+    (tmp_path / "owner.json").write_text("{")
+    with pytest.raises(ValueError, match=r"owner\.json is damaged .* remove it if nothing trains there"):
+        owner.take(tmp_path, owner.by_hand())
+
+
+@pytest.mark.parametrize("launcher", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_stage_that_a_job_runs_without_ranks_takes_a_damaged_owner(tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "12")
+    (tmp_path / ".owner.json").write_text("{")
+    with owner.holding(tmp_path):
+        assert (tmp_path / ".owner.json").read_text() != "{"
+    assert [path.suffix for path in tmp_path.glob(".owner.json.*")] == [".damaged"]
+
+
+def test_foreign_lines_stop_no_requeue(tmp_path, asked, mutant_counts):
     for seed in range(20):
+        mutant_counts.begin("foreign lines in records of jobs")
         goes_on(tmp_path / str(seed), asked, random.Random(seed))
+        mutant_counts.end("foreign lines in records of jobs", refused=False)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])

@@ -6,12 +6,14 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
 
 from launch.slurm import submit
 from launch.slurm.job_script import require_writable
+from tests.mutant_counts import MutantCounts
 from trainer.recipes.cluster import ClusterConfig
 from trainer.recipes.reading import load_recipe
 
@@ -95,6 +97,58 @@ def test_a_variable_arrives_as_it_is(value: str, tmp_path: Path):
     )  # fmt: skip
     assert done.stdout.decode() == f"{value}|2"
     assert not (tmp_path / "x").exists()
+
+
+PARTS = (
+    *("\n", "\r", "\0", "\x1b[2J", "\u2028", "#SBATCH --uid=0", "\n#SBATCH --wrap='touch x'\n", "--uid=0"),
+    *("$(touch x)", "`touch x`", ";touch x;", "&& touch x", "' touch x '", '" touch x "', "|touch x", "~"),
+    *("\\", "%j", "a", "gpu", " ", "é"),
+)
+KEYS = ("partition", "account", "qos", "constraint", "mem", "options", "srun", "environment", "name")
+
+
+def hostile_value(chance: Random) -> str:
+    return "".join(chance.choice(PARTS) for _ in range(chance.randint(1, 4)))
+
+
+def options_of(text: str) -> list[str]:
+    """Return the names of the options that sbatch reads from a script, each from one line."""
+    return sorted(line.split("=")[0].split("'")[0] for line in text.split("\n") if line.startswith("#SBATCH"))
+
+
+def test_hostile_values_are_refused_or_arrive_as_they_are(tmp_path: Path, mutant_counts: MutantCounts):
+    """bash runs every script up to its first command, and sbatch reads no option that was not given."""
+    kind = "values of sbatch"
+    for seed in range(40):
+        chance = Random(seed)
+        key, value = chance.choice(KEYS), hostile_value(chance)
+        groups: dict[str, object] = {"options": {"comment": "a"}, "srun": {"comment": "a"}, "environment": {"A": "a"}}
+        harmless = script(tmp_path, **{key: groups.get(key, "a")} if key != "name" else {})
+        given: object = dict.fromkeys(groups[key], value) if key in groups else value  # type: ignore[attr-defined]
+        mutant_counts.begin(kind)
+        told = ""
+        try:
+            if key == "name":
+                require_writable(value, tmp_path)
+                text = harmless
+            else:
+                text = script(tmp_path, **{key: given})
+        except ValueError as error:
+            told = str(error)
+        if told:
+            assert "\n" not in told, seed
+            mutant_counts.end(kind, refused=True)
+            continue
+        assert options_of(text) == options_of(harmless), (seed, key, value)
+        exports = [line for line in text.split("\n") if line.startswith("export A=")]
+        done = subprocess.run(
+            ["bash", "-c", "\n".join([*exports, 'printf %s "$A"'])], capture_output=True, cwd=tmp_path
+        )
+        if key == "environment":
+            assert done.stdout.decode() == value, seed
+        assert not (tmp_path / "x").exists(), (seed, key, value)
+        mutant_counts.end(kind, refused=False)
+    assert mutant_counts.kinds[kind]["right"] > 0
 
 
 def test_an_option_arrives_as_it_is(tmp_path: Path):

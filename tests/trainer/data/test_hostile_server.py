@@ -138,13 +138,15 @@ def test_a_friendly_server_serves_all(data, cache):
         ("00000.tar", "a bomb", "00000.tar is longer than it may be"),
     ],
 )
-def test_a_hostile_server_is_refused_at_a_small_cost(data, cache, name, way, said):
+def test_a_hostile_server_is_refused_at_a_small_cost(data, cache, name, way, said, mutant_counts):
+    mutant_counts.begin("servers")
     bomb()
     start = time.monotonic()
     with served(data, **{name: way}) as url, pytest.raises(ValueError, match=said), watched():
         read_all(url, cache)
     assert time.monotonic() - start < MOST_SECONDS
     assert written(cache.path) < LIMIT + 200_000
+    mutant_counts.end("servers", refused=True)
 
 
 def lying(description: dict[str, Any], chance: random.Random) -> None:
@@ -165,13 +167,15 @@ def lying(description: dict[str, Any], chance: random.Random) -> None:
         del description["shards"][chance.randrange(len(description["shards"]))]
 
 
-def test_descriptions_that_lie_are_refused_at_a_small_cost(data, cache, tmp_path):
+def test_descriptions_that_lie_are_refused_at_a_small_cost(data, cache, mutant_counts):
     whole = (data / "set.json").read_text()
     with served(data) as url:
         for seed in range(40):
             description = json.loads(whole)
             lying(description, random.Random(seed))
             (data / "set.json").write_text(json.dumps(description))
+            mutant_counts.begin("servers")
             with pytest.raises(ValueError, match=url), watched():
                 read_all(url, cache)
             assert written(cache.path) < LIMIT + 200_000 + 30_000 * (seed + 1)  # an index and a description each
+            mutant_counts.end("servers", refused=True)

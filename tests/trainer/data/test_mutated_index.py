@@ -1,4 +1,4 @@
-"""An index or a `set.json` changed at random: the set is refused in one line, or each row is the sample that it was."""
+"""An index, a `set.json` or a shard changed at random: an error of one line, or each row is the sample that it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.data.shards import SetInfo, ShardWriter, scan_shard, write_index
 
 CHANNELS, SAMPLES, TOKENS, WIDTH = 4, 12, 3, 2
 INFO = SetInfo("abc123", {"kind": "fake"}, 8000, 80, CHANNELS, 0.1, {}, {"encoder": "e", "tokens": 9, "width": WIDTH})
-KIND = "indexes and set.json"
+KIND, SHARDS = "indexes and set.json", "shards of a set"
 Rows = list[tuple[bytes, ...]]
 
 
@@ -153,7 +153,7 @@ def mutated_description(content: bytes, chance: random.Random) -> bytes:
 
 
 def fuzz(folder: Path, seeds: range, counts: MutantCounts, *, older: bool = False) -> None:
-    """Read mutants of a set. `older`: of one without a checksum, which sees only that latents and texts are right."""
+    """Read mutants of a set. `older`: of one without a checksum, in which exchanged audio is not seen."""
     write_set(folder)
     files = {name: (folder / name).read_bytes() for name in ("index.npy", "set.json")}
     if older:
@@ -189,7 +189,7 @@ def is_refused(folder: Path, expected: Rows, seed: int, *, older: bool) -> bool:
         assert said.isprintable(), (seed, said)
         assert len(said) < 2000, (seed, said)
         return True
-    seen = slice(3) if older else slice(None)
+    seen = slice(4) if older else slice(None)
     assert [row[seen] for row in rows] == [row[seen] for row in expected], f"{seed}: read, but wrong"
     if not older:
         free = {"ae_identity": "", "ae_options": {}, "prepared": {}}  # compared with what a run asks for
@@ -205,6 +205,53 @@ def test_a_hundred_mutated_indexes(tmp_path, mutant_counts):
 
 def test_mutated_indexes_of_older_sets(tmp_path, mutant_counts):
     fuzz(tmp_path / "set", range(100), mutant_counts, older=True)
+
+
+# --- shards under an index that is whole ------------------------------------------------------------------------------
+
+
+def damaged_shard(chance: random.Random, content: bytes, metadata: list[slice]) -> bytes:
+    """Return a shard with bits flipped, mostly in its `metadata`, with a zeroed piece, or with pieces exchanged."""
+    damaged = bytearray(content)
+    one, two = (4096 * chance.randrange(len(content) // 4096) for _ in range(2))
+    where, way = chance.choice(metadata), chance.randrange(5)
+    if way < 2:
+        damaged[chance.randrange(where.start, where.stop)] ^= 1 << chance.randrange(8)
+    elif way == 2:
+        damaged[chance.randrange(where.start, where.stop)] = chance.choice(b"0123456789 ")
+    elif way == 3:
+        damaged[one : one + 4096] = bytes(4096)
+    else:
+        damaged[one : one + 4096], damaged[two : two + 4096] = damaged[two : two + 4096], damaged[one : one + 4096]
+    return bytes(damaged)
+
+
+def fuzz_shards(folder: Path, seeds: range, counts: MutantCounts) -> None:
+    write_set(folder)
+    shard_set = ShardSet(folder)
+    expected = rows_of(shard_set)
+    for seed in seeds:
+        chance = random.Random(seed)
+        number = chance.randrange(len(shard_set.shards))
+        path = shard_set.paths[number]
+        content = path.read_bytes()
+        rows = [row for row in shard_set.index if row["shard"] == number]
+        places = [slice(int(row["json_offset"]), int(row["json_offset"] + row["json_length"])) for row in rows]
+        path.write_bytes(damaged_shard(chance, content, places))
+        counts.begin(SHARDS)
+        counts.end(SHARDS, refused=is_refused(folder, expected, seed, older=False))
+        path.write_bytes(content)
+
+
+def test_mutated_shards(tmp_path, mutant_counts):
+    fuzz_shards(tmp_path / "set", range(100), mutant_counts)
+    assert mutant_counts.kinds[SHARDS]["refused"] > 60
+    assert mutant_counts.kinds[SHARDS]["right"] > 0
+
+
+@pytest.mark.slow
+def test_thousands_of_mutated_shards(tmp_path, mutant_counts):
+    fuzz_shards(tmp_path / "set", range(100, 3100), mutant_counts)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import pytest
 
 from tests.mutant_counts import MutantCounts
 from tests.trainer.data.raw_tars import BLOCK, END, latents, member, npy, npy_with_header, pax, with_checksum
-from trainer.data.shards import find_members, index_rows, parse_metadata
+from trainer.data.index_row import parse_metadata
+from trainer.data.shards import find_members, index_rows
 
 MOST_SECONDS, MOST_BYTES = 5, 64 << 20
 SAMPLES = 5

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from trainer.data import places as places_module
+from trainer.data.index_row import INDEX_ROW
 from trainer.data.places import Reads, plan_reads
-from trainer.data.shards import INDEX_ROW
 
 LENGTH, HEADER = 1000, 512
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.cli import main
@@ -19,6 +20,7 @@ from tests.trainer.data.test_prepare import (
     run,
     write_sounds,
 )
+from tests.trainer.data.test_shards import without_checksums
 from trainer.data.sources import list_sources
 
 
@@ -53,6 +55,36 @@ def test_a_part_that_was_interrupted_makes_only_what_is_missing(sounds, tmp_path
     assert steps[0] > 1
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_an_older_version_began_is_finished(sounds, tmp_path):
+    """The rows of its finished shards have no checksums of metadata; the sets are the same all the same."""
+    run(sounds, tmp_path / "whole", shard_mb=0.03)
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(sounds, out, shard_mb=0.03, progress=interrupt_at(13))
+    rows = sorted((out / ".prepare").glob("*.npy"))
+    for path in rows:
+        np.save(path, without_checksums(np.load(path)))
+    assert rows
+    run(sounds, out, shard_mb=0.03)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", None])
+def test_rows_of_a_shard_that_are_damaged_are_named(sounds, tmp_path, content):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(sounds, out, shard_mb=0.03, progress=interrupt_at(13))
+    path = min((out / ".prepare").glob("*.npy"))
+    if content is None:
+        np.save(path, np.zeros(3))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged .*: remove \S+\.json, and the shard is made again"):
+        run(sounds, out, shard_mb=0.03)
+    (out / ".prepare" / f"{path.name.removesuffix('-00000.tar.npy')}.json").unlink()
+    assert run(sounds, out, shard_mb=0.03)
 
 
 def test_parts_at_the_same_time(sounds, tmp_path):

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from numpy.lib import recfunctions
 
+from trainer.data import shard_set as shard_set_module
 from trainer.data.audio import encode_audio
+from trainer.data.index import verify_folder
+from trainer.data.index_row import INDEX_ROW, INDEX_ROW_WITH_AUDIO, INDEX_ROWS, OLDER_INDEX_ROWS
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import (
-    INDEX_ROW,
-    INDEX_ROW_WITH_AUDIO,
     DamagedSample,
     SetInfo,
     ShardWriter,
@@ -68,6 +70,61 @@ def test_what_is_written_is_read_in_any_order(shard_set):
     assert shard_set.latents([]) == []
 
 
+def as_version_2(folder: Path) -> ShardSet:
+    """Turn a set into one of an older version, whose metadata has no checksum."""
+    index = np.load(folder / "index.npy")
+    np.save(folder / "index.npy", without_checksums(index))
+    description = json.loads((folder / "set.json").read_text())
+    del description["checksum"]
+    (folder / "set.json").write_text(json.dumps(description | {"version": 2}))
+    return ShardSet(folder)
+
+
+def without_checksums(rows: np.ndarray) -> np.ndarray:
+    older = OLDER_INDEX_ROWS[INDEX_ROWS.index(rows.dtype)]
+    return recfunctions.require_fields(rows, older)
+
+
+def test_a_set_of_an_older_version_is_read(tmp_path):
+    newer = write_set(tmp_path, with_audio=True)
+    expected = [(newer.metadata(id_), newer.audio(id_).tobytes()) for id_ in range(SAMPLES)]
+    older = as_version_2(tmp_path)
+    assert older.fingerprint == newer.fingerprint
+    assert [(older.metadata(id_), older.audio(id_).tobytes()) for id_ in range(SAMPLES)] == expected
+    assert verify_folder(tmp_path) == []
+    flip(tmp_path / "00000.tar", older.index[0]["json_offset"])
+    with pytest.raises(DamagedSample, match=r"s-0000\.json is not JSON"):
+        older.metadata(0)
+
+
+def test_metadata_that_is_still_json_is_not_believed(shard_set):
+    row = shard_set.index[3]
+    path, end = shard_set.paths[row["shard"]], int(row["json_offset"] + row["json_length"])
+    content = bytearray(path.read_bytes())
+    assert content[end - 3 : end] == b'3"}'
+    content[end - 3] = ord("4")
+    path.write_bytes(content)
+    with pytest.raises(DamagedSample, match=r"s-0003\.json does not have the checksum that is in the index"):
+        shard_set.metadata(3)
+    assert shard_set.metadata(4) == {"caption": "Tür 4"}
+
+
+@pytest.mark.parametrize("way", ["exchanged", "gone"])
+def test_metadata_of_another_sample_is_not_believed_in_a_large_index(tmp_path, monkeypatch, way):
+    """An index that is mapped is not compared with its checksum."""
+    write_set(tmp_path)
+    index = np.load(tmp_path / "index.npy")
+    if way == "gone":
+        index["json_length"][2] = 0
+    else:
+        for name in ("json_offset", "json_length", "json_crc32"):
+            index[name][[2, 3]] = index[name][[3, 2]]
+    np.save(tmp_path / "index.npy", index)
+    monkeypatch.setattr(shard_set_module, "_MOST_READ", 0)
+    with pytest.raises(DamagedSample, match=r"s-0003\.json does not have" if way == "exchanged" else r"index\.npy is"):
+        ShardSet(tmp_path).metadata(2)
+
+
 def test_audio_is_kept_where_it_is_given(tmp_path, shard_set):
     with_audio = write_set(tmp_path / "audio", with_audio=True, max_bytes=60_000)
     assert with_audio.has_audio
@@ -79,7 +136,7 @@ def test_audio_is_kept_where_it_is_given(tmp_path, shard_set):
 
 
 def test_a_row_of_the_index_is_small():
-    assert INDEX_ROW.itemsize < 40
+    assert INDEX_ROW.itemsize == 40
     assert INDEX_ROW_WITH_AUDIO.names[: len(INDEX_ROW.names)] == INDEX_ROW.names
 
 
@@ -223,7 +280,9 @@ def test_damaged_metadata_and_audio_are_found(tmp_path):
     with pytest.raises(DamagedSample, match="checksum"):
         shards.audio(0)
     flip(tmp_path / "00000.tar", row["json_offset"])
-    with pytest.raises(DamagedSample, match=f"00000.tar is damaged at byte {row['json_offset']}: .*not JSON"):
+    with pytest.raises(
+        DamagedSample, match=f"00000.tar is damaged at byte {row['json_offset']}: s-0000.json does not have"
+    ):
         shards.metadata(0)
 
 

@@ -46,6 +46,16 @@ def trials_of(made) -> list[dict]:
     return pages[2][1:]
 
 
+def test_a_link_out_of_the_evaluation_is_not_copied(report, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "audio").rename(tmp_path / "run/audio")
+    (tmp_path / "run/audio/bell.zq9.flac").rename(tmp_path / "private.flac")
+    (tmp_path / "run/audio/bell.zq9.flac").symlink_to("../../private.flac")
+    with pytest.raises(ValueError, match=rf"bell\.zq9\.flac leads out of {tmp_path}/run to {tmp_path}/private\.flac"):
+        write_listening_test(report, tmp_path / "run", tmp_path / "test")
+    assert not (tmp_path / "test").exists()
+
+
 def test_the_structure_is_webmushras(report, tmp_path):
     made = write(report, tmp_path)
     assert (made.trials, made.conditions) == (2, 5)

@@ -424,6 +424,34 @@ def test_audio_that_is_missing_or_broken_is_named(content, report, tmp_path):
     assert not (tmp_path / "page" / "index.html").exists()
 
 
+def lead_away(path: Path, to: Path, *, folder: bool) -> None:
+    """Move a recording, or its folder, to another place, and leave a link."""
+    moved = path.parent if folder else path
+    moved.rename(to)
+    moved.symlink_to(to)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_link_out_of_the_evaluation_is_not_copied(report, tmp_path, folder):
+    path = tmp_path / "run" / report["clips"][0]["audio"]["z"][0]
+    lead_away(path, tmp_path / "private", folder=folder)
+    for work in (write, lambda report, tmp_path: require_recordings(report, tmp_path / "run")):
+        with pytest.raises(ValueError, match=rf"\.flac leads out of {tmp_path}/run to {tmp_path}/private") as error:
+            work(report, tmp_path)
+        assert "\n" not in str(error.value)
+    assert not list((tmp_path / "page").rglob("*z-0*"))
+
+
+def test_links_within_the_evaluation_and_to_it_are_followed(report, tmp_path):
+    write(report, tmp_path)
+    expected = (tmp_path / "page/index.html").read_bytes()
+    lead_away(tmp_path / "run/audio/bell-z-0.flac", tmp_path / "run/elsewhere.flac", folder=False)
+    (tmp_path / "run").rename(tmp_path / "disk")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    write(report, tmp_path)
+    assert (tmp_path / "page/index.html").read_bytes() == expected
+
+
 def test_audio_that_can_not_be_read_now_is_not_called_damaged(report, tmp_path, monkeypatch):
     def fails(path: Path) -> NoReturn:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.disk_errors import require_sound_disk
 from trainer.evaluate.baselines.baseline import offline, resample_mono, why_not_installed
 from trainer.evaluate.embeddings.embedding import Embedding
 
@@ -37,6 +38,8 @@ class Clap(Embedding):
                 self.where, use_safetensors=True, trust_remote_code=False, **local
             )
         except (OSError, ValueError) as error:
+            if Path(self.where).exists():
+                require_sound_disk(error)
             first = str(error).splitlines()[0]
             raise ValueError(
                 f"evaluate.embedding={CLAP}{self.where} can't be loaded ({first}): give a folder with config.json, "
