@@ -7,6 +7,7 @@ a shell's text: a command finds it in its environment and, as JSON, on its stand
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -29,6 +30,7 @@ from trainer.recipes.schema import Config
 SECONDS = 10.0
 """How long a notification may take."""
 DONE, FAILED, NO_PROGRESS = "done", "failed", "no_progress"
+_VARIABLE = re.compile(r"\$\w+")
 _URLS = ("http://", "https://")
 
 
@@ -93,7 +95,7 @@ def notify(target: str | None, news: News) -> None:
     """
     if target is None:
         return
-    thread = threading.Thread(target=_tell_or_warn, args=(os.path.expandvars(target), news), daemon=True)
+    thread = threading.Thread(target=_tell_or_warn, args=(target, news), daemon=True)
     thread.start()
     thread.join(SECONDS + 1)
     if thread.is_alive():  # such as a name server that does not answer
@@ -102,10 +104,12 @@ def notify(target: str | None, news: News) -> None:
 
 def _tell_or_warn(target: str, news: News) -> None:
     try:
+        if _VARIABLE.fullmatch(target):
+            target = os.path.expandvars(target)
         if target.startswith(_URLS):
-            _post(target, news)
-        else:
-            _call(shlex.split(target), news)
+            _post(os.path.expandvars(target), news)
+        else:  # Words are split before variables are replaced, so that a value stays one word.
+            _call([os.path.expandvars(word) for word in shlex.split(target)], news)
     except Exception as error:  # its text may hold the target
         _warn(f"log.notify failed: {type(error).__name__}")
 
