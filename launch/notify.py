@@ -104,14 +104,19 @@ def notify(target: str | None, news: News) -> None:
 
 def _tell_or_warn(target: str, news: News) -> None:
     try:
-        if _VARIABLE.fullmatch(target):
-            target = os.path.expandvars(target)
+        target = _value(target)
         if target.startswith(_URLS):
             _post(os.path.expandvars(target), news)
-        else:  # Words are split before variables are replaced, so that a value stays one word.
-            _call([os.path.expandvars(word) for word in shlex.split(target)], news)
+        else:
+            # A word is replaced as a whole or not at all: `sh -c '… "$NAME"'` gets its text as it was written.
+            _call([_value(word) for word in shlex.split(target)], news)
     except Exception as error:  # its text may hold the target
         _warn(f"log.notify failed: {type(error).__name__}")
+
+
+def _value(word: str) -> str:
+    """Return the value of the environment variable that a word names; another word stays."""
+    return os.path.expandvars(word) if _VARIABLE.fullmatch(word) else word
 
 
 def _post(url: str, news: News) -> None:

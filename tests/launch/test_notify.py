@@ -51,10 +51,11 @@ def test_a_command_gets_the_news_as_data(program, tmp_path, monkeypatch, capsys)
 
 
 def test_a_command_may_be_a_variable_and_a_shell(tmp_path, monkeypatch):
-    out = tmp_path / "event"
-    monkeypatch.setenv("NOTIFY", f"sh -c 'printf %s \"$SPRESSO_EVENT\" > {out}'")
+    out = tmp_path / "told"
+    monkeypatch.setenv("NOTIFY", f"sh -c 'printf %s \"$SPRESSO_RUN $SPRESSO_WHY\" > {out}'")
+    monkeypatch.setenv("SPRESSO_RUN", '"; touch hacked; "')  # as a batch script sets it
     notify("$NOTIFY", NEWS)
-    assert out.read_text() == "failed"
+    assert out.read_text() == f"/runs/mine {NEWS.why}"
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,8 @@ class LogConfig:
     `/var/lib/node_exporter/${name}.prom`: the newest figures, at each line of the log. None: no file."""
     notify: str | None = None
     """Who is told that a run is done, has failed, or is requeued without progress: the URL of a webhook, or a command
-    with its arguments. `$NAME` stands for the value of that environment variable. Never published. None: nobody."""
+    with its arguments, which no shell reads. A word `$NAME`, and `$NAME` in a URL, stand for an environment variable.
+    Never published. None: nobody."""
 
 
 @dataclass
