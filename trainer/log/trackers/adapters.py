@@ -131,10 +131,12 @@ class WandbSink(_FirstOnly):
         except Exception:
             if mode != "online":
                 raise
+            _end_wandb()  # its process still has the id of the run that could not begin
             self._start("offline")
         self.tracker.tracker.define_metric("*", step_metric="samples")
 
     def _start(self, mode: str) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # the settings below come too late for what a login says
         import wandb
         from accelerate.tracking import WandBTracker
 
@@ -178,6 +180,11 @@ class WandbSink(_FirstOnly):
             f"spectrograms/{event.key}": wandb.Image(event.picture),
         }
         self._send(values, event.samples)
+
+    def finish(self) -> None:
+        """See `Sink`. W&B's process writes its last records after `finish`, and a job's end would kill it."""
+        super().finish()
+        _end_wandb()
 
     def _send(self, values: Mapping[str, Any], samples: int) -> None:
         self.tracker.log({**values, "samples": samples}, step=self.record.content["rows"], commit=True)
@@ -277,6 +284,13 @@ def _has_wandb_key() -> bool:
 
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     return "WANDB_API_KEY" in os.environ or get_netrc_auth(server) is not None
+
+
+def _end_wandb() -> None:
+    """End the process that W&B writes and sends with, once it has written everything."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _on_this_rank(tracker: Any) -> Any:

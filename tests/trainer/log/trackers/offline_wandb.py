@@ -14,8 +14,8 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4  # kinds of a part of a record; 3 is one in the 
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of history of all offline runs below a folder, oldest first."""
-    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    """Return the rows of history of all offline runs below a folder, whose folders `wandb-N` are of one start each."""
+    files = sorted(folder.glob("wandb-*/offline-run-*/run-*.wandb"))
     return [row for file in files for row in _rows(file)]
 
 
@@ -23,7 +23,7 @@ def run_ids(folder: Path) -> set[str]:
     """Return the ids of the offline runs below a folder."""
     return {
         record.run.run_id
-        for file in folder.glob("wandb/*/run-*.wandb")
+        for file in folder.glob("wandb-*/*/run-*.wandb")
         for record in _records(file)
         if record.run.run_id
     }
@@ -31,7 +31,7 @@ def run_ids(folder: Path) -> set[str]:
 
 def configs(folder: Path) -> str:
     """Return all that the offline runs below a folder hold, as text."""
-    return "\n".join(str(record) for file in folder.glob("wandb/*/run-*.wandb") for record in _records(file))
+    return "\n".join(str(record) for file in folder.glob("wandb-*/*/run-*.wandb") for record in _records(file))
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.log.trackers import offline_wandb
+from trainer.log.trackers import adapters
 from trainer.log.trackers.adapters import sound_file
 from trainer.log.trackers.events import HeardClip, Points, WentBack
 from trainer.log.trackers.fan_out import open_trackers
@@ -81,6 +82,8 @@ def logged(run: RunDirectory, name: str, *events: Points | WentBack | HeardClip,
         trackers.put(event)
     trackers.close(120)
     assert [tracker.left_out for tracker in trackers.backgrounds] == [0]
+    if name == "wandb":  # which names its folders by the second
+        (run.path / "wandb").rename(run.path / f"wandb-{len(list(run.path.glob('wandb-*')))}")
 
 
 def lines(*at: int, loss: float) -> list[Points]:
@@ -176,6 +179,15 @@ def test_a_server_of_mlflow_that_is_away_holds_nobody_up(run, monkeypatch, caplo
     assert trackers.backgrounds[0].left_out == 1
     assert "the tracker mlflow does not start" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+def test_a_server_of_wandb_that_is_away_leaves_files_to_upload(run, monkeypatch, capfd):
+    monkeypatch.setattr(adapters, "_PATIENCE", 1.0)
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2" * 6)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    logged(run, "wandb", *lines(8, 16, loss=1.0))
+    assert of_wandb(run.path) == [(8, 1.0), (16, 1.0)]
+    assert "hunter2" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("content", ["", '{"id": 7}', '{"id": "a", "rows": -1, "until": {}}'])
