@@ -1,7 +1,8 @@
-"""One side of `overhead.py` as a rank: python overhead_loops.py ours|plain STRATEGY FOLDER ADDRESS.
+"""One side of a benchmark as a rank: python overhead_loops.py ours|plain|tracked|untracked STRATEGY FOLDER ADDRESS.
 
-`ours` is the real loop; `plain` is a hand-written loop for the same module, batches and settings. Both pass a gate once
-per step, between the backward pass and the optimizer's step, where the gate makes one of them wait for its turn.
+`ours` is the real loop; `plain` is a hand-written loop for the same module, batches and settings; `tracked` is the real
+loop with all trackers, and `untracked` with none. Each passes a gate once
+per step, between the backward pass and the optimizer's step, where the gate makes all but one wait for their turn.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ RECIPE = (
     "log.samples_every=0",
     "checkpoint.every=1000000000",
 )
+TRACKED = {
+    "tracked": ("log.trackers=[tensorboard,wandb,mlflow,trackio]", "log.prometheus=${run_dir}/run.prom"),
+    "untracked": ("log.trackers=[]",),
+}
 PRELOADED = 16
 Step = Callable[[Tensor, Tensor], None]
 
@@ -197,8 +202,10 @@ def averaging(values: list[Tensor]) -> Callable[[], None]:
 
 def main() -> None:
     side, strategy, folder, address = sys.argv[1:]
-    config = recipe(Path(folder), *RECIPE, f"parallel.strategy={strategy}", f"run_dir={folder}/{strategy}")
-    {"ours": ours, "plain": plain}[side](config, Gate(address))
+    name = f"{strategy}-{side}" if side in TRACKED else strategy
+    settings = (f"parallel.strategy={strategy}", f"run_dir={folder}/{name}", *TRACKED.get(side, ()))
+    config = recipe(Path(folder), *RECIPE, *settings)
+    (plain if side == "plain" else ours)(config, Gate(address))
 
 
 if __name__ == "__main__":

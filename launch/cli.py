@@ -378,11 +378,18 @@ def command() -> None:
     survive_readers()
     status = main()
     if "torch" in sys.modules:
-        atexit._run_exitfuncs()
+        if not _hangs():
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _hangs() -> bool:
+    """Whether a tracker was left behind that hangs: the exit handlers of its package would wait for it."""
+    background = sys.modules.get("trainer.log.trackers.background")
+    return background is not None and background.any_abandoned()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test
 from trainer.log.metrics import Metrics
 from trainer.log.trace_request import TraceRequest, read_request, write_request
+from trainer.log.trackers.events import Points
+from trainer.log.trackers.record import TrackerRecord
 from trainer.log.training_log import TrainingLog
 from trainer.page import write_page
 from trainer.page.curves import loss_chart, read_curve
@@ -149,6 +151,12 @@ def is_drawn() -> None:
     Metrics(run, resumed_at=48, sample_rate=48000).close()
 
 
+def goes_on_tracking() -> None:
+    record = TrackerRecord(RunDirectory(STAGE, "pretrain"), "wandb")
+    record.is_new(Points("train", 16, {}))
+    record.name_it()
+
+
 def is_shown() -> None:
     """Read the report as `evaluate`, `page` and `listen-test` do; what scores clips is not part of it."""
     identity = json.loads((OLD / "evaluate/evaluation.json").read_text())["identity"]
@@ -229,6 +237,7 @@ KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind("pretrain/metrics.jsonl", is_drawn, LinesDocument),
     "incident.json": Kind("pretrain/incident.json", has_an_incident),
     "request.json": Kind("pretrain/profile/request.json", lambda: read_request(STAGE)),
+    "record of a tracker": Kind("pretrain/trackers/wandb.json", goes_on_tracking),
     "jobs.jsonl": Kind("jobs.jsonl", takes_over, LinesDocument),
     "owner.json": Kind("pretrain/owner.json", is_owned),
     "history.jsonl": Kind("pretrain/attempts/history.jsonl", is_judged, LinesDocument),
@@ -262,6 +271,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         shutil.copytree(OLD, RUN)
         write({RUN / "pretrain/resumed_from.json": {"path": str(RUN / STEP)}})
         write({RUN / "pretrain/incident.json": [{"what": "went back", "position": 4, "time": "2026"}]})
+        write({STAGE / "trackers/wandb.json": {"id": "c0ffee", "rows": 2, "until": {"train": 16}}})
         write_request(STAGE, TraceRequest(steps=5, asked=time.time()))
         keep(RUN, [Submitted("pretrain", "7", "", "logs/job_7.out", time.time() - 99)])
         owner.take(STAGE, owner.by_job(Attempt(STAGE, "7", 2)))

@@ -8,6 +8,7 @@ import sys
 
 from launch import pipeline
 from launch.launcher_variables import require_whole_launch
+from launch.notify import telling
 from launch.plan import plan as plan_lines
 from launch.signals import STOPPED
 from launch.slurm import submit
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         return _submit(config, None, dry=options.dry_run)
     _require_no_dry_run(options)
     require_whole_launch()
-    return _exit_status(pipeline.run(config))
+    return _exit_status(telling(config, lambda: pipeline.run(config)))
 
 
 def _submit(config: Config, stage: str | None, *, dry: bool) -> int:
@@ -58,7 +59,7 @@ def train(options: argparse.Namespace) -> int:
         return _submit(config, stage, dry=options.dry_run)
     _require_no_dry_run(options)
     require_whole_launch()
-    return _exit_status(pipeline.train(config, stage))
+    return _exit_status(telling(config, lambda: pipeline.train(config, stage), stage=stage))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

@@ -21,6 +21,7 @@ from launch import owner
 from launch.signals import MISTAKE
 from launch.slurm import scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
+from launch.slurm.news import tell_of_end
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
 from launch.slurm.slurm_task import rendezvous
 from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
@@ -79,6 +80,7 @@ def _end(attempt: Attempt, status: int) -> int:
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     told = f"{folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}"
     print(f"spresso: {printable_lines(told)}", file=sys.stderr, flush=True)
+    tell_of_end(attempt, verdict, past, progress)  # before a requeue, by which SLURM ends this script
     if verdict.then == REQUEUE:
         return _requeue(attempt)
     if is_trained(folder.name):
@@ -193,7 +195,9 @@ def _requeue(attempt: Attempt) -> int:
             print(f"spresso: {problem}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
             time.sleep(_PAUSE)
     entry = {"ended": time.time(), **_who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
-    record(attempt.stage_folder, entry | {"why": f"could not be requeued: {problem}", "failure": "requeue"})
+    failed = Verdict(OVER, f"could not be requeued: {problem}", failure="requeue")
+    record(attempt.stage_folder, entry | {"why": failed.why, "failure": failed.failure})
+    tell_of_end(attempt, failed, [], None)
     print("spresso: the job was not requeued; `spresso requeue RUN` submits it again", file=sys.stderr)
     return 1
 

@@ -309,3 +309,13 @@ def test_plan_shows_the_arithmetic_and_starts_nothing(tmp_path, monkeypatch, cap
         assert "the fastest that fits" in table
     assert max(map(len, text.split("# memory", 1)[1].splitlines())) <= 120
     assert not any(tmp_path.iterdir())
+
+
+def test_exit_handlers_are_left_out_where_a_tracker_hangs(monkeypatch):
+    from launch import cli
+    from trainer.log.trackers import background
+
+    monkeypatch.setattr(background, "_abandoned", [])
+    assert not cli._hangs()
+    background._abandoned.append("mlflow")
+    assert cli._hangs()

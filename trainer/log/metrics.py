@@ -1,4 +1,4 @@
-"""Writes `metrics.jsonl`, TensorBoard files and listening samples during training, on rank 0."""
+"""Writes `metrics.jsonl` and listening samples during training, and hands both to the trackers. On rank 0."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from models.atomic_write import replacing
 from models.disk_errors import patiently
 from models.documents import append_lines
-from trainer.checkpoints.names import folder_name
 from trainer.data.audio import write_audio
+from trainer.log.trackers.adapters import sound_file
+from trainer.log.trackers.events import HeardClip, Points, WentBack, curves_of
+from trainer.log.trackers.fan_out import Trackers
 from trainer.losses import Losses
 from trainer.run_directory import RunDirectory
 from trainer.run_documents import metrics_lines, warn_of
@@ -89,8 +90,9 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, *, resumed_at: int, sample_rate: int) -> None:
         self.path, self.sample_rate, self.run = run.path / "metrics.jsonl", sample_rate, run
+        self.trackers = Trackers()
+        """What shows the curves, too."""
         patiently(lambda: self._cut_after(resumed_at))
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at + 1, flush_secs=10)
 
     def _cut_after(self, samples: int) -> None:
         if self.path.is_file():
@@ -101,39 +103,29 @@ class Metrics:
             warn_of(lines)
 
     def go_back_to(self, samples: int) -> None:
-        """Remove everything after `samples` samples from `metrics.jsonl` and from TensorBoard."""
-        self.board.close()
+        """Remove everything after `samples` samples from `metrics.jsonl`, and tell the trackers."""
         patiently(lambda: self._cut_after(samples))
-        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=samples + 1, flush_secs=10)
+        self.trackers.put(WentBack(samples))
 
     def write(self, kind: str, samples: int, **values: Any) -> None:
-        """Append a line to `metrics.jsonl`, and plot its numbers in TensorBoard against the samples seen."""
+        """Append a line to `metrics.jsonl`, and hand its curves to the trackers."""
         self.run.require_ownership()
         line = {"kind": kind, "samples": samples, "time": round(time.time(), 2), **values}
         append_lines(self.path, [line])
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, samples)
-        for bin_, value in enumerate(values.get("loss_bins", [])):
-            if value is not None:
-                self.board.add_scalar(f"{kind}_by_noise_level/{bin_}", value, samples)
-        for group, curves in values.items():
-            for name, value in curves.items() if isinstance(curves, dict) else ():
-                self.board.add_scalar(f"{kind}_{group.removeprefix('loss_')}/{name}", value, samples)
+        self.trackers.put(Points(kind, samples, curves_of(kind, values)))
 
     def listen(self, name: str, audio: Tensor, samples: int) -> None:
-        """Write audio (samples,) to TensorBoard and to `samples/`, and its spectrogram to TensorBoard."""
+        """Write audio (samples,) to `samples/`, and hand it with its spectrogram to the trackers."""
         audio = audio.detach().float().cpu().clamp(-1, 1)
-        image = log_mel_image(audio, self.sample_rate, height=128)
-        self.board.add_audio(name, audio[None], samples, sample_rate=self.sample_rate)
-        self.board.add_image(name, image, samples, dataformats="HWC")
-        folder = self.run.samples / folder_name(samples)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_audio(folder / f"{name.replace('/', '.')}.flac", audio[None].numpy(), self.sample_rate)
+        path = sound_file(self.run, name, samples)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(path, audio[None].numpy(), self.sample_rate)
+        picture = log_mel_image(audio, self.sample_rate, height=128)
+        self.trackers.put(HeardClip(name, samples, audio.numpy(), self.sample_rate, picture))
 
     def close(self) -> None:
-        """Flush and close TensorBoard's writer."""
-        self.board.close()
+        """Let the trackers end, for a bounded time."""
+        self.trackers.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

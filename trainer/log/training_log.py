@@ -17,6 +17,7 @@ from trainer.log.held_out import HeldOutLoss, ListeningClips
 from trainer.log.metrics import LossSum, LossSums, Metrics, mean_loss, read_metrics
 from trainer.log.throughput import Throughput
 from trainer.log.timing import StepClock, compared
+from trainer.log.trackers.fan_out import open_trackers
 from trainer.log.watched_z import WatchedZ
 from trainer.progress import Progress
 from trainer.ranks import collective
@@ -61,6 +62,7 @@ class TrainingLog:
                 self.config, self.task.stage, ranks=self.parallel.world_size, device=self.parallel.device
             )
             self.metrics = Metrics(self.run, resumed_at=samples, sample_rate=self.task.autoencoder.sample_rate)
+            self.metrics.trackers = open_trackers(self.config, self.run, resumed_at=samples)
             if fresh:
                 for name, audio in self.clips.originals(self.task):
                     self.metrics.listen(name, audio, 0)

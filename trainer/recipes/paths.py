@@ -8,7 +8,7 @@ from trainer.recipes.schema import Config
 
 PATHS = (
     *("run_dir", "data.audio", "data.latents", "data.cache.folder", "autoencoder.folder", "text.folder"),
-    *("pretrained.folder", "checkpoint.resume", "checkpoint.start_from"),
+    *("pretrained.folder", "checkpoint.resume", "checkpoint.start_from", "log.prometheus"),
 )
 """Keys whose value is a path, or may be one."""
 

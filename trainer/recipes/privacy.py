@@ -9,9 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.recipes.ranges import value_at
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
 
+_NEVER = ("cluster", "log.notify", "private")
+"""Keys that are never published: the address of a webhook is a secret as a whole."""
 _FROM_ENVIRONMENT = "oc.env"
 _REFERENCE = re.compile(r"\$\{\s*([^}:]+?)\s*\}")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@|(?<=[?&])[^\s&=]+=[^\s&]+")
@@ -41,12 +44,31 @@ def unknown_private_keys(config: Config) -> list[str]:
     return [f"private: there is no key {key}; the nearest one is {near}" for key, near in nearest.items()]
 
 
-def public_yaml(config: Config) -> str:
-    """Return the config as it may be published, as YAML: without `cluster`, `private` and the keys that this names."""
+def public_values(config: Config) -> dict[str, Any]:
+    """Return the config as it may be published, as nested tables.
+
+    It lacks `cluster`, `private` and the keys that this names, `log.notify`, and credentials in URLs.
+    """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    for key in ("cluster", *config.private, "private"):
+    for key in (*_NEVER, *config.private):
         _remove(values, key.split("."))
-    return OmegaConf.to_yaml(OmegaConf.create(_without_credentials(values)))
+    return _without_credentials(values)
+
+
+def public_yaml(config: Config) -> str:
+    """Return the config as it may be published, see `public_values`, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(public_values(config)))
+
+
+def public_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that may be published, see `public_values`, by their dotted keys."""
+    values = public_values(config)
+    return {key: value_at(values, key) for key in flatten(config) if _is_at(values, key)}
+
+
+def without_credentials(text: str) -> str:
+    """Return a text without the passwords and the signatures of the URLs in it."""
+    return _CREDENTIALS.sub("…", text) if "://" in text else text
 
 
 def _interpolations(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -78,9 +100,17 @@ def _remove(values: dict[str, Any], names: list[str]) -> None:
     values.pop(last, None)
 
 
+def _is_at(values: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
 def _without_credentials(value: Any) -> Any:
     if isinstance(value, dict):
         return {_without_credentials(name): _without_credentials(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_credentials(item) for item in value]
-    return _CREDENTIALS.sub("…", value) if isinstance(value, str) and "://" in value else value
+    return without_credentials(value) if isinstance(value, str) else value

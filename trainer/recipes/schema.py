@@ -237,6 +237,19 @@ class LogConfig:
     """Newest allocations and releases of a GPU, with the stack of each allocation, that the snapshot of its memory
     holds if it runs out; 0: the snapshot shows sizes alone. torch names 2 µs an allocation and several KB an entry."""
 
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where the curves, spectrograms and sounds are shown besides `metrics.jsonl`: `tensorboard`, `wandb` (Weights &
+    Biases), `mlflow`, `trackio`; all but the first need `pip install 'spresso[trackers]'`. Empty: nowhere."""
+    project: str = "spresso"
+    """Name of the project (wandb, trackio) or the experiment (mlflow) to which the run belongs."""
+    prometheus: str | None = None
+    """File for the textfile collector of a Prometheus node exporter, such as
+    `/var/lib/node_exporter/${name}.prom`: the newest figures, at each line of the log. None: no file."""
+    notify: str | None = None
+    """Who is told that a run is done, has failed, or is requeued without progress: the URL of a webhook, or a command
+    with its arguments, which no shell reads. A word `$NAME`, and `$NAME` in a URL, stand for an environment variable.
+    Never published. None: nobody."""
+
 
 @dataclass
 class CheckpointConfig:

@@ -23,6 +23,7 @@ from trainer.recipes.privacy import unknown_private_keys
 from trainer.recipes.ranges import out_of_range, value_at
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
+from trainer.recipes.watching import watching_problems
 from trainer.stages import STAGES
 
 
@@ -60,6 +61,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_formulation(config),
         *_distilled_steps(config),
         *_folders(config),
+        *watching_problems(config.log),
         *_evaluation(config),
         *(_released(config) if released else ()),
     ]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launch import pipeline
-from trainer.recipes.privacy import public_yaml
+from trainer.recipes.privacy import public_settings, public_yaml
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.values import to_yaml
 
@@ -23,6 +23,8 @@ PLACES = (
     "cluster.environment={TOKEN: '${oc.env:OF_MINE}'}",
     "cluster.setup=[export TOKEN=hunter2]",
     "cluster.account=hunter2",
+    "log.notify=https://hooks.example/hunter2",
+    "log.notify=curl -H 'key: hunter2' host",
     "cluster.stages={evaluate: {environment: {TOKEN: hunter2}}}",
     "data.mix={'https://me:hunter2@host/set': 1}",
     "data.mix={'https://host/set?token=hunter2&key=hunter2': 1}",
@@ -78,9 +80,20 @@ def test_secrets_at_random_places_stay_out():
 def test_without_secrets_all_else_is_there():
     config = load_recipe("tiny", [])
     whole = yaml.safe_load(to_yaml(config))
+    del whole["log"]["notify"]
     assert yaml.safe_load(public_yaml(config)) == {
         key: whole[key] for key in whole if key not in ("cluster", "private")
     }
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_trackers_get_settings_without_secrets(place):
+    config = loaded([place])
+    settings = public_settings(config)
+    assert SECRET not in str(settings)
+    assert settings["seed"] == config.seed
+    assert settings["autoencode.lr"] == config.stage("autoencode").lr
+    assert not [key for key in settings if key.startswith("cluster.")]
 
 
 def test_the_page_shows_what_may_be_published(monkeypatch, tmp_path):
