@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
+from trainer.urls import without_credentials
 
 _FROM_ENVIRONMENT = "oc.env"
 _REFERENCE = re.compile(r"\$\{\s*([^}:]+?)\s*\}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@|(?<=[?&])[^\s&=]+=[^\s&]+")
-"""`user:password@` in a URL, and the arguments after its `?`, which sign a request."""
 
 
 def keys_from_environment(recipe: DictConfig) -> list[str]:
@@ -46,7 +45,19 @@ def public_yaml(config: Config) -> str:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     for key in ("cluster", *config.private, "private"):
         _remove(values, key.split("."))
-    return OmegaConf.to_yaml(OmegaConf.create(_without_credentials(values)))
+    return OmegaConf.to_yaml(OmegaConf.create(_cleaned(values)))
+
+
+def stored_yaml(config: Config, learned: Callable[[str], bool]) -> str:
+    """Return the config as it lies beside a run on a store, as YAML: `public_yaml` with all that a stage learns from.
+
+    `cluster` and `private` are there, and empty, because a run's own config has all sections.
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    for key in flatten(config):
+        if not learned(key) and any(f"{key}.".startswith(f"{name}.") for name in config.private):
+            _remove(values, key.split("."))
+    return OmegaConf.to_yaml(OmegaConf.create(_cleaned(values | {"cluster": {}, "private": []})))
 
 
 def _interpolations(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -78,9 +89,9 @@ def _remove(values: dict[str, Any], names: list[str]) -> None:
     values.pop(last, None)
 
 
-def _without_credentials(value: Any) -> Any:
+def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_without_credentials(name): _without_credentials(item) for name, item in value.items()}
+        return {_cleaned(name): _cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
-    return _CREDENTIALS.sub("…", value) if isinstance(value, str) and "://" in value else value
+        return [_cleaned(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
