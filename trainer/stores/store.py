@@ -124,8 +124,15 @@ class Store(Remote):
         for name in sorted(names, key=lambda name: name != first):
             self.remove(f"{folder}/{name}")
         if self.protocol in WITH_FOLDERS and names:
-            self._filesystem.rm(self._path(folder), recursive=True)
-            self._made.discard(folder)
+            self._remove_empty(folder)
+
+    def _remove_empty(self, folder: str) -> None:
+        self._made.discard(folder)
+        path = self._path(folder)
+        if self.protocol in ("webdav", "dav"):  # nginx wants the slash, which webdav4 takes away
+            self._filesystem.client.request("DELETE", path, add_trailing_slash=True)
+        else:
+            self._filesystem.rmdir(path)
 
     def _make_folder(self, name: str) -> None:
         folder = name.rpartition("/")[0]

@@ -172,6 +172,7 @@ class Upload:
             self.moved(what, min(sent, of), of)
 
         there = {folder: self.store.list(f"{self.stage}/{folder}") for folder in {_folder(name) for name in files}}
+        moved(0)
         for name, path in files.items():
             size, before = path.stat().st_size, sent
             whole = there[_folder(name)].get(path.name) == size and self.store.holds(f"{self.stage}/{name}", path)

@@ -102,6 +102,7 @@ class Worker:
 
     def _until_done(self, request: Request) -> None:
         pause = 1.0
+        self._write()
         while True:
             self._sent = 0
             try:

@@ -75,9 +75,10 @@ class Uploads:
 
     @property
     def held(self) -> set[Path]:
-        """The checkpoints on the disk that are being uploaded, or wait to be."""
+        """The checkpoint on the disk that is being uploaded, and the one that waits: those in between are dropped."""
         with self._turn:
-            return {path for path in self._open.values() if path is not None}
+            paths = [path for path in self._open.values() if path is not None]
+        return {*paths[:1], *paths[-1:]}
 
     def went_back(self, path: Path) -> None:
         """Delete from the store what is later than the checkpoint to which the run was rewound."""

@@ -17,10 +17,10 @@ from trainer.stores.layout import new_claim, read_claim
 from trainer.stores.store import Store, trouble
 from trainer.stores.upload import RefusedError, Upload
 
-STEP = folder_name(8)
+STEP, ALL = folder_name(8), Retention(9)
 
 
-def uploader(place: Any, folder: Path, *, run: str = "a", keep: Retention = Retention(9), begins: int = 99) -> Upload:
+def uploader(place: Any, folder: Path, *, run: str = "a", keep: Retention = ALL, begins: int = 99) -> Upload:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "inputs.json").write_text("{}")
     claim = new_claim(run, "tiny", {})
@@ -167,7 +167,7 @@ def test_a_start_that_was_replaced_writes_no_more(place, stage):
     first, second = uploader(place, stage), uploader(place, stage)
     first.begin()
     second.begin()
-    with pytest.raises(RefusedError, match="another start of this run, on .*, has taken"):
+    with pytest.raises(RefusedError, match=r"another start of this run, on .*, has taken"):
         first.checkpoint(STEP)
     assert read_claim(Store(place.url, patience=0)).token == second.claim.token
 
@@ -199,10 +199,10 @@ def test_a_damaged_checkpoint_on_the_store_is_named(place, stage, tmp_path):
     with pytest.raises(DamagedCopyError, match=rf"{STEP}/rank_00000.safetensors has a wrong checksum"):
         copied(place, tmp_path)
     store.write(name, bytes(content[:-8]))
-    with pytest.raises(DamagedCopyError, match="rank_00000.safetensors has fewer"):
+    with pytest.raises(DamagedCopyError, match=r"rank_00000\.safetensors has fewer"):
         copied(place, tmp_path)
     store.remove(name)
-    with pytest.raises(DamagedCopyError, match="rank_00000.safetensors is missing"):
+    with pytest.raises(DamagedCopyError, match=r"rank_00000\.safetensors is missing"):
         copied(place, tmp_path)
     store.write(f"pretrain/checkpoints/{STEP}/manifest.json", b"{}")
     with pytest.raises(DamagedCopyError, match="its checksum is wrong"):
