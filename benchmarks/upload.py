@@ -1,10 +1,10 @@
 """What an upload beside training costs a step: python benchmarks/upload.py [--mib 64] [--blocks 12] [--steps 40].
 
-One run of the recipe `tiny` takes blocks of steps in turn without and with an upload: in every second block, checkpoints
-of some size are sent to an S3 server on this machine (moto's, from the extra `dev`), one after the other. A pair of
-neighbouring blocks gives one ratio, and the median of all counts, with its quartiles. *CPU* is the processor time of the
-training process alone, which the load of the machine moves little; *wall* also has what the uploading process and the
-server take from the two cores. The program prints a Markdown table.
+One run of the recipe `tiny` takes blocks of steps in turn without and with an upload: in every second block,
+checkpoints of some size are sent to an S3 server on this machine (moto's, from the extra `dev`), one after the other. A
+pair of neighbouring blocks gives one ratio, and the median of all counts, with its quartiles. *CPU* is the processor
+time of the training process alone, which the load of the machine moves little; *wall* also has what the uploading
+process and the server take from the two cores. The program prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def table(pairs: list[dict[str, Any]], options: argparse.Namespace) -> str:
         rows.append(f"| {title} | {1000 * step:.1f} | {middle:.4f} | {low:.4f} to {high:.4f} |")
     return "\n".join(
         [
-            f"{ranks.describe(ranks.conditions('torch', 's3fs', 'fsspec'))} {len(pairs)} pairs of {options.steps} steps, "
-            f"checkpoints of {options.mib} MiB.",
+            ranks.describe(ranks.conditions("torch", "s3fs", "fsspec")),
+            f"{len(pairs)} pairs of {options.steps} steps, checkpoints of {options.mib} MiB.",
             "",
             "| a step | ms without | with an upload beside: × | quartiles |",
             "|---|---|---|---|",
