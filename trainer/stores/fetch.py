@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -62,25 +63,23 @@ def fetch(config: Config, stage: str, *, launch: tuple[str, int] = ("", 0)) -> N
         ValueError: another run writes to the store, what is there can't be read, or nothing there is whole. The message
             has the mend.
     """
-    urls = [location for location in (config.checkpoint.resume, config.checkpoint.start_from) if _is_named(location)]
+    named = (config.checkpoint.resume, config.checkpoint.start_from)
+    urls = [location for location in named if location is not None and is_url(location)]
     if config.checkpoint.upload is None and not urls:
         return
     root = Path(config.run_dir)
     root.mkdir(parents=True, exist_ok=True)
-    start = {"launch": launch[0], "restart": str(launch[1]), "stage": stage}
+    step = os.environ.get("SLURM_STEP_ID", "")  # a job may run the command more than once
+    start = {"launch": launch[0], "restart": str(launch[1]), "step": step, "stage": stage, "urls": " ".join(urls)}
     with _alone(root / _LOCK):
         if launch[0] and _read_start(root) == start:
             return  # another rank of this start has fetched it
         for location in urls:
-            _fetch_named(config, stage_folder(config, stage), str(location))
+            _fetch_named(config, stage_folder(config, stage), location)
         if config.checkpoint.upload is not None:
             _Run(config, stage).fetch()
         if launch[0]:
             write_json(root / _FETCHED, start, durable=False)
-
-
-def _is_named(location: str | None) -> bool:
-    return location is not None and is_url(location)
 
 
 def _read_start(root: Path) -> dict[str, str]:
