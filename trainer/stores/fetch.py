@@ -136,7 +136,7 @@ def _fetch_named(config: Config, folder: Path, url: str) -> None:
 def _files_of_export(store: Store, name: str) -> dict[str, dict[str, Any]]:
     """Return the files of an export, with their checksums if a run has uploaded them; else as the store lists them."""
     try:
-        done = read_done(store, ".") or {"files": {}}
+        done = read_done(store, "") or {"files": {}}
     except ValueError:
         done = {"files": {}}
     prefix = f"{name}/"

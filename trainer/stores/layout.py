@@ -118,9 +118,12 @@ def own_run_id(run_dir: Path) -> str:
 
 
 def read_done(store: Store, stage: str) -> dict[str, Any] | None:
-    """Read what the store has of a stage that is done; None if it is not done there, or the document is damaged."""
+    """Read what the store has of a stage that is done; None if it is not done there, or the document is damaged.
+
+    `stage` is empty if the store's own URL is that of the stage.
+    """
     try:
-        content = store.content(f"{stage}/{DONE}", most=LARGEST_DOCUMENT)
+        content = store.content(f"{stage}/{DONE}".lstrip("/"), most=LARGEST_DOCUMENT)
         return parse_json(content, DoneDocument, f"{store.url}/{stage}/{DONE}", mend=_MEND)  # type: ignore[return-value]
     except (MissingFileError, DamagedDocument):
         return None
