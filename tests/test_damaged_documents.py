@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -50,8 +50,7 @@ from trainer.page.curves import loss_chart, read_curve
 from trainer.recipes.reading import load_recipe
 from trainer.run_directory import RunDirectory
 from trainer.stage_inputs import stage_inputs
-from trainer.stores.layout import new_claim, read_claim, read_done, run_id
-from trainer.stores.store import Store
+from trainer.stores.layout import run_id
 
 OLD = Path(__file__).parent / "golden/old_run"
 RUN, STAGE, STEP = Path("runs/old"), Path("runs/old/pretrain"), "pretrain/checkpoints/step_000000000032"
@@ -234,8 +233,6 @@ KINDS: dict[str, Kind] = {
     "jobs.jsonl": Kind("jobs.jsonl", takes_over, LinesDocument),
     "upload.json": Kind("pretrain/upload.json", lambda: spresso("status", RUN)),
     "store.json": Kind("store.json", lambda: run_id(RUN)),
-    "owner.json of a store": Kind("../../store/owner.json", lambda: read_claim(a_store())),
-    "done.json of a store": Kind("../../store/pretrain/done.json", lambda: read_done(a_store(), "pretrain")),
     "owner.json": Kind("pretrain/owner.json", is_owned),
     "history.jsonl": Kind("pretrain/attempts/history.jsonl", is_judged, LinesDocument),
     "rank_0.json": Kind("pretrain/attempts/7_2/rank_0.json", is_judged),
@@ -257,10 +254,6 @@ KINDS: dict[str, Kind] = {
     "config.json of SAME": Kind("../../release_3/vae/config.json", lambda: read_same_config("release_3")),
     "config.json of a release": Kind("../../release/vae/config.json", lambda: read_oobleck_config("release")),
 }
-
-
-def a_store() -> Store:
-    return Store(f"file://{Path('store').absolute()}", patience=0)
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +278,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
             {
                 RUN / "pretrain/upload.json": {"url": "s3://a", "time": 9.5, "sending": "a", "sent": 1, "of": 2},
                 RUN / "store.json": {"run": "c0ffee"},
-                Path("store/owner.json"): asdict(new_claim("c0ffee", "tiny", {"pretrain": "a"})),
-                Path("store/pretrain/done.json"): {"samples": 8, "files": {"export/a": {"bytes": 1, "sha256": "a"}}},
                 Path("work/.prepare/settings.json"): {"ae": "x", "seed": 0},
                 Path("work/.prepare/durations.json"): {"a": 1.5},
                 Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["00000-00000.tar"]},
