@@ -128,7 +128,8 @@ def _add_recipe_commands(subs: argparse._SubParsersAction[argparse.ArgumentParse
                 "--resume",
                 metavar="auto|never|PATH",
                 help="auto: resume from the newest complete checkpoint of the run, if there is one (the default); "
-                "never: refuse a directory that already holds a run; PATH: resume from this checkpoint (train only)",
+                "never: refuse a directory that already holds a run; PATH, or a URL: resume from this checkpoint "
+                "(train only)",
             )
 
 

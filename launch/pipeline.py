@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch import owner
+from launch import owner, this_process
 from launch.local import train_here
 from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.names import checkpoints
@@ -33,6 +34,8 @@ from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES, trained_stages
+from trainer.stores.fetch import fetch
+from trainer.stores.uploads import finish_upload
 
 
 def run(config: Config) -> str:
@@ -188,9 +191,12 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
     Returns "done" or "stopped". Raises ValueError if the run directory holds a run with other settings.
     """
     directory = RunDirectory(stage_folder(config, stage), stage)
+    fetch(config, stage, launch=this_process.launch())
     directory.require_same(config, stage_inputs(config, stage))
     if directory.done(config) and _resumes_own_run(config, directory):
         say(f"  done before: {directory.export}")
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            finish_upload(config, stage)
         return "done"
     if gone := missing_export(directory.path, directory.status):
         if not checkpoints(directory.checkpoints):

@@ -16,6 +16,7 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES
+from trainer.stores.store import trouble
 
 
 def plan(config: Config) -> Iterator[str]:
@@ -38,6 +39,12 @@ def _run_directory(config: Config) -> Iterator[str]:
         there = checkpoints(directory.checkpoints)
         state = "is done" if directory.done(config) else f"resumes from {there[-1].name}" if there else "starts anew"
         yield f"{stage}: {state}; its checkpoints take {size(checkpoint_bytes(config, stage))}"
+    if config.checkpoint.upload is not None:
+        yield (
+            f"  ! {problem}"
+            if (problem := trouble(config.checkpoint.upload))
+            else (f"{config.checkpoint.upload} takes uploads")
+        )
 
 
 def _stages(config: Config) -> list[str]:

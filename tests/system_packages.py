@@ -28,6 +28,7 @@ KNOWN_BY = {
     "chromium-driver": ("chromedriver",),
     "g++": ("g++",),
     "iproute2": ("ip",),
+    "libnginx-mod-http-dav-ext": ("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so",),
     "minetest-data": ("/usr/share/games/minetest/games",),
     "munge": ("munged",),
     "nginx-light": ("nginx",),

@@ -52,6 +52,7 @@ from trainer.page.curves import loss_chart, read_curve
 from trainer.recipes.reading import load_recipe
 from trainer.run_directory import RunDirectory
 from trainer.stage_inputs import stage_inputs
+from trainer.stores.layout import run_id
 
 OLD = Path(__file__).parent / "golden/old_run"
 RUN, STAGE, STEP = Path("runs/old"), Path("runs/old/pretrain"), "pretrain/checkpoints/step_000000000032"
@@ -239,6 +240,8 @@ KINDS: dict[str, Kind] = {
     "request.json": Kind("pretrain/profile/request.json", lambda: read_request(STAGE)),
     "record of a tracker": Kind("pretrain/trackers/wandb.json", goes_on_tracking),
     "jobs.jsonl": Kind("jobs.jsonl", takes_over, LinesDocument),
+    "upload.json": Kind("pretrain/upload.json", lambda: spresso("status", RUN)),
+    "store.json": Kind("store.json", lambda: run_id(RUN)),
     "owner.json": Kind("pretrain/owner.json", is_owned),
     "history.jsonl": Kind("pretrain/attempts/history.jsonl", is_judged, LinesDocument),
     "rank_0.json": Kind("pretrain/attempts/7_2/rank_0.json", is_judged),
@@ -283,6 +286,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         Attempt(STAGE, "7", 2).note(0, "failed", type="RuntimeError", message="boom")
         write(
             {
+                RUN / "pretrain/upload.json": {"url": "s3://a", "time": 9.5, "sending": "a", "sent": 1, "of": 2},
+                RUN / "store.json": {"run": "c0ffee"},
                 Path("work/.prepare/settings.json"): {"ae": "x", "seed": 0},
                 Path("work/.prepare/durations.json"): {"a": 1.5},
                 Path("work/.prepare/train-00000.json"): {"seconds": 1.5, "problems": [], "shards": ["00000-00000.tar"]},

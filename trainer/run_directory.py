@@ -17,6 +17,7 @@ from models.documents import damaged, read_bytes, write_json
 from models.readable import require_file
 from models.yaml_document import read_yaml
 from trainer.checkpoints.names import checkpoints
+from trainer.data.remote import is_url
 from trainer.exported import missing_export
 from trainer.provenance import environment
 from trainer.recipes.schema import Config
@@ -88,14 +89,15 @@ class RunDirectory:
 
     def _relevant(self, config: Config | dict[str, Any]) -> dict[str, Any]:
         flat = flatten(config) if isinstance(config, Config) else config
+        return {key: value for key, value in flat.items() if self.learns_from(key)}
+
+    def learns_from(self, key: str) -> bool:
+        """Whether a setting, given by its dotted key, decides what the stage learns.
+
+        The number of samples does not, because a longer run continues the same run.
+        """
         names = STAGES[self.stage].learned_keys()
-        # The number of samples is left out, because a longer run continues the same run.
-        return {
-            key: value
-            for key, value in flat.items()
-            if key.startswith(tuple(f"{name}." for name in names)) or key in names
-            if key != f"{self.stage}.samples"
-        }
+        return key != f"{self.stage}.samples" and (key in names or key.startswith(tuple(f"{name}." for name in names)))
 
     def require_same(self, config: Config, inputs: dict[str, str] | None = None) -> None:
         """Raise ValueError if the directory holds a run with another config, or with other inputs if any are given.
@@ -107,14 +109,25 @@ class RunDirectory:
             return  # The directory holds no trained weights yet.
         if not (self.path / "config.yaml").exists():
             return
+        if differing := self.differences(self.path, config, inputs):
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {differing}. Take another run_dir=…, or remove "
+                f"{self.path}"
+            )
+
+    def differences(self, folder: Path, config: Config, inputs: dict[str, str] | None = None) -> str:
+        """Name the settings and inputs by which a run's `config.yaml` and `inputs.json` in a folder differ from these.
+
+        Empty if none does. Raises ValueError if a file is damaged.
+        """
         relevant = self._relevant(config)
         known = flatten(config)
         if config.checkpoint.start_from is None:
             relevant.pop("checkpoint.start_from")  # A run that has begun need not name its first weights again.
-        before = self._relevant(_without_old_zero(older_values() | _flatten_stored(self._stored_config(), known)))
+        before = self._relevant(_without_old_zero(older_values() | _flatten_stored(self._stored_config(folder), known)))
         if inputs is not None:
             relevant |= {f"input {name}": value for name, value in inputs.items()}
-            before |= {f"input {name}": value for name, value in self._stored_inputs().items()}
+            before |= {f"input {name}": value for name, value in self._stored_inputs(folder).items()}
         differing = [
             f"{key} ({before.get(key, 'unset')} → {relevant.get(key, 'unset')})"
             for key in sorted(before.keys() | relevant.keys())
@@ -122,11 +135,7 @@ class RunDirectory:
             if before.get(key) != relevant.get(key)
             if not _is_same_place(key, before.get(key), relevant.get(key))
         ]
-        if differing:
-            shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-            raise ValueError(
-                f"{self.path} holds a run with other settings: {shown}. Take another run_dir=…, or remove {self.path}"
-            )
+        return "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
 
     def _require_ours(self) -> None:
         require_own_config(self.path)
@@ -139,8 +148,8 @@ class RunDirectory:
                     f"replace it: take another run_dir=…, or move {self.path} away"
                 )
 
-    def _stored_config(self) -> dict[Any, Any]:
-        path = self.path / "config.yaml"
+    def _stored_config(self, folder: Path) -> dict[Any, Any]:
+        path = folder / "config.yaml"
         try:
             stored = OmegaConf.to_container(read_yaml(path, mend=self._mend))
         except OmegaConfBaseException as error:
@@ -148,8 +157,8 @@ class RunDirectory:
         assert isinstance(stored, dict)
         return stored
 
-    def _stored_inputs(self) -> dict[str, str]:
-        return read_optional(self.path / "inputs.json", dict[str, str], mend=self._mend) or {}
+    def _stored_inputs(self, folder: Path) -> dict[str, str]:
+        return read_optional(folder / "inputs.json", dict[str, str], mend=self._mend) or {}
 
     @property
     def _mend(self) -> str:
@@ -193,7 +202,7 @@ def _is_same_place(key: str, before: object, now: object) -> bool:
     """Whether two values of a setting are paths of the same thing, or of things that are compared by their content."""
     if not isinstance(before, str) or not isinstance(now, str):
         return False
-    if key == "checkpoint.start_from":
+    if key == "checkpoint.start_from" and not (is_url(before) or is_url(now)):
         return Path(before).resolve() == Path(now).resolve()
     return key in _BY_CONTENT
 

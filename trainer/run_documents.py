@@ -13,6 +13,9 @@ from models.documents import LARGEST, Lines, Moment, Natural, read_json
 
 logger = logging.getLogger(__name__)
 
+UPLOAD = "upload.json"
+"""File in a stage's directory: how far its upload to a store is, see `UploadState`."""
+
 
 class TriedAverage(TypedDict):
     """An average whose held-out loss was measured after training."""
@@ -49,6 +52,23 @@ class Status(TypedDict):
     """The width that was exported, likewise."""
 
 
+class UploadState(TypedDict):
+    """The content of `upload.json`."""
+
+    url: str
+    time: Moment
+    sending: NotRequired[str]
+    """What is on its way; nothing is if the field is missing."""
+    sent: NotRequired[Natural]
+    """Bytes of it that have gone."""
+    of: NotRequired[Natural]
+    """Bytes that it has."""
+    whole: NotRequired[str]
+    """Newest checkpoint that is whole on the store, or `export`."""
+    problem: NotRequired[str]
+    """What failed last, if nothing has succeeded since."""
+
+
 class MetricsLine(TypedDict):
     """A line of `metrics.jsonl`, without the fields that nothing reads."""
 
@@ -75,6 +95,11 @@ def read_optional(path: Path, kind: Any, *, mend: str, most: int = LARGEST) -> A
         return read_json(path, kind, mend=mend, most=most)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def read_upload(folder: Path) -> dict[str, Any]:
+    """Read a stage's `upload.json`, see `UploadState`; empty if there is none. Raises ValueError if it is damaged."""
+    return read_optional(folder / UPLOAD, UploadState, mend="remove it; the next upload writes it again") or {}
 
 
 def read_status(folder: Path) -> dict[str, Any]:

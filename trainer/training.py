@@ -42,6 +42,7 @@ from trainer.run_directory import RunDirectory, stage_folder
 from trainer.schedule import lengthened_intervals
 from trainer.stage_inputs import stage_inputs
 from trainer.stop import Stop
+from trainer.stores.uploads import Uploads
 from trainer.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Training:
     health: Health
     state: TrainState
     saver: Saver
+    uploads: Uploads
     log: TrainingLog
     tracer: StepTracer
     stop: Stop
@@ -148,6 +150,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
     log_file = run.path / "logs" / f"rank_{parallel.rank}.log"
     with (
         logging_to(log_file, show=parallel.main),
+        Uploads(config, stage, stop, main=parallel.main) as uploads,  # waits at its end, when no watchdog runs
         Watchdog(log_file, config.health.hang_seconds) as watchdog,
         memory_history(parallel.device, config.log.memory_history),
         explained_failures(config, stage, parallel, watchdog, logs=log_file.parent),
@@ -178,7 +181,12 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
             logger.info("%s: %s", stage, collective.on_rank_0(lambda: _resumed(source, config, parallel, task)))
 
         with (
-            Saver(run.checkpoints, config.checkpoint, require_ownership=require_ownership) as saver,
+            Saver(
+                run.checkpoints,
+                config.checkpoint,
+                require_ownership=require_ownership,
+                hand_over=uploads.checkpoint,
+            ) as saver,
             TrainingLog(config, run, task, state.strategy, state.ema, parallel, stop) as log,
             closing(feed),
             closing(
@@ -198,6 +206,7 @@ def set_up(config: Config, stage: str, stop: Stop, require_ownership: Callable[[
                 health=state.health,
                 state=state,
                 saver=saver,
+                uploads=uploads,
                 log=log,
                 tracer=tracer,
                 stop=stop,
@@ -270,6 +279,7 @@ def _begin(t: Training, source: Path | None) -> None:
     t.log.begin(t.state.samples, fresh=source is None)
     ours = source is not None and source in checkpoints(t.run.checkpoints)
     snapshots.discard_after(t.run.averages, t.state.samples if ours else 0)
+    t.uploads.begin(t.state.samples if ours else 0, source if ours else None)
     if ours:
         t.state.saved_at = t.state.samples
     elif source is not None:  # The checkpoint is another run's: save a copy of it in this run's directory.
@@ -293,6 +303,7 @@ def go_back(t: Training) -> None:
     later = [path for path in checkpoints(t.run.checkpoints) if path.name > good.name]
     collective.on_rank_0(lambda: checkpoint.discard(later))
     snapshots.discard_after(t.run.averages, samples_of(good))
+    t.uploads.went_back(good)
     left_at = t.state.samples
     t.state.go_back(good)
     t.feed.begin(t.state.position)
@@ -359,6 +370,7 @@ def _export(t: Training, weights: dict[str, torch.Tensor], tried: Tried) -> None
     averages = {"averages": tried, "average": chosen(tried)} if tried else {}
     t.run.write_status("done", samples=t.state.samples, of=t.settings.samples, export=exported, files=files, **averages)
     logger.info("%s: done, exported to %s", t.task.stage, t.run.export)
+    t.uploads.export()
 
 
 def _millions(numbers: int) -> str:

@@ -1,8 +1,8 @@
 """Checks before a submission: finds what would fail only after a job has waited in the queue.
 
-On the submitting machine: the data, the disk space, the checkpoints to resume from, and whether sbatch accepts the
-jobs. On a compute node, if one is free at once (`launch.slurm.node_check`): whether the code can be imported, and
-whether the run directory and the GPUs are found.
+On the submitting machine: the data, the disk space, the store, the checkpoints to resume from, and whether sbatch
+accepts the jobs. On a compute node, if one is free at once (`launch.slurm.node_check`): whether the code can be
+imported, and whether the run directory and the GPUs are found.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
+from trainer.stores.store import trouble
 
 _AT_ONCE = 15  # seconds to wait for a free node
 _PATIENCE = 180.0  # seconds for the check on the node, which imports torch
@@ -44,7 +45,7 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
     Raises:
         ValueError: the message has a line for every problem.
     """
-    found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages)]
+    found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages), *_store(config)]
     try:
         for job in jobs:
             found += _accepted(job)
@@ -102,6 +103,12 @@ def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
             f"{folder} has {size(free)} free, but the checkpoints need {size(needed)}: free some space, or set "
             f"another run_dir"
         )
+
+
+def _store(config: Config) -> Iterator[str]:
+    """Yield a line if the store takes no upload."""
+    if config.checkpoint.upload is not None and (problem := trouble(config.checkpoint.upload)):
+        yield problem
 
 
 def _accepted(job: Job) -> Iterator[str]:

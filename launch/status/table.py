@@ -17,6 +17,7 @@ from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.submitted_jobs import submitted
+from launch.status import upload
 from launch.status.stage_status import SILENT_AFTER, StageStatus, count, span
 from trainer.checkpoints.names import MANIFEST, folder_name
 from trainer.formatting import aligned
@@ -261,6 +262,8 @@ def _remarks(stage: StageStatus) -> Iterator[str]:
         yield f"was done, but {stage.missing_export}"
     if stage.runs and stage.status.get("doing"):
         yield stage.status["doing"]
+    if told := upload.remark(stage.folder, runs=stage.runs):
+        yield told
     yield from stage.status.get("warnings", ())
     yield from stage.damaged
 

@@ -23,7 +23,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from trainer.checkpoints.loading import load as load
 from trainer.checkpoints.manifest import CHECKPOINT_FORMAT, OtherFormatError, read_manifest, signed
 from trainer.checkpoints.names import MANIFEST, TEMPORARY, checkpoints, folder_name, leftovers, samples_of
 from trainer.checkpoints.problems import find_problems
+from trainer.checkpoints.retention import Retention
 from trainer.checkpoints.writers import gather_to_writers, spans_of
 from trainer.files import file_digest
 from trainer.ranks import collective
@@ -150,14 +151,14 @@ def newest(directory: Path, *, wanted: Wanted = lambda meta: True) -> Path | Non
             f"checkpoint.resume=never, which keeps the damaged ones under other names"
         )
     for path, problems in damaged.items():
-        _set_aside(path, problems)
+        set_aside(path, problems)
     return found
 
 
 def set_all_aside(directory: Path) -> None:
     """Renames all checkpoints of a directory, which are all damaged, to `damaged_…`, so that a run can begin anew."""
     for path in checkpoints(directory):
-        _set_aside(path, find_problems(path))
+        set_aside(path, find_problems(path))
 
 
 def _damage(path: Path) -> list[str]:
@@ -172,7 +173,7 @@ def _damage(path: Path) -> list[str]:
     return find_problems(path)
 
 
-def _set_aside(path: Path, problems: list[str]) -> None:
+def set_aside(path: Path, problems: list[str]) -> None:
     """Renames a damaged checkpoint, so that `prune` does not count it; a user may want to recover what it holds."""
     renamed = path.rename(path.with_name(f"damaged_{path.name}_{secrets.token_hex(4)}"))
     logger.warning(
@@ -180,7 +181,9 @@ def _set_aside(path: Path, problems: list[str]) -> None:
     )
 
 
-def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None) -> list[Path]:
+def prune(
+    directory: Path, *, last: int, best: int = 0, every: int | None = None, held: Collection[Path] = ()
+) -> list[Path]:
     """Deletes checkpoints that are not to be kept, and returns their paths. Does nothing on ranks other than 0.
 
     Args:
@@ -188,24 +191,17 @@ def prune(directory: Path, *, last: int, best: int = 0, every: int | None = None
         last: how many of the newest checkpoints to keep, at least 1.
         best: how many of the checkpoints with the lowest `held_out_loss` in their `meta` to keep in addition.
         every: also keep the first checkpoint at or after each multiple of `every` samples.
+        held: checkpoints that something still reads, which stay whatever the rule says.
 
     The newest checkpoint whose `meta` has `good` set is always kept: a diverging run is rewound to it. Checkpoints that
     can't be read now are kept, too.
     """
-    if last < 1:
-        raise ValueError(f"at least the last checkpoint must be kept, not the last {last}")
+    rule = Retention(last, best, every)
     if collective.rank() != 0:
         return []
-    paths = checkpoints(directory)
-    metas = {path: meta for path in paths if (meta := _meta(path)) is not None}
-    paths = list(metas)
-    good = [path for path in paths if metas[path].get("good")]
-    rated = [path for path in paths if metas[path].get("held_out_loss") is not None]
-    kept = {*paths[-last:], *good[-1:], *sorted(rated, key=lambda path: metas[path]["held_out_loss"])[:best]}
-    if every:
-        newest_first = {samples_of(path) // every: path for path in reversed(paths)}
-        kept |= {path for multiple, path in newest_first.items() if multiple > 0}
-    return discard([path for path in paths if path not in kept])
+    metas = {path: meta for path in checkpoints(directory) if (meta := _meta(path)) is not None}
+    kept = rule.kept({samples_of(path): meta for path, meta in metas.items()})
+    return discard([path for path in metas if samples_of(path) not in kept and path not in held])
 
 
 def discard(paths: Iterable[Path]) -> list[Path]:

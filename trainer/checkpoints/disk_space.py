@@ -19,6 +19,7 @@ def checkpoint_bytes(config: Config, stage: str) -> int:
     except (ValueError, OSError):  # The sizes depend on weights that an earlier stage has not exported yet.
         return 0
     whole = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    whole += config.checkpoint.upload is not None  # the one that is being uploaded stays
     if not config.stage(stage).ema_profiles:
         return 16 * trained * whole
     return trained * (20 * whole + 8 * snapshots.COUNT)

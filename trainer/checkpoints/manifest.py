@@ -15,20 +15,22 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
 from models.documents import LARGEST_LIST, Moment, Natural, Positive, damaged, fits, read_json, to_json
 from models.readable import is_broken_link
 from trainer.checkpoints.names import MANIFEST
-from trainer.ranks.flat_ranges import FlatRange
+
+if TYPE_CHECKING:  # the process that uploads checkpoints does without torch
+    from trainer.ranks.flat_ranges import FlatRange
 
 CHECKPOINT_FORMAT = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 _MEND = "resume from another checkpoint"
-_LARGEST = 1 << 30
+LARGEST_MANIFEST = 1 << 30
 """Bytes of a manifest, which lists the ranges of all tensors on all ranks; its checksum vouches for it."""
 
 
@@ -86,7 +88,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OSError: if it can't be read now. It may be whole.
     """
     try:
-        most = min(_LARGEST, max(LARGEST_LIST, (path / MANIFEST).stat().st_size))
+        most = min(LARGEST_MANIFEST, max(LARGEST_LIST, (path / MANIFEST).stat().st_size))
         manifest = read_json(path / MANIFEST, dict[str, Any], mend=_MEND, most=most)
     except (FileNotFoundError, NotADirectoryError):
         if link := next((link for link in (path, path / MANIFEST) if is_broken_link(link)), None):

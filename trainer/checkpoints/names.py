@@ -18,8 +18,18 @@ def folder_name(samples: int) -> str:
 
 
 def samples_of(path: Path) -> int:
+    """Return the number of samples seen, from a checkpoint's path."""
+    return samples_of_name(path.name)
+
+
+def samples_of_name(name: str) -> int:
     """Return the number of samples seen, from a checkpoint's name."""
-    return int(path.name.removeprefix("step_"))
+    return int(name.removeprefix("step_"))
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -29,7 +39,7 @@ def checkpoints(directory: Path) -> list[Path]:
         OSError: the directory can't be read now.
     """
     try:
-        names = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+        names = [path for path in directory.iterdir() if is_name(path.name)]
     except FileNotFoundError:
         if directory.is_symlink():  # its disk may be away, and then nobody knows what it holds
             raise

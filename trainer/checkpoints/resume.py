@@ -26,8 +26,9 @@ from trainer.objectives import Denoiser
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.recipes.schema import Config
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, stage_folder
 from trainer.run_documents import read_optional
+from trainer.stores.layout import located
 from trainer.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def _decide(choice: str, run: RunDirectory, identities: set[str]) -> Path | None
         return None
     if newest is not None and was_followed(run, choice):
         return newest
-    path = Path(choice).resolve()
+    path = located(choice, run.path).resolve()
     _require_fit(path, run, identities)
     ours = {other.resolve(): other for other in checkpoints(run.checkpoints)}
     path_here = ours.get(path, path)
@@ -143,7 +144,7 @@ def was_followed(run: RunDirectory, choice: str) -> bool:
     followed = (
         read_optional(run.path / _FOLLOWED, dict[str, str], mend="remove it to resume from that path again") or {}
     )
-    path = Path(choice).resolve()
+    path = located(choice, run.path).resolve()
     if followed.get("path") == str(path):
         return True
     return (path / MANIFEST).is_file() and followed.get("manifest") == file_digest(path / MANIFEST)
@@ -171,7 +172,7 @@ def start(task: Task, location: str) -> None:
     Raises:
         ValueError: the location is neither a checkpoint nor an export, or lacks weights that the task trains.
     """
-    path = Path(location)
+    path = located(location, stage_folder(task.config, task.stage))
     if (path / MANIFEST).exists():
         if problems := collective.on_rank_0(lambda: checkpoint.find_problems(path)):
             raise ValueError(f"checkpoint.start_from={path} cannot be loaded: {'; '.join(problems)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from trainer.checkpoints import checkpoint, snapshots
+from trainer.checkpoints.names import folder_name
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import FlatRange
 from trainer.recipes.schema import CheckpointConfig
@@ -45,14 +46,23 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, settings: CheckpointConfig, *, require_ownership: Callable[[], None] = lambda: None
+        self,
+        directory: Path,
+        settings: CheckpointConfig,
+        *,
+        require_ownership: Callable[[], None] = lambda: None,
+        hand_over: Callable[[Path], Collection[Path]] = lambda saved: (),
     ) -> None:
         """Create the process group and the thread. All ranks.
 
-        `require_ownership` is called on rank 0 before a save writes; it raises if a later start has taken the run over.
+        Args:
+            directory: the folder of the run's checkpoints.
+            settings: which of them are kept.
+            require_ownership: called on rank 0 before a save writes; raises if a later start has taken the run over.
+            hand_over: called with each checkpoint that is complete; returns those that may not be deleted yet.
         """
         self.directory, self.settings = directory, settings
-        self.require_ownership = require_ownership
+        self.require_ownership, self.hand_over = require_ownership, hand_over
         self.waited_seconds = 0.0
         """Seconds that training stood still for the last save."""
         self.write_seconds = 0.0
@@ -76,7 +86,8 @@ class Saver:
         keep = self.settings
 
         def prune() -> None:
-            checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every)
+            held = self.hand_over(self.directory / folder_name(samples))
+            checkpoint.prune(self.directory, last=keep.keep_last, best=keep.keep_best, every=keep.keep_every, held=held)
 
         self._begin(self.directory, samples, tensors, meta, prune)
 

@@ -37,6 +37,7 @@ from trainer.data.cache_folder import claim, default_folder, open_own, own_folde
 from trainer.data.index_row import LONGEST_INDEX_ROW
 from trainer.data.set_description import read_description
 from trainer.file_names import printable
+from trainer.urls import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _HTTP_TIMEOUT = 60.0  # seconds without a byte after which an HTTP request fails
 _WARNING_INTERVAL = 30.0  # seconds
 _INDEX_HEADER = 64 << 10  # bytes, more than numpy writes before the rows
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # errors of botocore
 _FULL_CACHE_PAUSE = 0.05  # seconds between two attempts to make room in a cache whose shards are all in use
 
 
@@ -181,7 +183,7 @@ class Remote:
                 raise ValueError(f"{self._named(name)} is longer than it may be, and was not fetched") from None
             except Exception as error:  # the errors of fsspec's backends share no base class
                 self._raise_if_final(name, error)
-                reason = f"{type(error).__name__} {error}".strip()
+                reason = without_credentials(f"{type(error).__name__} {error}".strip())
                 now = time.monotonic()
                 if now - start > self.patience:
                     raise ValueError(
@@ -197,13 +199,14 @@ class Remote:
             pause = min(_LONGEST_PAUSE, 2 * pause)
 
     def _raise_if_final(self, name: str, error: Exception) -> None:
-        status = getattr(error, "status", None)
+        status = getattr(error, "status", None) or getattr(error, "status_code", None)
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise MissingFileError(f"{self._named(name)} is missing") from error
         if status == 416:  # the requested range begins after the end of the file
             raise MissingFileError(f"{self._named(name)} has fewer bytes than its index says") from error
-        if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"access to {self._named(name)} is denied, check the credentials: {error}") from error
+        if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _NO_CREDENTIALS:
+            why = without_credentials(str(error))
+            raise ValueError(f"access to {self._named(name)} is denied, check the credentials: {why}") from error
 
 
 class ShardCache:

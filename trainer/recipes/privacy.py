@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,13 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.recipes.ranges import value_at
 from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten
+from trainer.urls import without_credentials
 
 _NEVER = ("cluster", "log.notify", "private")
 """Keys that are never published: the address of a webhook is a secret as a whole."""
 _FROM_ENVIRONMENT = "oc.env"
 _REFERENCE = re.compile(r"\$\{\s*([^}:]+?)\s*\}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@|(?<=[?&])[^\s&=]+=[^\s&]+")
-"""`user:password@` in a URL, and the arguments after its `?`, which sign a request."""
 
 
 def keys_from_environment(recipe: DictConfig) -> list[str]:
@@ -52,7 +51,7 @@ def public_values(config: Config) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     for key in (*_NEVER, *config.private):
         _remove(values, key.split("."))
-    return _without_credentials(values)
+    return _cleaned(values)
 
 
 def public_yaml(config: Config) -> str:
@@ -66,9 +65,17 @@ def public_settings(config: Config) -> dict[str, Any]:
     return {key: value_at(values, key) for key in flatten(config) if _is_at(values, key)}
 
 
-def without_credentials(text: str) -> str:
-    """Return a text without the passwords and the signatures of the URLs in it."""
-    return _CREDENTIALS.sub("…", text) if "://" in text else text
+def stored_yaml(config: Config, learned: Callable[[str], bool]) -> str:
+    """Return the config as it lies beside a run on a store, as YAML: `public_yaml` with all that a stage learns from.
+
+    `cluster` and `private` are there, and empty, because a run's own config has all sections. `log.notify` is not.
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    _remove(values, ["log", "notify"])
+    for key in flatten(config):
+        if not learned(key) and any(f"{key}.".startswith(f"{name}.") for name in config.private):
+            _remove(values, key.split("."))
+    return OmegaConf.to_yaml(OmegaConf.create(_cleaned(values | {"cluster": {}, "private": []})))
 
 
 def _interpolations(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -108,9 +115,9 @@ def _is_at(values: Any, key: str) -> bool:
     return True
 
 
-def _without_credentials(value: Any) -> Any:
+def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_without_credentials(name): _without_credentials(item) for name, item in value.items()}
+        return {_cleaned(name): _cleaned(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
+        return [_cleaned(item) for item in value]
     return without_credentials(value) if isinstance(value, str) else value

@@ -268,10 +268,13 @@ class CheckpointConfig:
     """Also keep the checkpoints at multiples of this many samples; None: no others."""
     resume: str = "auto"
     """`auto`: resume from the run's newest complete checkpoint, if there is one; `never`: refuse a folder that already
-    holds a run; or the path of a checkpoint, of this run or of another run with the same config."""
+    holds a run; or the path or URL of a checkpoint, of this run or of another run with the same config."""
     start_from: str | None = None
-    """Checkpoint, or `export/` of a stage, that gives a new run its initial weights alone: the run has its own schedule
-    and fresh moments."""
+    """Checkpoint, or `export/` of a stage, or the URL of one, that gives a new run its initial weights alone: the run
+    has its own schedule and fresh moments."""
+    upload: str | None = None
+    """URL of a folder of this run alone (s3://, gs://, webdav:// and all else that fsspec writes) to which checkpoints
+    and exports are copied beside training. A run whose directory is empty goes on from there. None: they stay here."""
 
 
 @dataclass

@@ -25,6 +25,8 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.recipes.watching import watching_problems
 from trainer.stages import STAGES
+from trainer.stores.protocols import UNWRITABLE
+from trainer.urls import has_credentials, without_credentials
 
 
 def value_problems(values: Mapping[str, Any]) -> list[str]:
@@ -63,6 +65,7 @@ def problems(config: Config, *, released: bool = True) -> list[str]:
         *_folders(config),
         *watching_problems(config.log),
         *_evaluation(config),
+        *_stores(config),
         *(_released(config) if released else ()),
     ]
 
@@ -329,6 +332,25 @@ def _folders(config: Config) -> list[str]:
             f"data.latents={latents} holds shards itself: move them to its train/, and held-out ones to "
             f"its test/, then run `spresso index {latents}`; or name the folder in data.mix"
         )
+    return found
+
+
+def _stores(config: Config) -> list[str]:
+    """Return what is wrong with the URLs of checkpoints; no line shows a credential."""
+    found, chosen = [], config.checkpoint
+    for key, url in (("upload", chosen.upload), ("resume", chosen.resume), ("start_from", chosen.start_from)):
+        if url is not None and is_url(url) and has_credentials(url):
+            found.append(
+                f"checkpoint.{key}={without_credentials(url)} holds credentials, which configs and logs would show: "
+                f"leave them out, and give them in the store's own environment, such as AWS_ACCESS_KEY_ID"
+            )
+    if chosen.upload is None:
+        return found
+    if not is_url(chosen.upload):
+        return [*found, f"checkpoint.upload={chosen.upload} is no URL: give one, such as s3://bucket/{config.name}"]
+    protocol = chosen.upload.partition("://")[0].lower()
+    if protocol in UNWRITABLE:
+        found.append(f"checkpoint.upload={without_credentials(chosen.upload)}: {UNWRITABLE[protocol]}")
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from trainer.file_names import printable
 from trainer.log.trackers.events import Event, HeardClip, Points, WentBack
-from trainer.recipes.privacy import without_credentials
+from trainer.urls import without_credentials
 
 logger = logging.getLogger(__name__)
 
