@@ -138,8 +138,9 @@ def _load_tokenizer(path: Path) -> tuple[Any, str]:
     from transformers import AutoTokenizer
 
     try:
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = patiently(lambda: AutoTokenizer.from_pretrained(str(path), **local))
+        tokenizer = patiently(
+            lambda: AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        )
     except (OSError, ValueError, KeyError) as error:
         require_sound_disk(error)
         raise ValueError(f"{path} holds no complete tokenizer: {_reason(error)}") from error

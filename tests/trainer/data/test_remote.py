@@ -223,7 +223,7 @@ def test_metadata_of_a_missing_or_damaged_remote_shard_is_told(local, server, ca
     content[offset] = ord("[")
     first.write_bytes(content)
     with pytest.raises(
-        DamagedSample, match=f"/plain/set/{first.name} is damaged at byte {offset}: s0000.json is not JSON"
+        DamagedSample, match=f"/plain/set/{first.name} is damaged at byte {offset}: s0000.json does not have"
     ):
         remote.metadata(0)
     last.unlink()

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from numpy.lib import recfunctions
 
+from tests.trainer.data.older_sets import as_version_2
 from trainer.data import shard_set as shard_set_module
 from trainer.data.audio import encode_audio
 from trainer.data.index import verify_folder
-from trainer.data.index_row import INDEX_ROW, INDEX_ROW_WITH_AUDIO, INDEX_ROWS, OLDER_INDEX_ROWS
+from trainer.data.index_row import INDEX_ROW, INDEX_ROW_WITH_AUDIO
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import (
     DamagedSample,
@@ -68,21 +68,6 @@ def test_what_is_written_is_read_in_any_order(shard_set):
         np.testing.assert_array_equal(read, latents(id_))
     assert [shard_set.metadata(id_) for id_ in (0, 19)] == [{"caption": "Tür 0"}, {"caption": "Tür 19"}]
     assert shard_set.latents([]) == []
-
-
-def as_version_2(folder: Path) -> ShardSet:
-    """Turn a set into one of an older version, whose metadata has no checksum."""
-    index = np.load(folder / "index.npy")
-    np.save(folder / "index.npy", without_checksums(index))
-    description = json.loads((folder / "set.json").read_text())
-    del description["checksum"]
-    (folder / "set.json").write_text(json.dumps(description | {"version": 2}))
-    return ShardSet(folder)
-
-
-def without_checksums(rows: np.ndarray) -> np.ndarray:
-    older = OLDER_INDEX_ROWS[INDEX_ROWS.index(rows.dtype)]
-    return recfunctions.require_fields(rows, older)
 
 
 def test_a_set_of_an_older_version_is_read(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from launch.cli import main
+from tests.trainer.data.older_sets import as_version_2
 from tests.trainer.data.raw_tars import CHANNELS, END, header, latents, member, npy, npy_with_header, pax, with_checksum
 from trainer.data.index import index_folder, verify_folder
 from trainer.data.shard_set import ShardSet
@@ -282,7 +283,8 @@ def test_metadata_that_is_no_object_is_named(tmp_path, number, capsys):
 def test_metadata_of_an_older_index_is_named(tmp_path, content, capsys):
     """`spresso index` of earlier releases did not read the metadata."""
     write(tmp_path / "0.tar", SAMPLE + member(b"k.json", b"{}".ljust(len(content))) + END)
-    shard_set = index_folder(tmp_path, INFO)
+    index_folder(tmp_path, INFO)
+    shard_set = as_version_2(tmp_path)
     offset = int(shard_set.index["json_offset"][0])
     tar = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(tar[:offset] + content + tar[offset + len(content) :])

@@ -194,16 +194,15 @@ class MlflowSink(_FirstOnly):
     """MLflow: the server that MLFLOW_TRACKING_URI names, or the folder `mlflow/` of the whole run."""
 
     name = "mlflow"
+    _folder: str | None = None
+    """The run's folder that was last given to MLflow in this process."""
 
     def start(self) -> None:
         """Go on with the run, or begin one if the server does not know it."""
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            # Folders need no database and no lock, which shared file systems often lack; MLflow 3 asks to be told.
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            mlflow.set_tracking_uri((self.tracked.run.path.parent.resolve() / "mlflow").as_uri())
+        mlflow.set_tracking_uri(self._uri())
         try:
             self._start()
         except MlflowException as error:
@@ -211,6 +210,17 @@ class MlflowSink(_FirstOnly):
                 raise
             self.record.forget()
             self._start()
+
+    def _uri(self) -> str:
+        """Return the URI that the user names, or the run's folder."""
+        named = os.environ.get("MLFLOW_TRACKING_URI")
+        # MLflow keeps the URI that it is given in the same variable: what an earlier stage left there names nothing.
+        if named and named != MlflowSink._folder:
+            return named
+        # Folders need no database and no lock, which shared file systems often lack; MLflow 3 asks to be told.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        MlflowSink._folder = (self.tracked.run.path.parent.resolve() / "mlflow").as_uri()
+        return MlflowSink._folder
 
     def _start(self) -> None:
         import mlflow
