@@ -143,14 +143,15 @@ def killed(run: Path, prepared: Path, chance: random.Random, *, inside_a_save: b
 def test_fifty_kills_change_nothing(whole, prepared, tmp_path, mutant_counts):
     """Bit for bit, as strategy and world size stay the same."""
     chance, run, hit = random.Random(4), tmp_path / "run", []
-    reached, faults = -1, 0
+    reached = -1
     for number in range(50):
         mutant_counts.begin("kills")
-        if number % 10 == 9 and checkpoint.checkpoints(run / "pretrain/checkpoints"):
+        if number % 10 == 9:
+            if not saved(run):  # on a slow machine all kills may have come before the first save was done
+                save_one(run, prepared, world_size=1, overrides=())
             suffix = chance.choice((".safetensors", "manifest.json"))
             fault = Fault(0, suffix, chance.choice((errno.EIO, errno.EACCES)), chance.randrange(4))
             meets_a_failing_read(run, prepared, tmp_path / f"told_{number}", fault)
-            faults += 1
         hit.append(killed(run, prepared, chance, inside_a_save=number % 3 == 0, world_size=1, overrides=()))
         newest = checkpoint.newest(run / "pretrain/checkpoints")
         if newest is not None:
@@ -163,7 +164,6 @@ def test_fifty_kills_change_nothing(whole, prepared, tmp_path, mutant_counts):
                 checkpoint.discard([path])
             reached = -1
         mutant_counts.end("kills", refused=False)
-    assert faults >= 3
     assert hit.count("save") >= 5, hit
     assert hit.count("step") >= 5, hit
     assert rank_processes.run(work, 1, str(run), str(prepared)) == [0]
