@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -47,13 +47,17 @@ _ROOM_WORDS = {
 }
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """Return what `read` returns; after an error that may pass, pause and call it again, as often as `PAUSES` says.
+def patiently(read: Callable[[], T], *, pauses: Sequence[float] | None = None) -> T:
+    """Return what `read` returns; after an error that may pass, pause and call it again.
+
+    Args:
+        read: reads from the disk.
+        pauses: seconds before each further call; None: `PAUSES`.
 
     Raises:
         OSError: the disk failed each time, so that the work has to stop: what it read may be whole.
     """
-    for pause in PAUSES:
+    for pause in PAUSES if pauses is None else pauses:
         try:
             return read()
         except OSError as error:

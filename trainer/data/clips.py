@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.disk_errors import PASSING
+from models.disk_errors import patiently
 from models.loudness import SilenceMeter, is_silent, level
 from models.resampling import Audio, resample
 from trainer.data.audio import encode_audio, mixed
@@ -98,14 +97,7 @@ class ClipEncoder:
         Raises:
             OSError: the disk failed several times. Such a file is not a bad one, so the work has to stop.
         """
-        for pause in _PAUSES:
-            try:
-                return self._encode(source, keep_audio)
-            except OSError as error:
-                if error.errno not in PASSING:
-                    raise
-                time.sleep(pause)
-        return self._encode(source, keep_audio)
+        return patiently(lambda: self._encode(source, keep_audio), pauses=_PAUSES)
 
     def _encode(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
         clips = ClipStore(self.spool and self.spool / f"{source.key}.clips")

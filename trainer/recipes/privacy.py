@@ -71,10 +71,10 @@ def stored_yaml(config: Config, learned: Callable[[str], bool]) -> str:
     `cluster` and `private` are there, and empty, because a run's own config has all sections. `log.notify` is not.
     """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    _remove(values, ["log", "notify"])
-    for key in flatten(config):
-        if not learned(key) and any(f"{key}.".startswith(f"{name}.") for name in config.private):
-            _remove(values, key.split("."))
+    private = tuple(f"{name}." for name in config.private)
+    hidden = [key for key in flatten(config) if f"{key}.".startswith(private) and not learned(key)]
+    for key in (*_NEVER, *hidden):
+        _remove(values, key.split("."))
     return OmegaConf.to_yaml(OmegaConf.create(_cleaned(values | {"cluster": {}, "private": []})))
 
 

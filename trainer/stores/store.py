@@ -81,7 +81,7 @@ class Store(Remote):
         """Upload a file of any size; `moved` is told how many more bytes have gone. Raises as `write` does."""
         self._make_folder(name)
         size = path.stat().st_size
-        piece = max(_PIECE, -(-size // _MOST_PARTS))
+        piece = _piece_of(size)
         options = {"chunksize": piece, **_PARTS[self.protocol]} if self.protocol in _PARTS else {}
         self._filesystem.put_file(str(path), self._path(name), callback=_Moved(moved), **options)
         tag = self._require_size(name, size)
@@ -92,7 +92,7 @@ class Store(Remote):
         """Whether a file that is there in the right size also has the right checksum, as far as the store tells it."""
         size = path.stat().st_size
         tag = self._require_size(name, size)
-        return not self.md5_tags or self._is_tag_of(path, tag, max(_PIECE, -(-size // _MOST_PARTS)))
+        return not self.md5_tags or self._is_tag_of(path, tag, _piece_of(size))
 
     def _is_tag_of(self, path: Path, tag: str, piece: int) -> bool:
         """Whether an ETag is a file's: its MD5 sum, or the sum of its parts' and how many parts there are."""
@@ -155,6 +155,11 @@ def trouble(url: str) -> str:
             f"and endpoint in its own environment or configuration (docs/checkpoints.md), or remove checkpoint.upload"
         )
     return ""
+
+
+def _piece_of(size: int) -> int:
+    """Return the bytes of a part of a file of `size` bytes, of which an object store takes a bounded number."""
+    return max(_PIECE, -(-size // _MOST_PARTS))
 
 
 def _md5(pieces: Iterable[bytes], *, each: bool = False) -> list[str]:

@@ -92,7 +92,7 @@ class Upload:
         if self._content(DONE, most=LARGEST_DOCUMENT) == (content := to_json(done, indent=1).encode()):
             return
         self.store.remove(f"{self.stage}/{DONE}")
-        self._send("export", {name: self.folder / name for name in files}, self._sizes_of(files))
+        self._send("export", {name: self.folder / name for name in files}, _sizes_of(files))
         self.documents()
         self._require_ours()
         self.store.write(f"{self.stage}/{DONE}", content)
@@ -153,7 +153,7 @@ class Upload:
         if self._content(f"{where}/{BEGUN}", most=1 << 10) != begun:  # files of another content may have these names
             self._remove(where)
             self.store.write(f"{self.stage}/{where}/{BEGUN}", begun)
-        sizes = {name: entry["bytes"] for name, entry in files.items()}
+        sizes = _sizes_of(files)
         self._send(path.name, {f"{where}/{name}": path / name for name in files}, sizes)
         before_manifest()
         there = self.store.list(f"{self.stage}/{where}")
@@ -222,15 +222,15 @@ class Upload:
         self._metas.pop(where.rpartition("/")[2], None)
         self.store.remove_folder(f"{self.stage}/{where}", first=MANIFEST)
 
-    @staticmethod
-    def _sizes_of(files: Mapping[str, Any]) -> dict[str, int]:
-        return {name: entry["bytes"] for name, entry in files.items()}
-
 
 def is_gone(folder: Path, name: str) -> bool:
     """Whether a checkpoint that was to be uploaded has been deleted from a stage's directory."""
     path = folder / "checkpoints" / name
     return not path.exists() and not is_broken_link(path)
+
+
+def _sizes_of(files: Mapping[str, Any]) -> dict[str, int]:
+    return {name: entry["bytes"] for name, entry in files.items()}
 
 
 def _folder(name: str) -> str:
