@@ -20,7 +20,7 @@ from tests.trainer.data.test_prepare import (
     run,
     write_sounds,
 )
-from tests.trainer.data.test_shards import without_checksums
+from tests.trainer.data.older_sets import without_checksums
 from trainer.data.sources import list_sources
 
 
