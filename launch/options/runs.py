@@ -1,0 +1,44 @@
+"""The commands that watch and control runs."""
+
+from __future__ import annotations
+
+from launch.number_option import add_number
+from launch.options.common import Commands, add_command
+from models.ranges import Range
+
+_TRACED = Range(least=1, most=20)  # of `trainer.log.trace_request`, whose import takes as long as all of `--help`
+
+
+def add_commands(subs: Commands) -> None:
+    """Add the commands that watch and control runs, on a cluster or on this machine."""
+    run = "directory of a run, or its name under runs/"
+    status = add_command(subs, "status", "on_runs:status", "show the state, progress and expected end of runs")
+    status.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help=f"{run}; also shows each start of its jobs (default: an overview of all runs under runs/)",
+    )
+    logs = add_command(subs, "logs", "on_runs:logs", "show the log of a run")
+    logs.add_argument("run", metavar="RUN", help=run)
+    logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")
+    add_number(logs, "--rank", Range(least=0), "rank whose log to show", without="0")
+    logs.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until Ctrl-C")
+    profile = add_command(
+        subs,
+        "profile",
+        "on_runs:profile",
+        "trace some steps of a running training, which goes on, and show the costliest kernels; "
+        "log.profile_steps=N does so for a new run",
+    )
+    profile.add_argument("run", metavar="RUN", help=run)
+    add_number(profile, "--steps", _TRACED, "number of steps to trace", default=5)
+    for name, command, help_ in (
+        ("cancel", "on_runs:cancel", "cancel all jobs of a run; training jobs save first"),
+        (
+            "requeue",
+            "on_runs:requeue",
+            "make a running job save and return to the queue; if the run has no jobs, submit it again",
+        ),
+    ):
+        add_command(subs, name, command, help_).add_argument("run", metavar="RUN", help=run)
