@@ -12,8 +12,7 @@ from trainer.evaluate.report_file import read_whole_report
 from trainer.evaluate.systems import EvaluationReport
 from trainer.page.curves import Line, read_curve, read_held_out, smoothed_loss
 from trainer.recipes.privacy import public_settings
-from trainer.recipes.reading import load_recipe
-from trainer.recipes.schema import Config
+from trainer.recipes.reading import read_stored_config
 from trainer.run_documents import metrics_lines, read_status, warn_of
 from trainer.stages import trained_stages
 
@@ -97,7 +96,7 @@ def _read(folder: Path, label: str) -> ComparedRun:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    config: Config = load_recipe(str(path), [], released=False)
+    config = read_stored_config(path)
     return {key: _without_place(value, config.run_dir) for key, value in public_settings(config).items()}
 
 
