@@ -80,6 +80,7 @@ class MetricsLine(TypedDict):
     loss_ema: NotRequired[float | None]
     loss_bins: NotRequired[list[float | None] | None]
     samples_per_second: NotRequired[float | None]
+    z_rank: NotRequired[Natural | None]
 
 
 class Incident(TypedDict):

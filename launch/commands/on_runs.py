@@ -1,4 +1,4 @@
-"""Commands that watch and control runs, on a cluster or here: `status`, `logs`, `profile`, `cancel`, `requeue`."""
+"""Commands that watch and control runs, on a cluster or here: `status`, `compare`, `logs` …"""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from trainer.file_names import printable_lines
 def status(options: argparse.Namespace) -> None:
     """Print the state and progress of runs."""
     print(printable_lines(table.report(table.resolve(options.run) if options.run else None)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print how runs differ, and write the page that compares them."""
+    # These imports need torch, which the other commands of this module do without.
+    from launch import owner
+    from trainer.compare import comparison, page, tables
+
+    compared = comparison.compare([table.resolve(run) for run in options.runs])
+    print(printable_lines(tables.text(compared)))
+    with owner.holding(options.out):
+        index = page.write_comparison(compared, options.out)
+    print(f"open {index.resolve()}", file=sys.stderr)
 
 
 def logs(options: argparse.Namespace) -> None:

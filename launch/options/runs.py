@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.number_option import add_number
-from launch.options.common import Commands, add_command
+from launch.options.common import Commands, add_command, path
 from models.ranges import Range
 
 _TRACED = Range(least=1, most=20)  # of `trainer.log.trace_request`, whose import takes as long as all of `--help`
@@ -18,6 +18,17 @@ def add_commands(subs: Commands) -> None:
         nargs="?",
         metavar="RUN",
         help=f"{run}; also shows each start of its jobs (default: an overview of all runs under runs/)",
+    )
+    compare = add_command(
+        subs, "compare", "on_runs:compare", "compare runs: settings, figures, curves and sounds, as a table and a page"
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help=f"{run}; the others are compared with the first one")
+    compare.add_argument(
+        "--out",
+        type=path,
+        default="comparison",
+        metavar="FOLDER",
+        help="folder to write the page to (default: %(default)s)",
     )
     logs = add_command(subs, "logs", "on_runs:logs", "show the log of a run")
     logs.add_argument("run", metavar="RUN", help=run)

@@ -60,17 +60,17 @@ def write_page(
     index = folder / "index.html"
     text = document(
         f"{report['recipe']} · S-PRESSO",
-        [head, *(part for _, _, part in shown), _footer(), listening.bar()],
-        style=_read(_STYLES) + figure_table.style(report) + listening.style(report, takes),
-        script=_read(_SCRIPTS),
+        [head, *(part for _, _, part in shown), footer(), listening.bar()],
+        style=read_assets(*_STYLES) + figure_table.style(report) + listening.style(report, takes),
+        script=read_assets(*_SCRIPTS),
         data_sample_rate=report["sample_rate"],
     )
     write_whole(index, text)
     return index
 
 
-def clear_page(folder: Path) -> None:
-    """Remove the recordings of an older page from its folder.
+def clear_page(folder: Path, *, by: str = "spresso page", mend: str = "set another run_dir=…") -> None:
+    """Remove the recordings of an older page from its folder; `by` is the command that writes there.
 
     Raises:
         ValueError: the folder holds an index.html, or recordings, that no page wrote.
@@ -78,10 +78,7 @@ def clear_page(folder: Path) -> None:
     index = folder / "index.html"
     foreign = [index] if index.exists() and _PAPER not in index.read_text("utf-8", errors="replace") else []
     if foreign := [*foreign, *foreign_recordings(folder)]:
-        raise ValueError(
-            f"{foreign[0]} was not written by `spresso page`, which would replace it: move it away, or set another "
-            "run_dir=…"
-        )
+        raise ValueError(f"{foreign[0]} was not written by `{by}`, which would replace it: move it away, or {mend}")
     remove_recordings(folder)
 
 
@@ -96,7 +93,8 @@ def _require_complete(report: EvaluationReport) -> None:
             )
 
 
-def _read(names: tuple[str, ...]) -> str:
+def read_assets(*names: str) -> str:
+    """Return the text of styles or scripts of the page, one after the other."""
     return "".join((_ASSETS / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -121,6 +119,7 @@ def _config_section(config_text: str) -> Html:
     return element("section", details, id="config")
 
 
-def _footer() -> Html:
+def footer() -> Html:
+    """Return the foot of the page."""
     paper = element("a", "arXiv 2602.15082", href=_PAPER)
     return element("footer", "The codec follows the S-PRESSO paper, ", paper, ".", class_="measure")

@@ -12,11 +12,15 @@ from typing import Any
 from trainer.page.html import Html, element
 from trainer.run_documents import metrics_lines, warn_of
 
-_CHART_WIDTH, _CHART_HEIGHT = 360, 240
+CHART_WIDTH, CHART_HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 352, 8, 200  # the plot's edges within the chart
 _MOST_POINTS = 300
 _MOST_LOSS = 1e30  # a larger loss, as of a run that diverges, is left out of the chart, whose scale it would overflow
 _LOG_FROM_RATIO = 8.0  # the loss axis is logarithmic if highest / lowest is at least this
+
+
+Line = list[tuple[int, float]]
+"""Points of a line: samples seen and loss."""
 
 
 @dataclass(frozen=True)
@@ -73,32 +77,53 @@ def read_curve(path: Path) -> list[Point]:
     return _thin(points)
 
 
+def read_held_out(path: Path) -> Line:
+    """Read the held-out losses of a metrics.jsonl as (samples, loss), by the same rules as `read_curve`."""
+    points: Line = []
+    lines = metrics_lines(path)
+    for line in lines:
+        loss = _finite(line.get("loss"))
+        if line["kind"] == "held_out" and loss is not None:
+            while points and points[-1][0] >= line["samples"]:
+                points.pop()
+            points.append((line["samples"], loss))
+    warn_of(lines)
+    return points
+
+
+def smoothed_loss(points: Sequence[Point]) -> Line:
+    """Return the smoothed loss as (samples, loss): the logged average, or else one that is computed here."""
+    logged = [(p.samples, p.smooth) for p in points if p.smooth is not None]
+    return logged or _smoothed([(p.samples, p.loss) for p in points if p.loss is not None])
+
+
 def loss_chart(stage: str, points: Sequence[Point]) -> Html | None:
     """Return a chart of the loss over the samples seen, or None if there are fewer than two points."""
     raw = [(p.samples, p.loss) for p in points if p.loss is not None]
-    main = [(p.samples, p.smooth) for p in points if p.smooth is not None] or _smoothed(raw)
+    main = smoothed_loss(points)
     if len(main) < 2:
         return None
     levels = max(len(p.by_noise) for p in points)
     by_noise = [[(p.samples, v) for p in points if (v := _at(p.by_noise, n)) is not None] for n in range(levels)]
-    x_axis, y_axis = _axes([main, raw, *by_noise])
+    x_axis, y_axis = axes_of([main, raw, *by_noise])
     lines = [
-        _line(line, x_axis, y_axis, "noise", f"--level: {level / max(1, levels - 1):.2f}")
+        polyline(line, x_axis, y_axis, "noise", f"--level: {level / max(1, levels - 1):.2f}")
         for level, line in enumerate(by_noise)
     ]
-    lines += [_line(raw, x_axis, y_axis, "raw"), _line(main, x_axis, y_axis, "main")]
+    lines += [polyline(raw, x_axis, y_axis, "raw"), polyline(main, x_axis, y_axis, "main")]
     last_samples, last_loss = main[-1]
-    what = f"Loss of stage {stage}: {last_loss:.3g} after {_short(last_samples)} samples"
-    view = f"0 0 {_CHART_WIDTH} {_CHART_HEIGHT}"
-    svg = element("svg", *_grid(x_axis, y_axis), *lines, viewBox=view, role="img", aria_label=what)
-    numbers = element("span", f"{last_loss:.3g} after {_short(last_samples)} samples")
+    what = f"Loss of stage {stage}: {last_loss:.3g} after {short(last_samples)} samples"
+    view = f"0 0 {CHART_WIDTH} {CHART_HEIGHT}"
+    svg = element("svg", *grid(x_axis, y_axis), *lines, viewBox=view, role="img", aria_label=what)
+    numbers = element("span", f"{last_loss:.3g} after {short(last_samples)} samples")
     return element("figure", element("figcaption", element("b", stage), numbers), svg, _legend(any(by_noise)))
 
 
 # ---- drawing
 
 
-def _axes(lines: Sequence[Sequence[tuple[int, float]]]) -> tuple[Axis, Axis]:
+def axes_of(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[Axis, Axis]:
+    """Return the axes of a chart of these lines; the vertical one is logarithmic if the values span a wide range."""
     losses = [loss for line in lines for _, loss in line]
     samples = [seen for line in lines for seen, _ in line]
     low, high = min(losses), max(losses)
@@ -108,7 +133,7 @@ def _axes(lines: Sequence[Sequence[tuple[int, float]]]) -> tuple[Axis, Axis]:
     return Axis(0, max(samples), _LEFT, _RIGHT), Axis(*bounds, _BOTTOM, _TOP, log=log)
 
 
-def _smoothed(line: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _smoothed(line: Sequence[tuple[int, float]]) -> Line:
     """Return an exponential moving average over about a twentieth of the line, corrected for its start."""
     keep = 1 - 1 / max(1, len(line) / 20)
     total, weight, smooth = 0.0, 0.0, []
@@ -118,16 +143,20 @@ def _smoothed(line: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return smooth
 
 
-def _line(points: Sequence[tuple[int, float]], x_axis: Axis, y_axis: Axis, kind: str, style: str | None = None) -> Html:
+def polyline(
+    points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis, kind: str, style: str | None = None
+) -> Html:
+    """Draw a line through points; `kind` is its class in page.css."""
     places = " ".join(f"{x_axis.place(samples):.1f},{y_axis.place(loss):.1f}" for samples, loss in points)
     return element("polyline", points=places, class_=kind, style=style)
 
 
-def _grid(x_axis: Axis, y_axis: Axis) -> list[Html]:
+def grid(x_axis: Axis, y_axis: Axis, *, title: str = "samples seen") -> list[Html]:
+    """Draw the ticks of both axes with their numbers, and the title of the horizontal one."""
     return [
         *levels(y_axis, left=_LEFT, right=_RIGHT),
-        *(element("text", _short(t), x=f"{x_axis.place(t):.1f}", y=_BOTTOM + 17, class_="x") for t in x_axis.ticks()),
-        element("text", "samples seen", x=(_LEFT + _RIGHT) / 2, y=_CHART_HEIGHT - 4, class_="x"),
+        *(element("text", short(t), x=f"{x_axis.place(t):.1f}", y=_BOTTOM + 17, class_="x") for t in x_axis.ticks()),
+        element("text", title, x=(_LEFT + _RIGHT) / 2, y=CHART_HEIGHT - 4, class_="x"),
     ]
 
 
@@ -154,7 +183,8 @@ def _round_step(step: float) -> float:
     return next(factor * decade for factor in (1, 2, 5, 10) if factor * decade >= step * 0.999)
 
 
-def _short(samples: float) -> str:
+def short(samples: float) -> str:
+    """Format a number of samples: 12800 → 12.8k."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if samples >= size:
             return f"{samples / size:.3g}{unit}"

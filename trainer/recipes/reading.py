@@ -42,9 +42,32 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
         ValueError: the recipe is not found, a key is unknown, a value does not fit, or settings contradict each other;
             the message has a line for every problem.
     """
-    from trainer.recipes.validation import problems, value_problems
+    from trainer.recipes.validation import problems
+
+    config, found = _read_config(recipe, overrides)
+    if found := [*found, *problems(config, released=released)]:
+        raise ValueError("\n".join(found))
+    return config
+
+
+def read_stored_config(path: Path) -> Config:
+    """Read the config.yaml of a run, whose data and pretrained weights need not be there any more.
+
+    Raises:
+        ValueError: the file is no config, or a value in it does not fit; the message has a line for every problem.
+    """
+    config, found = _read_config(str(path), [])
+    if found:
+        raise ValueError("\n".join(f"{path}: {line}" for line in found))
+    return config
+
+
+def _read_config(recipe: str, overrides: list[str]) -> tuple[Config, list[str]]:
+    """Read and merge a recipe; return the config, and why no D has the sizes in it. Raises ValueError."""
+    from trainer.recipes.validation import value_problems
 
     schema = OmegaConf.structured(recipe_schema())
+    sizes: list[str] = []
     try:
         layers = _layers(_read_recipe(find_recipe(recipe)), overrides)
         if strange := [line for layer in layers for line in misshapen(OmegaConf.to_container(layer))]:  # type: ignore[arg-type]
@@ -62,9 +85,7 @@ def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> 
     assert isinstance(merged, DictConfig)
     config.private = sorted({*config.private, *keys_from_environment(merged)})
     expand_homes(config)
-    if found := [*sizes, *problems(config, released=released)]:
-        raise ValueError("\n".join(found))
-    return config
+    return config, sizes
 
 
 def _problems_of_dit(sizes: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Compares runs: what differs in their settings, their figures, curves and sounds, as tables and as one page."""
