@@ -2,7 +2,8 @@
 
 A column of sounds is a struct of `bytes` and `path`. In an Arrow file a sound's bytes lie in one piece, so that its
 place is recorded and pyarrow is not needed again. In a Parquet file they are compressed with those of their row group,
-which is read from its beginning, some rows at a time: memory holds a few rows, never a row group.
+which is read from its beginning, some rows at a time: memory holds a page and a few rows. (pyarrow ends a page after
+1,024 rows, so that its own files may have row groups of one page.)
 """
 
 from __future__ import annotations
