@@ -70,21 +70,21 @@ class Bucket(Remote):
     def stored(self, name: str) -> SourceFile:
         """Return what the store tells of a file now; raises MissingFileError if it is missing, or is a folder."""
 
-        def ask() -> dict[str, Any]:
-            self._filesystem.invalidate_cache()
-            try:
-                facts = self._filesystem.info(self._path(name))
-            except FileNotFoundError as error:
-                cause = error.__cause__  # fsspec calls all failures of HTTP so
-                if isinstance(cause, TimeoutError) or (cause and type(cause).__module__.startswith("aiohttp")):
-                    raise cause from None
-                raise
-            if facts.get("type") == "directory":
-                raise MissingFileError(f"{self._named(name)} is a folder")
-            return facts
-
         with self._told(missing=False):
-            return self._stored(name, self._retry(name, ask))
+            return self._stored(name, self._retry(name, lambda: self._facts(name)))
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        self._filesystem.invalidate_cache()
+        try:
+            facts = self._filesystem.info(self._path(name))
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec calls all failures of HTTP so
+            if isinstance(cause, TimeoutError) or (cause and type(cause).__module__.startswith("aiohttp")):
+                raise cause from None
+            raise
+        if facts.get("type") == "directory":
+            raise MissingFileError(f"{self._named(name)} is a folder")
+        return facts
 
     def read(self, name: str, start: int, end: int, size: int) -> bytes:
         """Return the bytes `start` … `end` - 1 of a file of `size` bytes, in requests of a bounded size."""
@@ -97,6 +97,8 @@ class Bucket(Remote):
             if len(content) == size > end - start:  # the server ignores ranges and sent the whole file
                 content = content[start:end]
             if len(content) != end - start:
+                if self._facts(name)["size"] != size:
+                    raise MissingFileError(f"{self._named(name)} has changed since it was listed")
                 raise ConnectionError(f"{len(content)} bytes came in place of {end - start}")
             return content
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.documents import parse_json
 from models.readable import file_trouble
-from trainer.data.bucket import SourceFile, bucket_at, split_url
+from trainer.data.bucket import SourceError, SourceFile, bucket_at, split_url
 from trainer.data.find_sounds import SUFFIXES, Counts, find_files
 from trainer.data.origins import local_file, read_bytes
 from trainer.data.remote import MissingFileError, is_url
@@ -186,21 +186,31 @@ def _at_url(url: str, patience: float) -> Located:
         else:
             kind = "listed" if name.lower().endswith(MANIFESTS) else _kind_of(name)
             return Located(kind, url, {name: stored})
-    files = bucket_at(url, patience).files()
+    files = _listed(url, patience)
     if any(name.lower().endswith(SUFFIXES) and not _is_hidden(name) for name in files):
         return Located("bucket", url, files)
     containers = [name for name in files if name.lower().endswith(_CONTAINERS) and not _is_hidden(name)]
     if not containers:
-        raise ValueError(
-            f"data.audio={without_credentials(url)} holds no sound, or can't be listed: give {_KINDS}, such as "
-            f"'{without_credentials(url)}/NAME-{{000..099}}.tar'"
-        )
+        raise ValueError(f"data.audio={without_credentials(url)} holds no sound, or lists none: {_name_files(url)}")
     states = [name for name in files if posixpath.basename(name) == _STATE]
     named = _of_sets(url, containers, states, lambda name: read_bytes(files[name], 0, files[name].size, patience))
     passed_over = Counts()
     for name in files.keys() - set(containers):
         passed_over.add(posixpath.splitext(name)[1].lower() or "without suffix", name)
     return _containers(url, {name: files[name] for name in named}, containers, passed_over)
+
+
+def _listed(url: str, patience: float) -> dict[str, SourceFile]:
+    try:
+        return bucket_at(url, patience).files()
+    except SourceError as error:
+        if url.lower().startswith("http") and "is denied" in str(error):
+            raise ValueError(f"{error}; a server that lists no files: {_name_files(url)}") from error
+        raise
+
+
+def _name_files(url: str) -> str:
+    return f"give {_KINDS}, such as '{without_credentials(url)}/NAME-{{000..099}}.tar'"
 
 
 def _is_hidden(name: str) -> bool:

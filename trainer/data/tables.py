@@ -20,7 +20,7 @@ from trainer.data.arrow_places import ArrowFile, explained
 from trainer.data.bucket import SourceError, SourceFile
 from trainer.data.captions import captions_of
 from trainer.data.lazy_file import LazyFile
-from trainer.data.origins import TableCell, InMemory, Lost, Origin, Section, local_file, require_same
+from trainer.data.origins import InMemory, Lost, Origin, Section, TableCell, local_file, require_same
 from trainer.data.remote import is_url
 from trainer.data.sound_trees import Listed
 from trainer.data.sources import SoundFile
