@@ -17,6 +17,7 @@ from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.names import checkpoints
 from trainer.checkpoints.resume import was_followed
 from trainer.data.find_sounds import summary_of
+from trainer.data.locate import Asked
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.set_description import info_of
@@ -74,6 +75,12 @@ def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> s
 def audio_source(config: Config) -> str | Path:
     """Return what holds the user's sounds, or the folder of the sounds that `synth` makes."""
     return config.data.audio if config.data.audio is not None else stage_folder(config, "audio")
+
+
+def asked_sounds(config: Config) -> Asked:
+    """Return what the recipe says of its sounds."""
+    data, own = config.data, (Path(config.run_dir), Path(config.data.latents))
+    return Asked(audio_source(config), data.audio_column, data.caption_column, data.cache.patience, own)
 
 
 def shared_latents(config: Config) -> bool:
@@ -153,7 +160,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             )
 
         report = prepare(
-            audio_source(config),
+            asked_sounds(config),
             Path(config.data.latents),
             factory,
             embedder_factory(config.text),
@@ -165,10 +172,6 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             shard_mb=config.data.shard_mb,
             part=part,
             parts=parts,
-            own=[Path(config.run_dir)],
-            audio_column=config.data.audio_column,
-            caption_column=config.data.caption_column,
-            patience=config.data.cache.patience,
             progress=show,
             sole=functools.partial(
                 owner.holding,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _STATE = "state.json"
 _CACHED = re.compile(r"cache-[^/]*\.arrow|tmp[^/]*\.arrow")
 """Intermediate results of `datasets` beside the set itself."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _SPLIT = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./]|$)")
 _MOST_PLACES, _MOST_TROUBLES = 1_000_000, 5
 _KINDS = (
@@ -73,24 +73,24 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ValueError: they are too many.
     """
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if bounds := _RANGE.fullmatch(match[1]):
+    parts, at, count = list[Sequence[str]](), 0, 1
+    for match in _BRACES.finditer(pattern):
+        parts += [[pattern[at : match.start()]], _choices(match[1])]
+        at, count = match.end(), count * len(parts[-1])
+        if count > _MOST_PLACES:
+            raise ValueError(f"data.audio={pattern} stands for more than {_MOST_PLACES:,} places: give a folder")
+    return ["".join(chosen) for chosen in itertools.product(*parts, [pattern[at:]])]
+
+
+def _choices(text: str) -> Sequence[str]:
+    """Return what the text in a pair of braces stands for."""
+    if bounds := _RANGE.fullmatch(text):
         first, last = int(bounds[1]), int(bounds[2])
         step, width = 1 if first <= last else -1, len(bounds[1]) if bounds[1][0] == "0" else 0
-        if abs(last - first) >= _MOST_PLACES:
-            raise ValueError(f"data.audio={pattern} stands for more than {_MOST_PLACES:,} places: give a folder")
-        chosen: Iterable[str] = (f"{number:0{width}d}" for number in range(first, last + step, step))
-    elif "," in match[1]:
-        chosen = match[1].split(",")
-    else:
-        return [pattern]
-    filled = (f"{pattern[: match.start()]}{text}{pattern[match.end() :]}" for text in chosen)
-    found = list(itertools.islice((one for text in filled for one in expand_braces(text)), _MOST_PLACES + 1))
-    if len(found) > _MOST_PLACES:
-        raise ValueError(f"data.audio={pattern} stands for more than {_MOST_PLACES:,} places: give a folder")
-    return found
+        if abs(last - first) > _MOST_PLACES:
+            return [""] * (_MOST_PLACES + 1)
+        return [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    return text.split(",") if "," in text else [f"{{{text}}}"]
 
 
 def places(audio: str | Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -20,18 +21,19 @@ import msgspec
 from models.atomic_write import replacing
 from models.documents import damaged
 from models.regular_file import open_regular
-from trainer.data.find_sounds import Counts
+from trainer.data.find_sounds import SUFFIXES, Counts, find_sounds
 from trainer.data.list_places import Sound, list_place
 from trainer.data.locate import Asked, Located, locate, splits_of
 from trainer.data.origins import Origin
 from trainer.data.remote import is_url
 from trainer.data.shard_plan import sources_fingerprint
 from trainer.data.sources import Keys, SoundFile, Sources, find_sources
+from trainer.data.tables import ParquetRows
 from trainer.file_names import printable
 
 _RECORD = "sounds.jsonl"
 _MEND = "remove it, and the sounds are listed again"
-_MOST_NAMED = 10_000
+_MOST_NAMED, _FEW = 10_000, 3
 _SPLITS_TOGETHER = (
     "splits that are used together, as data.holdout chooses what is held out; name the files of one to use it alone"
 )
@@ -121,13 +123,30 @@ def open_sources(asked: Asked) -> AllSources:
 
 
 def describe(asked: Asked) -> str:
-    """Return what the recipe names in a line: kinds, files, bytes."""
+    """Return what the recipe names in a line: kinds, files, bytes, and how many sounds if that is known at once.
+
+    Raises:
+        ValueError, SourceError: see `locate`.
+    """
     located = locate(asked)
-    kinds = Counter(one.kind for one in located)
-    files = [stored for one in located for stored in one.files.values()]
+    kinds, files = Counter(one.kind for one in located), [file for one in located for file in one.files.values()]
     what = ", ".join(f"{count} × {_WORDS[kind]}" if count > 1 else _WORDS[kind] for kind, count in kinds.items())
     size = f", {len(files):,} file(s) of {sum(file.size for file in files) / 2**30:,.2f} GiB" if files else ""
-    return f"{printable(', '.join(one.told for one in located[:3]))}{' …' if len(located) > 3 else ''}: {what}{size}"
+    counts = [_count(one, asked) for one in located]
+    sounds = f", {sum(filter(None, counts)):,} sounds" if None not in counts else ""
+    told = printable(", ".join(one.told for one in located[:_FEW]))
+    return f"{told}{' …' if len(located) > _FEW else ''}: {what}{size}{sounds}"
+
+
+def _count(one: Located, asked: Asked) -> int | None:
+    """Return the number of sounds in a place if it is known without reading much; else None."""
+    if one.kind == "folder":
+        return len(find_sounds(Path(one.place), own=asked.own).files)
+    if one.kind == "bucket":
+        return sum(name.lower().endswith(SUFFIXES) for name in one.files)
+    if one.kind == "tables" and len(one.files) <= _FEW and all(name.lower().endswith(".parquet") for name in one.files):
+        return sum(sum(ParquetRows(file, asked.patience).groups) for file in one.files.values())
+    return None
 
 
 _WORDS = {
@@ -174,22 +193,42 @@ def _unique_names(sounds: list[Sound]) -> list[str]:
 
 
 def _write_record(path: Path, sources: Sources) -> None:
-    encoder = msgspec.json.Encoder()
+    """Write a header, a line for each sound, and a hash of all these lines."""
+    digest, encoder = blake2b(digest_size=16), msgspec.json.Encoder()
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(encoder.encode(_Header(sources.passed_over.report(), sources.captions.report())) + b"\n")
-        for source in sources.files:
-            row = _Row(source.name, source.key, source.caption, dict(source.facts), source.origin, str(source.path))
-            file.write(encoder.encode(row) + b"\n")
+
+        def write(row: _Header | _Row) -> None:
+            line = encoder.encode(row) + b"\n"
+            digest.update(line)
+            file.write(line)
+
+        write(_Header(sources.passed_over.report(), sources.captions.report()))
+        for one in sources.files:
+            write(_Row(one.name, one.key, one.caption, dict(one.facts), one.origin, str(one.path)))
+        file.write(digest.hexdigest().encode())
 
 
 def _read_record(path: Path) -> Sources:
-    header, decoder, files = None, msgspec.json.Decoder(_Row), []
     with os.fdopen(open_regular(path), "rb") as file:
         try:
-            header = msgspec.json.decode(file.readline(), type=_Header)
-            for line in file:
-                row = decoder.decode(line)
-                files.append(SoundFile(Path(row.path), row.name, row.key, row.caption, row.facts, row.origin))
-            return Sources(files, Counts.of(header.passed_over), Counts.of(header.captions))
-        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
+            return _sources_in(file)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise damaged(path, error, _MEND) from None
+
+
+def _sources_in(lines: Iterable[bytes]) -> Sources:
+    """Return the sources of a record; raises ValueError, KeyError or TypeError if it is damaged."""
+    digest, decoder, header = blake2b(digest_size=16), msgspec.json.Decoder(_Row), b""
+    files: list[SoundFile] = []
+    for line in lines:
+        if not line.endswith(b"\n"):
+            if line != digest.hexdigest().encode():
+                break
+            found = msgspec.json.decode(header, type=_Header)
+            return Sources(files, Counts.of(found.passed_over), Counts.of(found.captions))
+        if header:
+            row = decoder.decode(line)
+            files.append(SoundFile(Path(row.path), row.name, row.key, row.caption, row.facts, row.origin))
+        header = header or line
+        digest.update(line)
+    raise ValueError("its lines are not those of its checksum")

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from models.disk_errors import NO_FILE, patiently
+from models.documents import Natural
 from models.regular_file import Bytes, WatchedBytes, WatchedFile
 from trainer.data.bucket import SourceError, SourceFile, bucket_at, split_url
 from trainer.data.remote import MissingFileError, is_url
@@ -26,8 +27,8 @@ class Section(msgspec.Struct, frozen=True, tag="section"):
     where: str
     """The sound's place, for people."""
     stored: SourceFile
-    start: int
-    size: int
+    start: Natural
+    size: Natural
 
 
 class TableCell(msgspec.Struct, frozen=True, tag="cell"):
@@ -36,8 +37,8 @@ class TableCell(msgspec.Struct, frozen=True, tag="cell"):
     where: str
     stored: SourceFile
     column: str
-    group: int
-    row: int
+    group: Natural
+    row: Natural
     """The number of the row in the row group."""
     path: str
     """The file that the row names; read if the row has no bytes."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -72,7 +72,7 @@ class Tally:
 
 
 def prepare(
-    audio: Path | str,
+    sounds: Asked,
     out: Path,
     make_ae: Callable[[], AudioEncoder],
     make_embedder: Callable[[], Embedder] | None = None,
@@ -85,10 +85,6 @@ def prepare(
     shard_mb: float = 64,
     part: int = 0,
     parts: int = 1,
-    own: Iterable[Path] = (),
-    audio_column: str | None = None,
-    caption_column: str | None = None,
-    patience: float = 600.0,
     progress: Callable[[Tally], None] | None = None,
     sole: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext,
 ) -> PrepareReport | None:
@@ -99,7 +95,7 @@ def prepare(
     common level, and its gain is stored. Silence and unreadable files are left out and reported in `OUT/report.json`.
 
     Args:
-        audio: the folder of sound files, or a manifest, or a text that names others (`trainer.data.locate`).
+        sounds: what holds the sounds; none are looked for in `out`.
         out: the folder for the sets.
         make_ae: makes the autoencoder, in this process and in each worker; must be picklable.
         make_embedder: makes the embedder of captions, likewise; None makes sets without text.
@@ -112,10 +108,6 @@ def prepare(
         shard_mb: the maximum size of a shard in MiB; only a single clip that is larger may exceed it.
         part: the part of the job to do, 0 … parts - 1.
         parts: the number of parts of the job, which may run at the same time.
-        own: directories of the run, in which no sounds are looked for, besides `out`.
-        audio_column: the column of sounds in tables; None: the only one.
-        caption_column: the column of captions in tables; None: `CAPTION_COLUMNS`.
-        patience: seconds to repeat a failing request to a server for.
         progress: called after each file.
         sole: gives this part of the work in `out` to this process alone for as long as it writes; the function that it
             yields raises ValueError if another process is at another part.
@@ -132,7 +124,7 @@ def prepare(
     ae, embedder = make_ae(), make_embedder and make_embedder()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
-    sources = open_sources(Asked(audio, audio_column, caption_column, patience, (*own, out)))
+    sources = open_sources(replace(sounds, own=(*sounds.own, out)))
     settings: dict[str, Any] = {
         "ae": ae.identity(),
         "clip_seconds": clip_seconds,
@@ -152,15 +144,15 @@ def prepare(
                 return report
             _begin(out, settings | _division(sources), require_alone)
             found = sources.listed(out / WORK)
-            seconds = durations(found.files, out / WORK / "durations.json", patience)
+            seconds = durations(found.files, out / WORK / "durations.json", sounds.patience)
         units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
         mine = units[part::parts]
         tally = Tally(sum(len(unit.sources) for unit in mine))
         missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
         # Encode the missing units of this part.
-        cells = Cells(patience)
+        cells = Cells(sounds.patience)
         tasks = ((cells.loaded(source), unit.split == "test") for unit in missing for source in unit.sources)
-        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / WORK, patience=patience)
+        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / WORK, patience=sounds.patience)
         encoded = encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)
         with closing(encoded) as files, closing(cells):
             for unit in missing:

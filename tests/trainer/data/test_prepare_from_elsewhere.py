@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from tests.trainer.data.test_prepare import (
 )
 from trainer.data import tables
 from trainer.data.bucket import SourceError
-from trainer.data.locate import Asked
+from trainer.data.locate import Asked, expand_braces
 from trainer.data.mixed_sources import open_sources
 
 COUNT = 20
@@ -511,3 +512,33 @@ def test_the_command_takes_a_table(sounds, tmp_path, capsys):
     command = ["prepare", "tiny", f"data.audio={path}", f"run_dir={tmp_path / 'run'}", "data.workers=1"]
     assert main([*command, "data.holdout=0.5"]) == 0
     assert f"{COUNT} files" in capsys.readouterr().err
+    assert main(["plan", "tiny", *command[2:]]) == 0
+    assert f"prepare: {path}: tables of sounds, 1 file(s) of 0.00 GiB, {COUNT} sounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("audio", "said"), [
+    ("gone-{0..2}.tar", r"gone-0\.tar is missing: give a folder of sounds, a manifest \(\.jsonl, \.csv\), a tar"),
+    ("a.tar.gz", "a.tar.gz is compressed, which rules out random access: unpack it"),
+    ("a.xyz", "a.xyz is neither: give a folder of sounds"),
+    ("s-{0..9999999}.tar", "stands for more than 1,000,000 places: give a folder"),
+    ("{a,b}-{0..9}-{0..9}-{0..999}-{0..999}.tar", "stands for more than 1,000,000 places: give a folder"),
+])  # fmt: skip
+def test_what_holds_no_sounds_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys, audio, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tar.gz", "a.xyz"):
+        (tmp_path / name).touch()
+    assert main(["prepare", "tiny", f"data.audio={audio}", "data.workers=1"]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_braces_stand_for_what_they_do_in_a_shell():
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}/{2..0}") == ["x/2", "x/1", "x/0", "y/2", "y/1", "y/0"]
+    assert expand_braces("a{b}{}") == ["a{b}{}"]
+
+
+def test_a_folder_of_tars_and_tables_is_not_clear(sounds, tmp_path):
+    as_tars(sounds, tmp_path / "other")
+    write_parquet(tmp_path / "other/a.parquet", table_of(rows_of(sounds)))
+    with pytest.raises(ValueError, match=r"other holds tars and tables, .*: give one of them, such as '\S+/NAME-\{000"):
+        run(tmp_path / "other", tmp_path / "out")
