@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tarfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -37,7 +35,7 @@ from trainer.checkpoints.manifest import digest
 from trainer.data import mixed_sources, prepare, prepare_report, shard_plan
 from trainer.data.find_sounds import Counts
 from trainer.data.locate import Asked
-from trainer.data.mixed_sources import AllSources, open_sources
+from trainer.data.mixed_sources import AllSources
 from trainer.data.origins import Lost
 from trainer.data.reader import Damage
 from trainer.data.set_content import Content
@@ -206,8 +204,6 @@ def goes_on_preparing() -> None:
     prepare._begin(Path("work"), {"ae": "x", "seed": 0}, None)
     if prepare._count_if_done(Path("work"), unit, prepare.Tally(1)):
         prepare._record(Path("work"), unit)
-    with closing(tarfile.open("sounds.tar", "w")):
-        open_sources(Asked("sounds.tar")).listed(Path("work/.prepare"))
     shard_plan.durations([SoundFile(Path("a.wav"), "a.wav", "a", "")], Path("work/.prepare/durations.json"))
 
 
@@ -259,7 +255,11 @@ KINDS: dict[str, Kind] = {
     "report.json": Kind("latents/report.json", is_prepared),
     "settings.json": Kind("../../work/.prepare/settings.json", goes_on_preparing),
     "durations.json": Kind("../../work/.prepare/durations.json", goes_on_preparing),
-    "sounds.jsonl": Kind("../../work/.prepare/sounds.jsonl", goes_on_preparing, LinesDocument),
+    "sounds.jsonl": Kind(
+        "../../work/.prepare/sounds.jsonl",
+        lambda: mixed_sources._read_record(Path("work/.prepare/sounds.jsonl")),
+        LinesDocument,
+    ),
     "train-00000.json": Kind("../../work/.prepare/train-00000.json", goes_on_preparing),
     "damaged.jsonl": Kind("../../damaged.jsonl", is_noted, LinesDocument),
     "synth.json": Kind("../../sounds/synth.json", lambda: write_sounds(Path("sounds"), hours=1e-9, seed=0)),

@@ -205,7 +205,7 @@ def _write_record(path: Path, sources: Sources) -> None:
         write(_Header(sources.passed_over.report(), sources.captions.report()))
         for one in sources.files:
             write(_Row(one.name, one.key, one.caption, dict(one.facts), one.origin, str(one.path)))
-        file.write(digest.hexdigest().encode())
+        file.write(encoder.encode(digest.hexdigest()))
 
 
 def _read_record(path: Path) -> Sources:
@@ -222,7 +222,7 @@ def _sources_in(lines: Iterable[bytes]) -> Sources:
     files: list[SoundFile] = []
     for line in lines:
         if not line.endswith(b"\n"):
-            if line != digest.hexdigest().encode():
+            if line != msgspec.json.encode(digest.hexdigest()):
                 break
             found = msgspec.json.decode(header, type=_Header)
             return Sources(files, Counts.of(found.passed_over), Counts.of(found.captions))
