@@ -170,14 +170,16 @@ def test_several_places_are_one_set(sounds, tmp_path):
     assert {"sound00", "sound00-2", "sound00-3"} < keys
 
 
-def test_sets_are_recognized_by_their_bytes_after_a_copy(sounds, tmp_path):
-    source = write_parquet(tmp_path / "a.parquet", table_of(rows_of(sounds)))
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_sets_are_recognized_by_their_bytes_after_a_copy(sounds, tmp_path, kind):
+    source = Path(SOURCES[kind](sounds, tmp_path / "other"))
     first = run(source, tmp_path / "out")
     os.utime(source)
     assert run(source, tmp_path / "out").content == first.content
-    table = table_of([*rows_of(sounds)[1:], rows_of(sounds)[0]])
-    write_parquet(source, table.slice(0, COUNT - 1))
-    with pytest.raises(ValueError, match=r"\(files\), as \S+a\.parquet has changed: remove it"):
+    content = (sounds / "sound03.wav").read_bytes()
+    (sounds / "sound03.wav").write_bytes(content[:-2] + b"\1\2")  # as many bytes as before
+    SOURCES[kind](sounds, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"\(files\), as \S+\.(tar|parquet) has changed: remove it"):
         run(source, tmp_path / "out")
 
 
