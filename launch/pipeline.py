@@ -17,6 +17,7 @@ from models.backbones.pretrained import load_autoencoder
 from trainer.checkpoints.names import checkpoints
 from trainer.checkpoints.resume import was_followed
 from trainer.data.find_sounds import summary_of
+from trainer.data.locate import Asked
 from trainer.data.prepare import Tally, prepare
 from trainer.data.remote import is_url
 from trainer.data.set_description import info_of
@@ -71,9 +72,15 @@ def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> s
     return "done"
 
 
-def audio_folder(config: Config) -> Path:
-    """Return the folder or manifest of the user's sounds, or the folder of the sounds that `synth` makes."""
-    return Path(config.data.audio) if config.data.audio is not None else stage_folder(config, "audio")
+def audio_source(config: Config) -> str | Path:
+    """Return what holds the user's sounds, or the folder of the sounds that `synth` makes."""
+    return config.data.audio if config.data.audio is not None else stage_folder(config, "audio")
+
+
+def asked_sounds(config: Config) -> Asked:
+    """Return what the recipe says of its sounds."""
+    data, own = config.data, (Path(config.run_dir), Path(config.data.latents))
+    return Asked(audio_source(config), data.audio_column, data.caption_column, data.cache.patience, own)
 
 
 def shared_latents(config: Config) -> bool:
@@ -81,7 +88,7 @@ def shared_latents(config: Config) -> bool:
     needed = ("test",) if config.data.mix else ("train", "test")
     return (
         config.data.audio is None
-        and not audio_folder(config).exists()
+        and not stage_folder(config, "audio").exists()
         and (
             is_url(config.data.latents)
             or all((Path(config.data.latents) / split / "set.json").is_file() for split in needed)
@@ -113,7 +120,9 @@ def synth(config: Config) -> None:
     if shared_latents(config):
         say(f"  skipped: {config.data.latents} holds latents")
         return
-    synthesize(audio_folder(config), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers)
+    synthesize(
+        stage_folder(config, "audio"), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers
+    )
 
 
 def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
@@ -151,7 +160,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             )
 
         report = prepare(
-            audio_folder(config),
+            asked_sounds(config),
             Path(config.data.latents),
             factory,
             embedder_factory(config.text),
@@ -163,7 +172,6 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             shard_mb=config.data.shard_mb,
             part=part,
             parts=parts,
-            own=[Path(config.run_dir)],
             progress=show,
             sole=functools.partial(
                 owner.holding,

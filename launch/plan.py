@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from launch.pipeline import asked_sounds
 from launch.plan_memory import memory
 from launch.rank_count import batch_advice, ranks_of, sharding_advice
 from launch.slurm import submit
 from models.backbones.pretrained import latent_timing
 from trainer.checkpoints.disk_space import checkpoint_bytes
 from trainer.checkpoints.names import checkpoints
+from trainer.data.mixed_sources import describe
 from trainer.formatting import size
 from trainer.recipes.ranges import with_ranges
 from trainer.recipes.schema import Config
@@ -17,6 +20,8 @@ from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES
 from trainer.stores.store import trouble
+
+_PATIENCE = 20.0  # seconds for the server of the sounds to answer
 
 
 def plan(config: Config) -> Iterator[str]:
@@ -51,7 +56,7 @@ def _stages(config: Config) -> list[str]:
     lines = []
     for stage in config.stages:
         if not STAGES[stage].trained:
-            lines.append(f"{stage}")
+            lines.append(f"{stage}: {_sounds(config)}" if stage == "prepare" and config.data.audio else f"{stage}")
             continue
         settings, (ranks, micro) = config.stage(stage), ranks_of(config, stage)
         steps = -(-settings.samples // settings.global_batch)
@@ -63,6 +68,14 @@ def _stages(config: Config) -> list[str]:
         advice = batch_advice(config, stage) + sharding_advice(config, stage)
         lines += [f"  ! {line}" for line in advice]
     return lines
+
+
+def _sounds(config: Config) -> str:
+    """Return what holds the sounds, or why it can't be told."""
+    try:
+        return describe(replace(asked_sounds(config), patience=_PATIENCE))
+    except (ValueError, OSError) as error:
+        return f"! {error}"
 
 
 def _codec(config: Config) -> list[str]:

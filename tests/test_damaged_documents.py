@@ -32,13 +32,17 @@ from tests.damage import Document, Folder, LinesDocument, YamlDocument, watched
 from tests.mutant_counts import MutantCounts
 from trainer.checkpoints import checkpoint, inventory, resume
 from trainer.checkpoints.manifest import digest
-from trainer.data import prepare, shard_plan
+from trainer.data import mixed_sources, prepare, prepare_report, shard_plan
+from trainer.data.find_sounds import Counts
+from trainer.data.locate import Asked
+from trainer.data.mixed_sources import AllSources
+from trainer.data.origins import Lost
 from trainer.data.reader import Damage
 from trainer.data.set_content import Content
 from trainer.data.set_description import info_of
 from trainer.data.shard_set import open_set
 from trainer.data.shards import DamagedSample
-from trainer.data.sources import SoundFile
+from trainer.data.sources import SoundFile, Sources
 from trainer.data.synth.dataset import write_sounds
 from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import _key_in, write_listening_test
@@ -190,7 +194,8 @@ def is_decoded() -> None:
 
 def is_prepared() -> None:
     settings = json.loads((OLD / "latents/report.json").read_text())["settings"]
-    if report := prepare._finished(RUN / "latents", settings, Path("sounds"), Content([], None)):
+    sources = AllSources(Asked("sounds"), [], Path("sounds"), "", Sources([], Counts(), Counts()))
+    if report := prepare_report.finished(RUN / "latents", settings, sources, Content(sources, None)):
         assert report.clips["train"] + report.clips["test"] >= 0
 
 
@@ -250,6 +255,11 @@ KINDS: dict[str, Kind] = {
     "report.json": Kind("latents/report.json", is_prepared),
     "settings.json": Kind("../../work/.prepare/settings.json", goes_on_preparing),
     "durations.json": Kind("../../work/.prepare/durations.json", goes_on_preparing),
+    "sounds.jsonl": Kind(
+        "../../work/.prepare/sounds.jsonl",
+        lambda: mixed_sources._read_record(Path("work/.prepare/sounds.jsonl")),
+        LinesDocument,
+    ),
     "train-00000.json": Kind("../../work/.prepare/train-00000.json", goes_on_preparing),
     "damaged.jsonl": Kind("../../damaged.jsonl", is_noted, LinesDocument),
     "synth.json": Kind("../../sounds/synth.json", lambda: write_sounds(Path("sounds"), hours=1e-9, seed=0)),
@@ -298,6 +308,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
             }
         )
         Path("work/train").mkdir()
+        source = SoundFile(Path("a.wav"), "a.wav", "a", "a bell", {}, Lost("a.tar member a.wav", "is a link"))
+        mixed_sources._write_record(Path("work/.prepare/sounds.jsonl"), Sources([source], Counts(), Counts()))
         Path("work/train/00000-00000.tar").touch()
         EncodeRecord().add(Path("streams/a.spr"), "c0ffee00", [1, 2, 3], "c0ffee", "codec")
         Path("damaged.jsonl").write_text('{"set": "set", "sample": 1, "reason": "x"}\n' * 3)

@@ -25,6 +25,7 @@ from tests.trainer.data.test_prepare import FakeAE, contents, noise
 from tests.trainer.data.test_shards import write_set
 from trainer.data import clips, shard_set
 from trainer.data.index import index_folder
+from trainer.data.locate import Asked
 from trainer.data.prepare import prepare
 from trainer.data.shard_set import ShardSet, open_set
 from trainer.data.stream import LatentStream
@@ -81,7 +82,7 @@ def make_manifest(folder: Path) -> None:
 
 def do_prepare(folder: Path, *, audio: str = "audio") -> object:
     options = {"clip_seconds": 0.5, "holdout": 0.4, "seed": 0, "shard_mb": 0.01}
-    prepare(folder / audio, folder / "out", FakeAE, lambda: TextFiles(folder / "text", tokens=4), **options)
+    prepare(Asked(folder / audio), folder / "out", FakeAE, lambda: TextFiles(folder / "text", tokens=4), **options)
     return contents(folder / "out")
 
 

@@ -11,15 +11,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from launch.pipeline import say
+from launch.pipeline import asked_sounds, say
 from launch.slurm.job_script import Job, flags
 from models.readable import describe_os_error
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.disk_space import checkpoint_bytes
 from trainer.checkpoints.manifest import OtherFormatError
 from trainer.checkpoints.names import checkpoints
+from trainer.data.mixed_sources import describe
 from trainer.formatting import size
 from trainer.recipes.cluster import option_name
 from trainer.recipes.schema import Config
@@ -30,6 +32,7 @@ from trainer.stores.store import trouble
 
 _AT_ONCE = 15  # seconds to wait for a free node
 _PATIENCE = 180.0  # seconds for the check on the node, which imports torch
+_SERVER_PATIENCE = 20.0  # seconds for the server of the sounds to answer
 _WHERE = ("gres", "reservation", "nodelist", "exclude")  # options of sbatch that select nodes
 
 
@@ -66,6 +69,11 @@ def _data(config: Config, stages: Sequence[str]) -> Iterator[str]:
     if STAGES[stages[0]].trained:
         try:
             stage_inputs(config, stages[0])
+        except (ValueError, OSError) as error:
+            yield str(error)
+    elif stages[0] == "prepare" and config.data.audio is not None:
+        try:
+            describe(replace(asked_sounds(config), patience=_SERVER_PATIENCE))
         except (ValueError, OSError) as error:
             yield str(error)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.data.test_prepare import FakeAE, run, write_sounds
+from trainer.data.locate import Asked
 from trainer.data.prepare import prepare
 from trainer.data.text_embeddings import TextFiles
 
@@ -96,7 +97,7 @@ def test_copied_embeddings_are_the_same_text(sounds, tmp_path):
     make = Embeddings(text)
 
     def again() -> dict[str, str]:
-        report = prepare(sounds, tmp_path / "out", FakeAE, make, clip_seconds=0.5, holdout=0.5, seed=0)
+        report = prepare(Asked(sounds), tmp_path / "out", FakeAE, make, clip_seconds=0.5, holdout=0.5, seed=0)
         assert report is not None
         return report.content
 

@@ -24,6 +24,7 @@ from models.autoencoder import SpectralAE
 from tests.recorded import recorded_sounds
 from trainer.data.clip_store import ClipStore
 from trainer.data.groups import held_out
+from trainer.data.locate import Asked
 from trainer.data.prepare import PrepareReport, Tally, prepare
 from trainer.data.shard_set import ShardSet
 from trainer.data.sound_reader import SoundReader
@@ -76,9 +77,10 @@ def write_sounds(folder: Path, seconds: dict[str, float]) -> Path:
     return folder
 
 
-def run(audio: Path, out: Path, make_ae: Callable[[], Any] = FakeAE, **options: Any) -> PrepareReport:
+def run(audio: Path | str, out: Path, make_ae: Callable[[], Any] = FakeAE, **options: Any) -> PrepareReport:
     options = {"clip_seconds": 0.5, "holdout": 0.2, "seed": 0, **options}
-    return prepare(audio, out, make_ae, **options)
+    of_sounds = {name: options.pop(name) for name in ("audio_column", "caption_column", "patience") if name in options}
+    return prepare(Asked(audio, own=tuple(options.pop("own", ())), **of_sounds), out, make_ae, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -173,7 +175,7 @@ def test_the_spectral_autoencoder_on_recorded_sounds(tmp_path, tmp_path_factory)
     outs = [tmp_path / "out1", tmp_path / "out2"]
     for workers, out in enumerate(outs, 1):
         options: dict[str, Any] = {"clip_seconds": 1.0, "holdout": 0.15, "seed": 1, "shard_mb": 2}
-        report = prepare(tmp_path / "audio", out, SpectralAE, workers=workers, **options)
+        report = prepare(Asked(tmp_path / "audio"), out, SpectralAE, workers=workers, **options)
     assert contents(outs[0]) == contents(outs[1])
     assert report.files == len(sounds)
     train, test = ShardSet(outs[0] / "train"), ShardSet(outs[0] / "test")
