@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.number_option import add_number
-from launch.options.common import Commands, add_command
+from launch.options.common import Commands, add_command, path
 from models.ranges import Range
 
 _TRACED = Range(least=1, most=20)  # of `trainer.log.trace_request`, whose import takes as long as all of `--help`
@@ -19,6 +19,26 @@ def add_commands(subs: Commands) -> None:
         metavar="RUN",
         help=f"{run}; also shows each start of its jobs (default: an overview of all runs under runs/)",
     )
+    add_number(
+        status,
+        "--watch",
+        Range(least=1, most=86_400),
+        "seconds after which the table is shown anew, in place on a terminal, until Ctrl-C; otherwise it is printed at "
+        "each change",
+        kind=float,
+        without="shown once; 5 without a number",
+        bare=5.0,
+    )
+    dashboard = add_command(
+        subs,
+        "dashboard",
+        "on_runs:dashboard",
+        "serve a page that follows all runs, to this machine alone, until Ctrl-C",
+    )
+    dashboard.add_argument(
+        "folder", nargs="?", metavar="FOLDER", type=path, help="folder of runs (default: runs)", default=path("runs")
+    )
+    add_number(dashboard, "--port", Range(least=0, most=65_535), "port", without="8017, or a free one if it is taken")
     logs = add_command(subs, "logs", "on_runs:logs", "show the log of a run")
     logs.add_argument("run", metavar="RUN", help=run)
     logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")
