@@ -43,8 +43,8 @@ class CurveStore:
         done = file.refresh(seconds=_READING)
         with file.lock:
             rows = {kind: len(table.samples) for kind, table in file.tables.items()}
-            strides = "".join(str(table.stride) for table in file.tables.values())
-            state = f"{file.generation}.{strides}"
+            merged = sum(table.stride - 1 for table in file.tables.values())
+            state = f"{file.generation}.{merged}"
             before = _rows_before(since, state)
             later = before is not None and sum(rows.values()) - sum(before.values()) <= 2 * width
             begin = before if later and before is not None else {}

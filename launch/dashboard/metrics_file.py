@@ -29,7 +29,7 @@ from trainer.log.trackers.events import curves_of
 from trainer.run_documents import MetricsLine
 
 MOST_ROWS = 1 << 20
-"""Lines of a kind that are kept one by one. Of more, each pair becomes one point, by turns the lower and the higher."""
+"""Lines of a kind that are kept one by one. Of more, the lowest and the highest of each few are kept."""
 _PIECE = 1 << 20  # bytes that are read at once
 _LONGEST = 1 << 20  # bytes of a line; a longer one counts as damaged
 _GENERATIONS = count(1)
@@ -46,7 +46,8 @@ class Table:
     curves: dict[str, array[float]] = field(default_factory=dict)
     """Curve → its values as float32; NaN where a line lacks it."""
     stride: int = 1
-    """Lines for each row."""
+    """Lines for each of the first `merged` rows; the others stand for one line each."""
+    merged: int = 0
 
     def add(self, samples: int, time: float, values: Mapping[str, float]) -> None:
         """Append a row."""
@@ -58,7 +59,7 @@ class Table:
         self.samples.append(samples)
         self.times.append(time)
         if len(self.samples) >= MOST_ROWS:
-            self._halve()
+            self._thin()
 
     def cut(self, rows: int) -> None:
         """Keep the first rows."""
@@ -67,16 +68,26 @@ class Table:
             del column[rows:]
         self.curves = {name: column for name, column in self.curves.items() if not np.isnan(column).all()}
 
-    def _halve(self) -> None:
-        """Let each pair of rows become one, so that peaks of both signs stay visible."""
-        self.samples, self.times = self.samples[1::2], self.times[1::2]
+    def _thin(self) -> None:
+        """Merge the newest rows as the older ones were merged; if many remain, merge all of them further."""
+        if self.stride > 1:
+            self._merge(self.merged, self.stride)
+        if len(self.samples) > MOST_ROWS // 2:
+            self._merge(0, 2)
+            self.stride *= 2
+
+    def _merge(self, begin: int, size: int) -> None:
+        """Let each `2 · size` rows from `begin` on become two, with the lowest and the highest value of each curve."""
+        groups = (len(self.samples) - begin) // (2 * size)
+        end = begin + groups * 2 * size
+        places = slice(begin + size - 1, end, size)
+        self.samples = self.samples[:begin] + self.samples[places] + self.samples[end:]
+        self.times = self.times[:begin] + self.times[places] + self.times[end:]
         for name, column in self.curves.items():
-            pairs = np.array(column, np.float32).reshape(-1, 2)
-            kept = np.where(
-                np.arange(len(pairs)) % 2, np.fmax(pairs[:, 0], pairs[:, 1]), np.fmin(pairs[:, 0], pairs[:, 1])
-            )
-            self.curves[name] = array("f", np.asarray(kept, np.float32).tobytes())
-        self.stride *= 2
+            parts = np.array(column[begin:end], np.float32).reshape(groups, 2 * size)
+            both = np.stack([np.fmin.reduce(parts, axis=1), np.fmax.reduce(parts, axis=1)], axis=1)
+            self.curves[name] = column[:begin] + array("f", both.tobytes()) + column[end:]
+        self.merged = begin + 2 * groups
 
 
 class MetricsFile:
@@ -219,8 +230,8 @@ class MetricsFile:
 def _parsed(line: bytes, path: Path) -> Any:
     """Return a line as a `MetricsLine`. Raises DamagedDocument."""
     try:
-        return fits(msgspec.json.decode(line), MetricsLine, path, mend="")
-    except msgspec.DecodeError:  # four times faster than json, but it refuses the NaN of a loss that diverged
+        return fits(msgspec.json.decode(line), MetricsLine, path, mend="")  # four times faster than json
+    except (msgspec.DecodeError, RecursionError):  # it refuses the NaN of a loss that diverged, which json reads
         return parse_json(line, MetricsLine, path, mend="")
 
 

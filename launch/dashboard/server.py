@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         target = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(target.query).items()}
         words = [unquote(word, errors="surrogateescape") for word in target.path.split("/")[1:]]
-        if any(word in (".", "..") or "/" in word or "\0" in word for word in words):
+        if not words or any(word in (".", "..") or "/" in word or "\0" in word for word in words):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
         if words[0] == "listen" and len(words) > 2:
             self._listening_page(words[1], words[2:])
