@@ -42,11 +42,8 @@ class Part:
     begin: int
     end: int
     size: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the part is the whole file."""
-        return (self.begin, self.end) == (0, self.size)
+    is_range: bool = True
+    """Whether a range was asked for. A browser that gets status 200 for `bytes=0-` believes that it can't seek."""
 
     @property
     def header(self) -> str:
@@ -61,13 +58,13 @@ def part_of(header: str | None, size: int) -> Part | None:
     """
     match = _RANGE.fullmatch((header or "").strip())
     if match is None or not (match[1] or match[2]):
-        return Part(0, size, size)
+        return Part(0, size, size, is_range=False)
     if not match[1]:
         begin, end = max(0, size - int(match[2])), size
     else:
         begin, end = int(match[1]), min(size, int(match[2]) + 1 if match[2] else size)
         if match[2] and int(match[2]) < begin:
-            return Part(0, size, size)
+            return Part(0, size, size, is_range=False)
     return Part(begin, end, size) if begin < end else None
 
 

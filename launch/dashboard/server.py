@@ -321,9 +321,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self._begin(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, Content_Range=f"bytes */{size}")
                     return
                 status, extra = (
-                    (HTTPStatus.OK, {})
-                    if part.is_whole
-                    else (HTTPStatus.PARTIAL_CONTENT, {"Content_Range": part.header})
+                    (HTTPStatus.PARTIAL_CONTENT, {"Content_Range": part.header})
+                    if part.is_range
+                    else (HTTPStatus.OK, {})
                 )
                 self._begin(
                     status, part.end - part.begin, policy=policy, Content_Type=served_files.content_type(path),

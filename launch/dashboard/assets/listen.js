@@ -10,7 +10,6 @@ const FLOOR = 70; // dB below the loudest
 const ANCHORS = ["0c0b1c", "2b144f", "541b79", "94167f", "ca3267", "ee5e53", "ff9047", "ffc76f", "fff6c8"]
   .map((text) => [0, 2, 4].map((at) => parseInt(text.slice(at, at + 2), 16)));
 
-let context = null;
 const near = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
@@ -22,11 +21,11 @@ const near = new IntersectionObserver((entries) => {
 /** A figure with the spectrogram and the player of a sound. */
 export function player(address, name) {
   const canvas = element("canvas", { width: COLUMNS, height: BANDS, role: "img", "aria-label": `Spectrogram: ${name}` });
-  const audio = element("audio", { controls: "", preload: "none", src: address, "aria-label": name });
+  const audio = element("audio", { controls: "", "aria-label": name });
   const head = element("span", { class: "playhead", hidden: "" });
   const picture = element("div", { class: "picture" }, canvas, head);
   const note = element("small", {}, "");
-  picture.draw = () => draw(canvas, address).catch(() => { note.textContent = "The sound can't be read (now)."; });
+  picture.draw = () => draw(canvas, audio, address).catch(() => { note.textContent = "The sound can't be read (now)."; });
   near.observe(picture);
   canvas.addEventListener("click", (event) => {
     const share = event.offsetX / canvas.clientWidth;
@@ -48,11 +47,20 @@ export function player(address, name) {
   return element("figure", { class: "sound" }, element("figcaption", {}, name), picture, audio, note);
 }
 
-async function draw(canvas, address) {
+/** Forget the sounds of players that are about to go. */
+export function release(players) {
+  for (const audio of players.querySelectorAll("audio[src]")) URL.revokeObjectURL(audio.src);
+}
+
+/** Get a sound once, to see and to hear. */
+async function draw(canvas, audio, address) {
   const answer = await fetch(address);
   if (!answer.ok) throw new Error();
-  context ??= new OfflineAudioContext(1, 1, 48_000);
-  const sound = await context.decodeAudioData(await answer.arrayBuffer());
+  const content = await answer.arrayBuffer();
+  // at the file's own rate, which its header has, so that nothing is resampled
+  const [a, b, c] = new Uint8Array(content, 18, 3);
+  const sound = await new OfflineAudioContext(1, 1, (a << 12) | (b << 4) | (c >> 4)).decodeAudioData(content);
+  audio.src = URL.createObjectURL(wave(sound)); // Chromium fails to seek in a FLAC file without a table of places
   const samples = Float32Array.from(sound.getChannelData(0));
   for (let channel = 1; channel < sound.numberOfChannels; channel += 1) {
     const other = sound.getChannelData(channel);
@@ -60,6 +68,30 @@ async function draw(canvas, address) {
   }
   paint(canvas, energies(samples, bank(sound.sampleRate)));
   canvas.dataset.drawn = "";
+}
+
+/** A WAV file of 32-bit floats: the samples as they were decoded. */
+function wave(sound) {
+  const { length, numberOfChannels, sampleRate } = sound;
+  const bytes = 4 * length * numberOfChannels;
+  const view = new DataView(new ArrayBuffer(44 + bytes));
+  const text = (at, letters) => [...letters].forEach((letter, n) => view.setUint8(at + n, letter.charCodeAt(0)));
+  text(0, "RIFF");
+  view.setUint32(4, 36 + bytes, true);
+  text(8, "WAVEfmt ");
+  view.setUint32(16, 16, true);
+  view.setUint16(20, 3, true);
+  view.setUint16(22, numberOfChannels, true);
+  view.setUint32(24, sampleRate, true);
+  view.setUint32(28, 4 * numberOfChannels * sampleRate, true);
+  view.setUint16(32, 4 * numberOfChannels, true);
+  view.setUint16(34, 32, true);
+  text(36, "data");
+  view.setUint32(40, bytes, true);
+  for (let channel = 0; channel < numberOfChannels; channel += 1) {
+    sound.getChannelData(channel).forEach((value, n) => view.setFloat32(44 + 4 * (n * numberOfChannels + channel), value, true));
+  }
+  return new Blob([view], { type: "audio/wav" });
 }
 
 /** The energies of each band in each column. */

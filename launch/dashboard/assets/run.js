@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { address, ask, badge, element, mood, plain, progress, refill, repeatedly, short, span, whole } from "./common.js";
-import { player } from "./listen.js";
+import { player, release } from "./listen.js";
 
 const name = location.pathname.split("/").slice(2).map(decodeURIComponent).join("/");
 const at = (selector) => document.querySelector(selector);
@@ -205,7 +205,7 @@ function showClips(clips) {
   const wanted = Number(at("#step").value);
   const heard = clips.filter((each) => each.kind === "original" || each.samples === wanted);
   const names = [...new Set(heard.map((each) => each.clip))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  refill(at("#clips"), [heard, chosen], () => names.map((clip) => {
+  refill(at("#clips"), [heard, chosen], () => release(at("#clips")) ?? names.map((clip) => {
     const kinds = heard.filter((each) => each.clip === clip).sort((a, b) => (a.kind === "original" ? 0 : 1) - (b.kind === "original" ? 0 : 1));
     const players = kinds.map((each) => player(`${address("/sound", name)}/${each.path.split("/").map(encodeURIComponent).join("/")}`, each.kind));
     return element("div", { class: "clip", role: "group", "aria-label": clip }, element("h3", {}, clip.replaceAll("_", " ")), ...players);

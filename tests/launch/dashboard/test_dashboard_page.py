@@ -164,7 +164,8 @@ def test_sounds_are_seen_and_heard(browser, server):
     assert browser.run(f"return {audio}.currentTime") >= 1.5
     browser.run(f"{audio}.pause(); document.querySelector('#step').value = '40'")
     browser.run("document.querySelector('#step').dispatchEvent(new Event('change'))")
-    until(browser, "document.querySelectorAll('audio')[1].src.includes('step_000000000040')")
+    until(browser, "document.querySelectorAll('canvas[data-drawn]').length === 2")
+    until(browser, "performance.getEntriesByType('resource').some(({ name }) => name.includes('step_000000000040'))")
 
 
 def test_log_config_incidents_and_starts(browser, server, runs):
