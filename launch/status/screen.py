@@ -26,6 +26,9 @@ class Screen:
     the terminal back until the process is continued.
     """
 
+    def __init__(self) -> None:
+        self._is_to_stop = False
+
     def __enter__(self) -> Self:
         self._waker, self._woken = os.pipe()
         for descriptor in (self._waker, self._woken):
@@ -34,7 +37,7 @@ class Screen:
         handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
             **dict.fromkeys(heeded(_ENDING), _end),
             signal.SIGWINCH: _ignore,
-            signal.SIGTSTP: self._suspend,
+            signal.SIGTSTP: self._note_stop,
         }
         self._before: dict[signal.Signals, Any] = {
             number: signal.signal(number, handler) for number, handler in handlers.items()
@@ -65,13 +68,18 @@ class Screen:
         """Wait, or return earlier if a signal arrives, such as of a new size of the window."""
         if select.select([self._waker], [], [], seconds)[0]:
             os.read(self._waker, 4096)
+        if self._is_to_stop:
+            self._stop()
 
-    def _suspend(self, number: int, frame: FrameType | None) -> None:
+    def _note_stop(self, number: int, frame: FrameType | None) -> None:
+        """Note that Ctrl-Z was pressed; `wait` stops the process, because `show` may be writing now."""
+        self._is_to_stop = True
+
+    def _stop(self) -> None:
         """Stop this process as Ctrl-Z does, with the terminal as it was; enter again when the process goes on."""
+        self._is_to_stop = False
         _write(_LEAVE)
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, self._suspend)
+        os.kill(os.getpid(), signal.SIGSTOP)  # SIGTSTP would be passed over where no shell controls jobs
         _write(_ENTER)
 
 
