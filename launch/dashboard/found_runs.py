@@ -36,7 +36,7 @@ def _folders(root: Path, folder: Path, problems: list[str]) -> list[tuple[str, P
     """Return the names and paths of the folders in a folder, sorted."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
     except OSError as error:
         problems.append(f"{folder} can't be read: {describe_os_error(error)}")
         return []
@@ -50,10 +50,17 @@ def _folders(root: Path, folder: Path, problems: list[str]) -> list[tuple[str, P
     return found
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
 def _is_inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # a link that leads in a circle
+    except (OSError, RuntimeError):  # a link that was changed just now
         return False
 
 

@@ -221,13 +221,13 @@ class MetricsFile:
     def _row(self, line: bytes) -> str:
         if len(line) > _LONGEST:  # `Lines` passes over these, too
             raise ValueError("the line is too long")
-        values = _parsed(line, self.path)
+        values = parse_line(line, self.path)
         kind, samples, time = values.pop("kind"), values.pop("samples"), values.pop("time", 0.0)
         self.tables.setdefault(kind, Table()).add(samples, time, _numbers(kind, values))
         return kind
 
 
-def _parsed(line: bytes, path: Path) -> Any:
+def parse_line(line: bytes, path: Path) -> Any:
     """Return a line as a `MetricsLine`. Raises DamagedDocument."""
     try:
         return fits(msgspec.json.decode(line), MetricsLine, path, mend="")  # four times faster than json

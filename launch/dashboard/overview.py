@@ -12,13 +12,13 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from launch.dashboard.found_runs import found_runs
+from launch.dashboard.metrics_file import parse_line
 from launch.error_line import describe_error
 from launch.status import table
 from launch.status.kept_stages import KeptStages
 from launch.status.queue_watch import QueueWatch
 from launch.status.stage_status import StageStatus
-from models.documents import opened, parse_json
-from trainer.run_documents import MetricsLine
+from models.documents import opened
 
 _ACTIVE = {"running", "running?", "pending", "requeued", "submitted"}
 _FRESH = {True: 1.0, False: 15.0}  # seconds until a run is looked at again, by whether it is active
@@ -174,7 +174,7 @@ def sparkline(path: Path) -> list[float]:
     except (OSError, ValueError):
         return []
     found = {}
-    for lines in pieces:
+    for lines in [*pieces, *(piece[::-1] for piece in pieces[-1:])]:  # also the very last point
         point = next((point for line in lines if (point := _point(line, path)) is not None), None)
         if point is not None:
             found[point[0]] = point[1]
@@ -197,7 +197,7 @@ def _pieces(file: BinaryIO, size: int) -> list[list[bytes]]:
 def _point(line: bytes, path: Path) -> tuple[int, float] | None:
     """Return samples and loss of a line of the training; None for any other line."""
     try:
-        values: Mapping[str, Any] = parse_json(line, MetricsLine, path, mend="")
+        values: Mapping[str, Any] = parse_line(line, path)
     except ValueError:
         return None
     loss = number(values.get("loss"))

@@ -35,14 +35,14 @@ def path(tmp_path) -> Path:
 def reads(monkeypatch) -> list[int]:
     """Samples of the lines that were parsed."""
     seen = []
-    real = metrics_file._parsed
+    real = metrics_file.parse_line
 
     def parsed(content: bytes, path: Path) -> object:
         found = real(content, path)
         seen.append(found["samples"])
         return found
 
-    monkeypatch.setattr(metrics_file, "_parsed", parsed)
+    monkeypatch.setattr(metrics_file, "parse_line", parsed)
     return seen
 
 
