@@ -75,7 +75,7 @@ def _stage(stage: StageStatus, before: Sequence[StageStatus]) -> dict[str, Any]:
         "marks": [
             {"samples": line["place"], "text": f"{line['then']}{': ' if line.get('why') else ''}{line.get('why', '')}"}
             for line in stage.history
-            if line.get("place") and line.get("then") in ("requeued", "over")
+            if line.get("place") and line.get("then") in ("requeued", "restarted", "over")
         ],
     }
 

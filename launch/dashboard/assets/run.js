@@ -30,7 +30,7 @@ const GROUPS = {
 };
 
 const NOISY = new Set(["loss", "terms of the loss", TITLES.grad_norm]); // what may be smoothed
-const MARKS = { requeue: "requeued or ended", gap: "nothing logged for long", incident: "a step skipped, or the run rewound" };
+const MARKS = { requeue: "requeued, restarted or ended", gap: "nothing logged for long", incident: "a step skipped, or the run rewound" };
 
 /** The chart and the label of a curve, which is called as in TensorBoard: `train/loss`, `train_terms/denoising`. */
 function placed(kind, curve) {
