@@ -36,7 +36,7 @@ def content_type(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class ByteRange:
     """The bytes of a file that are sent: from `begin` up to, but without, `end`, of `size`."""
 
     begin: int
@@ -51,21 +51,21 @@ class Part:
         return f"bytes {self.begin}-{self.end - 1}/{self.size}"
 
 
-def part_of(header: str | None, size: int) -> Part | None:
+def part_of(header: str | None, size: int) -> ByteRange | None:
     """Return the part that a header `Range` asks for; None if no byte of it exists.
 
     It is the whole file if the header asks for several parts or is malformed (RFC 9110, section 14.2).
     """
     match = _RANGE.fullmatch((header or "").strip())
     if match is None or not (match[1] or match[2]):
-        return Part(0, size, size, is_range=False)
+        return ByteRange(0, size, size, is_range=False)
     if not match[1]:
         begin, end = max(0, size - int(match[2])), size
     else:
         begin, end = int(match[1]), min(size, int(match[2]) + 1 if match[2] else size)
         if match[2] and int(match[2]) < begin:
-            return Part(0, size, size, is_range=False)
-    return Part(begin, end, size) if begin < end else None
+            return ByteRange(0, size, size, is_range=False)
+    return ByteRange(begin, end, size) if begin < end else None
 
 
 def _inside(root: Path, path: Path) -> Path | None:

@@ -334,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (FileNotFoundError, NotADirectoryError):
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such file (any more)") from None
 
-    def _copy(self, file: Any, part: served_files.Part) -> None:
+    def _copy(self, file: Any, part: served_files.ByteRange) -> None:
         file.seek(part.begin)
         left = part.end - part.begin
         while left and (piece := file.read(min(left, _PIECE))):
