@@ -174,7 +174,8 @@ def sparkline(path: Path) -> list[float]:
     except (OSError, ValueError):
         return []
     found = {}
-    for lines in [*pieces, *(piece[::-1] for piece in pieces[-1:])]:  # also the very last point
+    newest_first = [line for piece in pieces[:-3:-1] for line in reversed(piece)]  # for the very last point
+    for lines in [*pieces, newest_first]:
         point = next((point for line in lines if (point := _point(line, path)) is not None), None)
         if point is not None:
             found[point[0]] = point[1]
