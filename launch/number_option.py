@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from models.ranges import Range
 
@@ -40,6 +41,7 @@ def add_number(
     kind: type[int] | type[float] = int,
     default: float | None = None,
     without: str = "%(default)s",
+    bare: float | None = None,
 ) -> None:
     """Add an option that is a number.
 
@@ -51,9 +53,11 @@ def add_number(
         kind: `int` for a whole number.
         default: value if the option is not given.
         without: how the help names the default.
+        bare: value if the option is given without a number; None: it must have one.
     """
     described = f"{help_} (default: {without}; {str(allowed).replace('%', '%%')})"
-    parser.add_argument(name, type=NumberType(kind, allowed), default=default, help=described)
+    optional: dict[str, Any] = {} if bare is None else {"nargs": "?", "const": bare}
+    parser.add_argument(name, type=NumberType(kind, allowed), default=default, help=described, **optional)
 
 
 def _shortened(text: str) -> str:

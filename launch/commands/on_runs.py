@@ -1,4 +1,4 @@
-"""Commands that watch and control runs, on a cluster or here: `status`, `compare`, `logs` …"""
+"""Commands that watch, compare and control runs, on a cluster or here: `status`, `dashboard`, `compare`, `logs` …"""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import argparse
 import sys
 
 from launch.status import logs as log_files
-from launch.status import table, traces
+from launch.status import table, traces, watch
 from trainer.file_names import printable_lines
 
 
 def status(options: argparse.Namespace) -> None:
-    """Print the state and progress of runs."""
-    print(printable_lines(table.report(table.resolve(options.run) if options.run else None)))
+    """Print the state and progress of runs, once or again and again."""
+    run = table.resolve(options.run) if options.run else None
+    if options.watch is not None:
+        watch.watch(run, seconds=options.watch)
+        return
+    print(printable_lines(table.report(run)))
+
+
+def dashboard(options: argparse.Namespace) -> None:
+    """Serve a page that follows all runs."""
+    from launch.dashboard.server import serve  # it needs numpy, whose import takes longer than `spresso status`
+
+    serve(options.folder, port=options.port)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -30,6 +30,26 @@ def add_commands(subs: Commands) -> None:
         metavar="FOLDER",
         help="folder to write the page to (default: %(default)s)",
     )
+    add_number(
+        status,
+        "--watch",
+        Range(least=1, most=86_400),
+        "seconds after which the table is shown anew, in place on a terminal, until Ctrl-C; otherwise it is printed at "
+        "each change",
+        kind=float,
+        without="shown once; 5 without a number",
+        bare=5.0,
+    )
+    dashboard = add_command(
+        subs,
+        "dashboard",
+        "on_runs:dashboard",
+        "serve a page that follows all runs, to this machine alone, until Ctrl-C",
+    )
+    dashboard.add_argument(
+        "folder", nargs="?", metavar="FOLDER", type=path, help="folder of runs (default: runs)", default=path("runs")
+    )
+    add_number(dashboard, "--port", Range(least=0, most=65_535), "port", without="8017, or a free one if it is taken")
     logs = add_command(subs, "logs", "on_runs:logs", "show the log of a run")
     logs.add_argument("run", metavar="RUN", help=run)
     logs.add_argument("--stage", help="stage whose log to show (default: the one that is running or ran last)")

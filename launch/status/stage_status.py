@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +17,9 @@ from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
 from launch.slurm.scheduler import JobState
 from launch.slurm.submitted_jobs import Submitted
-from models.documents import Lines, read_bytes
+from models.documents import Lines, opened, parse_json, read_bytes
 from trainer.exported import missing_export
-from trainer.run_documents import metrics_lines, read_status
+from trainer.run_documents import MetricsLine, read_status
 
 SILENT_AFTER = 900.0
 """Seconds without a new line after which a training that claims to run may not be running."""
@@ -214,11 +216,18 @@ def elements_of(job: str) -> list[str]:
 
 def last_line(path: Path) -> dict[str, Any]:
     """Return the last complete `train` line of a metrics.jsonl, reading only its end; empty if there is none."""
-    last: dict[str, Any] = {}
-    for _, line in metrics_lines(path).pairs(tail=_TAIL):
-        if line["kind"] == "train" and "time" in line:
-            last = line
-    return last
+    try:
+        with opened(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read(_TAIL).split(b"\n")
+    except (OSError, ValueError):
+        return {}
+    for line in reversed(lines):  # from the end, because the first that fits is enough
+        with suppress(ValueError):
+            values: Any = parse_json(line, MetricsLine, path, mend="")
+            if values["kind"] == "train" and "time" in values:
+                return values
+    return {}
 
 
 def count(number: int) -> str:

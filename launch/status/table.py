@@ -65,19 +65,35 @@ def _is_run(folder: Path) -> bool:
         return True
 
 
-def report(run: Path | None) -> str:
-    """Return a table of all runs; or of one run, followed by a line for each start of its jobs."""
+def report(
+    run: Path | None,
+    *,
+    read: Callable[[Path], list[StageStatus]] | None = None,
+    ask: Callable[[Sequence[StageStatus]], str] | None = None,
+    running_first: bool = False,
+) -> str:
+    """Return a table of all runs; or of one run, followed by a line for each start of its jobs.
+
+    Args:
+        run: directory of the run; None: all runs.
+        read: what returns the stages of a run; None: `stages_of`.
+        ask: what fills in the states of jobs; None: `ask_the_queue`.
+        running_first: whether the runs that run or wait stand above the others, for a window that shows only some.
+    """
     problems: list[str] = []
-    stages = _of_each([run] if run is not None else runs(), stages_of, problems)
+    stages = _of_each([run] if run is not None else runs(), read or stages_of, problems)
     # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
     open_stages = [stage for each in stages.values() for stage in each if not stage.over]
-    if problem := ask_the_queue(open_stages):
+    problem = (ask or ask_the_queue)(open_stages)
+    if running_first:
+        stages = dict(sorted(stages.items(), key=lambda item: not any(each.runs or each.living for each in item[1])))
+    if problem:
         problems.append(textwrap.shorten(f"from the run directories alone: {problem}", _WIDTH, placeholder=" …"))
     rows = _of_each(stages, lambda folder: _rows(stages[folder]), problems)
     lines = [_table(rows)] if any(rows.values()) else [f"no run has begun under {shown(run or Path('runs'))}"]
     if run in rows:
-        starts = [line for stage in stages[run] for line in _starts(stage)]
-        lines += ["", *starts] if starts else []
+        told = [line for stage in stages[run] for text in starts(stage) for line in _wrapped(text, "")]
+        lines += ["", *told] if told else []
     return "\n".join([*lines, *problems])
 
 
@@ -180,7 +196,7 @@ def _named(living: dict[str, tuple[str, list[scheduler.JobState]]], jobs: Sequen
 def _rows(stages: Sequence[StageStatus]) -> list[tuple[tuple[str, ...], list[str]]]:
     """Return the row of each stage of a run, and the lines of remarks below it."""
     return [
-        (_row(stage, stages[:number]), [line for text in _remarks(stage) for line in _wrapped(text, _INDENT)])
+        (_row(stage, stages[:number]), [line for text in remarks(stage) for line in _wrapped(text, _INDENT)])
         for number, stage in enumerate(stages)
     ]
 
@@ -214,12 +230,12 @@ def _row(stage: StageStatus, before: Sequence[StageStatus]) -> tuple[str, ...]:
         f"{parts['done']} of {sum(parts.values())} parts" if parts else samples,
         f"{line['samples_per_second']:.4g}" if stage.speaks and line.get("samples_per_second") else "",
         f"{line['loss']:.4f}" if isinstance(line.get("loss"), int | float) else "",
-        _age(stage.folder),
-        _expected(stage, before),
+        checkpoint_age(stage.folder),
+        expected_end(stage, before),
     )
 
 
-def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
+def expected_end(stage: StageStatus, before: Sequence[StageStatus]) -> str:
     """Return when a stage will be done, or why that is unknown."""
     if stage.state == "pending":
         waits = next((state for state in stage.living if state.state == "PENDING"), None)
@@ -241,7 +257,7 @@ def _expected(stage: StageStatus, before: Sequence[StageStatus]) -> str:
     return _clock(max(time.time(), stage.line["time"] + seconds))
 
 
-def _remarks(stage: StageStatus) -> Iterator[str]:
+def remarks(stage: StageStatus) -> Iterator[str]:
     """Yield remarks on a stage that do not fit into its row."""
     kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
     if len(kinds) > 1:
@@ -272,8 +288,8 @@ def _why(entry: dict[str, Any]) -> str:
     return entry.get("why") or "unknown reason"
 
 
-def _starts(stage: StageStatus) -> Iterator[str]:
-    """Yield lines on each start of a stage's jobs: job, nodes, times and outcome."""
+def starts(stage: StageStatus) -> Iterator[str]:
+    """Yield a line on each start of a stage's jobs: job, nodes, times and outcome."""
     closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
     opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
     for key in dict.fromkeys((entry["job"], entry["restart"]) for entry in stage.history):
@@ -281,7 +297,7 @@ def _starts(stage: StageStatus) -> Iterator[str]:
         when = f"from {_clock(first['began'])}" if first else ""
         when += f" to {_clock(last['ended'])}" if last.get("ended") else ""
         words = (f"{stage.folder.name}, job {key[0]}", first.get("nodes", ""), when.strip())
-        yield from _wrapped(f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}", "")
+        yield f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}"
 
 
 def _outcome(stage: StageStatus, key: tuple[str, int], last: dict[str, Any]) -> str:
@@ -298,7 +314,7 @@ def _is_running(stage: StageStatus, key: tuple[str, int]) -> bool:
     return key[1] == newest and (key[0] in running or stage.state == "running?")
 
 
-def _age(folder: Path) -> str:
+def checkpoint_age(folder: Path) -> str:
     """Return the age of the newest checkpoint."""
     try:
         newest = place(folder)
