@@ -13,7 +13,7 @@ from typing import Any
 from launch import owner
 from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
-from launch.slurm.scheduler import JobState
+from launch.slurm.scheduler import JobState, elements_of
 from launch.slurm.submitted_jobs import Submitted
 from models.documents import Lines, read_bytes
 from trainer.exported import missing_export
@@ -117,13 +117,18 @@ class StageStatus:
     @property
     def of_this_job(self) -> list[dict[str, Any]]:
         """Lines of the history on the last job; all lines if no job was submitted."""
-        return [line for line in self.history if self.job is None or line["job"].partition("_")[0] == self.job.job]
+        return [
+            line
+            for line in self.history
+            if self.job is None or self.job.job in (line["job"], line["job"].partition("_")[0])
+        ]
 
     @property
     def array(self) -> bool:
-        """Whether the job is an array."""
+        """Whether the job is an array. One element of an array, which runs a point of a sweep, is none."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
-        return self.job is not None and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
+        several = self.job is not None and "_" not in self.job.job
+        return several and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
 
     def _written(self, *names: str) -> float:
         """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""
@@ -201,15 +206,6 @@ class StageStatus:
         except (ValueError, OSError):
             return 0
         return int(match[1]) + 1 if match else 0
-
-
-def elements_of(job: str) -> list[str]:
-    """Expand the parts in a job id: `12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
-    found = []
-    for word in job.partition("_")[2].strip("[]").partition("%")[0].split(","):
-        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word):
-            found += [str(number) for number in range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))]
-    return found
 
 
 def last_line(path: Path) -> dict[str, Any]:
