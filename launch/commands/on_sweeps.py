@@ -12,7 +12,9 @@ from trainer.file_names import printable_lines
 
 def sweep(options: argparse.Namespace) -> int:
     """Run the points of a sweep, or submit them; return the exit status."""
-    plan = make_plan(options.recipe, options.overrides, points=options.points, folder=options.dir)
+    plan = make_plan(
+        options.recipe, options.overrides, points=options.points, folder=options.dir, at_once=options.at_once
+    )
     on_slurm = plan.points[0].config.cluster.kind == "slurm"
     if options.at_once is not None and not on_slurm:
         raise ValueError("--at-once bounds the jobs of cluster=slurm; here, points run one after another: leave it out")
@@ -22,7 +24,7 @@ def sweep(options: argparse.Namespace) -> int:
     if on_slurm:
         from launch.sweep import jobs
 
-        return jobs.run(plan, at_once=options.at_once, dry=options.dry_run)
+        return jobs.run(plan, dry=options.dry_run)
     if options.dry_run:
         for line in shown.lines(plan):
             print(printable_lines(line))

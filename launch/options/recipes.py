@@ -67,7 +67,9 @@ def _add_sweep(subs: Commands) -> None:
         "same for several points are done once; if repeated, resume and run what is new",
     )
     sweep.add_argument("recipe", help=_RECIPE)
-    values = f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point of each. [1,2],[3,4] are two values"
+    values = (
+        f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point of each. [1,2],[3,4] are two values"
+    )
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help=values)
     file = "YAML file with `grid:`, `paired:` lists and `random:` search"
     sweep.add_argument("--points", type=path, metavar="FILE.yaml", help=file)

@@ -127,8 +127,9 @@ class StageStatus:
     def array(self) -> bool:
         """Whether the job is an array. One element of an array, which runs a point of a sweep, is none."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
-        several = self.job is not None and "_" not in self.job.job
-        return several and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
+        if self.job is None or "_" in self.job.job:
+            return False
+        return "%a" in Path(self.job.log).name or any("_" in number for number in numbers)
 
     def _written(self, *names: str) -> float:
         """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""
@@ -162,6 +163,8 @@ class StageStatus:
             return next(kind for kind in _WORST_LAST[::-1] if parts[kind])
         if self.over:
             return _OUTCOMES[last["then"]]
+        if self._comes_later:
+            return "pending"
         if self.elements and self.elements[0].state != "GONE":
             return _ENDS.get(self.elements[0].state, self.elements[0].state.lower())
         if not self.elements and last.get("then") == REQUEUE:
@@ -173,6 +176,12 @@ class StageStatus:
         if self.job is not None and not last:
             return "submitted"
         return "running?" if time.time() - self.spoke < SILENT_AFTER else "silent"
+
+    @property
+    def _comes_later(self) -> bool:
+        """Whether the job runs an earlier stage of a point of a sweep, whose stages are one job."""
+        runs = any(element.state == "RUNNING" for element in self.elements)
+        return runs and self.job is not None and "_" in self.job.job and not self.of_this_job
 
     @cached_property
     def parts(self) -> Counter[str]:

@@ -26,12 +26,14 @@ def make(plan: Plan) -> None:
         OSError: something can't be written.
     """
     require_free(plan.folder)
-    points = [point.recorded for point in plan.points]
-    records.write(plan.folder, name=plan.name, recipe=plan.recipe, keys=plan.keys, points=[*plan.others, *points])
-    for part in (*plan.shared, *plan.points):
+    records.write(plan.folder, plan.record)
+    parts: list[Point | SharedStage] = [*plan.shared, *plan.points]
+    for part in parts:
         folder = plan.folder / folder_of(part)
         _write_config(folder, part.config)
         for stage, place in part.elsewhere.items():
+            if stage == "synth" and "prepare" not in stages_to_run(part):
+                continue  # the latents are all that the other stages read
             _link(plan.folder, folder, stage, place, part.config)
 
 
@@ -46,18 +48,26 @@ def require_free(folder: Path) -> None:
     if not records.is_sweep(folder) and folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
         if foreign:
-            raise ValueError(f"{folder} holds {foreign[0]} and no {records.FILE}, so it is no sweep's: give another --dir")
+            raise ValueError(
+                f"{folder} holds {foreign[0]} and no {records.FILE}, so it is no sweep's: give another --dir"
+            )
 
 
 def is_done(part: Point | SharedStage) -> bool:
     """Whether everything that a point or a shared stage has to run is done with these settings."""
-    stages = [part.stage] if isinstance(part, SharedStage) else part.own
-    return all(_stage_is_done(part.config, stage) for stage in stages)
+    return all(_stage_is_done(part.config, stage) for stage in stages_to_run(part))
+
+
+def stages_to_run(part: Point | SharedStage) -> list[str]:
+    """Return the stages that a point or a shared stage has to run, in order."""
+    return [part.stage] if isinstance(part, SharedStage) else part.own
 
 
 def _stage_is_done(config: Config, stage: str) -> bool:
     if STAGES[stage].trained:
         return RunDirectory(stage_folder(config, stage), stage).done(config)
+    if stage == "synth":
+        return (stage_folder(config, "audio") / "captions.jsonl").is_file()  # it is written last
     if STAGES[stage].makes_latents:
         return all((Path(config.data.latents) / split / "set.json").is_file() for split in ("train", "test"))
     # The page is written last, after the config with which the point was run.
@@ -81,9 +91,9 @@ def _has_text(path: Path, text: str) -> bool:
 
 def _link(sweep: Path, folder: Path, stage: str, place: str, config: Config) -> None:
     """Make a stage of another run directory of the sweep appear in this one, with a link."""
-    name = own_latents(config) if stage == "prepare" else None if STAGES[stage].makes_latents else Path(stage)
-    if name is None:
-        return  # sounds that only `prepare` reads, or latents with a place of their own
+    name = own_latents(config) if stage == "prepare" else Path("audio" if stage == "synth" else stage)
+    if name is None:  # the latents have a place of their own
+        return
     link, target = folder / name, sweep / place / name
     target.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ def run(plan: Plan) -> int:
 
 def _run_shared(plan: Plan, tally: _Tally, stop: StopFlag) -> Iterator[bool]:
     """Run the shared stages; yield for each run directory whether the sweep is to stop."""
-    groups = [list(group) for _, group in itertools.groupby(plan.shared, key=lambda shared: shared.folder)]
+    needed = plan.needed_by([point for point in plan.points if not directory.is_done(point)])
+    groups = [list(group) for _, group in itertools.groupby(needed, key=lambda shared: shared.folder)]
     for number, group in enumerate(groups, start=1):
         label, stages = f"shared {number} of {len(groups)}", [shared.stage for shared in group]
         title = f"{label}: {' and '.join(stages)} for {len(group[-1].points)} points"
@@ -80,7 +81,7 @@ def _run_points(plan: Plan, tally: _Tally, stop: StopFlag) -> Iterator[bool]:
     """Run the points; yield for each one whether the sweep is to stop."""
     for number, point in enumerate(plan.points, start=1):
         label = f"point {number} of {len(plan.points)}"
-        if lost := [shared for shared in plan.needed_by(point) if shared.key in tally.lost]:
+        if lost := [shared for shared in plan.needed_by([point]) if shared.key in tally.lost]:
             why = f"{lost[0].stage}, which it shares, failed"
             say(f"{label}: {point.name}: not run, because {why}")
             outcomes.append(plan.folder, directory.folder_of(point), outcomes.FAILED, why)

@@ -1,4 +1,4 @@
-"""How the parts of a sweep, its points and shared stages, ended on this machine: a line for each in `outcomes.jsonl`."""
+"""How the points and shared stages of a sweep ended on this machine: a line for each in `outcomes.jsonl`."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _run(folder: Path, stages: list[str]) -> str:
 
 
 def _end_with_parent() -> None:
-    """Have the system ask this process to save and end if its parent is killed, so that a next one finds nobody here."""
+    """Have the system ask this process to save and end if its parent is killed, so that the next finds nobody here."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

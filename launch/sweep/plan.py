@@ -7,7 +7,7 @@ or keys are added later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,17 +80,34 @@ class Plan:
     points: list[Point]
     shared: list[SharedStage]
     """In an order in which they can be done."""
-    others: list[RecordedPoint]
-    """Points of earlier commands that this one does not name. They stay as they are."""
-    repeated: int
+    before: list[RecordedPoint]
+    """Points of earlier commands."""
+    at_once: int | None
+    """Number of points that run at the same time on SLURM; None: any."""
+    repeated: int = 0
     """Points that were left out because their settings are those of another one."""
 
-    def needed_by(self, point: Point) -> list[SharedStage]:
-        """Return the shared stages that a point uses."""
-        return [shared for shared in self.shared if point.name in shared.points]
+    @property
+    def others(self) -> list[RecordedPoint]:
+        """Points of earlier commands that this one does not name. They stay as they are."""
+        named = {point.name for point in self.points}
+        return [point for point in self.before if point.name not in named]
+
+    @property
+    def record(self) -> Record:
+        """The sweep as `sweep.json` has it, the new points last."""
+        points = {point.name: point for point in self.before} | {point.name: point.recorded for point in self.points}
+        return Record(records.FORMAT, self.name, self.recipe, self.keys, list(points.values()), self.at_once)
+
+    def needed_by(self, points: Sequence[Point]) -> list[SharedStage]:
+        """Return the shared stages that some points use."""
+        names = {point.name for point in points}
+        return [shared for shared in self.shared if names & set(shared.points)]
 
 
-def make_plan(recipe: str, overrides: Sequence[str], *, points: Path | None, folder: Path | None) -> Plan:
+def make_plan(
+    recipe: str, overrides: Sequence[str], *, points: Path | None, folder: Path | None, at_once: int | None = None
+) -> Plan:
     """Plan a sweep; nothing is written.
 
     Args:
@@ -98,6 +115,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, points: Path | None, fol
         overrides: `key=value` for all points, `key=a,b,c` for a grid.
         points: file with further grids, paired lists and random search.
         folder: the sweep's directory; None: the recipe's `run_dir` with a suffix.
+        at_once: number of points that run at the same time on SLURM; None: as in an earlier command.
 
     Raises:
         ValueError: with a line for every problem of every point.
@@ -112,11 +130,41 @@ def make_plan(recipe: str, overrides: Sequence[str], *, points: Path | None, fol
     name = first.name if first else "unnamed"
     found, repeated = _points(asked, folder, name, known)
     require_settings_of_all_stages(found[0].config)
+    at_once = known.at_once if known and at_once is None else at_once
     keys = list(dict.fromkeys([*(known.keys if known else []), *asked.keys]))
-    others = [point for point in known.points if point.name not in {new.name for new in found}] if known else []
     require_same_base(asked, folder, keys, {point.name: point.config for point in found}, known)
-    plan = Plan(folder, name, recipe, keys, found, [], others, asked.repeated + repeated)
-    _share(plan, asked, known)
+    plan = Plan(
+        folder, name, recipe, keys, found, [], known.points if known else [], at_once, asked.repeated + repeated
+    )
+    _share(plan, known)
+
+    def load(point: Point, place: str) -> Config:
+        called = f"{name}.{Path(place).name}"
+        return _with_own_upload(asked.load(point.settings, folder / place, called), place)
+
+    _settle(plan, load)
+    return plan
+
+
+def recorded_plan(folder: Path) -> Plan:
+    """Return the plan of all points of a sweep as its directory has them.
+
+    Raises:
+        ValueError: it is no sweep's, or a config in it is damaged or fits no longer.
+        OSError: a file is missing or can't be read.
+    """
+    known = records.read(folder)
+    if known is None:
+        raise ValueError(f"{folder} has no {records.FILE}: give the directory of a sweep")
+
+    def stored(place: str) -> Config:
+        config = load_recipe(str(folder / place / "config.yaml"), [])
+        config.run_dir = str(folder / place)  # the directory may have moved
+        return config
+
+    points = [Point(point.name, point.settings, stored(point.folder), dict(point.stages)) for point in known.points]
+    plan = Plan(folder, known.name, known.recipe, known.keys, points, [], known.points, known.at_once)
+    _settle(plan, lambda _, place: stored(place))
     return plan
 
 
@@ -180,7 +228,7 @@ def _is_same(
 
 
 def _recorded_values(folder: Path, known: Record | None) -> dict[str, tuple[Settings, dict[str, Any]]]:
-    """Return the settings of the recorded points as typed and as values; a point whose directory is gone is left out."""
+    """Return the settings of the recorded points, as typed and as values; one without a directory is left out."""
     found = {}
     for point in known.points if known else ():
         try:
@@ -215,16 +263,16 @@ def _require_own_files(configs: Sequence[Config]) -> None:
             how = sharing.fingerprints(config, ())["prepare"]
             if made.setdefault(config.data.latents, how) != how:
                 raise ValueError(
-                    f"data.latents={config.data.latents} is one folder, but the points prepare different latents: leave "
-                    f"data.latents out, and each kind of latents gets a folder of its own"
+                    f"data.latents={config.data.latents} is one folder, but the points prepare different latents: "
+                    f"leave data.latents out, and each kind of latents gets a folder of its own"
                 )
 
 
 # --- what is shared ---------------------------------------------------------------------------------------------------
 
 
-def _share(plan: Plan, asked: Wanted, known: Record | None) -> None:
-    """Find the shared stages, and set for each point where its stages lie and which ones it runs itself."""
+def _share(plan: Plan, known: Record | None) -> None:
+    """Set for each point where the stages lie that it shares."""
     prints = {point.name: sharing.fingerprints(point.config, plan.keys) for point in plan.points}
     places = _recorded_places(plan, known, prints)
     counts = Counter(print_ for each in prints.values() for print_ in each.values())
@@ -233,16 +281,19 @@ def _share(plan: Plan, asked: Wanted, known: Record | None) -> None:
         for stage in filter(sharing.may_be_shared, sharing.stages_of(point.config)):
             print_ = prints[point.name][stage]
             if counts[print_] > 1 or print_ in places:
-                unit = print_ if not STAGES[stage].makes_latents else prints[point.name]["prepare"]
-                word = "latents" if STAGES[stage].makes_latents else stage
-                places.setdefault(print_, f"{records.SHARED}/{word}-{unit[:8]}")
+                places.setdefault(print_, f"{records.SHARED}/{stage}-{print_[:8]}")
             if (place := places.get(print_, own)) != own:
                 point.elsewhere[stage] = place
+
+
+def _settle(plan: Plan, load: Callable[[Point, str], Config]) -> None:
+    """Set the shared stages of a plan, and which stages each point runs itself, from where the points' stages lie.
+
+    `load` returns the config of a run directory of shared stages, for one of the points that use it.
+    """
     users = _users(plan)
-    plan.shared = sorted(
-        (_shared_stage(plan, asked, folder, stage, using) for (folder, stage), using in users.items()),
-        key=_turn,
-    )
+    found = [_shared_stage(plan, load, folder, stage, using) for (folder, stage), using in users.items()]
+    plan.shared = sorted(found, key=lambda shared: (list(STAGES).index(shared.stage), shared.folder))
     for point in plan.points:
         own = f"{records.POINTS}/{point.name}"
         ours = [stage for stage in sharing.stages_of(point.config) if stage not in point.elsewhere]
@@ -277,20 +328,13 @@ def _users(plan: Plan) -> dict[tuple[str, str], list[Point]]:
     return users
 
 
-def _turn(shared: SharedStage) -> tuple[int, str, int]:
-    """Return what sorts shared stages: sounds and their latents, which lie in one run directory, follow each other."""
-    order, row = list(STAGES), STAGES[shared.stage]
-    return order.index("prepare" if row.makes_latents else shared.stage), shared.folder, order.index(shared.stage)
-
-
-def _shared_stage(plan: Plan, asked: Wanted, folder: str, stage: str, using: Sequence[Point]) -> SharedStage:
+def _shared_stage(
+    plan: Plan, load: Callable[[Point, str], Config], folder: str, stage: str, using: Sequence[Point]
+) -> SharedStage:
+    """Return a shared stage that some points use, the one in whose directory it lies first."""
     first = using[0]
     own = f"{records.POINTS}/{first.name}"
-    word = folder.replace("/", ".", 1) if folder.startswith(records.SHARED) else first.name
-    config = first.config
-    if folder != own:
-        config = asked.load(first.settings, plan.folder / folder, f"{plan.name}.{word}")
-        config = _with_own_upload(config, folder)
+    config = first.config if folder == own else load(first, folder)
     before = sharing.ancestors(config, stage)
     places = {name: first.elsewhere.get(name, own) for name in before}
     elsewhere = {name: place for name, place in places.items() if place != folder}

@@ -40,7 +40,9 @@ class Wanted:
     def load(self, settings: Settings, run_dir: Path, name: str) -> Config:
         """Return the config of a point. Raises ValueError with a line for every problem."""
         own = [f"{key}={value}" for key, value in settings.items()]
-        return load_recipe(self.recipe, [*self.overrides, *own, f"run_dir={_literal(run_dir)}", f"name={_literal(name)}"])
+        return load_recipe(
+            self.recipe, [*self.overrides, *own, f"run_dir={_literal(run_dir)}", f"name={_literal(name)}"]
+        )
 
 
 def wanted(recipe: str, overrides: Sequence[str], file: Path | None, *, swept: Iterable[str] = ()) -> Wanted:
@@ -102,7 +104,9 @@ def _from_command(overrides: Sequence[str], swept: set[str]) -> tuple[list[str],
 def _clashes(groups: Sequence[Sequence[Settings]], plain: Sequence[str]) -> list[str]:
     """Return what is wrong with the keys that differ."""
     keys = [key for group in groups if group for key in group[0]]
-    found = [f"{key} is given twice: give all its values in one place" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    found = [
+        f"{key} is given twice: give all its values in one place" for key in dict.fromkeys(keys) if keys.count(key) > 1
+    ]
     given = {override.partition("=")[0] for override in plain}
     found += [f"{key} has one value and several: give all its values in one place" for key in keys if key in given]
     for key in keys:

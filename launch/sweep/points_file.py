@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def _draw(key: str, node: yaml.Node) -> Draw:
     return Draw(kind, tuple(_typed(option) for option in options.value))
 
 
-def _lists(node: yaml.Node) -> dict[str, Sequence[str]]:
+def _lists(node: yaml.Node) -> dict[str, list[str]]:
     """Return the values of a table of lists, by their keys; a single value is a list of one."""
     found = {}
     for key, value in _items(node):

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.documents import damaged, read_json, write_json
+from models.documents import Positive, damaged, read_json, write_json
 
 FILE = "sweep.json"
 POINTS, SHARED = "points", "shared"
-_FORMAT = 1
+FORMAT = 1
+"""Version of the record."""
 _MEND = "restore it, take another --dir, or remove it to begin anew in an empty directory"
 
 
@@ -56,6 +57,8 @@ class Record:
     keys: list[str]
     """The keys that differ within the sweep."""
     points: list[RecordedPoint]
+    at_once: Positive | None = None
+    """Number of points that run at the same time on SLURM; None: any."""
 
     @property
     def shared(self) -> dict[tuple[str, str], list[str]]:
@@ -84,7 +87,7 @@ def read(folder: Path) -> Record | None:
         content: Any = read_json(path, dict[str, Any], mend=_MEND)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if isinstance(number := content.get("format"), int) and number > _FORMAT:
+    if isinstance(number := content.get("format"), int) and number > FORMAT:
         raise ValueError(f"{path} was written by a newer version (format {number}): update this one")
     record = read_json(path, Record, mend=_MEND)
     for point in record.points:
@@ -94,6 +97,6 @@ def read(folder: Path) -> Record | None:
     return record
 
 
-def write(folder: Path, *, name: str, recipe: str, keys: list[str], points: list[RecordedPoint]) -> None:
+def write(folder: Path, record: Record) -> None:
     """Write the record of a sweep, which appears whole or not at all."""
-    write_json(folder / FILE, Record(_FORMAT, name, recipe, keys, points), indent=1, ascii=False)
+    write_json(folder / FILE, record, indent=1, ascii=False, end="\n")

@@ -13,7 +13,7 @@ from trainer.file_names import printable
 from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.run_directory import stored_settings
-from trainer.stages import STAGES
+from trainer.stages import STAGES, trained_stages
 
 _SHOWN = 4
 
@@ -33,7 +33,7 @@ def require_same_base(
     others_checked = False
     for point in known.points if known else ():
         path = folder / point.folder
-        if not (path / "config.yaml").exists():
+        if not (path / "config.yaml").exists() or not _has_begun(path):
             continue
         if (now := configs.get(point.name)) is None:
             if others_checked:  # all points have the same settings but for the keys that differ
@@ -49,6 +49,13 @@ def require_same_base(
                 f"{key}={_shown(before)} as before, let it differ with {key}={_shown(before)},{_shown(value)}, or take "
                 f"another --dir"
             )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a point was submitted, or a stage that it uses has begun to train: before, its settings may change."""
+    return (folder / "jobs.jsonl").exists() or any(
+        (folder / name / "config.yaml").exists() for name in trained_stages()
+    )
 
 
 def _is_given(asked: Wanted, key: str) -> bool:

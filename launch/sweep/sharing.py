@@ -70,7 +70,11 @@ def fingerprints(config: Config, swept: Collection[str]) -> dict[str, str]:
     for stage in filter(may_be_shared, config.stages):
         facts = {key: value for key, value in flat.items() if decides(key, stage)}
         if STAGES[stage].trained:
-            facts |= {**unnamed, "latents": _latents(config, found), "before": found.get(stage_before(config, stage) or "")}
+            facts |= {
+                **unnamed,
+                "latents": _latents(config, found),
+                "before": found.get(stage_before(config, stage) or ""),
+            }
         elif "synth" in found:
             facts["synth"] = found["synth"]
         found[stage] = hash_values({"stage": stage, **facts})

@@ -8,17 +8,23 @@ from launch.sweep import directory
 from launch.sweep.plan import Plan, Point, SharedStage
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import aligned
+from trainer.recipes.values import flatten
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.stages import STAGES
 
 
 def lines(plan: Plan) -> Iterator[str]:
     """Yield the lines of `--dry-run`. Nothing is written."""
-    points, keys = len(plan.points), list(plan.points[0].settings)
-    yield f"{points} point(s) in {plan.folder}"
-    rows = [("point", *keys, "shares", "runs", "state")]
+    yield f"{len(plan.points)} point(s) in {plan.folder}"
+    rows = [("point", *plan.keys, "shares", "runs", "state")]
     rows += [
-        (point.name, *(point.settings.get(key, "") for key in keys), " ".join(_taken(point)), " ".join(point.own), state(point))
+        (
+            point.name,
+            *(_value(point, key) for key in plan.keys),
+            " ".join(point.elsewhere),
+            " ".join(point.own),
+            state(point),
+        )
         for point in plan.points
     ]
     yield aligned(rows)
@@ -42,8 +48,7 @@ def state(part: Point | SharedStage) -> str:
     """Return what exists of a point or a shared stage, in one or two words."""
     if directory.is_done(part):
         return "done"
-    stages = [part.stage] if isinstance(part, SharedStage) else part.own
-    for stage in reversed([stage for stage in stages if STAGES[stage].trained]):
+    for stage in reversed([stage for stage in directory.stages_to_run(part) if STAGES[stage].trained]):
         folder = RunDirectory(stage_folder(part.config, stage), stage)
         if folder.done(part.config):
             return f"{stage} done"
@@ -52,6 +57,6 @@ def state(part: Point | SharedStage) -> str:
     return "new"
 
 
-def _taken(point: Point) -> list[str]:
-    """Return the stages that a point shares; sounds and latents are one thing."""
-    return [stage for stage in point.elsewhere if stage != "synth"]
+def _value(point: Point, key: str) -> str:
+    """Return the value of a key that differs within the sweep, for a point of an earlier command too."""
+    return point.settings.get(key, str(flatten(point.config).get(key, "")))
