@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from launch.sweep import record as records
-from launch.sweep.plan import Plan, SweepPoint, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
 from launch.sweep.sharing import own_latents
 from trainer.recipes.schema import Config
 from trainer.recipes.values import to_yaml

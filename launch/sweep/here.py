@@ -16,7 +16,7 @@ from launch.notify import DONE, FAILED, News, notify
 from launch.pipeline import say
 from launch.signals import INTERRUPTED, STOPPED, StopFlag
 from launch.sweep import directory, outcomes
-from launch.sweep.plan import Plan, SweepPoint, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
 from trainer.progress import LABEL
 
 _LOOK = 0.5  # seconds between two looks at whether a signal has come

@@ -13,7 +13,7 @@ from launch.slurm import preflight, scheduler, submit, submitted_jobs
 from launch.slurm.job_script import Job, require_writable
 from launch.slurm.submitted_jobs import Submitted
 from launch.sweep import directory, shown
-from launch.sweep.plan import Plan, SweepPoint, SharedStage, recorded_plan
+from launch.sweep.plan import Plan, SharedStage, SweepPoint, recorded_plan
 from launch.sweep.points_job import Element, PointsJob
 from trainer.file_names import printable_lines
 from trainer.recipes.values import to_yaml

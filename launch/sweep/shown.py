@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.sweep import directory
-from launch.sweep.plan import Plan, SweepPoint, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import aligned
 from trainer.recipes.values import flatten

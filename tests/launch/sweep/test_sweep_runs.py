@@ -17,7 +17,7 @@ from launch import owner, pipeline
 from launch.cli import main
 from launch.signals import STOPPED
 from launch.sweep import directory, here, outcomes, part
-from launch.sweep.plan import Plan, SweepPoint, SharedStage, make_plan
+from launch.sweep.plan import Plan, SharedStage, SweepPoint, make_plan
 from models.atomic_write import write_whole
 from tests.cluster.slurm_nodes import until
 from trainer.recipes.reading import load_recipe
