@@ -55,7 +55,7 @@ class SweepPart:
     def state(self) -> str:
         """State in one word."""
         states = {stage.state for stage in self.stages}
-        if self.holder is not None or states & {"running", "running?"}:
+        if self.holder is not None or "running" in states or self._may_run:
             return "running"
         if any(stage.living for stage in self.stages):
             return "pending"
@@ -64,6 +64,12 @@ class SweepPart:
         if self.outcome is not None and self.outcome["outcome"] in (outcomes.FAILED, outcomes.STOPPED):
             return self.outcome["outcome"]
         return "failed" if states & set(_BAD) else "stopped" if states else "pending"
+
+    @property
+    def _may_run(self) -> bool:
+        """Whether a stage claims to run, and nothing has told since that the part has ended."""
+        ended = self.outcome["time"] if self.outcome is not None else 0.0
+        return any(stage.state == "running?" and stage.spoke > ended for stage in self.stages)
 
     @property
     def _is_whole(self) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from launch.sweep import record as records
 from launch.sweep.plan import Plan, SharedStage, SweepPoint
+from launch.sweep.same_base import has_same_results
 from launch.sweep.sharing import own_latents
 from trainer.recipes.schema import Config
-from trainer.recipes.values import to_yaml
 from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stages import STAGES
 
@@ -30,7 +30,7 @@ def make(plan: Plan) -> None:
     parts: list[SweepPoint | SharedStage] = [*plan.shared, *plan.points]
     for part in parts:
         folder = plan.folder / folder_of(part)
-        write_config(folder, part.config)
+        _write_config(folder, part.config)
         for stage, place in part.elsewhere.items():
             if stage == "synth" and "prepare" not in stages_to_run(part):
                 continue  # the latents are all that the other stages read
@@ -73,9 +73,18 @@ def _stage_is_done(config: Config, stage: str) -> bool:
     # The page is written last, after the config with which the point was run.
     folder = Path(config.run_dir)
     written = [folder / "config.yaml", folder / "evaluate" / "evaluation.json", folder / "page" / "index.html"]
-    if not all(path.is_file() for path in written) or written[0].read_bytes() != to_yaml(config).encode():
+    if not all(path.is_file() for path in written) or not has_same_results(folder, config):
         return False
     return written[-1].stat().st_mtime_ns >= written[0].stat().st_mtime_ns
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    """Write the config of a run directory. Its time says from when on figures and pages are those of the config."""
+    path = folder / "config.yaml"
+    before = path.stat().st_mtime_ns if path.is_file() and has_same_results(folder, config) else None
+    write_config(folder, config)
+    if before is not None:
+        os.utime(path, ns=(before, before))
 
 
 def _link(sweep: Path, folder: Path, stage: str, place: str, config: Config) -> None:

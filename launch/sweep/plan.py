@@ -158,8 +158,11 @@ def recorded_plan(folder: Path) -> Plan:
         raise ValueError(f"{folder} has no {records.FILE}: give the directory of a sweep")
 
     def stored(place: str) -> Config:
-        config = load_recipe(str(folder / place / "config.yaml"), [])
-        config.run_dir = str(folder / place)  # the directory may have moved
+        config, now = load_recipe(str(folder / place / "config.yaml"), []), folder / place
+        if Path(config.run_dir).resolve() != now.resolve():  # the directory has moved
+            latents = sharing.own_latents(config)
+            config.run_dir = str(now)
+            config.data.latents = config.data.latents if latents is None else str(now / latents)
         return config
 
     points = [

@@ -17,7 +17,7 @@ from tests.cluster.slurm_nodes import until
 pytestmark = pytest.mark.alone
 SETTINGS = (
     *("cluster=no_accounting", "cluster.nodes=1", "cluster.tasks_per_node=1", "cluster.partition=main"),
-    *("parallel.threads=1", "parallel.device=cpu"),
+    *("parallel.threads=1", "parallel.device=cpu", "cluster.options.exclusive=true"),
     *("data.synth_hours=0.02", "pretrain.samples=32", "autoencode.samples=32", "finetune.samples=2400"),
     *("finetune.decay=0", "log.samples_every=0", "checkpoint.every=4800", "log.trackers=[]", "quantizer.size=8"),
     *("evaluate.clips=2", "evaluate.page_clips=1", "evaluate.decodes=1", "evaluate.curve=0"),

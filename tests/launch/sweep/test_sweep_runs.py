@@ -17,7 +17,7 @@ from launch import owner, pipeline
 from launch.cli import main
 from launch.signals import STOPPED
 from launch.sweep import directory, here, outcomes, part
-from launch.sweep.plan import Plan, SharedStage, SweepPoint, make_plan
+from launch.sweep.plan import Plan, SharedStage, SweepPoint, make_plan, recorded_plan
 from models.atomic_write import write_whole
 from tests.cluster.slurm_nodes import until
 from trainer.recipes.reading import load_recipe
@@ -257,3 +257,27 @@ def _shorter(train_here: Callable[[Config, str], str]) -> Callable[[Config, str]
         return train_here(config, stage)
 
     return train
+
+
+def test_what_is_done_stays_done_elsewhere_and_under_another_log(plan, trained, tmp_path, monkeypatch):
+    assert here.run(plan("finetune.lr=1e-4,3e-4")) == 0
+    trained.clear()
+    again = plan("finetune.lr=1e-4,3e-4", "log.every=8")
+    again.folder = tmp_path / "s"
+    assert here.run(again) == 0
+    assert here.run(recorded_plan(tmp_path / "s")) == 0
+    (tmp_path / "s").rename(tmp_path / "t")
+    monkeypatch.chdir("/")
+    assert all(map(directory.is_done, recorded_plan(tmp_path / "t").points))
+    assert here.run(recorded_plan(tmp_path / "t")) == 0
+    assert trained == {}
+    # another evaluation is made again, also if the first attempt at it was killed before it began
+    other = make_plan("tiny", [*SMALL, *_given(tmp_path / "t"), "evaluate.clips=3"], points=None, folder=tmp_path / "t")
+    directory.make(other)
+    assert not any(map(directory.is_done, other.points))
+
+
+def _given(sweep: Path) -> list[str]:
+    """Return the settings by which a sweep was begun, besides the small ones."""
+    config = recorded_plan(sweep).points[0].config
+    return [f"data.latents={config.data.latents}", "finetune.lr=1e-4,3e-4"]
