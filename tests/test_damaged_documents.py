@@ -25,6 +25,9 @@ from launch.slurm import begin_end
 from launch.slurm.attempt import Attempt, history, record
 from launch.slurm.requeue_policy import judge
 from launch.slurm.submitted_jobs import Submitted, keep
+from launch.sweep import outcomes
+from launch.sweep import record as sweep_record
+from launch.sweep.record import RecordedPoint
 from models.backbones.oobleck import read_oobleck_config
 from models.backbones.same import read_same_config
 from models.backbones.woosh import read_woosh_sizes
@@ -247,6 +250,8 @@ KINDS: dict[str, Kind] = {
     "jobs.jsonl": Kind("jobs.jsonl", takes_over, LinesDocument),
     "upload.json": Kind("pretrain/upload.json", lambda: spresso("status", RUN)),
     "store.json": Kind("store.json", lambda: run_id(RUN)),
+    "sweep.json": Kind("../../sweep/sweep.json", lambda: spresso("status", Path("sweep"))),
+    "outcomes.jsonl": Kind("../../sweep/outcomes.jsonl", lambda: spresso("status", Path("sweep")), LinesDocument),
     "owner.json": Kind("pretrain/owner.json", is_owned),
     "history.jsonl": Kind("pretrain/attempts/history.jsonl", is_judged, LinesDocument),
     "rank_0.json": Kind("pretrain/attempts/7_2/rank_0.json", is_judged),
@@ -294,6 +299,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
             end = {"ended": time.time() - 800, **who, "place": 32, "then": then, "why": "x", "failure": "boom"}
             record(STAGE, end)
         Attempt(STAGE, "7", 2).note(0, "failed", type="RuntimeError", message="boom")
+        points = [RecordedPoint(name, {"seed": name}, {"pretrain": "shared/pretrain-1"}) for name in ("1", "2")]
+        sweep_record.write(Path("sweep"), sweep_record.Record(sweep_record.FORMAT, "a", "tiny", ["seed"], points, 2))
+        outcomes.append(Path("sweep"), "points/1", outcomes.FAILED, "boom")
         write(
             {
                 RUN / "pretrain/upload.json": {"url": "s3://a", "time": 9.5, "sending": "a", "sent": 1, "of": 2},

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from launch.cli import parser
+from launch.sweep.points import first_settings
 from trainer.recipes.reading import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,8 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
         words = shlex.split(re.sub(r"\[.*?\]", "", line).split("   ")[0].split("  #")[0])
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
+            if words[1] == "sweep":
+                overrides = first_settings(overrides, None)
             recipe = options.recipe if options.recipe in ("demo", "tiny", "spresso_11hz") else "demo"
             load_recipe(recipe, [override for override in overrides if not override.startswith("stage=")])
 

@@ -1,4 +1,4 @@
-"""Finds the runs in a folder, and one level deeper those of a sweep. Symbolic links that lead out are not followed."""
+"""Finds the runs in a folder, one level deeper, and in sweeps. Symbolic links that lead out are not followed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from launch.status.stage_status import StageStatus
+from launch.sweep.record import POINTS, SHARED, is_sweep
 from models.readable import describe_os_error
 from trainer.stages import STAGES
 
@@ -14,7 +15,7 @@ MOST = 10_000
 
 
 def found_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the runs in a folder by name, such as `demo` or `sweep/3`, and what was left out and why.
+    """Return the runs in a folder by name, such as `demo` or `rates/points/lr=1e-4`, and what was left out and why.
 
     Args:
         folder: the folder, resolved.
@@ -25,7 +26,9 @@ def found_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
         if _is_run(path):
             found[name] = path
         else:
-            found |= {f"{name}/{inner}": each for inner, each in _folders(folder, path, problems) if _is_run(each)}
+            for below in (POINTS, SHARED) if is_sweep(path) else ("",):
+                inner = _folders(folder, path / below, problems)
+                found |= {f"{Path(name, below, own)}": each for own, each in inner if _is_run(each)}
         if len(found) > MOST:
             problems.append(f"{folder} has more than {MOST} runs; the others are left out")
             break

@@ -36,6 +36,16 @@ def test_runs_and_those_of_a_sweep_are_found(tmp_path):
     assert problems == []
 
 
+def test_the_points_and_shared_stages_of_a_sweep_are_found(tmp_path):
+    for name in ("rates/points/lr=1e-4", "rates/shared/pretrain-0a", "rates/logs/pretrain"):
+        add_run(tmp_path / name)
+    (tmp_path / "rates/points/lr=1e-4/quantize").symlink_to("../../shared/pretrain-0a/pretrain")
+    (tmp_path / "rates/sweep.json").write_text("{}")
+    found, problems = found_runs(tmp_path)
+    assert sorted(found) == ["rates/points/lr=1e-4", "rates/shared/pretrain-0a"]
+    assert problems == []
+
+
 def test_a_row_tells_where_a_run_is(tmp_path):
     stage = add_run(tmp_path / "mine", stage="pretrain", state="done")
     stage = add_run(tmp_path / "mine")
