@@ -23,8 +23,8 @@ from launch.slurm import scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.news import tell_of_end
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
-from launch.slurm.slurm_task import rendezvous
-from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
+from launch.slurm.slurm_task import free_port, rendezvous
+from launch.slurm.variables import RUN, SUBMISSION, SUPERVISORS, TASKS_PER_NODE
 from models.disk_errors import LASTING, PASSING
 from models.documents import DamagedDocument
 from models.readable import describe_os_error
@@ -61,14 +61,16 @@ def _begin(attempt: Attempt) -> int:
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
     settings = {TOKEN: attempt.token, **rendezvous(attempt.token)}
+    if is_trained(folder.name):
+        settings[SUPERVISORS] = str(free_port(f"{attempt.token}/supervisors"))
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
     return 0
 
 
 def _end(attempt: Attempt, status: int) -> int:
-    folder = attempt.stage_folder
+    folder, attempt = attempt.stage_folder, attempt.newest()
     held = _holder(folder)
-    if is_trained(folder.name) and held is not None and held.token != attempt.token:
+    if is_trained(folder.name) and held is not None and (held.job, held.restart) != (attempt.job, attempt.restart):
         print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
     progress, refused = _place_now(folder)
@@ -84,7 +86,7 @@ def _end(attempt: Attempt, status: int) -> int:
     if verdict.then == REQUEUE:
         return _requeue(attempt)
     if is_trained(folder.name):
-        owner.release(folder, attempt.token)
+        owner.release(folder, held.token if held is not None else attempt.token)
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
 
 

@@ -72,6 +72,10 @@ class ClusterConfig:
     grace_seconds: int = ranged(120, least=1)
     """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
     them. SLURM may send the signal up to a minute early."""
+    restarts_in_job: int = ranged(10, least=0)
+    """How often a start of a job restarts its ranks without leaving its nodes, after one was killed or has failed.
+    After as many restarts, or where a node is lost or the same failure recurs, the job is requeued or over. 0: a
+    failure always ends the job's start."""
     array: int = ranged(1, least=1)
     """Jobs among which the sound files of `prepare` are divided. To divide the clips of `evaluate`, set
     `stages.evaluate.array`."""
