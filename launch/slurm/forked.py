@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from launch.slurm.attempt import Note
 from models.documents import parse_json, to_json
 
 _PR_SET_PDEATHSIG = 1
+_CUDA = "/dev/nvidia-uvm"  # the device that CUDA opens first, and that asking for the number of GPUs leaves alone
 _LARGEST = 60_000  # bytes of a note, which a pipe holds although nobody reads it yet
 
 Tell = Callable[[Mapping[str, Any]], object]
@@ -96,7 +98,7 @@ def require_forkable() -> None:
     if names := other_threads():
         raise RuntimeError(f"this process has other threads: {', '.join(names)}")
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if (torch is not None and torch.cuda.is_initialized()) or _CUDA in open_files():
         raise RuntimeError("this process has used CUDA")
 
 
@@ -109,6 +111,15 @@ def other_threads() -> list[str]:
                 found.append(path.read_text().strip())
             except OSError:  # it has ended
                 continue
+    return found
+
+
+def open_files() -> set[str]:
+    """Return the paths of this process's open files and devices."""
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it is closed again
+            found.add(str(path.readlink()))
     return found
 
 

@@ -17,6 +17,8 @@ import selectors
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
 from typing import NoReturn
@@ -34,7 +36,9 @@ from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import SUPERVISORS
 from trainer.recipes.schema import Config
 
-_IMPORTED = ("trainer.loop", "launch.pipeline")
+_IMPORTED = ("trainer.loop", "launch.pipeline", "torch._dynamo", "peft")
+"""What a worker would import, most of it as it builds the model; it takes several times as long as torch alone."""
+_IMPORTED_ON_RANK_0 = ("torch.utils.tensorboard",)
 _TICK = 0.5  # seconds
 _LATER = 0.1  # fraction of health.hang_seconds within which the watchdogs of all ranks end them
 
@@ -48,7 +52,7 @@ def supervise(stage: str, attempt: Attempt, task: SlurmTask, config: Config) -> 
     if task.rank >= ranks:
         return
     supervisor = Supervisor(stage, attempt, task, config, ranks=ranks)
-    _import_all()
+    _import_all((*_IMPORTED, *(() if task.rank else _IMPORTED_ON_RANK_0)))
     try:
         forked.require_forkable()
     except RuntimeError as error:
@@ -61,19 +65,20 @@ def supervise(stage: str, attempt: Attempt, task: SlurmTask, config: Config) -> 
     os._exit(status)
 
 
-def _import_all() -> None:
-    """Import what a worker needs. numpy's BLAS would start threads as it is imported."""
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    for name in _IMPORTED:
-        try:
+def _import_all(names: Iterable[str]) -> None:
+    """Import modules, in a way that starts no threads and leaves CUDA alone."""
+    # numpy's BLAS starts its threads as it is imported; torch asks the driver's library for GPUs rather than CUDA.
+    quiet = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ |= quiet
+    for name in names:
+        with suppress(Exception):  # the worker fails likewise, and leaves a note
             importlib.import_module(name)
-        except Exception:  # the worker fails likewise, and leaves a note
-            break
-    if before is None:
-        del os.environ["OPENBLAS_NUM_THREADS"]
-    else:
-        os.environ["OPENBLAS_NUM_THREADS"] = before
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 class Supervisor:

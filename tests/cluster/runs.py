@@ -118,7 +118,8 @@ class Run:
                 words, fields = path.read_bytes().split(b"\0"), stat_fields(int(path.parent.name))
             except OSError:
                 continue
-            ours = b"launch.slurm.job_task" in words and f"SPRESSO_RUN={self.folder}".encode()
+            python = Path(os.fsdecode(words[0])).name.startswith("python")  # srun's own words name the module, too
+            ours = python and b"launch.slurm.job_task" in words and f"SPRESSO_RUN={self.folder}".encode()
             if ours and fields and fields[0] != "Z" and ours in environment_of(int(path.parent.name)):
                 found[int(path.parent.name)] = int(fields[1])
         return found
