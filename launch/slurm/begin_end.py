@@ -59,7 +59,7 @@ def _begin(attempt: Attempt) -> int:
         _readable(lambda: owner.take(folder, owner.by_job(attempt)))
     _add_to_submitted(attempt)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
+    record(folder, {"began": time.time(), **who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
     settings = {TOKEN: attempt.token, **rendezvous(attempt.token)}
     if is_trained(folder.name):
         settings[SUPERVISORS] = str(free_port(f"{attempt.token}/supervisors"))
@@ -78,7 +78,7 @@ def _end(attempt: Attempt, status: int) -> int:
     verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
     if refused and verdict.then == REQUEUE:
         verdict = Verdict(OVER, refused, failure="mistake")
-    entry = {"ended": time.time(), **_who(attempt), "place": progress, "then": verdict.then}
+    entry = {"ended": time.time(), **who(attempt), "place": progress, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     told = f"{folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}"
     print(f"spresso: {printable_lines(told)}", file=sys.stderr, flush=True)
@@ -196,7 +196,7 @@ def _requeue(attempt: Attempt) -> int:
             problem = str(error)
             print(f"spresso: {problem}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
             time.sleep(_PAUSE)
-    entry = {"ended": time.time(), **_who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
+    entry = {"ended": time.time(), **who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
     failed = Verdict(OVER, f"could not be requeued: {problem}", failure="requeue")
     record(attempt.stage_folder, entry | {"why": failed.why, "failure": failed.failure})
     tell_of_end(attempt, failed, [], None)
@@ -204,8 +204,10 @@ def _requeue(attempt: Attempt) -> int:
     return 1
 
 
-def _who(attempt: Attempt) -> dict[str, Any]:
-    return {"job": attempt.job, "restart": attempt.restart, "host": socket.gethostname()}
+def who(attempt: Attempt) -> dict[str, Any]:
+    """Return what each line of the history says of its attempt."""
+    generation = {"generation": attempt.generation} if attempt.generation else {}
+    return {"job": attempt.job, "restart": attempt.restart, **generation, "host": socket.gethostname()}
 
 
 if __name__ == "__main__":

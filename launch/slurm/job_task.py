@@ -10,27 +10,37 @@ import os
 import sys
 from pathlib import Path
 
-from launch.output import survive_readers
-from launch.slurm.attempt import Attempt
-from launch.slurm.slurm_task import SlurmTask
-from launch.slurm.supervisor import supervise
+from launch.slurm.quiet_imports import quiet_imports
 from launch.slurm.variables import RUN
-from launch.slurm.worker import load_config, work
-from trainer.stages import STAGES
+from trainer.stages import is_trained
 
 
 def main() -> None:
     """Run one task, which its environment describes; does not return."""
-    survive_readers()
     stage = sys.argv[1]
+    if not is_trained(stage):
+        from launch.output import survive_readers
+        from launch.slurm.attempt import Attempt
+        from launch.slurm.slurm_task import SlurmTask
+        from launch.slurm.worker import load_config, work
+    else:
+        with quiet_imports():  # all of these import numpy
+            from launch.output import survive_readers
+            from launch.slurm.attempt import Attempt
+            from launch.slurm.slurm_task import SlurmTask
+            from launch.slurm.supervisor import supervise
+            from launch.slurm.worker import load_config, work
+    survive_readers()
     attempt, task = Attempt.here(Path(os.environ[RUN]) / stage), SlurmTask.here()
     os.environ.setdefault("OMP_NUM_THREADS", str(task.threads))
-    try:
-        config = load_config() if STAGES[stage].trained else None
-    except (ValueError, OSError):
-        config = None  # the worker fails likewise, and leaves a note
-    if config is not None and config.cluster.of(stage).restarts_in_job:
-        supervise(stage, attempt, task, config)
+    if is_trained(stage):
+        try:
+            config = load_config()
+        except (ValueError, OSError):
+            pass  # the worker fails likewise, and leaves a note
+        else:
+            if config.cluster.of(stage).restarts_in_job:
+                supervise(stage, attempt, task, config)
     work(stage, attempt, task)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from launch import owner
 from launch.slurm.attempt import Attempt, history, record
-from launch.slurm.begin_end import ended, place
+from launch.slurm.begin_end import ended, place, who
 from launch.slurm.news import tell_of_end
 from launch.slurm.requeue_policy import REQUEUE, RESTART, Verdict, judge
 from launch.slurm.slurm_task import free_port
@@ -41,10 +40,10 @@ def begin_next(attempt: Attempt, notes: Mapping[int, Mapping[str, Any]], *, task
         begun = attempt.next()
         owner.take(folder, owner.by_job(begun))  # from here on, ranks that still live can't write
         begun.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"ended": time.time(), **_who(attempt), "place": samples, "then": RESTART}
+        entry = {"ended": time.time(), **who(attempt), "place": samples, "then": RESTART}
         record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
         nodes = {"nodes": os.environ.get("SLURM_JOB_NODELIST", ""), "count": os.environ["SLURM_JOB_NUM_NODES"]}
-        record(folder, {"began": time.time(), **_who(begun), **nodes})
+        record(folder, {"began": time.time(), **who(begun), **nodes})
         port = free_port(begun.token)
     except (ValueError, OSError) as error:
         print(f"spresso: no restart in the job: {printable_lines(str(error))}", file=sys.stderr, flush=True)
@@ -53,11 +52,6 @@ def begin_next(attempt: Attempt, notes: Mapping[int, Mapping[str, Any]], *, task
     print(f"spresso: {printable_lines(told)}", file=sys.stderr, flush=True)
     _tell(attempt, Verdict(RESTART, told, verdict.failure), past, samples)
     return begun, port
-
-
-def _who(attempt: Attempt) -> dict[str, Any]:
-    generation = {"generation": attempt.generation} if attempt.generation else {}
-    return {"job": attempt.job, "restart": attempt.restart, **generation, "host": socket.gethostname()}
 
 
 def _tell(attempt: Attempt, verdict: Verdict, past: list[dict[str, Any]], samples: int | None) -> None:

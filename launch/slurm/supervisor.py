@@ -17,7 +17,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
@@ -30,6 +30,7 @@ from launch.slurm.attempt import TOKEN, Attempt, Note, note_of
 from launch.slurm.channel import Order
 from launch.slurm.forked import Forked
 from launch.slurm.links import PATIENCE, Chair, Link, Member
+from launch.slurm.quiet_imports import quiet_imports
 from launch.slurm.restart import begin_next
 from launch.slurm.roll_call import FAILED, LEFT, ORDERED, RollCall
 from launch.slurm.slurm_task import SlurmTask
@@ -40,6 +41,7 @@ _IMPORTED = ("trainer.loop", "launch.pipeline", "torch._dynamo", "peft")
 """What a worker would import, most of it as it builds the model; it takes several times as long as torch alone."""
 _IMPORTED_ON_RANK_0 = ("torch.utils.tensorboard",)
 _TICK = 0.5  # seconds
+Work = Callable[[str, Attempt, SlurmTask, Config, forked.Tell], NoReturn]
 _LATER = 0.1  # fraction of health.hang_seconds within which the watchdogs of all ranks end them
 
 
@@ -66,27 +68,21 @@ def supervise(stage: str, attempt: Attempt, task: SlurmTask, config: Config) -> 
 
 
 def _import_all(names: Iterable[str]) -> None:
-    """Import modules, in a way that starts no threads and leaves CUDA alone."""
-    # numpy's BLAS starts its threads as it is imported; torch asks the driver's library for GPUs rather than CUDA.
-    quiet = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ |= quiet
-    for name in names:
-        with suppress(Exception):  # the worker fails likewise, and leaves a note
-            importlib.import_module(name)
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with quiet_imports():
+        for name in names:
+            with suppress(Exception):  # the worker fails likewise, and leaves a note
+                importlib.import_module(name)
 
 
 class Supervisor:
     """One task's supervisor, from the task's start to its end."""
 
-    def __init__(self, stage: str, attempt: Attempt, task: SlurmTask, config: Config, *, ranks: int) -> None:
+    def __init__(
+        self, stage: str, attempt: Attempt, task: SlurmTask, config: Config, *, ranks: int, work: Work = worker.work
+    ) -> None:
         """Watch for signals, and listen if this is the first supervisor: the others import as long."""
         self.stage, self.attempt, self.task, self.config, self.ranks = stage, attempt, task, config, ranks
+        self._work = work
         self.most = config.cluster.of(stage).restarts_in_job
         self.status: int | None = None
         """Exit status of the task, once that is known."""
@@ -133,6 +129,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Run workers until the task has ended; return its exit status."""
+        if self._link is not None:
+            self._link.tick()  # the chair has been listening since before it imported anything
         self._begin(None)
         while self.status is None:
             self._wait()
@@ -162,7 +160,7 @@ class Supervisor:
         self._kill_at = self._give_up_at = float("inf")
 
         def work(tell: forked.Tell) -> NoReturn:
-            worker.work(self.stage, self.attempt, self.task, self.config, tell)
+            self._work(self.stage, self.attempt, self.task, self.config, tell)
 
         self._worker = forked.fork(work, close=self._own_descriptors())
         for number in self._asked:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch.cli import main
+from tests.trainer.data.older_sets import without_checksums
 from tests.trainer.data.test_prepare import (
     REPOSITORY,
     Interrupted,
@@ -20,7 +21,6 @@ from tests.trainer.data.test_prepare import (
     run,
     write_sounds,
 )
-from tests.trainer.data.older_sets import without_checksums
 from trainer.data.sources import list_sources
 
 
