@@ -39,7 +39,7 @@ RECIPE = (
     *(f"autoencode.global_batch={BATCH}", "autoencode.samples=100000000", f"log.every={BATCH}", "log.samples_every=0"),
     *(f"checkpoint.every={BATCH * EVERY}", "checkpoint.least_steps=1"),
     *("cluster=no_accounting", f"cluster.nodes={NODES}", f"cluster.tasks_per_node={TASKS}"),
-    *("cluster.grace_seconds=60", "parallel.device=cpu"),
+    *("cluster.grace_seconds=60", "parallel.device=cpu", "cluster.check_nodes=false"),
 )
 WAYS = {"restarted in the job": 1000, "requeued": 0}
 """What happens → `cluster.restarts_in_job`."""
@@ -129,8 +129,8 @@ def table(figures: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
     alone, together = statistics.median(figures["alone"]), statistics.median(figures["at once"])
     lines = [
-        f"{ranks.describe(figures)} SLURM on this machine (a requeued job may start after 6 s), {NODES} nodes of {TASKS} "
-        f"ranks of a thread each; a rank is killed at a random step. `import torch` in a fresh process takes "
+        f"{ranks.describe(figures)} SLURM on this machine (a requeued job may start after 6 s), {NODES} nodes of "
+        f"{TASKS} ranks of a thread each; a rank is killed at a random step. `import torch` in a fresh process takes "
         f"{alone:.2f} s ({min(figures['alone']):.2f} to {max(figures['alone']):.2f}), in {NODES * TASKS} tasks at once "
         f"{together:.2f} s ({min(figures['at once']):.2f} to {max(figures['at once']):.2f}).",
         "",

@@ -57,6 +57,8 @@ class HistoryEntry(TypedDict):
     then: NotRequired[Literal["done", "requeued", "restarted", "over"]]
     why: NotRequired[str]
     failure: NotRequired[str]
+    left_out: NotRequired[list[str]]
+    """Nodes that failed the check at the start, without which the job was requeued."""
     by: NotRequired[str]
 
 

@@ -40,7 +40,7 @@ class Run:
         self.cluster, self.folder, self.stage = cluster, folder, folder / "pretrain"
         self.mark = folder.with_name(f"{folder.name}.mark")
         given = [*SETTINGS, f"run_dir={folder}", f"data.latents={latents}", "cluster=no_accounting"]
-        given += [f"pretrain.samples={LONG}", "cluster.grace_seconds=30", *overrides]
+        given += [f"pretrain.samples={LONG}", "cluster.grace_seconds=30", "cluster.check_nodes=false", *overrides]
         if fault:
             fault = {"mark": str(self.mark), **fault}
             given += [f"cluster.environment.PYTHONPATH={FAULTS}", f"cluster.environment.SPRESSO_FAULT={_quoted(fault)}"]

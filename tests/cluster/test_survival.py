@@ -160,6 +160,18 @@ def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+def test_a_node_that_fails_the_check_is_left_out(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
+    fault = {"what": "full_temp", "rank": 0, "once": True}
+    run = start("cluster.check_nodes=true", f"pretrain.samples={SHORT}", "cluster.options.exclude=node4", fault=fault)
+    run.end()
+    first, last = run.ended()
+    assert (first["then"], first["left_out"], last["then"]) == ("requeued", ["node1"], "done")
+    assert "node1" in first["why"]
+    assert cluster.job(run.job)["NodeList"] == "node[2-3]"
+    assert cluster.job(run.job)["ExcNodeList"] == "node[1,4]"
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
 @pytest.mark.slow
 def test_a_rank_that_raises_once(start: Start, undisturbed: dict[int, float]):
     run = start(f"pretrain.samples={SHORT}", fault={"what": "raise", "rank": 2, "at": 708, "once": True})
