@@ -81,11 +81,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="a file to write the figures to")
     parser.add_argument("--rounds", type=int, default=10, help="how often a rank is killed (default: %(default)s)")
+    parser.add_argument("--requeues", type=int, default=3, help="the same for the job that is requeued")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="spresso-benchmark-"))
     try:
-        figures = measure(work, options.rounds, options.seed)
+        figures = measure(work, (options.rounds, options.requeues), options.seed)
     finally:
         shutil.rmtree(work)
     print(table(figures))
@@ -93,8 +94,8 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(work: Path, rounds: int, seed: int) -> dict[str, Any]:
-    """Kill ranks of both jobs `rounds` times, one job after the other on one cluster, and return all figures."""
+def measure(work: Path, rounds_of_ways: tuple[int, int], seed: int) -> dict[str, Any]:
+    """Kill ranks of both jobs so many times, one job after the other on one cluster, and return all figures."""
     chance = random.Random(seed)
     make_base(work, recipe(work, *RECIPE))
     make_latents(work, recipe(work, *RECIPE))
@@ -102,7 +103,7 @@ def measure(work: Path, rounds: int, seed: int) -> dict[str, Any]:
     with SlurmCluster() as cluster:
         os.environ |= cluster.environment
         _imports(cluster, figures)
-        for name, most in WAYS.items():
+        for (name, most), rounds in zip(WAYS.items(), rounds_of_ways, strict=True):
             config = recipe(work, *RECIPE, f"run_dir={work / str(most)}", f"cluster.restarts_in_job={most}")
             job = Killed(cluster, config)
             figures["ways"][name] = found = []

@@ -22,7 +22,7 @@ class Message(TypedDict):
     ending: NotRequired[Ending]
 
 
-class Order(TypedDict):
+class Command(TypedDict):
     """What the first supervisor tells the others."""
 
     do: Literal["end", "begin", "over"]

@@ -26,36 +26,38 @@ _UNTOLD = ("", "N/A", "[N/A]", "Insufficient Permissions", "Requested functional
 _RESET = "have it reset (`nvidia-smi --gpu-reset`) or the node rebooted"
 
 
-class Findings(NamedTuple):
+class GpuFindings(NamedTuple):
     """What is wrong with a node's GPUs, and what could not be found out; one line each."""
 
     faults: list[str]
     passed_over: list[str]
 
 
-def look_at_gpus(asked: int) -> Findings:
+def look_at_gpus(asked: int) -> GpuFindings:
     """Ask nvidia-smi once; `asked`: how many GPUs this node has to have."""
     try:
         done = subprocess.run(["nvidia-smi", "-q", "-x"], capture_output=True, text=True, timeout=_PATIENCE)
     except FileNotFoundError:
-        return Findings([], ["there is no nvidia-smi"])
+        return GpuFindings([], ["there is no nvidia-smi"])
     except subprocess.TimeoutExpired:
-        return Findings([f"nvidia-smi gives no answer in {_PATIENCE:.0f} s: have the node rebooted"], [])
+        return GpuFindings([f"nvidia-smi gives no answer in {_PATIENCE:.0f} s: have the node rebooted"], [])
     except (OSError, UnicodeDecodeError) as error:
-        return Findings([], [f"nvidia-smi can't be run: {error}"])
+        return GpuFindings([], [f"nvidia-smi can't be run: {error}"])
     text = f"{done.stdout}\n{done.stderr}"
     if words := next((words for words in _LOST if words in text), None):
         line = next(line for line in text.splitlines() if words in line)
-        return Findings([f"nvidia-smi: {printable(line.strip()[:200])}: {_RESET}"], [])
+        return GpuFindings([f"nvidia-smi: {printable(line.strip()[:200])}: {_RESET}"], [])
     try:
-        gpus = ElementTree.fromstring(done.stdout[max(0, done.stdout.find("<nvidia_smi_log")) :]).findall("gpu")
+        root = ElementTree.fromstring(done.stdout[max(0, done.stdout.find("<nvidia_smi_log")) :])
     except ElementTree.ParseError:
-        return Findings([], [f"nvidia-smi's answer is not understood (status {done.returncode})"])
-    return _judged(gpus, asked)
+        root = None
+    if root is None or root.tag != "nvidia_smi_log":
+        return GpuFindings([], [f"nvidia-smi's answer is not understood (status {done.returncode})"])
+    return _judged(root.findall("gpu"), asked)
 
 
-def _judged(gpus: list[ElementTree.Element], asked: int) -> Findings:
-    found = Findings([], [])
+def _judged(gpus: list[ElementTree.Element], asked: int) -> GpuFindings:
+    found = GpuFindings([], [])
     if len(gpus) < asked:
         found.faults.append(f"{len(gpus)} of {asked} GPUs are there: {_RESET}")
     for number in _ours(len(gpus), asked):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from launch.slurm.attempt import Attempt
-from launch.slurm.channel import Channel, Message, Order
+from launch.slurm.channel import Channel, Message, Command
 from launch.slurm.roll_call import BROKEN, Ending, RollCall
 
 PATIENCE = 60.0
@@ -31,7 +31,7 @@ batch script has to decide."""
 class Link(Protocol):
     """This supervisor's part in the agreement."""
 
-    orders: deque[Order]
+    orders: deque[Command]
     """Orders that have not been followed yet."""
 
     @property
@@ -66,10 +66,10 @@ class Chair:
             count: number of ranks.
             restart: see `Restart`.
         """
-        self.orders: deque[Order] = deque()
+        self.orders: deque[Command] = deque()
         self._selector, self._name, self._restart = selector, attempt.token, restart
         self._roll, self._channels = RollCall(count, PATIENCE, attempt.generation), list[Channel]()
-        self._order: Order | None = None
+        self._order: Command | None = None
         self._listener = socket.create_server(("", port), backlog=_CROWD)
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -85,7 +85,7 @@ class Chair:
         return True
 
     def tick(self) -> None:
-        """Order a restart or the end, once the roll call has a result."""
+        """Command a restart or the end, once the roll call has a result."""
         result = self._roll.result(time.monotonic())
         if result is None or (self._order is not None and self._order["do"] == "over"):
             return
@@ -143,7 +143,7 @@ class Chair:
             self._roll.deadline = time.monotonic() + PATIENCE + grace
             self._give({"do": "end", "generation": self._roll.generation, "grace": grace})
 
-    def _give(self, order: Order) -> None:
+    def _give(self, order: Command) -> None:
         """Give an order to all supervisors, this one included."""
         self._order = order
         for channel in self._channels:
@@ -156,7 +156,7 @@ class Member:
     """The part of any other supervisor."""
 
     def __init__(self, selector: selectors.BaseSelector, attempt: Attempt, address: tuple[str, int], rank: int) -> None:
-        self.orders: deque[Order] = deque()
+        self.orders: deque[Command] = deque()
         self._selector, self._name, self._address, self._rank = selector, attempt.token, address, rank
         self._channel: Channel | None = None
         self._untold: list[Ending] = []
@@ -206,7 +206,7 @@ class Member:
 
     def _hear(self) -> None:
         assert self._channel is not None
-        orders = self._channel.receive(Order)
+        orders = self._channel.receive(Command)
         if orders is not None:
             self.orders.extend(orders)
             return

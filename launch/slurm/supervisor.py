@@ -27,7 +27,7 @@ from launch.rank_count import usable_ranks
 from launch.signals import MISTAKE, SIGNALS, heeded
 from launch.slurm import forked, worker
 from launch.slurm.attempt import TOKEN, Attempt, Note, note_of
-from launch.slurm.channel import Order
+from launch.slurm.channel import Command
 from launch.slurm.forked import Forked
 from launch.slurm.links import PATIENCE, Chair, Link, Member
 from launch.slurm.quiet_imports import quiet_imports
@@ -213,7 +213,7 @@ class Supervisor:
         while self._link is not None and self._link.orders and self.status is None:
             self._follow(self._link.orders.popleft())
 
-    def _follow(self, order: Order) -> None:
+    def _follow(self, order: Command) -> None:
         generation = order["generation"]
         if order["do"] == "over":
             self.status = self._last
