@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from launch.slurm.attempt import Attempt
-from launch.slurm.channel import Channel, Message, Command
+from launch.slurm.channel import Channel, Command, Message
 from launch.slurm.roll_call import BROKEN, Ending, RollCall
 
 PATIENCE = 60.0

@@ -141,7 +141,8 @@ def test_an_element_of_an_array_does_its_part(stage, tmp_path, monkeypatch):
     done = []
     monkeypatch.setitem(pipeline.UNTRAINED, stage, lambda config, **which: done.append((config.name, which)))
     attempt = Attempt(tmp_path / stage, "12", 0)
-    assert worker._share(stage, attempt, SlurmTask(rank=0, count=1, local_rank=0, local_counts=(1,)), None, None) == "done"
+    task = SlurmTask(rank=0, count=1, local_rank=0, local_counts=(1,))
+    assert worker._share(stage, attempt, task, None, None) == "done"
     assert done == [("tiny", {"part": 2, "parts": 4})]
 
 
