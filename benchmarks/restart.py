@@ -104,6 +104,8 @@ def measure(work: Path, rounds_of_ways: tuple[int, int], seed: int) -> dict[str,
         os.environ |= cluster.environment
         _imports(cluster, figures)
         for (name, most), rounds in zip(WAYS.items(), rounds_of_ways, strict=True):
+            if not rounds:
+                continue
             config = recipe(work, *RECIPE, f"run_dir={work / str(most)}", f"cluster.restarts_in_job={most}")
             job = Killed(cluster, config)
             figures["ways"][name] = found = []

@@ -135,6 +135,8 @@ class Supervisor:
         while self.status is None:
             self._wait()
             self._look_at_worker()
+            if self._link is not None:
+                self._link.tick()
             self._follow_orders()
             if self._link is None or not self._link.stands or time.monotonic() > self._give_up_at:
                 self._end_with_worker()
@@ -144,10 +146,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait until something has happened, or for a moment."""
-        for key, _ in self._selector.select(_TICK):
+        for key, _ in self._selector.select(max(0.0, min(_TICK, self._kill_at - time.monotonic()))):
             key.data()
-        if self._link is not None:
-            self._link.tick()
         if time.monotonic() >= self._kill_at and self._worker is not None:
             self._worker.kill()
             self._kill_at = float("inf")
