@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from launch import record_lock, this_process
 from launch.slurm import scheduler
-from launch.slurm.attempt import TOKEN, Attempt
+from launch.slurm.attempt import TOKEN, Attempt, token
 from models.atomic_write import replacing
 from models.documents import DamagedDocument, Moment, Natural, Positive, damaged, read_json, to_json
 
@@ -76,6 +76,8 @@ class Owner:
     """Command line of the process."""
     launch: str = ""
     """The SLURM job or torchrun that started the process, if any; `restart` counts its starts."""
+    generation: Natural = 0
+    """How often the job has restarted its ranks since its start."""
 
     @property
     def unattended(self) -> bool:
@@ -126,8 +128,9 @@ def by_hand() -> Owner:
 
 
 def by_job(attempt: Attempt) -> Owner:
-    """Return a start of a job as an owner."""
-    return Owner(attempt.token, socket.gethostname(), os.getpid(), "", attempt.job, attempt.restart)
+    """Return a start of a job, or a restart within it, as an owner."""
+    host, generation = socket.gethostname(), attempt.generation
+    return Owner(attempt.token, host, os.getpid(), "", attempt.job, attempt.restart, generation=generation)
 
 
 def take(folder: Path, owner: Owner) -> None:
@@ -215,23 +218,23 @@ def _read(record: Path) -> Owner | None:
         held = read_json(record, Owner, mend=mend)
     except FileNotFoundError:
         return None
-    if held.job and held.token != f"{held.job}_{held.restart}":
+    if held.job and held.token != token(held.job, held.restart, held.generation):
         raise damaged(record, "`token` does not name the job and its start", mend)
     return held
 
 
-def release(folder: Path, token: str) -> None:
+def release(folder: Path, name: str) -> None:
     """Give up the ownership of a trained stage's directory, if the owner with this token still has it."""
-    _release(folder / _FILE, token)
+    _release(folder / _FILE, name)
 
 
-def _release(record: Path, token: str) -> None:
+def _release(record: Path, name: str) -> None:
     try:
         held = _read(record)
     except (ValueError, OSError) as error:  # the work is done all the same
         logger.warning("%s", error)
     else:
-        if held is None or held.token != token:
+        if held is None or held.token != name:
             return
         record.unlink(missing_ok=True)
     _unlock(record)
@@ -343,7 +346,8 @@ def _same(held: Owner, newcomer: Owner) -> bool:
     """Whether the owner is the newcomer itself, or an earlier start of the newcomer's job."""
     one_job = bool(held.job) and held.job == newcomer.job
     one_launch = bool(held.launch) and held.launch == newcomer.launch
-    return held.token == newcomer.token or ((one_job or one_launch) and held.restart < newcomer.restart)
+    earlier = (held.restart, held.generation) < (newcomer.restart, newcomer.generation)
+    return held.token == newcomer.token or ((one_job or one_launch) and earlier)
 
 
 def lives(held: Owner, folder: Path) -> bool:

@@ -3,6 +3,9 @@
 A requeued job keeps its number, so an attempt is named by job and restart count. Under the stage's `attempts/`, each
 rank writes a note on how it ended, `JOB_RESTART/rank_N.json`. In `history.jsonl` the batch script writes a line when an
 attempt begins and another when it ends.
+
+If ranks are restarted within the job (`launch.slurm.supervisor`), each restart begins a new generation of ranks, which
+is an attempt of its own, `JOB_RESTART.GENERATION`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import os
 import re
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -25,7 +29,7 @@ TOKEN = "SPRESSO_ATTEMPT"
 
 
 class Note(TypedDict):
-    """How a rank ended, which it writes into the attempt's folder."""
+    """How a rank ended, which it writes into the attempt's folder, or its supervisor if it could not."""
 
     outcome: str
     host: str
@@ -41,6 +45,8 @@ class HistoryEntry(TypedDict):
 
     job: str
     restart: Natural
+    generation: NotRequired[Natural]
+    """Number of restarts within the job before this one; missing for the ranks of the job's start."""
     began: NotRequired[Moment]
     nodes: NotRequired[str]
     count: NotRequired[str]
@@ -48,19 +54,23 @@ class HistoryEntry(TypedDict):
     ended: NotRequired[Moment]
     place: NotRequired[Natural | None]
     """How far the stage was at the end, see `begin_end.place`."""
-    then: NotRequired[Literal["done", "requeued", "over"]]
+    then: NotRequired[Literal["done", "requeued", "restarted", "over"]]
     why: NotRequired[str]
     failure: NotRequired[str]
+    left_out: NotRequired[list[str]]
+    """Nodes that failed the check at the start, without which the job was requeued."""
     by: NotRequired[str]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a stage's job."""
+    """One start of a stage's job, or one restart of all ranks within it."""
 
     stage_folder: Path
     job: str
     restart: int
+    generation: int = 0
+    """Number of restarts within the job before this one."""
 
     @classmethod
     def here(cls, stage_folder: Path) -> Attempt:
@@ -72,18 +82,31 @@ class Attempt:
 
     @property
     def token(self) -> str:
-        """Name of the attempt: `JOB_RESTART`."""
-        return f"{self.job}_{self.restart}"
+        """Name of the attempt: `JOB_RESTART` or `JOB_RESTART.GENERATION`."""
+        return token(self.job, self.restart, self.generation)
 
     @property
     def folder(self) -> Path:
         """Folder of the ranks' notes."""
         return self.stage_folder / "attempts" / self.token
 
+    def next(self) -> Attempt:
+        """Return the attempt of the next generation of ranks."""
+        return replace(self, generation=self.generation + 1)
+
+    def newest(self) -> Attempt:
+        """Return the attempt of this start's newest generation that has a folder; this one if there is none."""
+        found = [path.name.rpartition(".")[2] for path in self.folder.parent.glob(f"{self.job}_{self.restart}.*")]
+        numbers = [int(number) for number in found if re.fullmatch(r"\d{1,9}", number)]
+        return replace(self, generation=max([self.generation, *numbers]))
+
     def note(self, rank: int, outcome: str, **facts: Any) -> None:
-        """Write how a rank ended: done, stopped, left, idle, superseded, mistake or failed."""
-        entry = {"outcome": outcome, "host": socket.gethostname(), "time": time.time(), **facts}
-        write_json(self.folder / f"rank_{rank}.json", entry, indent=1)
+        """Write how a rank ended, see `note_of`."""
+        self.keep(rank, note_of(outcome, **facts))
+
+    def keep(self, rank: int, note: Mapping[str, Any]) -> None:
+        """Write a rank's note."""
+        write_json(self.folder / f"rank_{rank}.json", note, indent=1)
 
     def notes(self) -> dict[int, dict[str, Any]]:
         """Return the notes that exist so far, by rank; one that is damaged counts as missing, with a warning."""
@@ -95,6 +118,16 @@ class Attempt:
                 except (ValueError, OSError) as error:
                     logger.warning("%s", error)
         return dict(sorted(found.items()))
+
+
+def token(job: str, restart: int, generation: int = 0) -> str:
+    """Return the name of an attempt."""
+    return f"{job}_{restart}{f'.{generation}' if generation else ''}"
+
+
+def note_of(outcome: str, **facts: Any) -> dict[str, Any]:
+    """Return how this rank ended: done, stopped, left, idle, superseded, mistake, failed or killed."""
+    return {"outcome": outcome, "host": socket.gethostname(), "time": time.time(), **facts}
 
 
 def history_lines(stage_folder: Path) -> Lines[Any]:

@@ -19,17 +19,19 @@ from typing import Any, TypeVar
 
 from launch import owner
 from launch.signals import MISTAKE
-from launch.slurm import scheduler, submitted_jobs
+from launch.slurm import leave_out, scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.news import tell_of_end
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
-from launch.slurm.slurm_task import rendezvous
-from launch.slurm.variables import PARTS, RUN, SUBMISSION, TASKS_PER_NODE
+from launch.slurm.slurm_task import free_port, rendezvous
+from launch.slurm.start_check import check_nodes
+from launch.slurm.variables import PARTS, RUN, SUBMISSION, SUPERVISORS, TASKS_PER_NODE
 from models.disk_errors import LASTING, PASSING
 from models.documents import DamagedDocument
 from models.readable import describe_os_error
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
+from trainer.recipes.reading import load_recipe
 from trainer.stages import STAGES, is_trained
 
 T = TypeVar("T")
@@ -58,17 +60,55 @@ def _begin(attempt: Attempt) -> int:
     if is_trained(folder.name):
         _readable(lambda: owner.take(folder, owner.by_job(attempt)))
     _add_to_submitted(attempt)
+    if is_trained(folder.name) and (faulty := _check_nodes(attempt)) and _requeue_without(attempt, faulty):
+        return 1
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    record(folder, {"began": time.time(), **_who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
+    record(folder, {"began": time.time(), **who(attempt), "nodes": nodes, "count": os.environ["SLURM_JOB_NUM_NODES"]})
     settings = {TOKEN: attempt.token, **rendezvous(attempt.token)}
+    if is_trained(folder.name):
+        settings[SUPERVISORS] = str(free_port(f"{attempt.token}/supervisors"))
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
     return 0
 
 
+def _check_nodes(attempt: Attempt) -> dict[str, list[str]]:
+    """Check the nodes, and name those that fail; return those without which the job is to be requeued."""
+    if SUBMISSION not in os.environ:  # a script of an older version
+        return {}
+    stage = attempt.stage_folder.name
+    try:
+        cluster = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), []).cluster.of(stage)
+    except (ValueError, OSError):  # the ranks say so
+        return {}
+    if not cluster.check_nodes:
+        return {}
+    found = check_nodes(cluster, free_port(f"{attempt.token}/check"))
+    for line in [*found.remarks, *(f"{node} {fault}" for node, faults in found.faults.items() for fault in faults)]:
+        print(f"spresso: {printable_lines(line)}", file=sys.stderr, flush=True)
+    before = leave_out.left_out(_readable(lambda: history(attempt.stage_folder)), attempt.job)
+    return {node: found.faults[node] for node in leave_out.chosen(list(found.faults), before, cluster.leave_out)}
+
+
+def _requeue_without(attempt: Attempt, faulty: dict[str, list[str]]) -> bool:
+    """Requeue the job without some nodes; return whether SLURM does so, else the job begins all the same."""
+    why = "; ".join(f"{node} {faults[0]}" for node, faults in faulty.items())
+    try:
+        leave_out.requeue_without(attempt.job, list(faulty))
+    except scheduler.QueueError as error:
+        print(f"spresso: {error}: the job begins all the same", file=sys.stderr, flush=True)
+        return False
+    entry = {"ended": time.time(), **who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": REQUEUE}
+    left_out = {"why": why, "failure": "", "left_out": list(faulty), "by": "slurm"}
+    record(attempt.stage_folder, entry | left_out)
+    print(f"spresso: requeued without {', '.join(faulty)}", file=sys.stderr, flush=True)
+    time.sleep(_PAUSE)  # SLURM kills this script meanwhile
+    return True
+
+
 def _end(attempt: Attempt, status: int) -> int:
-    folder = attempt.stage_folder
+    folder, attempt = attempt.stage_folder, attempt.newest()
     held = _holder(folder)
-    if is_trained(folder.name) and held is not None and held.token != attempt.token:
+    if is_trained(folder.name) and held is not None and (held.job, held.restart) != (attempt.job, attempt.restart):
         print(f"spresso: {held.told} has taken over, so this attempt ends", file=sys.stderr)
         return 0
     progress, refused = _place_now(folder)
@@ -76,7 +116,7 @@ def _end(attempt: Attempt, status: int) -> int:
     verdict = judge(status, _notes(attempt, status), past, progress, tasks=_rank_count())
     if refused and verdict.then == REQUEUE:
         verdict = Verdict(OVER, refused, failure="mistake")
-    entry = {"ended": time.time(), **_who(attempt), "place": progress, "then": verdict.then}
+    entry = {"ended": time.time(), **who(attempt), "place": progress, "then": verdict.then}
     record(folder, entry | {"why": verdict.why, "failure": verdict.failure})
     told = f"{folder.name}: {verdict.then}{': ' if verdict.why else ''}{verdict.why}"
     print(f"spresso: {printable_lines(told)}", file=sys.stderr, flush=True)
@@ -84,7 +124,7 @@ def _end(attempt: Attempt, status: int) -> int:
     if verdict.then == REQUEUE:
         return _requeue(attempt)
     if is_trained(folder.name):
-        owner.release(folder, attempt.token)
+        owner.release(folder, held.token if held is not None else attempt.token)
     return 0 if verdict.then == DONE else MISTAKE if verdict.failure == "mistake" else 1
 
 
@@ -196,7 +236,7 @@ def _requeue(attempt: Attempt) -> int:
             problem = str(error)
             print(f"spresso: {problem}; retrying in {_PAUSE:.0f} s", file=sys.stderr, flush=True)
             time.sleep(_PAUSE)
-    entry = {"ended": time.time(), **_who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
+    entry = {"ended": time.time(), **who(attempt), "place": _place_now(attempt.stage_folder)[0], "then": OVER}
     failed = Verdict(OVER, f"could not be requeued: {problem}", failure="requeue")
     record(attempt.stage_folder, entry | {"why": failed.why, "failure": failed.failure})
     tell_of_end(attempt, failed, [], None)
@@ -204,8 +244,10 @@ def _requeue(attempt: Attempt) -> int:
     return 1
 
 
-def _who(attempt: Attempt) -> dict[str, Any]:
-    return {"job": attempt.job, "restart": attempt.restart, "host": socket.gethostname()}
+def who(attempt: Attempt) -> dict[str, Any]:
+    """Return what each line of the history says of its attempt."""
+    generation = {"generation": attempt.generation} if attempt.generation else {}
+    return {"job": attempt.job, "restart": attempt.restart, **generation, "host": socket.gethostname()}
 
 
 if __name__ == "__main__":

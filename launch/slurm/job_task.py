@@ -1,132 +1,47 @@
 """What each task of a SLURM job runs: `python -m launch.slurm.job_task STAGE`.
 
-Each task writes a note on how it ended (`launch.slurm.attempt`). When all tasks have ended, the batch script decides
-what becomes of the job (`launch.slurm.begin_end`). A task exits with status 0 unless it failed, because srun kills the
-other tasks after any other status, and they may still be saving.
+A task of a trained stage becomes the supervisor of its rank (`launch.slurm.supervisor`), which restarts the rank within
+the job. Any other task does its work (`launch.slurm.worker`) itself.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import NoReturn
 
-from launch import owner
-from launch.error_line import describe_error
-from launch.output import survive_readers
-from launch.rank_count import usable_ranks
-from launch.signals import MISTAKE
-from launch.slurm.attempt import Attempt
-from launch.slurm.deadline import Notice
-from launch.slurm.slurm_task import SlurmTask
-from launch.slurm.variables import GRACE, PARTS, RUN, SUBMISSION
-from models.disk_errors import LASTING
-from trainer.cpus import usable_threads
-from trainer.file_names import printable_lines
-from trainer.recipes.reading import load_recipe
-from trainer.recipes.schema import Config
-from trainer.stages import STAGES
-
-_FAILED = 1
+from launch.slurm.quiet_imports import quiet_imports
+from launch.slurm.variables import RUN
+from trainer.stages import is_trained
 
 
 def main() -> None:
     """Run one task, which its environment describes; does not return."""
-    survive_readers()
     stage = sys.argv[1]
-    folder = Path(os.environ[RUN]) / stage
-    attempt, task = Attempt.here(folder), SlurmTask.here()
+    if not is_trained(stage):
+        from launch.output import survive_readers
+        from launch.slurm.attempt import Attempt
+        from launch.slurm.slurm_task import SlurmTask
+        from launch.slurm.worker import load_config, work
+    else:
+        with quiet_imports():  # all of these import numpy
+            from launch.output import survive_readers
+            from launch.slurm.attempt import Attempt
+            from launch.slurm.slurm_task import SlurmTask
+            from launch.slurm.supervisor import supervise
+            from launch.slurm.worker import load_config, work
+    survive_readers()
+    attempt, task = Attempt.here(Path(os.environ[RUN]) / stage), SlurmTask.here()
     os.environ.setdefault("OMP_NUM_THREADS", str(task.threads))
-
-    def note(outcome: str, **facts: str) -> None:
+    if is_trained(stage):
         try:
-            attempt.note(task.rank, outcome, **facts)
-        except OSError as error:  # most likely a full disk
-            print(f"spresso: rank {task.rank} is {outcome} {facts}, but its note failed: {error}", file=sys.stderr)
-
-    def leave(why: str) -> NoReturn:
-        note("left", why=why)
-        print(f"spresso: rank {task.rank} ends: {why}", file=sys.stderr)
-        _exit(0)
-
-    notice = Notice(
-        os.environ["SLURM_JOB_ID"], grace=float(os.environ[GRACE]), leave=leave, at_once=STAGES[stage].stops_at_once
-    )
-    with notice:
-        try:
-            outcome = _work(stage, task, notice)
-            note(outcome, why=notice.reason())
-            status = 0
-        except Exception as error:
-            outcome, status = _classify(error, folder)
-            message = describe_error(error) if outcome == "mistake" else str(error)
-            note(outcome, type=type(error).__name__, message=message)
-            if outcome != "mistake":
-                print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
-            elif task.rank == 0:
-                print(f"spresso: {message}", file=sys.stderr)
-    _exit(status)
-
-
-def _work(stage: str, task: SlurmTask, notice: Notice) -> str:
-    """Do this task's share of a stage; return "done", "stopped" or "idle"."""
-    # imported under the notice: importing torch takes seconds, during which a signal may arrive
-    from launch import pipeline
-
-    config = load_recipe(str(Path(os.environ[SUBMISSION]) / "config.yaml"), [])
-    if STAGES[stage].trained:
-        return pipeline.train(config, stage, how=lambda config, stage: _train(config, stage, task, notice))
-    if task.rank > 0:
-        return "idle"
-    part, parts = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), int(os.environ.get(PARTS, "1"))
-    return pipeline.run_stage(config, stage, part=part, parts=parts)
-
-
-def _train(config: Config, stage: str, task: SlurmTask, notice: Notice) -> str:
-    from trainer.loop import train
-
-    ranks, micro = usable_ranks(config, stage, task.count)
-    if task.rank >= ranks:
-        return "idle"
-    if task.rank == 0 and ranks < task.count:
-        batch = config.stage(stage).global_batch
-        print(f"spresso: {ranks} of {task.count} ranks are used, so that {stage}.global_batch={batch} divides evenly")
-    config.parallel.processes, config.parallel.micro_batch = ranks, micro
-    if "SLURM_RESTART_COUNT" in os.environ and config.checkpoint.resume == "never":
-        config.checkpoint.resume = "auto"  # the checkpoints are from an earlier start of this job
-    config.parallel.threads = config.parallel.threads or usable_threads(1)
-    task.join(ranks)
-    folder = Path(os.environ[RUN]) / stage
-    outcome = train(config, stage, stop=notice, require_ownership=lambda: owner.require(folder))
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return outcome
-
-
-def _classify(error: Exception, folder: Path) -> tuple[str, int]:
-    """Return the outcome to note for an error, and the exit status."""
-    try:
-        owner.require(folder)
-    except owner.Superseded:
-        if not STAGES[folder.name].stops_at_once:
-            return "superseded", 0
-    except (ValueError, OSError):
-        pass
-    lasting = isinstance(error, OSError) and error.errno in LASTING
-    if lasting or isinstance(error, ValueError | ImportError):
-        return "mistake", MISTAKE
-    return "failed", _FAILED
-
-
-def _exit(status: int) -> NoReturn:
-    """End the process at once: the threads of a process group do not survive the interpreter's shutdown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+            config = load_config()
+        except (ValueError, OSError):
+            pass  # the worker fails likewise, and leaves a note
+        else:
+            if config.cluster.of(stage).restarts_in_job:
+                supervise(stage, attempt, task, config)
+    work(stage, attempt, task)
 
 
 if __name__ == "__main__":

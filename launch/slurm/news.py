@@ -48,7 +48,8 @@ def _event(attempt: Attempt, verdict: Verdict, past: Sequence[Mapping[str, Any]]
     if verdict.then == requeue_policy.DONE:
         return DONE if _is_last(attempt) else ""
     last = past[-1] if past else {}
-    stuck = last.get("then") == requeue_policy.REQUEUE and place is not None and last.get("place") == place
+    back = (requeue_policy.REQUEUE, requeue_policy.RESTART)
+    stuck = last.get("then") in back and place is not None and last.get("place") == place
     return NO_PROGRESS if stuck else ""
 
 

@@ -7,6 +7,7 @@ imported, and whether the run directory and the GPUs are found.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -65,7 +66,8 @@ def check_all(
     except ValueError as error:  # sbatch gives no answer, so no other job is tried
         found.append(str(error))
     if not found:
-        problem, unchecked = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node))
+        trackers = dict.fromkeys(name for config, _ in runs for name in config.log.trackers)
+        problem, unchecked = _on_a_node(max(jobs, key=lambda job: job.cluster.gpus_per_node), list(trackers))
         found += [problem] if problem else []
         if unchecked:
             say(f"  {unchecked}")
@@ -147,7 +149,7 @@ def _accepted(job: Job) -> Iterator[str]:
         yield f"sbatch refuses the job of {', '.join(job.stages)}: {' '.join(done.stderr.split())}"
 
 
-def _on_a_node(job: Job) -> tuple[str, str]:
+def _on_a_node(job: Job, trackers: Sequence[str] = ()) -> tuple[str, str]:
     """Check a compute node; return what is wrong, and why the check was impossible. Either is empty."""
     cluster = job.cluster
     wanted = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
@@ -156,7 +158,8 @@ def _on_a_node(job: Job) -> tuple[str, str]:
     options += flags({key: value for key, value in given.items() if key in _WHERE} | cluster.srun)
     if cluster.gpus_per_node and "gres" not in given:
         options.append("--gpus-per-node=1")
-    check = f"{cluster.ranks_python} -m launch.slurm.node_check {int(cluster.gpus_per_node > 0)}"
+    words = shlex.join([str(int(cluster.gpus_per_node > 0)), *trackers])
+    check = f"{cluster.ranks_python} -m launch.slurm.node_check {words}"
     lines = [*job.parameters["setup"], f"exec {check}"]
     command = ["srun", "--nodes=1", "--ntasks=1", "--time=5", f"--immediate={_AT_ONCE}", "--job-name=spresso-check"]
     try:

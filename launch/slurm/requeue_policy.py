@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DONE, REQUEUE, OVER = "done", "requeued", "over"
+DONE, REQUEUE, RESTART, OVER = "done", "requeued", "restarted", "over"
 _LOST_TIMES = 3  # consecutive kills of a rank at the same sample, after which the job is over
 _STANDSTILL = 5  # consecutive starts without progress, after which the job is over
 _PEERS = ("DistBackendError", "DistNetworkError", "ConnectionError", "ConnectionResetError", "BrokenPipeError")
@@ -21,7 +21,7 @@ class Verdict:
     """What becomes of a job, and why."""
 
     then: str
-    """DONE, REQUEUE or OVER."""
+    """DONE, REQUEUE or OVER. The supervisors of a job's ranks make RESTART of REQUEUE if they can."""
     why: str
     """Reason, for people."""
     failure: str = ""
@@ -66,7 +66,11 @@ def judge(
     leaving = [*by_outcome.get("stopped", ()), *by_outcome.get("left", ())]
     if status == 0 and leaving:
         return _requeue_unless_stuck(past, place, _first(leaving).get("why", "was asked to leave"), "")
-    lost = f"{_name_missing(notes, tasks)} ended without a note (status {status} of srun{_signal(status)})"
+    if killed := by_outcome.get("killed"):
+        rank, note = min(killed, key=lambda item: item[1]["time"])
+        lost = f"rank {rank} {note.get('why', 'was killed')}"
+    else:
+        lost = f"{_name_missing(notes, tasks)} ended without a note (status {status} of srun{_signal(status)})"
     if _same_before(past, lost, place, times=_LOST_TIMES - 1):
         return Verdict(OVER, f"{lost}, {_LOST_TIMES} consecutive times at the same place", lost)
     return _requeue_unless_stuck(past, place, lost, lost)
@@ -75,7 +79,9 @@ def judge(
 def _requeue_unless_stuck(past: Sequence[Mapping[str, Any]], place: int | None, why: str, failure: str) -> Verdict:
     """Requeue the job, unless too many consecutive starts made no progress."""
     stuck = [
-        entry for entry in past[-_STANDSTILL + 1 :] if entry.get("then") == REQUEUE and entry.get("place") == place
+        entry
+        for entry in past[-_STANDSTILL + 1 :]
+        if entry.get("then") in (REQUEUE, RESTART) and entry.get("place") == place
     ]
     if place is not None and len(stuck) == _STANDSTILL - 1:
         return Verdict(

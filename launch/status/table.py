@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from launch.error_line import describe_error
 from launch.slurm import scheduler
 from launch.slurm.begin_end import place
-from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
+from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, RESTART
 from launch.status import sweeps, upload
 from launch.status.run_stages import ask_the_queue, shown, stages_of
 from launch.status.stage_status import SILENT_AFTER, StageStatus, count, span
@@ -257,12 +257,16 @@ def remarks(stage: StageStatus) -> Iterator[str]:
     kinds = [f"{number} {kind}" for kind, number in stage.parts.items() if number]
     if len(kinds) > 1:
         yield f"parts: {', '.join(kinds)}"
-    whys = {then: [_why(entry) for entry in stage.of_this_job if entry.get("then") == then] for then in (REQUEUE, OVER)}
-    times = "once" if len(whys[REQUEUE]) == 1 else f"{len(whys[REQUEUE])} times"
+    thens = (REQUEUE, RESTART, OVER)
+    whys = {then: [_why(entry) for entry in stage.of_this_job if entry.get("then") == then] for then in thens}
+    times = _times(whys[REQUEUE])
     if stage.state == "failed" and whys[OVER]:
         yield f"over{f', after being requeued {times}' if whys[REQUEUE] else ''}: {whys[OVER][-1]}"
     elif whys[REQUEUE]:
         yield f"requeued {times}{', most recently' if times != 'once' else ''}: {whys[REQUEUE][-1]}"
+    if whys[RESTART]:
+        again = _times(whys[RESTART])
+        yield f"restarted in the job {again}{', most recently' if again != 'once' else ''}: {whys[RESTART][-1]}"
     if stage.state == "died":
         yield f"{stage.by_hand} is dead: repeat the command to resume from the last checkpoint"
     if stage.state == "gone" and stage.of_this_job:
@@ -279,15 +283,19 @@ def remarks(stage: StageStatus) -> Iterator[str]:
     yield from stage.damaged
 
 
+def _times(whys: Sequence[str]) -> str:
+    return "once" if len(whys) == 1 else f"{len(whys)} times"
+
+
 def _why(entry: dict[str, Any]) -> str:
     return entry.get("why") or "unknown reason"
 
 
 def starts(stage: StageStatus) -> Iterator[str]:
     """Yield a line on each start of a stage's jobs: job, nodes, times and outcome."""
-    closed = {(entry["job"], entry["restart"]): entry for entry in stage.history if "then" in entry}
-    opened = {(entry["job"], entry["restart"]): entry for entry in stage.history if "began" in entry}
-    for key in dict.fromkeys((entry["job"], entry["restart"]) for entry in stage.history):
+    closed = {_start(entry): entry for entry in stage.history if "then" in entry}
+    opened = {_start(entry): entry for entry in stage.history if "began" in entry}
+    for key in dict.fromkeys(map(_start, stage.history)):
         first, last = opened.get(key, {}), closed.get(key, {})
         when = f"from {_clock(first['began'])}" if first else ""
         when += f" to {_clock(last['ended'])}" if last.get("ended") else ""
@@ -295,16 +303,21 @@ def starts(stage: StageStatus) -> Iterator[str]:
         yield f"{', '.join(filter(None, words))}: {_outcome(stage, key, last)}"
 
 
-def _outcome(stage: StageStatus, key: tuple[str, int], last: dict[str, Any]) -> str:
+def _start(entry: dict[str, Any]) -> tuple[str, tuple[int, int]]:
+    """Return the job of a line of the history, and how often it was requeued and its ranks were restarted in it."""
+    return entry["job"], (entry["restart"], entry.get("generation", 0))
+
+
+def _outcome(stage: StageStatus, key: tuple[str, tuple[int, int]], last: dict[str, Any]) -> str:
     if not last:
         return "running" if _is_running(stage, key) else "ended without a note: cancelled, killed, or its node was lost"
     at = f" at {count(last['place'])} samples" if last.get("place") and last["then"] != DONE else ""
     return f"{last['then']}{at}{': ' if last.get('why') else ''}{last.get('why', '')}"
 
 
-def _is_running(stage: StageStatus, key: tuple[str, int]) -> bool:
+def _is_running(stage: StageStatus, key: tuple[str, tuple[int, int]]) -> bool:
     """Whether a start without a recorded end is the one that runs now."""
-    newest = max(entry["restart"] for entry in stage.history if entry["job"] == key[0])
+    newest = max(start for job, start in map(_start, stage.history) if job == key[0])
     running = [state.job for state in stage.living if state.state != "PENDING"]
     return key[1] == newest and (key[0] in running or stage.state == "running?")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launch.slurm import attempt, preflight, submit
+from models.processes import stat_fields
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.cluster.slurm_nodes import until
 from trainer.recipes.reading import load_recipe
@@ -39,7 +40,7 @@ class Run:
         self.cluster, self.folder, self.stage = cluster, folder, folder / "pretrain"
         self.mark = folder.with_name(f"{folder.name}.mark")
         given = [*SETTINGS, f"run_dir={folder}", f"data.latents={latents}", "cluster=no_accounting"]
-        given += [f"pretrain.samples={LONG}", "cluster.grace_seconds=30", *overrides]
+        given += [f"pretrain.samples={LONG}", "cluster.grace_seconds=30", "cluster.check_nodes=false", *overrides]
         if fault:
             fault = {"mark": str(self.mark), **fault}
             given += [f"cluster.environment.PYTHONPATH={FAULTS}", f"cluster.environment.SPRESSO_FAULT={_quoted(fault)}"]
@@ -96,16 +97,31 @@ class Run:
         )
 
     def ranks(self) -> list[int]:
-        """Return the PIDs of this machine's processes that train in this run directory."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        """Return the PIDs of this machine's processes that train in this run directory, without their supervisors."""
+        tasks = self.tasks()
+        return [pid for pid in tasks if not tasks.keys() & {child for child, parent in tasks.items() if parent == pid}]
+
+    def supervisors(self) -> list[int]:
+        """Return the PIDs of the supervisors of the ranks that train."""
+        tasks = self.tasks()
+        return sorted({parent for parent in tasks.values() if parent in tasks})
+
+    def rank(self, number: int) -> int:
+        """Return the PID of a rank that trains."""
+        return next(pid for pid in self.ranks() if f"SLURM_PROCID={number}".encode() in environment_of(pid))
+
+    def tasks(self) -> dict[int, int]:
+        """Return the parent of each process of this run's tasks, by PID."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                environment = path.read_bytes().split(b"\0")
-                words = (path.parent / "cmdline").read_bytes().split(b"\0")
+                words, fields = path.read_bytes().split(b"\0"), stat_fields(int(path.parent.name))
             except OSError:
                 continue
-            if f"SPRESSO_RUN={self.folder}".encode() in environment and b"launch.slurm.job_task" in words:
-                found.append(int(path.parent.name))
+            python = Path(os.fsdecode(words[0])).name.startswith("python")  # srun's own words name the module, too
+            ours = python and b"launch.slurm.job_task" in words and f"SPRESSO_RUN={self.folder}".encode()
+            if ours and fields and fields[0] != "Z" and ours in environment_of(int(path.parent.name)):
+                found[int(path.parent.name)] = int(fields[1])
         return found
 
     def told(self) -> str:
@@ -118,6 +134,14 @@ class Run:
             until(condition, timeout, what)
         except Exception as error:
             raise AssertionError(f"{error}\n{self.told()}") from error
+
+
+def environment_of(pid: int) -> list[bytes]:
+    """Return the variables that a process began with; [] if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def assert_undisturbed(run: Run, undisturbed: dict[int, float], samples: int = LONG) -> None:

@@ -72,6 +72,16 @@ class ClusterConfig:
     grace_seconds: int = ranged(120, least=1)
     """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
     them. SLURM may send the signal up to a minute early."""
+    restarts_in_job: int = ranged(10, least=0)
+    """How often a start of a job restarts its ranks without leaving its nodes, after one was killed or has failed.
+    After as many restarts, or where a node is lost or the same failure recurs, the job is requeued or over. 0: a
+    failure always ends the job's start."""
+    check_nodes: bool = True
+    """Whether each start of a job that trains first checks its nodes, which takes seconds: GPUs (present, memory free,
+    errors that `nvidia-smi` tells), a matrix product, a sum over all nodes, the clock, the disks."""
+    leave_out: int = ranged(1, least=0)
+    """How many nodes a job may leave out, in all its starts, because they failed the check: it is requeued without
+    them. What more nodes fail is told, and the job begins all the same. 0: it leaves out none."""
     array: int = ranged(1, least=1)
     """Jobs among which the sound files of `prepare` are divided. To divide the clips of `evaluate`, set
     `stages.evaluate.array`."""

@@ -9,8 +9,10 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -103,5 +105,16 @@ class Patcher(importlib.abc.MetaPathFinder):
         return spec
 
 
+def on_disk():
+    """Let the folder for temporary files look full."""
+    usage, folder = shutil.disk_usage, tempfile.gettempdir()
+    full = type(usage(folder))(10**9, 10**9, 0)
+    shutil.disk_usage = lambda path: full if str(path) == folder else usage(path)
+
+
 if FAULT and str(FAULT.get("rank", 0)) == os.environ.get("SLURM_PROCID"):
-    sys.meta_path.insert(0, Patcher(*PATCHES[FAULT["what"]]))
+    if FAULT["what"] == "full_temp":
+        if "launch.slurm.node_health" in sys.orig_argv and strike():  # the batch script has a SLURM_PROCID, too
+            on_disk()
+    else:
+        sys.meta_path.insert(0, Patcher(*PATCHES[FAULT["what"]]))

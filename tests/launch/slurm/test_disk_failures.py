@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch import owner
-from launch.slurm.job_task import _classify
+from launch.slurm.worker import _classify
 from trainer.checkpoints import checkpoint
 from trainer.ranks import collective
 from trainer.ranks.flat_ranges import whole_ranges

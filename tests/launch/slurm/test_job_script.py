@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import pipeline
-from launch.slurm import job_task, submit
+from launch.slurm import submit, worker
+from launch.slurm.attempt import Attempt
 from launch.slurm.slurm_task import SlurmTask
 from launch.slurm.variables import PARTS, SUBMISSION
 from trainer.recipes.reading import RECIPES, load_recipe
@@ -139,7 +140,9 @@ def test_an_element_of_an_array_does_its_part(stage, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, str(value))
     done = []
     monkeypatch.setitem(pipeline.UNTRAINED, stage, lambda config, **which: done.append((config.name, which)))
-    assert job_task._work(stage, SlurmTask(rank=0, count=1, local_rank=0, local_counts=(1,)), None) == "done"
+    attempt = Attempt(tmp_path / stage, "12", 0)
+    task = SlurmTask(rank=0, count=1, local_rank=0, local_counts=(1,))
+    assert worker._share(stage, attempt, task, None, None) == "done"
     assert done == [("tiny", {"part": 2, "parts": 4})]
 
 

@@ -85,3 +85,20 @@ def test_failures_that_differ_each_time_are_a_standstill_too(notes):
     past = [lived(600, f"KeyError: {number}") for number in range(4)]
     assert judge(1, notes, past, 600, tasks=4).then == OVER
     assert judge(1, notes, [lived(600, f"KeyError: {number}", then=OVER) for number in range(4)], 600).then == REQUEUE
+
+
+def test_a_killed_rank_is_named_by_its_supervisor_and_counts_in_the_job_and_beyond():
+    told = {3: note("killed", why="was killed by SIGKILL", time=12.0), 0: ECHO}
+    first = judge(137, told, [], 600, tasks=4)
+    assert first == Verdict(REQUEUE, "rank 3 was killed by SIGKILL", failure="rank 3 was killed by SIGKILL")
+    past = [lived(600, first.failure, "restarted"), lived(600, first.failure)]
+    assert judge(137, told, past[1:], 600, tasks=4).then == REQUEUE
+    assert judge(137, told, past, 600, tasks=4).then == OVER
+    assert judge(137, told, past, 1200, tasks=4).then == REQUEUE
+
+
+def test_restarts_without_progress_count_as_requeues_do():
+    past = [lived(600, f"rank {rank} was killed by SIGKILL", "restarted") for rank in range(4)]
+    told = {9: note("killed", why="was killed by SIGKILL")}
+    assert "5 consecutive starts made no progress" in judge(137, told, past, 600).why
+    assert judge(137, told, past[1:], 600).then == REQUEUE

@@ -182,6 +182,20 @@ def test_one_run_with_all_that_became_of_it(run, slurm):
     assert told.splitlines()[-1].endswith(": running")
 
 
+def test_restarts_in_the_job_are_told_beside_requeues(run, slurm):
+    folder = run / "autoencode"
+    again = {"job": "2", "restart": 1}
+    why = "rank 3 was killed by SIGKILL"
+    record(folder, {**again, "ended": time.time() - 400, "place": 2400, "then": "restarted", "why": why})
+    record(folder, {**again, "generation": 1, "began": time.time() - 400, "nodes": "n[1-2]"})
+    queue_says(slurm, "2|2|RUNNING|n[1-2]|None")
+    told = table.report(table.resolve("mine"))
+    assert "requeued once: was preempted" in told
+    assert f"restarted in the job once: {why}" in told
+    assert f": restarted at 2,400 samples: {why}" in told
+    assert told.splitlines()[-1].endswith(": running")
+
+
 def test_a_start_without_an_end_that_is_not_under_way(run, slurm):
     queue_says(slurm, "2|2|CANCELLED||None")
     told = table.report(run)

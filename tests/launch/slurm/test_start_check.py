@@ -1,0 +1,155 @@
+"""Which nodes fail the check at a job's start, and how a job is requeued without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from launch.slurm import begin_end, leave_out, node_check, start_check
+from launch.slurm.attempt import Attempt, history
+from launch.slurm.node_health import MARK
+from launch.slurm.start_check import Findings, check_nodes, compare
+from launch.slurm.variables import RUN
+from trainer.recipes.cluster import ClusterConfig
+
+NODES = ["n1", "n2", "n3", "n4"]
+
+
+def reports(**changes):
+    """Reports of four healthy nodes, n1 to n4, with changes of some."""
+    found = {}
+    for node in NODES:
+        made = {"node": node, "clock": 0.0, "faults": [], "passed_over": [], "network": "", "reached": True}
+        made |= {"products": {"GPU 0": 0.0101, "GPU 1": 0.0099}, "ahead": 0.2} | changes.get(node, {})
+        found[node] = (made, made.pop("ahead"))
+    return found
+
+
+def test_healthy_nodes():
+    assert compare(NODES, reports()) == Findings()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"products": {"GPU 0": 0.010, "GPU 1": 0.032}}, "GPU 1 takes 3.2 times as long"),
+        ({"ahead": -42.0}, "has a clock that is 42 s behind"),
+        ({"ahead": 11.0}, "has a clock that is 11 s ahead"),
+        ({"reached": False, "network": "timed out"}, "does not reach n1: timed out"),
+        ({"faults": ["GPU 0 has damaged memory"]}, "GPU 0 has damaged memory"),
+    ],
+)
+def test_a_node_that_fails_is_named(change, fault):
+    found = compare(NODES, reports(n3=change))
+    assert list(found.faults) == ["n3"]
+    assert found.faults["n3"][0].startswith(fault)
+
+
+def test_devices_of_all_nodes_set_the_measure_and_two_set_none():
+    slower = {"products": {"GPU 0": 0.018, "GPU 1": 0.018}}
+    assert compare(NODES, reports(n1=slower, n2=slower)).faults == {}
+    two = {"n1": reports()["n1"], "n2": reports(n2={"products": {"GPU 0": 9.0}})["n2"]}
+    two["n1"][0]["products"] = {"GPU 0": 0.01}
+    assert compare(["n1", "n2"], two).faults == {}  # either could be the one that is not as it should be
+
+
+def test_a_node_without_a_report_fails_only_if_most_have_one(monkeypatch):
+    some = reports()
+    del some["n2"]
+    assert list(compare(NODES, some).faults) == ["n2"]
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    monkeypatch.setattr(start_check.scheduler, "hostnames", lambda nodes: NODES)
+    monkeypatch.setattr(start_check, "_reports", lambda *_: ({"n1": reports()["n1"]}, "srun: no"))
+    assert check_nodes(ClusterConfig(), 1) == Findings(remarks=["the nodes were not checked: srun: no"])
+
+
+def test_a_sum_that_fails_on_all_nodes_is_no_node_s_fault():
+    failed = {"network": "NCCL error"}
+    found = compare(NODES, reports(n1=failed, n2=failed, n3=failed, n4=failed))
+    assert found.faults == {}
+    assert "can't sum a tensor together: NCCL error" in found.remarks[0]
+
+
+def test_reports_are_found_among_lines_of_modules(slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
+    made = reports()["n1"][0] | {"clock": 4_000_000_000.0}
+    slurm.answer("scontrol", "echo localhost")
+    slurm.answer("srun", f"echo loading modules; echo '{MARK}{json.dumps(made)}'; echo bye")
+    found = check_nodes(ClusterConfig(python="my-python", gpus_per_node=2), 12345)
+    assert found.faults["localhost"] == ["gave no report, as the others did: look at SLURM's log of the node"]
+    assert "has a clock that is" in found.faults["n1"][0]
+    [call] = slurm.calls("srun")
+    assert "--nodes=1 --ntasks=1 --ntasks-per-node=1" in call
+    assert call.endswith("exec my-python -m launch.slurm.node_health 2 12345")
+
+
+@pytest.mark.parametrize(
+    ("faulty", "before", "most", "expected"),
+    [
+        (["n1"], [], 1, ["n1"]),
+        (["n1", "n2"], [], 1, ["n1"]),
+        (["n2"], ["n1"], 1, []),
+        (["n1", "n2"], ["n1"], 2, ["n2"]),
+        (["n1"], [], 0, []),
+    ],
+)
+def test_no_more_nodes_are_left_out_than_allowed(faulty, before, most, expected):
+    assert leave_out.chosen(faulty, before, most) == expected
+
+
+@pytest.fixture
+def kept_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_those_left_out_join_those_that_were(slurm, kept_handler):
+    slurm.answer("scontrol", "echo 'JobId=12 ExcNodeList=n[1-2,4],m5 NumNodes=2'", time=1)
+    slurm.answer("scontrol", "echo 'Job is no longer pending execution' >&2; exit 1", time=3)
+    leave_out.requeue_without("12", ["n7", "m5"])
+    assert slurm.calls("scontrol")[1:] == [
+        "requeue 12",
+        *["update JobId=12 ExcNodeList=n[1-2,4],m5,n7"] * 2,  # SLURM takes it once the job waits
+    ]
+
+
+def test_a_start_on_a_faulty_node_ends_before_it_begins(tmp_path, monkeypatch):
+    attempt, requeued = Attempt(tmp_path / "pretrain", "12", 0), []
+    monkeypatch.setattr(begin_end, "_check_nodes", lambda attempt: {"n1": ["has no GPU", "and no disk"]})
+    monkeypatch.setattr(begin_end.leave_out, "requeue_without", lambda *asked: requeued.append(asked))
+    monkeypatch.setattr(begin_end, "_PAUSE", 0.0)
+    monkeypatch.setattr(begin_end.scheduler, "alive", lambda numbers: [])
+    for name, value in ((RUN, str(tmp_path)), ("SLURM_JOB_NODELIST", "n1"), ("SLURM_JOB_NUM_NODES", "1")):
+        monkeypatch.setenv(name, value)
+    assert begin_end._begin(attempt) == 1
+    assert requeued == [("12", ["n1"])]
+    [entry] = history(attempt.stage_folder)
+    assert (entry["then"], entry["left_out"], entry["why"]) == ("requeued", ["n1"], "n1 has no GPU")
+    assert leave_out.left_out([entry], "12") == ["n1"]
+    assert leave_out.left_out([entry], "13") == []
+    assert begin_end.ended([entry], "12") == []  # it counts for no failure of the training
+
+
+def test_packages_of_trackers_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv(RUN, str(tmp_path))
+    monkeypatch.setattr(node_check, "_NEEDED", ())
+    monkeypatch.setattr(node_check.importlib.util, "find_spec", lambda name: None if name == "mlflow" else True)
+    [line] = node_check.look(False, ["tensorboard", "mlflow"])
+    assert "no package mlflow for log.trackers" in line
+    assert sys.executable in line
+
+
+def test_a_full_folder_for_temporary_files(monkeypatch, tmp_path):
+    from launch.slurm import node_health
+
+    monkeypatch.setenv(RUN, str(tmp_path))
+    assert node_health.faults_here(0) == ([], [])
+    monkeypatch.setattr(node_health, "_TEMP", 2**70)
+    assert "free: have it emptied" in node_health.faults_here(0)[0][0]
+    monkeypatch.setenv(RUN, os.fspath(tmp_path / "away"))
+    assert "is not seen" in node_health.faults_here(0)[0][1]
