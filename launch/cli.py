@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import textwrap
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.options import files, hub, recipes, runs, sounds
 from launch.output import survive_readers
@@ -87,13 +87,17 @@ class _Version(argparse.Action):
 
 
 def command() -> None:
-    """Run `main` and end the process.
+    """Run `main` and end the process."""
+    survive_readers()
+    end(main())
+
+
+def end(status: int) -> NoReturn:
+    """End the process with an exit status.
 
     If torch was imported, the process runs its exit handlers and then ends without the interpreter's own shutdown:
     threads of torch do not always survive that shutdown and would abort a command that has succeeded.
     """
-    survive_readers()
-    status = main()
     if "torch" in sys.modules:
         if not _hangs():
             atexit._run_exitfuncs()

@@ -31,6 +31,15 @@ def require_whole_launch(environment: Mapping[str, str] = os.environ) -> None:
             )
 
 
+def require_no_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError if a launcher's variables make this process one of several ranks."""
+    if stray := [name for name in _MARKS if name in environment]:
+        raise ValueError(
+            f"{stray[0]}={environment[stray[0]]} is set, as in a rank of torchrun, but a sweep starts the ranks of its "
+            f"points itself: run it without a launcher, with parallel.processes=N, or `unset {' '.join(stray)}`"
+        )
+
+
 def _require_place(environment: Mapping[str, str]) -> None:
     """Raise ValueError unless RANK is a number below WORLD_SIZE."""
     rank, count = environment["RANK"], environment["WORLD_SIZE"]

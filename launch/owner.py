@@ -305,6 +305,16 @@ def holding(
         _release(folder / name, owner.token)
 
 
+def at_work(folder: Path) -> Owner | None:
+    """Return the living owner of a directory that `holding` gave it; None if there is none, or it can't be read."""
+    record = folder / ".owner.json"
+    try:
+        held = _read(record)
+    except (ValueError, OSError):
+        return None
+    return held if held is not None and _lives(held, record) else None
+
+
 def _is_record(name: str) -> bool:
     return name.startswith(".owner") and name.endswith(".json")
 

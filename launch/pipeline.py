@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from trainer.exported import missing_export
 from trainer.file_names import printable, printable_lines
 from trainer.page import clear_page, write_page
 from trainer.page.recordings import require_recordings
-from trainer.progress import Progress
+from trainer.progress import Progress, labelled
 from trainer.recipes.privacy import public_yaml
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder, write_config
@@ -38,15 +38,19 @@ from trainer.stores.fetch import fetch
 from trainer.stores.uploads import finish_upload
 
 
-def run(config: Config) -> str:
-    """Run all stages; return "done", or "stopped" if a signal asked a stage to stop. Raises ValueError, OSError."""
+def run(config: Config, stages: Sequence[str] | None = None) -> str:
+    """Run all stages, or some of them; return "done", or "stopped" if a signal asked a stage to stop.
+
+    Raises ValueError, OSError.
+    """
+    stages = config.stages if stages is None else stages
     require_settings_of_all_stages(config)
     for stage in trained_stages():
         RunDirectory(stage_folder(config, stage), stage).require_same(config)
     with owner.holding(Path(config.run_dir)):
         write_config(Path(config.run_dir), config)
-        for number, stage in enumerate(config.stages, start=1):
-            say(f"[{number}/{len(config.stages)}] {stage}")
+        for number, stage in enumerate(stages, start=1):
+            say(labelled(f"[{number}/{len(stages)}] {stage}"))
             if run_stage(config, stage) == "stopped":
                 return "stopped"
     return "done"
@@ -66,7 +70,7 @@ def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> s
     """Run one stage, or one of its `parts`; a stage that is done is skipped. Returns "done" or "stopped"."""
     if STAGES[stage].trained:
         return train(config, stage)
-    cut = {"part": part, "parts": parts} if STAGES[stage].array else {}
+    cut = {"part": part, "parts": parts} if STAGES[stage].array and parts > 1 else {}
     UNTRAINED[stage](config, **cut)
     return "done"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -10,14 +11,22 @@ from tqdm import tqdm
 
 from trainer.file_names import printable
 
+LABEL = "SPRESSO_LABEL"
+"""Environment variable: what stands before each line of progress, such as the point of a sweep. Ranks inherit it."""
 LINE_EVERY = 10.0  # seconds between two lines if stderr is not a terminal
+
+
+def labelled(title: str) -> str:
+    """Return the title of some work, after the label of the environment if it has one."""
+    label = os.environ.get(LABEL, "")
+    return f"{label}: {title}" if label else title
 
 
 class Progress:
     """Shows progress on stderr: `with Progress("prepare", total=12, unit="files") as progress: progress.to(3)`."""
 
     def __init__(self, title: str, *, total: float, unit: str, shown: bool = True) -> None:
-        title = printable(title)
+        title = printable(labelled(title))
         self.title, self.total, self.unit = title, total, unit
         self.start, self.line = time.monotonic(), 0.0
         self.done = 0.0

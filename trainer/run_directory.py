@@ -20,10 +20,10 @@ from trainer.checkpoints.names import checkpoints
 from trainer.data.remote import is_url
 from trainer.exported import missing_export
 from trainer.provenance import environment
-from trainer.recipes.schema import Config
+from trainer.recipes.schema import Config, recipe_schema
 from trainer.recipes.values import flatten, hash_values, is_stored, older_values, to_yaml
 from trainer.run_documents import read_optional, read_status
-from trainer.stages import STAGES
+from trainer.stages import STAGES, decided_by
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class RunDirectory:
 
         The number of samples does not, because a longer run continues the same run.
         """
-        names = STAGES[self.stage].learned_keys()
-        return key != f"{self.stage}.samples" and (key in names or key.startswith(tuple(f"{name}." for name in names)))
+        return key != f"{self.stage}.samples" and decided_by(key, STAGES[self.stage].learned_keys())
 
     def require_same(self, config: Config, inputs: dict[str, str] | None = None) -> None:
         """Raise ValueError if the directory holds a run with another config, or with other inputs if any are given.
@@ -232,6 +231,18 @@ def require_own_config(folder: Path) -> None:
             f"{path} was not written by a run, which keeps its settings there: rename that file, or take another "
             "run_dir=…"
         )
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings in a run's `config.yaml` by their dotted keys, with the older values of those it lacks.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it is missing or can't be read.
+    """
+    mend = f"restore it, or remove {folder}"
+    stored: Any = OmegaConf.to_container(read_yaml(folder / "config.yaml", mend=mend))
+    return older_values() | _flatten_stored(stored, flatten(recipe_schema()()))
 
 
 def _append(path: Path, line: str) -> None:

@@ -35,8 +35,9 @@ class Stage:
     evaluates: tuple[str, ...] = ()
     """Trained stages whose exports this stage evaluates. All of them that the recipe needs must be done before."""
     learned_from: tuple[str, ...] = ()
-    """Keys of the recipe that decide what is learned, in addition to the stage's own key and those that all stages
-    share. A run whose recipe changes one of them is not resumed."""
+    """Keys of the recipe that decide what the stage learns or makes, in addition to the stage's own key and, for a
+    trained stage, those that all of them share. A trained stage whose recipe changes one of them is not resumed, and
+    points of a sweep that differ in one of them do not share the stage."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the stage's `TrainConfig` that differ from those of the class."""
     crop_unit: str = "latent_encoder.pooling"
@@ -65,8 +66,8 @@ class Stage:
         return not self.trained
 
     def learned_keys(self) -> tuple[str, ...]:
-        """Return all keys of the recipe that decide what the stage learns."""
-        return (*_LEARNED_FROM_BY_ALL, *self.learned_from, self.name)
+        """Return all keys of the recipe that decide what the stage learns or makes."""
+        return (*(_LEARNED_FROM_BY_ALL if self.trained else ()), *self.learned_from, self.name)
 
 
 _LEARNED_FROM_BY_ALL = (
@@ -84,12 +85,17 @@ STAGES: dict[str, Stage] = {
             "synth",
             "makes captioned sound effects, where you gave none",
             needed=lambda config: config.data.audio is None,
+            learned_from=("seed", "data.synth_hours"),
             makes_latents=True,
             resources=_ONE_CPU_TASK,
         ),
         Stage(
             "prepare",
             "sound files → latents x0, in plain tar shards; holds out clips that no stage trains on",
+            learned_from=(
+                *("seed", "autoencoder", "text"),
+                *(f"data.{key}" for key in ("audio", "clip_seconds", "holdout", "shard_mb")),
+            ),
             makes_latents=True,
             resources=_ONE_CPU_TASK,
             array=True,
@@ -148,6 +154,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluate",
             "figures on the held-out clips",
+            learned_from=("sampling",),
             evaluates=("autoencode", "quantize", "finetune", "distill"),
             resources={"nodes": 1, "gpus_per_node": 1, "tasks_per_node": 1},
             array=True,
@@ -177,6 +184,11 @@ def trained_stages() -> tuple[str, ...]:
 def is_trained(name: str) -> bool:
     """Whether a stage of this name exists and has a Task."""
     return name in STAGES and STAGES[name].trained
+
+
+def decided_by(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of the keys, or belongs to one of them."""
+    return key in keys or key.startswith(tuple(f"{name}." for name in keys))
 
 
 def stage_before(config: Config, name: str) -> str | None:

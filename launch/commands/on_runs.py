@@ -54,4 +54,9 @@ def requeue(options: argparse.Namespace) -> None:
     from launch.slurm import submit
     from trainer.recipes.reading import load_recipe
 
+    if table.sweeps.is_sweep(run):
+        from launch.sweep import jobs
+
+        jobs.submit_again(run)
+        return
     submit.run(load_recipe(str(run / "config.yaml"), []))

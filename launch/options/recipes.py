@@ -53,7 +53,36 @@ def add_commands(subs: Commands) -> None:
                 "never: refuse a directory that already holds a run; PATH, or a URL: resume from this checkpoint "
                 "(train only)",
             )
+    _add_sweep(subs)
     _add_listening_test(subs)
+
+
+def _add_sweep(subs: Commands) -> None:
+    """Add the command that runs a recipe with many settings."""
+    sweep = add_command(
+        subs,
+        "sweep",
+        "on_sweeps:sweep",
+        "run a recipe with every combination of some settings, such as autoencode.lr=1e-4,3e-4; stages that are the "
+        "same for several points are done once; if repeated, resume and run what is new",
+    )
+    sweep.add_argument("recipe", help=_RECIPE)
+    values = (
+        f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point of each. [1,2],[3,4] are two values"
+    )
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help=values)
+    file = "YAML file with `grid:`, `paired:` lists and `random:` search"
+    sweep.add_argument("--points", type=path, metavar="FILE.yaml", help=file)
+    folder = "directory of the sweep (default: the recipe's run_dir with -sweep)"
+    sweep.add_argument("--dir", type=path, metavar="FOLDER", help=folder)
+    add_number(
+        sweep, "--at-once", Range(least=1), "with cluster=slurm: points that run at the same time", without="no bound"
+    )
+    sweep.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the points, what they share and what exists, on SLURM also the scripts; start nothing",
+    )
 
 
 def _add_listening_test(subs: Commands) -> None:

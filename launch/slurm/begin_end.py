@@ -24,7 +24,7 @@ from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.news import tell_of_end
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE, Verdict, judge
 from launch.slurm.slurm_task import rendezvous
-from launch.slurm.variables import RUN, SUBMISSION, TASKS_PER_NODE
+from launch.slurm.variables import PARTS, RUN, SUBMISSION, TASKS_PER_NODE
 from models.disk_errors import LASTING, PASSING
 from models.documents import DamagedDocument
 from models.readable import describe_os_error
@@ -102,12 +102,14 @@ def _add_to_submitted(attempt: Attempt) -> None:
 
     The list only informs, so that a job starts whatever has become of it.
     """
-    root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job.partition("_")[0]
-    log = str(root / "logs" / f"job_{job}.out")
-    ours = submitted_jobs.Submitted(stage, job, os.environ.get(SUBMISSION, ""), log, time.time())
+    root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job
+    if int(os.environ.get(PARTS, "1")) > 1:  # the run has all parts of the array; of a sweep's array, one element
+        job = job.partition("_")[0]
     try:
-        known = _readable(lambda: submitted_jobs.undamaged(root)).get(stage)
-        if known is None or known.job != job:
+        known = _readable(lambda: submitted_jobs.undamaged(root))
+        log = next((item.log for item in known.values() if item.job == job), str(root / "logs" / f"job_{job}.out"))
+        if stage not in known or known[stage].job != job:
+            ours = submitted_jobs.Submitted(stage, job, os.environ.get(SUBMISSION, ""), log, time.time())
             submitted_jobs.keep(root, [ours])
     except (ValueError, OSError) as error:
         told = describe_os_error(error) if isinstance(error, OSError) else str(error)

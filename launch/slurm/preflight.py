@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launch.pipeline import say
@@ -45,7 +45,17 @@ def check(config: Config, stages: Sequence[str], submission: Path, jobs: Sequenc
     Raises:
         ValueError: the message has a line for every problem.
     """
-    found = [*_data(config, stages), *_checkpoints(config, stages), *_disk(config, stages), *_store(config)]
+    check_all([(config, stages)], submission, jobs, inputs=_data(config, stages))
+
+
+def check_all(
+    runs: Sequence[tuple[Config, Sequence[str]]], submission: Path, jobs: Sequence[Job], *, inputs: Iterable[str] = ()
+) -> None:
+    """Check the submission of several runs, each with its stages, as `check` does for one.
+
+    `inputs` are the problems of the inputs that must exist already. Raises ValueError.
+    """
+    found = [*inputs, *(line for run in runs for line in _checkpoints(*run)), *_disk(runs), *_store(runs[0][0])]
     try:
         for job in jobs:
             found += _accepted(job)
@@ -93,10 +103,12 @@ def _checkpoints(config: Config, stages: Sequence[str]) -> Iterator[str]:
             yield f"{directory.path} holds a run, and checkpoint.resume=never: set another run_dir, or remove it"
 
 
-def _disk(config: Config, stages: Sequence[str]) -> Iterator[str]:
+def _disk(runs: Sequence[tuple[Config, Sequence[str]]]) -> Iterator[str]:
     """Yield a line if the checkpoints do not fit on the disk."""
-    needed = sum(checkpoint_bytes(config, stage) for stage in stages if STAGES[stage].trained)
-    folder = Path(config.run_dir).resolve()
+    needed = sum(
+        checkpoint_bytes(config, stage) for config, stages in runs for stage in stages if STAGES[stage].trained
+    )
+    folder = Path(runs[0][0].run_dir).resolve()
     free = shutil.disk_usage(folder).free
     if needed > free:
         yield (

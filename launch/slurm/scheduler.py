@@ -38,7 +38,7 @@ class JobState:
 
 
 def states(jobs: list[str]) -> dict[str, list[JobState]]:
-    """Return the states of jobs by job id; an array has several.
+    """Return the states of jobs by job id; an array has several, one element of it (`12_3`) has one.
 
     Raises:
         QueueError: this machine has no SLURM, or its controller does not answer.
@@ -46,13 +46,25 @@ def states(jobs: list[str]) -> dict[str, list[JobState]]:
     if not jobs:
         return {}
     found: dict[str, list[JobState]] = {job: [] for job in jobs}
-    text = _ask("squeue", "--noheader", "--all", "--states=all", "--format=%F|%i|%T|%N|%r", f"--jobs={','.join(jobs)}")
+    each = ["--array"] if any("_" in job for job in jobs) else []  # without it, a long list of elements is cut short
+    command = ["squeue", "--noheader", "--all", "--states=all", *each, "--format=%F|%i|%T|%N|%r"]
+    text = _ask(*command, f"--jobs={','.join(jobs)}")
     for line in text.splitlines():
         whole, job, state, nodes, reason = line.split("|", 4)
-        for asked in {whole, job} & found.keys():
+        elements = {f"{whole}_{number}" for number in elements_of(job)}
+        for asked in {whole, job, *elements} & found.keys():
             found[asked].append(JobState(job, state, nodes, "" if reason == "None" else reason))
     for job in [job for job, known in found.items() if not known]:
         found[job] = [JobState(job, _accounted(job))]
+    return found
+
+
+def elements_of(job: str) -> list[str]:
+    """Expand the parts in a job id: `12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
+    found = []
+    for word in job.partition("_")[2].strip("[]").partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word):
+            found += [str(number) for number in range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))]
     return found
 
 

@@ -70,7 +70,7 @@ def _submit(config: Config, stages: Sequence[str], root: Path) -> list[Submitted
 def scripts(config: Config, *, only: str | None = None) -> list[tuple[str, str]]:
     """Return the batch script of each stage that is not done, by stage; nothing is written."""
     root = Path(config.run_dir).resolve()
-    jobs = _jobs(config, _stages(config, only), root, root / "submissions" / _next(root))
+    jobs = _jobs(config, _stages(config, only), root, next_submission(root))
     return [(job.stages[0], job.text) for job in jobs]
 
 
@@ -142,11 +142,22 @@ def _next(root: Path) -> str:
 
 def _copy_code_and_config(config: Config, root: Path) -> Path:
     """Copy the code and the config that the jobs will use; return their folder."""
-    folder = root / "submissions" / _next(root)
+    folder = copy_code(root)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
+def next_submission(root: Path) -> Path:
+    """Return the folder of the next submission of a run or a sweep, which is not made."""
+    return root / "submissions" / _next(root)
+
+
+def copy_code(root: Path) -> Path:
+    """Copy the code that the jobs of the next submission will use; return the submission's folder."""
+    folder = next_submission(root)
     source = RECIPES.parent
     for package in _PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(source / package, folder / "code" / package, ignore=ignored)
     (folder / "code" / COPIED_FROM).write_text(f"{code_version()}\n{local_changes()}")
-    (folder / "config.yaml").write_text(to_yaml(config))
     return folder

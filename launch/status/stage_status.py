@@ -13,7 +13,7 @@ from typing import Any
 from launch import owner
 from launch.slurm import attempt
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
-from launch.slurm.scheduler import JobState
+from launch.slurm.scheduler import JobState, elements_of
 from launch.slurm.submitted_jobs import Submitted
 from models.documents import Lines, read_bytes
 from trainer.exported import missing_export
@@ -117,13 +117,19 @@ class StageStatus:
     @property
     def of_this_job(self) -> list[dict[str, Any]]:
         """Lines of the history on the last job; all lines if no job was submitted."""
-        return [line for line in self.history if self.job is None or line["job"].partition("_")[0] == self.job.job]
+        return [
+            line
+            for line in self.history
+            if self.job is None or self.job.job in (line["job"], line["job"].partition("_")[0])
+        ]
 
     @property
     def array(self) -> bool:
-        """Whether the job is an array."""
+        """Whether the job is an array. One element of an array, which runs a point of a sweep, is none."""
         numbers = [*(line["job"] for line in self.of_this_job), *(element.job for element in self.elements)]
-        return self.job is not None and ("%a" in Path(self.job.log).name or any("_" in number for number in numbers))
+        if self.job is None or "_" in self.job.job:
+            return False
+        return "%a" in Path(self.job.log).name or any("_" in number for number in numbers)
 
     def _written(self, *names: str) -> float:
         """Return when the newest of some files was written, in seconds since the epoch; 0 if none exists."""
@@ -157,6 +163,8 @@ class StageStatus:
             return next(kind for kind in _WORST_LAST[::-1] if parts[kind])
         if self.over:
             return _OUTCOMES[last["then"]]
+        if self._comes_later:
+            return "pending"
         if self.elements and self.elements[0].state != "GONE":
             return _ENDS.get(self.elements[0].state, self.elements[0].state.lower())
         if not self.elements and last.get("then") == REQUEUE:
@@ -168,6 +176,12 @@ class StageStatus:
         if self.job is not None and not last:
             return "submitted"
         return "running?" if time.time() - self.spoke < SILENT_AFTER else "silent"
+
+    @property
+    def _comes_later(self) -> bool:
+        """Whether the job runs an earlier stage of a point of a sweep, whose stages are one job."""
+        runs = any(element.state == "RUNNING" for element in self.elements)
+        return runs and self.job is not None and "_" in self.job.job and not self.of_this_job
 
     @cached_property
     def parts(self) -> Counter[str]:
@@ -201,15 +215,6 @@ class StageStatus:
         except (ValueError, OSError):
             return 0
         return int(match[1]) + 1 if match else 0
-
-
-def elements_of(job: str) -> list[str]:
-    """Expand the parts in a job id: `12_[0-2,7%4]` → 0, 1, 2, 7; `12_3` → 3; `12` → none."""
-    found = []
-    for word in job.partition("_")[2].strip("[]").partition("%")[0].split(","):
-        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word):
-            found += [str(number) for number in range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))]
-    return found
 
 
 def last_line(path: Path) -> dict[str, Any]:

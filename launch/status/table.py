@@ -16,8 +16,8 @@ from launch.error_line import describe_error
 from launch.slurm import scheduler
 from launch.slurm.begin_end import place
 from launch.slurm.requeue_policy import DONE, OVER, REQUEUE
-from launch.slurm.submitted_jobs import submitted
-from launch.status import upload
+from launch.status import sweeps, upload
+from launch.status.run_stages import ask_the_queue, shown, stages_of
 from launch.status.stage_status import SILENT_AFTER, StageStatus, count, span
 from trainer.checkpoints.names import MANIFEST, folder_name
 from trainer.formatting import aligned
@@ -53,12 +53,14 @@ def resolve(text: str) -> Path:
     """Return a run's directory, given by path or by name under runs/. Raises ValueError with the known runs."""
     folders = [path.resolve() for path in (Path(text), Path("runs") / text) if path.is_dir()]
     if folders:
-        return next((path for path in folders if _is_run(path)), folders[0])
+        return next((path for path in folders if sweeps.is_sweep(path) or _is_run(path)), folders[0])
     known = ", ".join(path.name for path in runs()) or "none"
     raise ValueError(f"there is no run {text}: give its directory, or the name of one under runs/ ({known})")
 
 
 def _is_run(folder: Path) -> bool:
+    if sweeps.is_sweep(folder):
+        return False
     try:
         return (folder / "jobs.jsonl").exists() or any(StageStatus(folder / name, None).begun for name in STAGES)
     except OSError:  # it may be one, and `stages_of` says why nobody can tell
@@ -66,7 +68,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def report(run: Path | None) -> str:
-    """Return a table of all runs; or of one run, followed by a line for each start of its jobs."""
+    """Return a table of all runs; or of one run, followed by a line for each start of its jobs; or of a sweep."""
+    if run is not None and sweeps.is_sweep(run):
+        return sweeps.report(run)
     problems: list[str] = []
     stages = _of_each([run] if run is not None else runs(), stages_of, problems)
     # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
@@ -75,6 +79,7 @@ def report(run: Path | None) -> str:
         problems.append(textwrap.shorten(f"from the run directories alone: {problem}", _WIDTH, placeholder=" …"))
     rows = _of_each(stages, lambda folder: _rows(stages[folder]), problems)
     lines = [_table(rows)] if any(rows.values()) else [f"no run has begun under {shown(run or Path('runs'))}"]
+    lines += [] if run is not None else sweeps.overview()
     if run in rows:
         starts = [line for stage in stages[run] for line in _starts(stage)]
         lines += ["", *starts] if starts else []
@@ -93,25 +98,6 @@ def _of_each(runs: Iterable[Path], read: Callable[[Path], T], problems: list[str
         except (ValueError, OSError) as error:
             problems.append(describe_error(error))
     return found
-
-
-def stages_of(run: Path) -> list[StageStatus]:
-    """Return the stages that have begun or were submitted, in order. Raises ValueError if jobs.jsonl is damaged."""
-    jobs = submitted(run)
-    return [stage for name in STAGES if (stage := StageStatus(run / name, jobs.get(name))).job or stage.begun]
-
-
-def ask_the_queue(stages: Sequence[StageStatus]) -> str:
-    """Fill in the states of the stages' jobs with one query to SLURM; return the problem if SLURM does not answer."""
-    numbers = list(dict.fromkeys(stage.job.job for stage in stages if stage.job is not None))
-    try:
-        found = scheduler.states(numbers)
-    except scheduler.QueueError as error:
-        return f"SLURM does not answer: {str(error).splitlines()[0].rpartition(' failed: ')[2]}"
-    for stage in stages:
-        if stage.job is not None:
-            stage.elements = found[stage.job.job]
-    return ""
 
 
 def cancel(run: Path) -> str:
@@ -158,7 +144,7 @@ def _living(run: Path) -> dict[str, tuple[str, list[scheduler.JobState]]]:
     All jobs are queried, because a user may have requeued a job that was over. Raises ValueError if SLURM does not
     answer.
     """
-    stages, found = stages_of(run), dict[str, tuple[str, list[scheduler.JobState]]]()
+    stages, found = _all_stages(run), dict[str, tuple[str, list[scheduler.JobState]]]()
     if problem := ask_the_queue(stages):
         raise ValueError(problem)
     for stage in stages:
@@ -168,9 +154,16 @@ def _living(run: Path) -> dict[str, tuple[str, list[scheduler.JobState]]]:
     return found
 
 
+def _all_stages(run: Path) -> list[StageStatus]:
+    """Return the stages of a run, or those of all runs of a sweep."""
+    return [
+        stage for each in (sweeps.run_directories(run) if sweeps.is_sweep(run) else [run]) for stage in stages_of(each)
+    ]
+
+
 def _by_hand(run: Path) -> str:
     """Return the name of the living process that trains a run without SLURM; empty if there is none."""
-    return next((stage.by_hand for stage in stages_of(run) if stage.by_hand and stage.state == "running"), "")
+    return next((stage.by_hand for stage in _all_stages(run) if stage.by_hand and stage.state == "running"), "")
 
 
 def _named(living: dict[str, tuple[str, list[scheduler.JobState]]], jobs: Sequence[str] | dict[str, Any]) -> str:
@@ -310,12 +303,6 @@ def _age(folder: Path) -> str:
 
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
-
-
-def shown(run: Path) -> str:
-    """Return a path as the user would write it: relative if it is below the current folder."""
-    here = Path.cwd()
-    return str(run.relative_to(here)) if run.is_absolute() and run.is_relative_to(here) and run != here else str(run)
 
 
 def _clock(moment: float) -> str:

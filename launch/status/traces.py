@@ -10,8 +10,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from launch.status.run_stages import ask_the_queue, shown, stages_of
 from launch.status.stage_status import StageStatus
-from launch.status.table import ask_the_queue, shown, stages_of
 from trainer.log.trace_request import (
     TraceRequest,
     read_request,

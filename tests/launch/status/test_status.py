@@ -14,7 +14,7 @@ from launch import owner
 from launch.slurm.attempt import record
 from launch.slurm.submitted_jobs import Submitted, keep
 from launch.status import table
-from launch.status.stage_status import elements_of, last_line, span
+from launch.status.stage_status import last_line, span
 from models import documents
 from models.atomic_write import write_whole
 
