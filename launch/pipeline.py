@@ -75,9 +75,9 @@ def run_stage(config: Config, stage: str, *, part: int = 0, parts: int = 1) -> s
     return "done"
 
 
-def audio_folder(config: Config) -> Path:
-    """Return the folder or manifest of the user's sounds, or the folder of the sounds that `synth` makes."""
-    return Path(config.data.audio) if config.data.audio is not None else stage_folder(config, "audio")
+def audio_source(config: Config) -> str | Path:
+    """Return what holds the user's sounds, or the folder of the sounds that `synth` makes."""
+    return config.data.audio if config.data.audio is not None else stage_folder(config, "audio")
 
 
 def shared_latents(config: Config) -> bool:
@@ -85,7 +85,7 @@ def shared_latents(config: Config) -> bool:
     needed = ("test",) if config.data.mix else ("train", "test")
     return (
         config.data.audio is None
-        and not audio_folder(config).exists()
+        and not stage_folder(config, "audio").exists()
         and (
             is_url(config.data.latents)
             or all((Path(config.data.latents) / split / "set.json").is_file() for split in needed)
@@ -117,7 +117,9 @@ def synth(config: Config) -> None:
     if shared_latents(config):
         say(f"  skipped: {config.data.latents} holds latents")
         return
-    synthesize(audio_folder(config), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers)
+    synthesize(
+        stage_folder(config, "audio"), hours=config.data.synth_hours, seed=config.seed, workers=config.data.workers
+    )
 
 
 def synthesize(folder: Path, *, hours: float, seed: int, workers: int) -> None:
@@ -155,7 +157,7 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             )
 
         report = prepare(
-            audio_folder(config),
+            audio_source(config),
             Path(config.data.latents),
             factory,
             embedder_factory(config.text),
@@ -168,6 +170,9 @@ def prepare_latents(config: Config, *, part: int = 0, parts: int = 1) -> None:
             part=part,
             parts=parts,
             own=[Path(config.run_dir)],
+            audio_column=config.data.audio_column,
+            caption_column=config.data.caption_column,
+            patience=config.data.cache.patience,
             progress=show,
             sole=functools.partial(
                 owner.holding,

@@ -23,15 +23,20 @@ _JOINERS = "\u200c\u200d"  # zero-width characters inside words of Persian, Hind
 _DELIMITERS = (",", ";", "\t")
 
 
-def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(path: Path, text: str | None = None) -> dict[str, dict[str, Any]]:
     """Return file → its entry in the manifest, sorted by file.
+
+    Args:
+        path: the manifest.
+        text: its text, if it is no file of this machine.
 
     Raises:
         ValueError: the manifest can't be read, or an entry names no file or one that an earlier entry names.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    text = _read_text(path)
+    if text is None:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        text = _read_text(path)
     numbered = _csv_rows(path, text) if path.suffix.lower() == ".csv" else list(_json_lines(path, text))
     entries: dict[str, dict[str, Any]] = {}
     for number, entry in numbered:
@@ -76,7 +81,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
     """Yield the number and the value of each line. Only a newline ends a line: JSON may hold U+2028 and others."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _parse(line, f"{path}, line {number}")
+            yield number, parse_text(line, f"{path}, line {number}")
 
 
 class CaptionFile:
@@ -84,19 +89,25 @@ class CaptionFile:
 
     A name matches a file in any Unicode normal form, with `/` or `\\`, with `./` before it, or as an absolute path.
 
+    Args:
+        path: the file.
+        text: its text, if it is no file of this machine.
+
     Raises:
         ValueError: the file can't be read, or a line has another form.
         OSError: its disk failed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: str | None = None) -> None:
         self._folder = path.parent
         self._captions: dict[str, list[str]] = {}
         self._last: dict[str, str] = {}
         self._forms: dict[str, str] = {}
         """Plain form of a name → the name in the file."""
         self._used: set[str] = set()
-        for number, entry in _json_lines(path, _read_text(path)) if is_there(path) else ():
+        if text is None:
+            text = _read_text(path) if is_there(path) else ""
+        for number, entry in _json_lines(path, text):
             found = captions_of(entry)
             if not (isinstance(entry, dict) and isinstance(entry.get("file"), str) and found):
                 raise ValueError(f'{path}, line {number} is not like {{"file": "a/b.wav", "caption": "…"}}')
@@ -150,7 +161,7 @@ def sidecar_captions(path: Path, notes: Counts) -> list[str]:
             )
         try:
             text = _read_text(sidecar)
-            return captions_of({"caption": text} if suffix == ".txt" else _parse(text, str(sidecar)))
+            return captions_of({"caption": text} if suffix == ".txt" else parse_text(text, str(sidecar)))
         except ValueError:
             notes.add("files of captions that can't be read", str(sidecar))
             return []
@@ -195,7 +206,8 @@ def _read_text(path: Path) -> str:
         raise with_number(error.errno, describe_os_error(OSError(error.errno, error.strerror, str(path)))) from error
 
 
-def _parse(text: str, where: str) -> object:
+def parse_text(text: str, where: str) -> object:
+    """Return the value of a JSON text; raises ValueError that names `where`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ from models.resampling import Audio, resample
 from trainer.data.audio import encode_audio, mixed
 from trainer.data.clip_store import Clip, ClipStore
 from trainer.data.contents import content_digest
+from trainer.data.origins import digest_of, opened
 from trainer.data.sound_reader import SoundReader
 from trainer.data.sources import SoundFile
 from trainer.data.text_embeddings import Embedder
@@ -83,13 +84,21 @@ def clip_starts(samples: int, clip_samples: int) -> list[int]:
 class ClipEncoder:
     """Cuts a file into clips of `clip_samples` and encodes them; a file that is shorter than a clip is repeated.
 
-    A file is read in blocks. The clips of a long one are kept in `spool`, a folder, until it is read to its end.
+    A file is read in blocks. The clips of a long one are kept in `spool`, a folder, until it is read to its end. So is
+    the copy of a sound that is fetched from a server; a failing request is repeated for `patience` seconds.
     """
 
     def __init__(
-        self, ae: AudioEncoder, clip_samples: int, embedder: Embedder | None = None, *, spool: Path | None = None
+        self,
+        ae: AudioEncoder,
+        clip_samples: int,
+        embedder: Embedder | None = None,
+        *,
+        spool: Path | None = None,
+        patience: float = 0,
     ) -> None:
         self.ae, self.clip_samples, self.embedder, self.spool = ae, clip_samples, embedder, spool
+        self.patience = patience
 
     def __call__(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
         """Return all clips of a file; with `keep_audio`, each clip has its audio at the normalized level.
@@ -102,16 +111,31 @@ class ClipEncoder:
     def _encode(self, source: SoundFile, keep_audio: bool) -> EncodedFile:
         clips = ClipStore(self.spool and self.spool / f"{source.key}.clips")
         meter = SilenceMeter()
+        digests = [""]
         try:
-            with SoundReader(source.path) as reader:
+            with self._reader(source, digests) as reader:
                 blocks = self._blocks(reader, meter)
                 problems = self._fill(clips, source, cut_clips(blocks, self.clip_samples), keep_audio)
         except ValueError as error:
             clips.clear()
             reason = as_unicode(str(error).removeprefix(f"{source.path} "))
-            return EncodedFile(0.0, clips, [reason], content_digest(source.path))
+            return EncodedFile(0.0, clips, [reason], digests[-1] or content_digest(source.path))
         seconds = meter.samples / self.ae.sample_rate
-        return EncodedFile(seconds, clips, reader.notes + problems, content_digest(source.path))
+        return EncodedFile(seconds, clips, reader.notes + problems, digests[-1] or content_digest(source.path))
+
+    @contextmanager
+    def _reader(self, source: SoundFile, digests: list[str]) -> Iterator[SoundReader]:
+        """Open a sound; the hash of one that is no file of its own is added to `digests`."""
+        if source.origin is None:
+            with SoundReader(source.path) as reader:
+                yield reader
+            return
+        origin, path = source.origin, source.path
+        with opened(origin, path, spool=self.spool, name=source.key, patience=self.patience) as file:
+            digests.append(digest_of(file))
+            file.seek(0)
+            with SoundReader(source.path, file) as reader:
+                yield reader
 
     def _blocks(self, reader: SoundReader, meter: SilenceMeter) -> Iterator[Audio]:
         """Yield the sound as the autoencoder takes it, measured by `meter`, and refuse what is short or silent."""
@@ -242,7 +266,7 @@ def encode_in_order(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # import torch once, not in each worker
-    start = (make_ae, make_embedder, encode.clip_samples, encode.spool)
+    start = (make_ae, make_embedder, encode.clip_samples, encode.spool, encode.patience)
     pool = ProcessPoolExecutor(workers, context, _start_worker, start)
     pending: deque[Future[EncodedFile]] = deque()
     try:
@@ -276,11 +300,13 @@ def _start_worker(
     make_embedder: Callable[[], Embedder] | None,
     clip_samples: int,
     spool: Path | None,
+    patience: float,
 ) -> None:
     global _worker_encode
     exit_with_parent()
     torch.set_num_threads(1)
-    _worker_encode = ClipEncoder(make_ae(), clip_samples, make_embedder and make_embedder(), spool=spool)
+    embedder = make_embedder and make_embedder()
+    _worker_encode = ClipEncoder(make_ae(), clip_samples, embedder, spool=spool, patience=patience)
 
 
 def _encode_in_worker(source: SoundFile, keep_audio: bool) -> EncodedFile:

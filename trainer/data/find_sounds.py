@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 from models.disk_errors import NO_FILE, NOT_ALLOWED, PASSING, patiently, with_number
 from trainer.file_names import as_unicode, printable
@@ -30,7 +30,7 @@ _NAMED, _KINDS = 1000, 1000  # names listed of a kind, and kinds told apart
 _SHOWN = 8  # kinds in a line for the user
 _OF_A_RUN = (*STAGES, "latents")
 """Folders that a run writes into its directory, apart from `audio`, which holds the sounds of `synth`."""
-_RECORDS = (".encoded.jsonl", "encode.report.json", "decode.report.json", ".owner.json", ".owner.lock")
+RECORDS = (".encoded.jsonl", "encode.report.json", "decode.report.json", ".owner.json", ".owner.lock")
 """Files that `encode` and `decode` leave in a folder, or keep there meanwhile, which are not counted."""
 _OF_PREPARE = ("report.json", ".prepare", ".prepare.lock")
 
@@ -52,8 +52,21 @@ class Counts:
         if len(listed) < _NAMED:
             listed.append(as_unicode(name))
 
+    def add_all(self, other: Counts) -> None:
+        """Count what another one has counted."""
+        for kind, count in other.kinds.items():
+            for name in other.names[kind]:
+                self.add(kind, name)
+            self.kinds[kind] += count - len(other.names[kind])
+
     def __str__(self) -> str:
         return summary_of(self.report())
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Self:
+        """Return the counts of which `report` made a report."""
+        kinds = Counter({kind: entry["count"] for kind, entry in report.items()})
+        return cls(kinds, {kind: list(entry["names"]) for kind, entry in report.items()})
 
     def report(self) -> dict[str, Any]:
         """Return the counts and names as plain values, sorted by kind."""
@@ -159,7 +172,7 @@ class _Walk:
         first = len(self._folders)
         for entry in entries:
             path = f"{name}/{entry.name}" if name else entry.name
-            if entry.name in _RECORDS:
+            if entry.name in RECORDS:
                 continue
             if entry.name.startswith("."):
                 self.passed_over.add("hidden", path)
@@ -169,7 +182,7 @@ class _Walk:
                 self._take_folder(path, f"{real.rstrip('/')}/{entry.name}")
             elif self._is_wanted(entry.name):
                 self.files.append((path, f"{real.rstrip('/')}/{entry.name}"))
-            elif not _is_caption(entry.name, sounding):
+            elif not is_caption(entry.name, sounding):
                 self._pass_over(path)
         self._folders[first:] = reversed(self._folders[first:])  # the last one is searched next
 
@@ -246,6 +259,7 @@ def _is_config(path: Path) -> bool:
         return False
 
 
-def _is_caption(name: str, sounding: set[str]) -> bool:
+def is_caption(name: str, sounding: set[str]) -> bool:
+    """Whether a file holds captions, in a folder of sounds with these stems."""
     path = PurePath(name)
     return name == CAPTIONS or (path.suffix in _SIDECARS and path.stem in sounding)

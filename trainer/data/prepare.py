@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,19 +25,21 @@ from numpy.typing import NDArray
 
 from models.atomic_write import replacing
 from models.disk_errors import patiently
-from models.documents import Natural, damaged, read_json, write_json
+from models.documents import read_json, write_json
 from trainer.data.clips import SHORTEST_SECONDS, AudioEncoder, ClipEncoder, EncodedFile, encode_in_order
 from trainer.data.groups import groups
+from trainer.data.locate import Asked
+from trainer.data.mixed_sources import AllSources, open_sources
+from trainer.data.prepare_report import REPORT, WORK, PrepareReport, finished, write_report
 from trainer.data.set_content import Content
-from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units, sources_fingerprint
+from trainer.data.shard_plan import SPLITS, Unit, durations, plan_units
 from trainer.data.shards import SetInfo, ShardWriter, read_rows, scan_shard, write_index
-from trainer.data.sources import SoundFile, Sources, find_sources
-from trainer.data.sources_before import list_sources_as_before
+from trainer.data.tables import Cells
 from trainer.data.text_embeddings import Embedder
 from trainer.file_names import printable
 from trainer.files import locked
 
-_WORK, _REPORT, _LOCK = ".prepare", "report.json", ".prepare.lock"
+_LOCK = ".prepare.lock"
 _OWN_NAME = re.compile(r"\d{5,}-\d{5,}\.tar|index\.npy|set\.json|\..*")
 """Names in the folder of a set; hidden files are of killed processes, or of a desktop."""
 _REMEDIES = {"train": "lower data.holdout", "test": "raise data.holdout or lower data.clip_seconds"}
@@ -69,31 +71,8 @@ class Tally:
     """Seconds of sound in the files that an earlier attempt had finished."""
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """The outcome of `prepare`, which is also written to `OUT/report.json`."""
-
-    settings: dict[str, Any]
-    """Everything that the sets depend on."""
-    files: Natural
-    """The number of sound files found."""
-    clips: dict[str, Natural]
-    """The number of clips in each set."""
-    seconds: float
-    """Seconds of sound in the files that could be used."""
-    problems: list[dict[str, str]]
-    """{"file", "reason"} of each problem: a file, a part of it or its text was left out, or its length was guessed."""
-    passed_over: dict[str, Any] = field(default_factory=dict)
-    """Suffix or reason → {"count", "names"} of what lies in the folder and is no sound file; the first 1,000 names."""
-    content: dict[str, str] = field(default_factory=dict)
-    """Key of `settings` → a hash of all bytes of the files that it is about, whatever their times; empty in a report of
-    an older version."""
-    captions: dict[str, Any] = field(default_factory=dict)
-    """The same for captions that name no sound, and for others that were not used as they stand."""
-
-
 def prepare(
-    audio: Path,
+    audio: Path | str,
     out: Path,
     make_ae: Callable[[], AudioEncoder],
     make_embedder: Callable[[], Embedder] | None = None,
@@ -107,6 +86,9 @@ def prepare(
     part: int = 0,
     parts: int = 1,
     own: Iterable[Path] = (),
+    audio_column: str | None = None,
+    caption_column: str | None = None,
+    patience: float = 600.0,
     progress: Callable[[Tally], None] | None = None,
     sole: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext,
 ) -> PrepareReport | None:
@@ -117,7 +99,7 @@ def prepare(
     common level, and its gain is stored. Silence and unreadable files are left out and reported in `OUT/report.json`.
 
     Args:
-        audio: the folder of sound files, or a manifest (`list_sources`).
+        audio: the folder of sound files, or a manifest, or a text that names others (`trainer.data.locate`).
         out: the folder for the sets.
         make_ae: makes the autoencoder, in this process and in each worker; must be picklable.
         make_embedder: makes the embedder of captions, likewise; None makes sets without text.
@@ -131,6 +113,9 @@ def prepare(
         part: the part of the job to do, 0 … parts - 1.
         parts: the number of parts of the job, which may run at the same time.
         own: directories of the run, in which no sounds are looked for, besides `out`.
+        audio_column: the column of sounds in tables; None: the only one.
+        caption_column: the column of captions in tables; None: `CAPTION_COLUMNS`.
+        patience: seconds to repeat a failing request to a server for.
         progress: called after each file.
         sole: gives this part of the work in `out` to this process alone for as long as it writes; the function that it
             yields raises ValueError if another process is at another part.
@@ -140,50 +125,54 @@ def prepare(
 
     Raises:
         ValueError: there is no usable sound, a set would be empty, `out` holds other sets, or a worker died.
+        SourceError: a source has changed meanwhile, or its server fails.
     """
     if not 0 <= part < parts:
         raise ValueError(f"a job of {parts} parts has the parts 0 to {parts - 1}, not {part}")
     ae, embedder = make_ae(), make_embedder and make_embedder()
     clip_samples = round(clip_seconds * ae.sample_rate)
     _check(clip_samples / ae.sample_rate, holdout=holdout, workers=workers)
-    found = find_sources(audio, own=[*own, out])
-    sources = found.files
+    sources = open_sources(Asked(audio, audio_column, caption_column, patience, (*own, out)))
     settings: dict[str, Any] = {
         "ae": ae.identity(),
         "clip_seconds": clip_seconds,
         "holdout": holdout,
         "seed": seed,
         "shard_mb": shard_mb,
-        "files": sources_fingerprint(sources),
+        "files": sources.fingerprint,
     } | ({"text": embedder.identity()} if embedder else {})
     content = Content(sources, embedder)
-    if report := _finished(out, settings, audio, content):
+    if report := finished(out, settings, sources, content):
         return report
     shard_bytes = int(shard_mb * 2**20)
     out.mkdir(parents=True, exist_ok=True)
     with sole() as require_alone:
         with locked(out / _LOCK):
-            if report := _finished(out, settings, audio, content):
+            if report := finished(out, settings, sources, content):
                 return report
             _begin(out, settings | _division(sources), require_alone)
-            seconds = durations(sources, out / _WORK / "durations.json")
+            found = sources.listed(out / WORK)
+            seconds = durations(found.files, out / WORK / "durations.json", patience)
         units = plan_units(seconds, ae, clip_samples, holdout=holdout, seed=seed, shard_bytes=shard_bytes)
         mine = units[part::parts]
         tally = Tally(sum(len(unit.sources) for unit in mine))
         missing = [unit for unit in mine if not _count_if_done(out, unit, tally)]
         # Encode the missing units of this part.
-        tasks = ((source, unit.split == "test") for unit in missing for source in unit.sources)
-        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / _WORK)
-        with closing(encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)) as files:
+        cells = Cells(patience)
+        tasks = ((cells.loaded(source), unit.split == "test") for unit in missing for source in unit.sources)
+        encode = ClipEncoder(ae, clip_samples, embedder, spool=out / WORK, patience=patience)
+        encoded = encode_in_order(tasks, encode, make_ae, make_embedder, workers=workers)
+        with closing(encoded) as files, closing(cells):
             for unit in missing:
                 _write_unit(out, unit, islice(files, len(unit.sources)), tally, progress, shard_bytes=shard_bytes)
         # If all parts are done, make the sets.
         with locked(out / _LOCK):
-            if report := _finished(out, settings, audio, content):
+            if report := finished(out, settings, sources, content):
                 return report
             if parts > 1 and not all(_is_done(out, unit) for unit in units):
                 return None
-            return _finish(out, units, found, _set_info(ae, embedder, dict(ae_options or {}), settings), content)
+            info = _set_info(ae, embedder, dict(ae_options or {}), settings)
+            return _finish(out, units, sources, info, content)
 
 
 def _check(clip_seconds: float, *, holdout: float, workers: int) -> None:
@@ -216,44 +205,14 @@ def _set_info(
 # ---- Earlier attempts ------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, settings: dict[str, Any], audio: Path, content: Content) -> PrepareReport | None:
-    """Return the report of finished sets, or None; raises ValueError if the sets have other settings.
+def _division(sources: AllSources) -> dict[str, str]:
+    """Return the entry of `settings.json` that tells apart how an attempt divides these files into the two sets.
 
-    Sets are finished too if their sounds or embeddings were copied, which changes times alone: the report then takes
-    the new times. Sets of release 0.1.0 are, if that release would find the same files and captions now.
+    Releases that divided otherwise knew folders and manifests alone.
     """
-    if not (out / _REPORT).is_file():
-        return None
-    mend = "it was not written by `spresso prepare`, or has changed since: give another folder"
-    report = read_json(out / _REPORT, PrepareReport, mend=mend, finite=True)
-    if report.clips.keys() != set(SPLITS):
-        raise damaged(out / _REPORT, f"`clips` has not the names {' and '.join(SPLITS)}", mend)
-    if report.settings != settings:
-        other = sorted(key for key in settings if report.settings.get(key) != settings[key])
-        if all(report.content.get(key, "") == content.of(key) != "" for key in other):
-            report = replace(report, settings=settings)
-            with suppress(OSError):  # a folder of another user is compared again next time
-                _write_report(out, report)
-        elif other != ["files"] or report.settings.get("files") != _fingerprint_as_before(audio):
-            raise ValueError(
-                f"{out} was prepared with other settings ({', '.join(other)}): remove it, or give another folder"
-            )
-    if not all((out / split / "set.json").is_file() for split, clips in report.clips.items() if clips):
-        return None
-    shutil.rmtree(out / _WORK, ignore_errors=True)
-    return report
-
-
-def _fingerprint_as_before(audio: Path) -> str | None:
-    try:
-        return sources_fingerprint(list_sources_as_before(audio))
-    except ValueError:
-        return None
-
-
-def _division(sources: list[SoundFile]) -> dict[str, str]:
-    """Return the entry of `settings.json` that tells apart how an attempt divides these files into the two sets."""
-    places = [source.place for source in sources]
+    if sources.plain is None:
+        return {}
+    places = [source.place for source in sources.listed().files]
     return {} if groups(places) == [name for _, name in places] else {"groups": "folders"}
 
 
@@ -262,14 +221,14 @@ def _begin(out: Path, settings: dict[str, Any], require_alone: Callable[[], None
 
     An attempt with other settings is removed, unless `require_alone` raises ValueError because a process is at it.
     """
-    work = out / _WORK
+    work = out / WORK
     record = work / "settings.json"
     mend = f"remove {work} to begin again"
     if record.exists() and read_json(record, dict[str, Any], mend=mend) == settings:
         return
     if require_alone is not None and work.exists():
         require_alone()
-    if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / _REPORT).exists():
+    if not work.exists() and any((out / split).exists() for split in SPLITS) and not (out / REPORT).exists():
         raise ValueError(f"{out} holds a train or test folder that `spresso prepare` did not make: give another folder")
     for folder in (out / split for split in SPLITS):
         _require_shards_alone(folder)
@@ -309,7 +268,7 @@ def _write_unit(
                 writer.write(clip.key, clip.x0, clip.metadata, flac=clip.flac, text_NE=clip.text)
             record["seconds"] += file.seconds
             record["digests"][source.name] = file.digest
-            record["problems"] += [{"file": source.name, "reason": problem} for problem in file.problems]
+            record["problems"] += [{"file": source.where, "reason": problem} for problem in file.problems]
             tally.done, tally.seconds = tally.done + 1, tally.seconds + file.seconds
             tally.problems += len(file.problems)
             if progress:
@@ -339,7 +298,7 @@ def _count_if_done(out: Path, unit: Unit, tally: Tally) -> bool:
     return True
 
 
-def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content: Content) -> PrepareReport:
+def _finish(out: Path, units: list[Unit], sources: AllSources, info: SetInfo, content: Content) -> PrepareReport:
     """Make the sets from the shards of all units, and write the report."""
     records = [_record(out, unit) for unit in units]
     problems = [problem for record in records for problem in record["problems"]]
@@ -363,26 +322,25 @@ def _finish(out: Path, units: list[Unit], found: Sources, info: SetInfo, content
     for split in shards:
         write_index(out / split, info, shards[split])
     seconds = sum(record["seconds"] for record in records)
+    found = sources.listed()
     besides = {"passed_over": found.passed_over.report(), "captions": found.captions.report()}
+    if sources.plain is None:
+        besides["sources"] = sources.files()
     digests = {name: digest for record in records for name, digest in record.get("digests", {}).items()}
     report = PrepareReport(info.prepared, files, clips, seconds, problems, content=content.recorded(digests), **besides)
-    _write_report(out, report)
+    write_report(out, report)
     for leftover in out.glob("*/.*.partial"):  # from processes that were killed
         leftover.unlink(missing_ok=True)
-    shutil.rmtree(out / _WORK)
+    shutil.rmtree(out / WORK)
     return report
 
 
-def _write_report(out: Path, report: PrepareReport) -> None:
-    write_json(out / _REPORT, report, indent=1, ascii=False, end="\n")
-
-
 def _record_path(out: Path, unit: Unit) -> Path:
-    return out / _WORK / f"{unit.split}-{unit.number:05d}.json"
+    return out / WORK / f"{unit.split}-{unit.number:05d}.json"
 
 
 def _rows_path(out: Path, unit: Unit, shard: str) -> Path:
-    return out / _WORK / f"{unit.split}-{shard}.npy"
+    return out / WORK / f"{unit.split}-{shard}.npy"
 
 
 def _rows(out: Path, unit: Unit, shard: str) -> NDArray[np.void]:

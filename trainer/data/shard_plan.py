@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +17,10 @@ from models.disk_errors import NO_FILE, NOT_ALLOWED, patiently
 from models.documents import read_json, write_json
 from trainer.data.clips import AudioEncoder, clip_starts
 from trainer.data.groups import groups, held_out
+from trainer.data.origins import TableCell, glimpse
 from trainer.data.sound_reader import duration
 from trainer.data.sources import SoundFile
+from trainer.data.tables import Cells
 
 SPLITS = ("train", "test")
 _SAMPLE_OVERHEAD = 4096  # bytes; an upper bound for a sample's JSON and tar headers
@@ -50,15 +53,24 @@ def sources_fingerprint(sources: Iterable[SoundFile]) -> str:
     return digest.hexdigest()
 
 
-def durations(sources: list[SoundFile], memory: Path) -> dict[SoundFile, float]:
+def durations(sources: list[SoundFile], memory: Path, patience: float = 0) -> dict[SoundFile, float]:
     """Return the seconds of sound in each file, 0 if its header can't be read; the JSON file `memory` caches them."""
     known = read_json(memory, dict[str, _Seconds], mend=_MEND, finite=True) if memory.exists() else {}
     if not all(source.key in known for source in sources):
+        threaded = [source for source in sources if not isinstance(source.origin, TableCell)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda source: duration(source.path), sources)
-            known = {source.key: seconds for source, seconds in zip(sources, found, strict=True)}
+            found = pool.map(lambda source: _duration(source, patience), threaded)
+            known = {source.key: seconds for source, seconds in zip(threaded, found, strict=True)}
+        with closing(Cells(patience)) as cells:  # in their order
+            for source in (source for source in sources if isinstance(source.origin, TableCell)):
+                known[source.key] = _duration(cells.loaded(source), patience)
         write_json(memory, known)
     return {source: known[source.key] for source in sources}
+
+
+def _duration(source: SoundFile, patience: float) -> float:
+    origin = source.origin
+    return duration(source.path, None if origin is None else lambda: glimpse(origin, source.path, patience))
 
 
 def plan_units(

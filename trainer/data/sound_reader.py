@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 
 from models.loudness import LARGEST_VALUE
-from models.regular_file import WatchedFile
+from models.regular_file import Bytes, WatchedFile
 from trainer.data import sound_headers
 from trainer.data.sound_decoders import (
     LARGEST_LENGTH,
@@ -45,6 +45,10 @@ Result = TypeVar("Result")
 class SoundReader:
     """An open sound file.
 
+    Args:
+        path: the file.
+        file: its bytes, which are closed with the reader, if they lie elsewhere; `path` is then its name in errors.
+
     Attributes:
         rate: the sample rate in Hz.
         channels: the number of channels.
@@ -55,9 +59,9 @@ class SoundReader:
         OSError: the disk failed, or refuses access that the file's permissions grant.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: Bytes | None = None) -> None:
         self.path = path
-        self._file = WatchedFile(path)
+        self._file = WatchedFile(path) if file is None else file
         try:
             self._header = self._checked(lambda: sound_headers.read(self._file.buffer, self._file.size))
             self.notes = [self._header.note] if self._header.note else []
@@ -160,24 +164,28 @@ def _decoders(header: SoundHeader) -> tuple[Callable[[BinaryIO, SoundHeader], De
     return (Ffmpeg,) if header.compressed else (Libsndfile, Ffmpeg)
 
 
-def duration(path: Path) -> float:
+def duration(path: Path, opened: Callable[[], Bytes] | None = None) -> float:
     """Return about how many seconds of sound a file has, by its header; 0 if it can't be read as sound.
+
+    Args:
+        path: the file.
+        opened: opens its bytes, if they lie elsewhere.
 
     Raises:
         OSError: the disk failed, or refuses access that the file's permissions grant.
     """
     try:
-        with closing(WatchedFile(path)) as file:
+        with closing(opened() if opened else WatchedFile(path)) as file:
             promised = _promised(file)
         if promised:
             return promised
-        with SoundReader(path) as reader:
+        with SoundReader(path, opened()) if opened else SoundReader(path) as reader:
             return reader.estimate()
     except ValueError:
         return 0.0
 
 
-def _promised(file: WatchedFile) -> float:
+def _promised(file: Bytes) -> float:
     try:
         found = soundfile.info(file.buffer)
     except (soundfile.LibsndfileError, ZeroDivisionError):

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.data.captions import (
@@ -20,6 +20,7 @@ from trainer.data.captions import (
     sidecar_captions,
 )
 from trainer.data.find_sounds import CAPTIONS, Counts, find_sounds
+from trainer.data.origins import Origin
 from trainer.file_names import as_unicode, printable
 
 MANIFESTS = (".jsonl", ".csv")
@@ -37,12 +38,20 @@ class SoundFile:
     caption: str
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The other entries of the file in a manifest; `captions` are all of a file that has several."""
+    origin: Origin | None = field(default=None, compare=False)
+    """Where its bytes are, if they are no file of this machine; `path` is the name then."""
+
+    @property
+    def where(self) -> str:
+        """The file's place, for people: its name, or what of a tar, table or bucket it is."""
+        return self.name if self.origin is None else self.origin.where
 
     @property
     def place(self) -> tuple[str, str]:
         """The file's folder and its name without suffix, by which `groups` tells which files belong together."""
         folder = posixpath.dirname(posixpath.normpath(unicodedata.normalize("NFC", self.name)))
-        return folder, unicodedata.normalize("NFC", as_unicode(self.path.stem))
+        stem = self.path.stem if self.origin is None else PurePosixPath(self.name).stem
+        return folder, unicodedata.normalize("NFC", as_unicode(stem))
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def find_sources(audio: Path, *, own: Iterable[Path] = ()) -> Sources:
     Raises:
         ValueError: there are no sound files, or the captions or the manifest can't be read.
     """
-    passed_over, notes, keys = Counts(), Counts(), _Keys()
+    passed_over, notes, keys = Counts(), Counts(), Keys()
     if audio.suffix.lower() in MANIFESTS:
         listed = [(path, name, captions_of(entry), entry) for name, path, entry in _located(audio)]
     else:
@@ -126,7 +135,7 @@ def _spelling_that_exists(folder: Path, name: str) -> str:
     return name
 
 
-class _Keys:
+class Keys:
     """Gives each file a key of its own."""
 
     def __init__(self) -> None:

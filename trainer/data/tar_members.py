@@ -12,9 +12,9 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 BLOCK = 512
 """A tar consists of blocks of this many bytes: a header, then the member's content, padded with zeros."""
@@ -92,7 +92,21 @@ def find_tar_members(path: Path) -> list[TarMember]:
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
         raise ValueError(f"{path} is not a regular file")
     with path.open("rb", buffering=0) as file:
-        return _members(_Tar(path, file))
+        descriptor = file.fileno()
+        return tar_members(
+            path, os.fstat(descriptor).st_size, lambda start, end: os.pread(descriptor, end - start, start)
+        )
+
+
+def tar_members(where: object, size: int, read: Callable[[int, int], bytes]) -> list[TarMember]:
+    """Return the members of `find_tar_members` of a tar anywhere; raises ValueError as that does.
+
+    Args:
+        where: the tar's name in errors.
+        size: its bytes.
+        read: returns the bytes from a first to a last offset, exclusive, and fewer only at the end of the tar.
+    """
+    return _members(_Tar(where, size, read))
 
 
 def is_apple_double(path: Path) -> bool:
@@ -113,13 +127,12 @@ def shown(name: str) -> str:
 class _Tar:
     """An open tar. Its methods raise ValueError, which names the tar."""
 
-    def __init__(self, path: Path, file: BinaryIO):
-        self.path, self._descriptor = path, file.fileno()
-        self.size = os.fstat(self._descriptor).st_size
+    def __init__(self, path: object, size: int, read: Callable[[int, int], bytes]):
+        self.path, self.size, self._read = path, size, read
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes at `offset`, or fewer at the end of the file."""
-        return os.pread(self._descriptor, length, offset)
+        return self._read(offset, offset + length)
 
     def damage(self, reason: str) -> ValueError:
         """Return the error of a tar whose bytes are not those of a whole tar."""

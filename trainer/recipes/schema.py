@@ -21,8 +21,11 @@ class DataConfig:
     """Where the sounds and latents are, and the order in which training reads them."""
 
     audio: str | None = None
-    """Folder of sound files, or a manifest (.jsonl or .csv with `file` and `caption`). None: the
-    `synth` stage makes sounds under the run directory."""
+    """Folder of sounds, manifest (.jsonl or .csv with `file` and `caption`), tar, table (.parquet, .arrow), folder of
+    tars or tables, or a URL; several by braces, `a-{00..99}.tar`. None: `synth` makes sounds in the run directory."""
+    audio_column: str | None = since(None, before=None)
+    caption_column: str | None = since(None, before=None)
+    """Columns of a table; None: the only one of sounds; `caption`, `captions`, `text`, `description` or `prompt`."""
     synth_hours: float = ranged(0.5, least=0, most=100_000)
     """Hours of sound that `synth` makes if `audio` is None."""
     latents: str = "${run_dir}/latents"

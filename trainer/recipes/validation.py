@@ -12,11 +12,10 @@ from models.diffusion import make_diffusion
 from models.hub import is_remote, locate
 from models.prior import LARGEST_SIZE
 from models.quantizers.quantizer import QUANTIZER_KINDS
-from models.readable import file_trouble
 from models.sizes import LORA_VARIANTS
+from trainer.data.locate import audio_troubles
 from trainer.data.order import SHUFFLES
 from trainer.data.remote import is_url
-from trainer.data.sources import MANIFESTS
 from trainer.data.text_embeddings import TEXT_KINDS
 from trainer.file_names import as_unicode, printable
 from trainer.recipes.privacy import unknown_private_keys
@@ -307,10 +306,7 @@ def _folders(config: Config) -> list[str]:
         found.append(f"text.kind={config.text.kind} needs text.folder: where its files are")
     if config.data.audio is None and config.data.synth_hours <= 0:
         found.append("there is no sound to train on: set data.audio=FOLDER or data.synth_hours=0.5")
-    audio = None if config.data.audio is None else Path(config.data.audio)
-    if audio is not None and not audio.is_dir() and not (audio.is_file() and audio.suffix.lower() in MANIFESTS):
-        trouble = "is neither: " if audio.exists() else f"{file_trouble(audio)}: "
-        found.append(f"data.audio={audio} {trouble}give a folder or a manifest ({', '.join(MANIFESTS)})")
+    found += audio_troubles(config.data.audio) if config.data.audio is not None else []
     if config.data.audio is not None and is_url(config.data.latents):
         found.append(
             f"data.latents={config.data.latents} is a URL, to which `prepare` cannot write: remove data.audio, or set "
