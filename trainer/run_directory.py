@@ -207,9 +207,14 @@ def _is_same_place(key: str, before: object, now: object) -> bool:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write the resolved config as `config.yaml` into a run's or a stage's directory; raises ValueError as below."""
+    """Write the resolved config as `config.yaml` into a run's or a stage's directory; raises ValueError as below.
+
+    If the same config is there, the file stays: its time says which figures and pages are newer.
+    """
     require_own_config(folder)
-    write_whole(folder / "config.yaml", to_yaml(config))
+    path, text = folder / "config.yaml", to_yaml(config)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_whole(path, text)
 
 
 def require_own_config(folder: Path) -> None:

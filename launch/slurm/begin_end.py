@@ -103,7 +103,7 @@ def _add_to_submitted(attempt: Attempt) -> None:
     The list only informs, so that a job starts whatever has become of it.
     """
     root, stage, job = attempt.stage_folder.parent, attempt.stage_folder.name, attempt.job
-    if int(os.environ.get(PARTS, "1")) > 1:  # the run has all parts of the array; of a sweep's array, one element
+    if os.environ.get(PARTS) != "1":  # the run has all parts of the array; of a sweep's array, it has one element
         job = job.partition("_")[0]
     try:
         known = _readable(lambda: submitted_jobs.undamaged(root))

@@ -27,7 +27,7 @@ _BAD = ("failed", "died", "no export", "cancelled", "gone", "timeout", "node_fai
 
 
 @dataclass
-class Part:
+class SweepPart:
     """A point or a shared stage."""
 
     name: str
@@ -55,7 +55,7 @@ class Part:
     def state(self) -> str:
         """State in one word."""
         states = {stage.state for stage in self.stages}
-        if self.holder is not None or states & {"running", "running?"}:
+        if self.holder is not None or "running" in states or self._may_run:
             return "running"
         if any(stage.living for stage in self.stages):
             return "pending"
@@ -64,6 +64,12 @@ class Part:
         if self.outcome is not None and self.outcome["outcome"] in (outcomes.FAILED, outcomes.STOPPED):
             return self.outcome["outcome"]
         return "failed" if states & set(_BAD) else "stopped" if states else "pending"
+
+    @property
+    def _may_run(self) -> bool:
+        """Whether a stage claims to run, and nothing has told since that the part has ended."""
+        ended = self.outcome["time"] if self.outcome is not None else 0.0
+        return any(stage.state == "running?" and stage.spoke > ended for stage in self.stages)
 
     @property
     def _is_whole(self) -> bool:
@@ -152,13 +158,13 @@ def _require(folder: Path) -> Record:
     return record
 
 
-def _parts(folder: Path, record: Record) -> tuple[list[Part], list[Part], str]:
+def _parts(folder: Path, record: Record) -> tuple[list[SweepPart], list[SweepPart], str]:
     """Return the shared stages and the points, and why SLURM could not be asked; empty if it was."""
     ended = outcomes.latest(folder)
 
-    def part(place: str, name: str, *, shares: bool) -> Part:
+    def part(place: str, name: str, *, shares: bool) -> SweepPart:
         ours = [stage for stage in stages_of(folder / place) if not stage.folder.is_symlink()]
-        return Part(name, folder / place, ours, ended.get(place), shares)
+        return SweepPart(name, folder / place, ours, ended.get(place), shares)
 
     places = [path.relative_to(folder).as_posix() for path in run_directories(folder)]
     shared = [part(place, place, shares=True) for place in places if place.startswith("shared/")]
@@ -167,7 +173,7 @@ def _parts(folder: Path, record: Record) -> tuple[list[Part], list[Part], str]:
     return shared, points, ask_the_queue(stages)
 
 
-def _summary(folder: Path, points: Sequence[Part]) -> str:
+def _summary(folder: Path, points: Sequence[SweepPart]) -> str:
     counted = Counter(point.state for point in points)
     told = [f"{counted[state]} {state}" for state in ("running", "pending", "stopped", "failed") if counted[state]]
     done = f"{counted['done']} of {len(points)} points done"

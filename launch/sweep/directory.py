@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 from launch.sweep import record as records
-from launch.sweep.plan import Plan, Point, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
+from launch.sweep.same_base import has_same_results
 from launch.sweep.sharing import own_latents
 from trainer.recipes.schema import Config
-from trainer.recipes.values import to_yaml
-from trainer.run_directory import RunDirectory, require_own_config, stage_folder, write_config
+from trainer.run_directory import RunDirectory, stage_folder, write_config
 from trainer.stages import STAGES
 
 
@@ -27,7 +27,7 @@ def make(plan: Plan) -> None:
     """
     require_free(plan.folder)
     records.write(plan.folder, plan.record)
-    parts: list[Point | SharedStage] = [*plan.shared, *plan.points]
+    parts: list[SweepPoint | SharedStage] = [*plan.shared, *plan.points]
     for part in parts:
         folder = plan.folder / folder_of(part)
         _write_config(folder, part.config)
@@ -37,7 +37,7 @@ def make(plan: Plan) -> None:
             _link(plan.folder, folder, stage, place, part.config)
 
 
-def folder_of(part: Point | SharedStage) -> str:
+def folder_of(part: SweepPoint | SharedStage) -> str:
     """Return the run directory of a point or a shared stage, below the sweep's."""
     return part.folder if isinstance(part, SharedStage) else f"{records.POINTS}/{part.name}"
 
@@ -53,12 +53,12 @@ def require_free(folder: Path) -> None:
             )
 
 
-def is_done(part: Point | SharedStage) -> bool:
+def is_done(part: SweepPoint | SharedStage) -> bool:
     """Whether everything that a point or a shared stage has to run is done with these settings."""
     return all(_stage_is_done(part.config, stage) for stage in stages_to_run(part))
 
 
-def stages_to_run(part: Point | SharedStage) -> list[str]:
+def stages_to_run(part: SweepPoint | SharedStage) -> list[str]:
     """Return the stages that a point or a shared stage has to run, in order."""
     return [part.stage] if isinstance(part, SharedStage) else part.own
 
@@ -73,20 +73,18 @@ def _stage_is_done(config: Config, stage: str) -> bool:
     # The page is written last, after the config with which the point was run.
     folder = Path(config.run_dir)
     written = [folder / "config.yaml", folder / "evaluate" / "evaluation.json", folder / "page" / "index.html"]
-    if not all(path.is_file() for path in written) or not _has_text(written[0], to_yaml(config)):
+    if not all(path.is_file() for path in written) or not has_same_results(folder, config):
         return False
     return written[-1].stat().st_mtime_ns >= written[0].stat().st_mtime_ns
 
 
 def _write_config(folder: Path, config: Config) -> None:
-    """Write the config of a run directory, unless the same one is there: its time says which figures are newer."""
-    require_own_config(folder)
-    if not _has_text(folder / "config.yaml", to_yaml(config)):
-        write_config(folder, config)
-
-
-def _has_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_bytes() == text.encode()
+    """Write the config of a run directory. Its time says from when on figures and pages are those of the config."""
+    path = folder / "config.yaml"
+    before = path.stat().st_mtime_ns if path.is_file() and has_same_results(folder, config) else None
+    write_config(folder, config)
+    if before is not None:
+        os.utime(path, ns=(before, before))
 
 
 def _link(sweep: Path, folder: Path, stage: str, place: str, config: Config) -> None:

@@ -16,7 +16,7 @@ from launch.notify import DONE, FAILED, News, notify
 from launch.pipeline import say
 from launch.signals import INTERRUPTED, STOPPED, StopFlag
 from launch.sweep import directory, outcomes
-from launch.sweep.plan import Plan, Point, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
 from trainer.progress import LABEL
 
 _LOOK = 0.5  # seconds between two looks at whether a signal has come
@@ -101,7 +101,7 @@ def _run_points(plan: Plan, tally: _Tally, stop: StopFlag) -> Iterator[bool]:
         yield stop()
 
 
-def _run_part(plan: Plan, part: Point | SharedStage, stages: Sequence[str], label: str, stop: StopFlag) -> int:
+def _run_part(plan: Plan, part: SweepPoint | SharedStage, stages: Sequence[str], label: str, stop: StopFlag) -> int:
     """Run stages in a process of their own; return its exit status, `STOPPED` if a signal ended it.
 
     A Ctrl-C reaches that process from the terminal; other signals to this process are passed on to it.

@@ -13,7 +13,7 @@ from launch.slurm import preflight, scheduler, submit, submitted_jobs
 from launch.slurm.job_script import Job, require_writable
 from launch.slurm.submitted_jobs import Submitted
 from launch.sweep import directory, shown
-from launch.sweep.plan import Plan, Point, SharedStage, recorded_plan
+from launch.sweep.plan import Plan, SharedStage, SweepPoint, recorded_plan
 from launch.sweep.points_job import Element, PointsJob
 from trainer.file_names import printable_lines
 from trainer.recipes.values import to_yaml
@@ -104,7 +104,7 @@ def _submit(plan: Plan, root: Path) -> None:
     say(f"`spresso status {plan.folder}` shows the progress")
 
 
-def _to_submit(plan: Plan, root: Path) -> tuple[list[Point], list[SharedStage], Mapping[Key, str]]:
+def _to_submit(plan: Plan, root: Path) -> tuple[list[SweepPoint], list[SharedStage], Mapping[Key, str]]:
     """Return the points and shared stages to submit, and the jobs of the shared stages that are alive."""
     busy = _living_points(plan, root)
     points = [point for point in plan.points if point.name not in busy and not directory.is_done(point)]
@@ -136,7 +136,7 @@ def _shared_job(shared: SharedStage, root: Path, submission: Path, jobs: Mapping
 
 
 def _points_job(
-    plan: Plan, points: Sequence[Point], root: Path, submission: Path, jobs: Mapping[Key, str]
+    plan: Plan, points: Sequence[SweepPoint], root: Path, submission: Path, jobs: Mapping[Key, str]
 ) -> PointsJob:
     elements = [
         Element(root / directory.folder_of(point), submission / directory.folder_of(point), point.own)
@@ -151,7 +151,7 @@ def _points_job(
 
 def _check(
     plan: Plan,
-    points: Sequence[Point],
+    points: Sequence[SweepPoint],
     shared: Sequence[SharedStage],
     root: Path,
     submission: Path,
@@ -173,7 +173,7 @@ def _check(
     preflight.check_all(runs, submission, tried, inputs=inputs)
 
 
-def _write_configs(submission: Path, parts: Sequence[Point | SharedStage]) -> None:
+def _write_configs(submission: Path, parts: Sequence[SweepPoint | SharedStage]) -> None:
     """Write the config of each part beside a link to the code, which all of them share."""
     for part in parts:
         folder = submission / directory.folder_of(part)

@@ -30,7 +30,7 @@ _SUFFIX = "-sweep"
 
 
 @dataclass
-class Point:
+class SweepPoint:
     """A point that a command asks for."""
 
     name: str
@@ -77,7 +77,7 @@ class Plan:
     recipe: str
     keys: list[str]
     """The keys that differ within the sweep, those of earlier commands included."""
-    points: list[Point]
+    points: list[SweepPoint]
     shared: list[SharedStage]
     """In an order in which they can be done."""
     before: list[RecordedPoint]
@@ -99,7 +99,7 @@ class Plan:
         points = {point.name: point for point in self.before} | {point.name: point.recorded for point in self.points}
         return Record(records.FORMAT, self.name, self.recipe, self.keys, list(points.values()), self.at_once)
 
-    def needed_by(self, points: Sequence[Point]) -> list[SharedStage]:
+    def needed_by(self, points: Sequence[SweepPoint]) -> list[SharedStage]:
         """Return the shared stages that some points use."""
         names = {point.name for point in points}
         return [shared for shared in self.shared if names & set(shared.points)]
@@ -138,7 +138,7 @@ def make_plan(
     )
     _share(plan, known)
 
-    def load(point: Point, place: str) -> Config:
+    def load(point: SweepPoint, place: str) -> Config:
         called = f"{name}.{Path(place).name}"
         return _with_own_upload(asked.load(point.settings, folder / place, called), place)
 
@@ -158,17 +158,22 @@ def recorded_plan(folder: Path) -> Plan:
         raise ValueError(f"{folder} has no {records.FILE}: give the directory of a sweep")
 
     def stored(place: str) -> Config:
-        config = load_recipe(str(folder / place / "config.yaml"), [])
-        config.run_dir = str(folder / place)  # the directory may have moved
+        config, now = load_recipe(str(folder / place / "config.yaml"), []), folder / place
+        if Path(config.run_dir).resolve() != now.resolve():  # the directory has moved
+            latents = sharing.own_latents(config)
+            config.run_dir = str(now)
+            config.data.latents = config.data.latents if latents is None else str(now / latents)
         return config
 
-    points = [Point(point.name, point.settings, stored(point.folder), dict(point.stages)) for point in known.points]
+    points = [
+        SweepPoint(point.name, point.settings, stored(point.folder), dict(point.stages)) for point in known.points
+    ]
     plan = Plan(folder, known.name, known.recipe, known.keys, points, [], known.points, known.at_once)
     _settle(plan, lambda _, place: stored(place))
     return plan
 
 
-def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tuple[list[Point], int]:
+def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tuple[list[SweepPoint], int]:
     """Return the points with their configs, and how many were left out because they are the same as another.
 
     Raises ValueError with all problems of all points.
@@ -176,7 +181,7 @@ def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tup
     there = _recorded_values(folder, known)
     all_ = dict(there)
     problems: dict[str, list[str]] = {}
-    found: dict[str, Point] = {}
+    found: dict[str, SweepPoint] = {}
     repeated = 0
     for settings in asked.points:
         try:
@@ -196,7 +201,7 @@ def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tup
 
 def _point(
     asked: Wanted, folder: Path, name: str, settings: Settings, known: Mapping[str, tuple[Settings, dict[str, Any]]]
-) -> Point:
+) -> SweepPoint:
     """Return a point, under the name of the `known` one with the same settings or under a new one."""
 
     def load(called: str) -> Config:
@@ -211,7 +216,7 @@ def _point(
     called = same or name_of(settings, known)
     # a recorded point keeps its text, so that its name stays that of its settings
     typed = known[same][0] if same else settings
-    return Point(called, typed, config if called == first else load(called))
+    return SweepPoint(called, typed, config if called == first else load(called))
 
 
 def _is_same(
@@ -286,7 +291,7 @@ def _share(plan: Plan, known: Record | None) -> None:
                 point.elsewhere[stage] = place
 
 
-def _settle(plan: Plan, load: Callable[[Point, str], Config]) -> None:
+def _settle(plan: Plan, load: Callable[[SweepPoint, str], Config]) -> None:
     """Set the shared stages of a plan, and which stages each point runs itself, from where the points' stages lie.
 
     `load` returns the config of a run directory of shared stages, for one of the points that use it.
@@ -315,9 +320,9 @@ def _recorded_places(plan: Plan, known: Record | None, prints: Mapping[str, Mapp
     return places
 
 
-def _users(plan: Plan) -> dict[tuple[str, str], list[Point]]:
+def _users(plan: Plan) -> dict[tuple[str, str], list[SweepPoint]]:
     """Return the points that use each shared stage, the point in whose directory it lies included."""
-    users: dict[tuple[str, str], list[Point]] = {}
+    users: dict[tuple[str, str], list[SweepPoint]] = {}
     for point in plan.points:
         for stage, folder in point.elsewhere.items():
             users.setdefault((folder, stage), []).append(point)
@@ -329,7 +334,7 @@ def _users(plan: Plan) -> dict[tuple[str, str], list[Point]]:
 
 
 def _shared_stage(
-    plan: Plan, load: Callable[[Point, str], Config], folder: str, stage: str, using: Sequence[Point]
+    plan: Plan, load: Callable[[SweepPoint, str], Config], folder: str, stage: str, using: Sequence[SweepPoint]
 ) -> SharedStage:
     """Return a shared stage that some points use, the one in whose directory it lies first."""
     first = using[0]

@@ -72,7 +72,10 @@ class Record:
 
 def is_sweep(folder: Path) -> bool:
     """Whether a directory is a sweep's."""
-    return (folder / FILE).is_file()
+    try:
+        return (folder / FILE).is_file()
+    except OSError:  # nobody may look into it
+        return False
 
 
 def read(folder: Path) -> Record | None:

@@ -51,6 +51,16 @@ def require_same_base(
             )
 
 
+def has_same_results(folder: Path, config: Config) -> bool:
+    """Whether a run directory's own config leads to the same results and figures. Raises ValueError, OSError."""
+    stored = stored_settings(folder)
+    return all(
+        stored.get(key) == value or _is_same_place(stored.get(key), value)
+        for key, value in flatten(config).items()
+        if any(sharing.decides(key, stage) for stage in config.stages)
+    )
+
+
 def _has_begun(folder: Path) -> bool:
     """Whether a point was submitted, or a stage that it uses has begun to train: before, its settings may change."""
     return (folder / "jobs.jsonl").exists() or any(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.sweep import directory
-from launch.sweep.plan import Plan, Point, SharedStage
+from launch.sweep.plan import Plan, SharedStage, SweepPoint
 from trainer.checkpoints.names import checkpoints
 from trainer.formatting import aligned
 from trainer.recipes.values import flatten
@@ -44,7 +44,7 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield f"{len(plan.others)} point(s) of earlier commands are not named now, and stay as they are"
 
 
-def state(part: Point | SharedStage) -> str:
+def state(part: SweepPoint | SharedStage) -> str:
     """Return what exists of a point or a shared stage, in one or two words."""
     if directory.is_done(part):
         return "done"
@@ -57,6 +57,6 @@ def state(part: Point | SharedStage) -> str:
     return "new"
 
 
-def _value(point: Point, key: str) -> str:
+def _value(point: SweepPoint, key: str) -> str:
     """Return the value of a key that differs within the sweep, for a point of an earlier command too."""
     return point.settings.get(key, str(flatten(point.config).get(key, "")))

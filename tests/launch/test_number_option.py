@@ -46,7 +46,7 @@ def stands_for(kind: type, text: str) -> float | None:
 
 
 def test_every_number_has_a_range():
-    assert len(numbers()) == 16
+    assert len(numbers()) == 17
     for action in options():
         is_number = action.type in (int, float, complex) or isinstance(action.default, int | float)
         assert not is_number or isinstance(action.type, NumberType), action.option_strings

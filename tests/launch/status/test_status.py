@@ -12,6 +12,7 @@ import pytest
 
 from launch import owner
 from launch.slurm.attempt import record
+from launch.slurm.scheduler import elements_of
 from launch.slurm.submitted_jobs import Submitted, keep
 from launch.status import table
 from launch.status.stage_status import last_line, span

@@ -94,7 +94,7 @@ def test_latents_that_exist_elsewhere_are_nobodys_stage(prepared: Path):
 
 
 def test_one_folder_for_different_latents_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="is one folder, but the points prepare different latents: leave data.latents"):
+    with pytest.raises(ValueError, match=r"one folder, but the points prepare different latents: leave data\.latents"):
         planned("data.clip_seconds=1,2", f"data.latents={tmp_path / 'mine'}")
     with pytest.raises(ValueError, match=r"log\.prometheus=.* is one file for several points: put \$\{name\}"):
         planned("seed=1,2", "log.prometheus=all.prom")
