@@ -1,4 +1,4 @@
-"""The walkthrough's commands, in its order: bucket, sweep, two preemptions, an empty disk, one page, MLflow's curves."""
+"""The walkthrough's commands in order: a bucket, a sweep, two preemptions, an empty disk, one page, MLflow's curves."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import re
 import shlex
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from launch import cli
@@ -60,9 +60,14 @@ def bucket(cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A bucket with sounds, which the nodes see, in the environment of the user who submits."""
     assert cli.main(["synth", str(tmp_path / "sounds"), "--hours", "0.03"]) == 0
     with S3("0.0.0.0") as server:
-        for path in sorted((tmp_path / "sounds").iterdir()):
-            url = f"{server.url}/{server.bucket}/effects/{path.name}"
-            urllib.request.urlopen(urllib.request.Request(url, method="PUT", data=path.read_bytes())).close()
+        store = fsspec.filesystem(
+            "s3",
+            endpoint_url=server.url,
+            key=ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+            secret=ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+            skip_instance_cache=True,
+        )
+        store.put(f"{tmp_path}/sounds/", f"{server.bucket}/effects/", recursive=True)
         shutil.rmtree(tmp_path / "sounds")
         own = {"AWS_ENDPOINT_URL": f"http://{cluster.address}:{server.port}", "MLFLOW_ALLOW_FILE_STORE": "true"}
         for name, value in {**ENVIRONMENT, **own, "MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri()}.items():
