@@ -27,6 +27,7 @@ from trainer.evaluate import evaluation, tables
 from trainer.evaluate.listening_test import write_listening_test
 from trainer.exported import missing_export
 from trainer.file_names import printable, printable_lines
+from trainer.log.log_file import log_shown
 from trainer.page import clear_page, write_page
 from trainer.page.recordings import require_recordings
 from trainer.progress import Progress, labelled
@@ -203,7 +204,8 @@ def train(config: Config, stage: str, how: Callable[[Config, str], str] | None =
     Returns "done" or "stopped". Raises ValueError if the run directory holds a run with other settings.
     """
     directory = RunDirectory(stage_folder(config, stage), stage)
-    fetch(config, stage, launch=this_process.launch())
+    with log_shown():
+        fetch(config, stage, launch=this_process.launch())
     directory.require_same(config, stage_inputs(config, stage))
     if directory.done(config) and _resumes_own_run(config, directory):
         say(f"  done before: {directory.export}")

@@ -97,9 +97,10 @@ class S3(Server):
 
     bucket = "bucket"
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        """Start the server, at an address of this machine; `0.0.0.0` stands for all of them."""
         port = free_port()
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
         super().__init__(port, command, {**os.environ, **ENVIRONMENT})
         self.reset()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from launch.status import logs as log_files
 from launch.status import table, traces, watch
+from launch.sweep import record as records
 from trainer.file_names import printable_lines
+from trainer.stages import trained_stages
 
 
 def status(options: argparse.Namespace) -> None:
@@ -32,7 +35,8 @@ def compare(options: argparse.Namespace) -> None:
     from launch import owner
     from trainer.compare import comparison, page, tables
 
-    compared = comparison.compare([table.resolve(run) for run in options.runs])
+    folders = [folder for run in options.runs for folder in _points_or_run(table.resolve(run))]
+    compared = comparison.compare(folders)
     print(printable_lines(tables.text(compared)))
     with owner.holding(options.out):
         index = page.write_comparison(compared, options.out)
@@ -71,3 +75,10 @@ def requeue(options: argparse.Namespace) -> None:
         jobs.submit_again(run)
         return
     submit.run(load_recipe(str(run / "config.yaml"), []))
+
+
+def _points_or_run(folder: Path) -> list[Path]:
+    """Return the run directories of a sweep's points that have begun, or the directory itself if it is no sweep's."""
+    sweep = records.read(folder)
+    points = [folder / point.folder for point in sweep.points] if sweep else [folder]
+    return [point for point in points if not sweep or any((point / stage).exists() for stage in trained_stages())]

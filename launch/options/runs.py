@@ -22,7 +22,12 @@ def add_commands(subs: Commands) -> None:
     compare = add_command(
         subs, "compare", "on_runs:compare", "compare runs: settings, figures, curves and sounds, as a table and a page"
     )
-    compare.add_argument("runs", nargs="+", metavar="RUN", help=f"{run}; the others are compared with the first one")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help=f"{run}; a sweep stands for its points; the others are compared with the first run",
+    )
     compare.add_argument(
         "--out",
         type=path,

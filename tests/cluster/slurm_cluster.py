@@ -204,7 +204,9 @@ class SlurmCluster:
         for name in ("state", "log", *(f"spool/{node}" for node in self.names)):
             (self.folder / name).mkdir(parents=True)
         self._network = self._connect() if self.mode == "netns" else None
-        controller = Place(slurm_conf.hostname(), self._network.address if self._network else "127.0.0.1", free_port())
+        self.address = self._network.address if self._network else "127.0.0.1"
+        """This machine's address as the nodes see it."""
+        controller = Place(slurm_conf.hostname(), self.address, free_port())
         places = [self._place(number) for number in range(1, len(self.names) + 1)]
         self._write_files(controller, places)
         self._start_munged()

@@ -29,9 +29,29 @@ def logging_to(path: Path, *, show: bool) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
     to_file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
-    to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(_Printable("%(message)s"))
-    handlers: list[logging.Handler] = [to_file, *([to_stderr] if show else [])]
+    try:
+        with _handled([to_file, *([_to_stderr()] if show else [])]):
+            yield
+    finally:
+        to_file.close()
+
+
+@contextmanager
+def log_shown() -> Iterator[None]:
+    """Print this project's log messages to stderr inside the `with`: of what is done before a stage has a log file."""
+    with _handled([_to_stderr()]):
+        yield
+
+
+def _to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    return handler
+
+
+@contextmanager
+def _handled(handlers: list[logging.Handler]) -> Iterator[None]:
+    """Give the log messages of this project to these handlers alone."""
     loggers = [logging.getLogger(name) for name in _PACKAGES]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -47,4 +67,3 @@ def logging_to(path: Path, *, show: bool) -> Iterator[None]:
             logger.propagate = propagate
             for handler in handlers:
                 logger.removeHandler(handler)
-        to_file.close()

@@ -21,13 +21,17 @@ from typing import Any, TypedDict
 
 from models.documents import DamagedDocument, Moment, Natural, parse_json, read_json, write_json
 from trainer.data.remote import MissingFileError, is_url
+from trainer.recipes.watching import TRACKERS
 from trainer.stores.store import Store
 
 OWNER = "owner.json"
 BEGUN = "begun.json"
 """File in a folder of the store: the checksum of the manifest whose files are being sent there."""
 DONE = "done.json"
-DOCUMENTS = ("inputs.json", "metrics.jsonl", "incident.json", "attempts/history.jsonl", "status.json")
+DOCUMENTS = (
+    *("inputs.json", "metrics.jsonl", "incident.json", "attempts/history.jsonl", "status.json"),
+    *(f"trackers/{name}.json" for name in TRACKERS),  # so that a fresh node goes on in the same run of a tracker
+)
 """Small files of a stage that go up with its checkpoints. So does `config.yaml`, but without what may be secret."""
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a small document, of which none has more than a part."""

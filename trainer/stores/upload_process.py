@@ -129,6 +129,9 @@ class Worker:
                 self.upload.begin()
             case "checkpoint":
                 self.upload.checkpoint(request.name)
+            case "documents":
+                self.upload.begin()
+                self.upload.documents()
             case "went_back":
                 self.upload.went_back(request.name)
             case "export":

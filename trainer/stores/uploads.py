@@ -165,6 +165,8 @@ class Uploads:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
+            if error is None and self._process is not None and (self.folder / "trackers").is_dir():
+                self._ask("documents")  # the trackers have ended, and a fresh node needs to know how far they are
             if error is None and self._open:
                 self._wait()
         finally:

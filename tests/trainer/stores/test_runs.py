@@ -20,6 +20,7 @@ from launch.cli import main
 from launch.status import upload as upload_status
 from tests.stores import SECRET
 from tests.trainer import rank_processes
+from tests.trainer.log.trackers.test_adapters import of_mlflow
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.loop import train
 from trainer.recipes.reading import load_recipe
@@ -98,6 +99,15 @@ def test_a_fresh_node_goes_on_to_the_bit(place, on, tmp_path, whole, files_of):
     assert pipeline.train(on(place, "third"), "pretrain") == "done"
     export = "pretrain/export/dit.safetensors"
     assert (tmp_path / "third" / export).read_bytes() == (tmp_path / "second" / export).read_bytes()
+
+
+def test_a_fresh_node_goes_on_in_the_same_run_of_a_tracker(disk, on, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server/mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    stopped_at(on(disk, "first", "log.trackers=[mlflow]"), 48)
+    shutil.rmtree(tmp_path / "first")
+    assert pipeline.train(on(disk, "second", "log.trackers=[mlflow]"), "pretrain") == "done"
+    assert of_mlflow(tmp_path / "server/run") == losses(tmp_path / "second")
 
 
 def test_a_disk_that_was_left_behind_takes_what_is_newer(s3, on, tmp_path, whole):
