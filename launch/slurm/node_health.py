@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from launch.slurm.gpu_report import look_at_gpus
+from launch.slurm.node_links import measure_links
 from launch.slurm.variables import RUN
 from models.documents import Moment, to_json
 from trainer.formatting import size
@@ -44,6 +45,8 @@ class Report(TypedDict):
     """Why the nodes could not sum a tensor together; empty if they could."""
     reached: bool
     """Whether this node reached the first one."""
+    links: dict[str, float]
+    """Seconds of an exchange with each neighbour, by its name, see `node_links`; empty if they were not measured."""
 
 
 def faults_here(gpus: int) -> tuple[list[str], list[str]]:
@@ -62,16 +65,17 @@ def report(gpus: int, port: int) -> Report:
     """Examine this node, which takes seconds."""
     faults, passed_over = faults_here(gpus)
     products: dict[str, float] = {}
+    links: dict[str, float] = {}
     network, reached = "", True
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         import torch
 
         products = _products(torch, gpus)
-        reached, network = _sum_of_nodes(torch, port)
+        reached, network = _sum_of_nodes(torch, port, node, links)
     except Exception as error:
         faults.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}: look at its log")
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    found = {"faults": faults, "passed_over": passed_over, "products": products}
+    found = {"faults": faults, "passed_over": passed_over, "products": products, "links": links}
     return Report(node=node, clock=time.time(), network=network, reached=reached, **found)  # type: ignore[typeddict-item]
 
 
@@ -99,8 +103,11 @@ def _best(work: Callable[[], object], finish: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _sum_of_nodes(torch: Any, port: int) -> tuple[bool, str]:
-    """Sum a tensor over all nodes; return whether the first node was reached, and why the sum failed."""
+def _sum_of_nodes(torch: Any, port: int, node: str, links: dict[str, float]) -> tuple[bool, str]:
+    """Sum a tensor over all nodes, then measure this node's links, which are added to `links`.
+
+    Returns whether the first node was reached, and why the sum failed.
+    """
     import torch.distributed as dist
 
     from trainer.ranks.gloo import prepare_gloo
@@ -118,9 +125,11 @@ def _sum_of_nodes(torch: Any, port: int) -> tuple[bool, str]:
     try:
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
-        total = torch.ones(_NUMBERS, device="cuda:0" if on_gpu else "cpu")
+        device = "cuda:0" if on_gpu else "cpu"
+        total = torch.ones(_NUMBERS, device=device)
         dist.all_reduce(total)
         problem = "" if float(total[0]) == count == float(total[-1]) else "the sum is wrong"
+        links |= measure_links(torch, store, device, node)
         dist.barrier()
         return True, problem
     except Exception as error:

@@ -24,6 +24,9 @@ _CLOCK = 10.0  # seconds between two nodes' clocks: notes and locks are compared
 _SLOW = {"GPU": 2.0, "CPU": 5.0}
 """Times the median of all devices from which a device is too slow. GPUs of one kind differ by some percent, and one
 that is throttled is several times slower; a node's CPUs may be shared with other jobs."""
+_SLOW_LINK = 5.0
+"""Times the median of the nodes' faster links from which a link is too slow. Nodes on different switches are farther apart, and links
+are shared with other jobs."""
 _NETWORK = "see NCCL_SOCKET_IFNAME in docs/cluster.md"
 
 
@@ -78,6 +81,8 @@ def compare(nodes: Sequence[str], reports: Mapping[str, tuple[Report, float]]) -
         found.remarks += [f"{node}: not told by nvidia-smi: {what}" for what in report["passed_over"]]
     for node, device, times in _slow(reports):
         blame(node, f"{device} takes {times:.1f} times as long for a matrix product as the median: have it looked at")
+    for node, times in _cut_off(reports):
+        blame(node, f"takes {times:.1f} times as long as the median to exchange data: have its network card looked at")
     networks = [report["network"] for report, _ in reports.values() if report["reached"] and report["network"]]
     if networks and all(report["reached"] for report, _ in reports.values()):
         found.remarks.append(f"the nodes can't sum a tensor together: {printable(networks[0])}: {_NETWORK}")
@@ -97,6 +102,18 @@ def _slow(reports: Mapping[str, tuple[Report, float]]) -> list[tuple[str, str, f
         median = statistics.median(taken for _, _, taken in seconds) if len(seconds) > 2 else float("inf")
         found += [(node, device, taken / median) for node, device, taken in seconds if taken > factor * median]
     return found
+
+
+def _cut_off(reports: Mapping[str, tuple[Report, float]]) -> list[tuple[str, float]]:
+    """Return each node whose links are all too slow, and its faster one as a multiple of the median over nodes.
+
+    A slow link has two ends. The one at fault is the one whose other link is slow, too.
+    """
+    fastest = {node: min(report["links"].values()) for node, (report, _) in reports.items() if report["links"]}
+    if len(fastest) < 3:
+        return []
+    median = statistics.median(fastest.values())
+    return [(node, taken / median) for node, taken in fastest.items() if taken > _SLOW_LINK * median]
 
 
 def _reports(cluster: ClusterConfig, port: int, count: int) -> tuple[dict[str, tuple[Report, float]], str]:

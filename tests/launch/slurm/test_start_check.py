@@ -8,15 +8,25 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from launch.slurm import begin_end, leave_out, node_check, start_check
 from launch.slurm.attempt import Attempt, history
 from launch.slurm.node_health import MARK
+from launch.slurm.node_links import measure_links, neighbour, turns
 from launch.slurm.start_check import Findings, check_nodes, compare
 from launch.slurm.variables import RUN
+from tests.trainer import rank_processes
 from trainer.recipes.cluster import ClusterConfig
 
 NODES = ["n1", "n2", "n3", "n4"]
+
+
+def links(node: str, slow: str = "") -> dict[str, float]:
+    """Times of the exchanges of a node in a ring with both its neighbours; those with `slow` take ten times as long."""
+    number = NODES.index(node)
+    neighbours = [NODES[number - 1], NODES[(number + 1) % len(NODES)]]
+    return {each: 0.010 if slow in (node, each) else 0.001 for each in neighbours}
 
 
 def reports(**changes):
@@ -24,7 +34,8 @@ def reports(**changes):
     found = {}
     for node in NODES:
         made = {"node": node, "clock": 0.0, "faults": [], "passed_over": [], "network": "", "reached": True}
-        made |= {"products": {"GPU 0": 0.0101, "GPU 1": 0.0099}, "ahead": 0.2} | changes.get(node, {})
+        made |= {"products": {"GPU 0": 0.0101, "GPU 1": 0.0099}, "ahead": 0.2, "links": links(node)}
+        made |= changes.get(node, {})
         found[node] = (made, made.pop("ahead"))
     return found
 
@@ -47,6 +58,40 @@ def test_a_node_that_fails_is_named(change, fault):
     found = compare(NODES, reports(n3=change))
     assert list(found.faults) == ["n3"]
     assert found.faults["n3"][0].startswith(fault)
+
+
+def test_a_node_whose_links_are_all_slow_is_named_and_its_neighbours_are_not():
+    found = compare(NODES, reports(**{node: {"links": links(node, slow="n3")} for node in NODES}))
+    assert list(found.faults) == ["n3"]
+    assert found.faults["n3"][0].startswith("takes 10.0 times as long")
+    one = {"n2": {"links": {"n1": 0.001, "n3": 0.010}}, "n3": {"links": {"n2": 0.010, "n4": 0.001}}}
+    assert compare(NODES, reports(**one)).faults == {}  # a bad cable between two nodes that are well otherwise
+    unmeasured = {node: {"links": {}} for node in NODES}
+    assert compare(NODES, reports(**unmeasured)) == Findings()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9])
+def test_each_node_exchanges_data_with_both_neighbours_of_a_ring(count):
+    met: dict[int, list[int]] = {rank: [] for rank in range(count)}
+    for turn in range(turns(count)):
+        for rank in range(count):
+            if (other := neighbour(rank, count, turn)) is not None:
+                assert neighbour(other, count, turn) == rank
+                met[rank].append(other)
+    assert all(sorted(met[rank]) == sorted({(rank - 1) % count, (rank + 1) % count}) for rank in range(count))
+
+
+def test_links_are_measured_by_names():
+    assert rank_processes.run(_measure, 3, rank_processes.free_port(), seconds=100) == [0, 0, 0]
+
+
+def _measure(rank: int, port: int) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, 3, rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    found = measure_links(torch, store, "cpu", f"n{rank}")
+    assert sorted(found) == sorted({"n0", "n1", "n2"} - {f"n{rank}"})
+    assert all(seconds > 0 for seconds in found.values())
+    torch.distributed.barrier()
 
 
 def test_devices_of_all_nodes_set_the_measure_and_two_set_none():
