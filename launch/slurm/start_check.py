@@ -24,9 +24,9 @@ _CLOCK = 10.0  # seconds between two nodes' clocks: notes and locks are compared
 _SLOW = {"GPU": 2.0, "CPU": 5.0}
 """Times the median of all devices from which a device is too slow. GPUs of one kind differ by some percent, and one
 that is throttled is several times slower; a node's CPUs may be shared with other jobs."""
-_SLOW_LINK = 5.0
-"""Times the median of the nodes' faster links from which a link is too slow. Nodes on different switches are farther apart, and links
-are shared with other jobs."""
+_SLOW_LINK = {"GPU": 5.0, "CPU": 20.0}
+"""Times the median of the nodes' faster links from which a link is too slow. Nodes on different switches are farther
+apart, and links are shared with other jobs. A CPU that others use delays an exchange as well."""
 _NETWORK = "see NCCL_SOCKET_IFNAME in docs/cluster.md"
 
 
@@ -113,7 +113,9 @@ def _cut_off(reports: Mapping[str, tuple[Report, float]]) -> list[tuple[str, flo
     if len(fastest) < 3:
         return []
     median = statistics.median(fastest.values())
-    return [(node, taken / median) for node, taken in fastest.items() if taken > _SLOW_LINK * median]
+    on_gpus = any(device.startswith("GPU") for report, _ in reports.values() for device in report["products"])
+    factor = _SLOW_LINK["GPU" if on_gpus else "CPU"]
+    return [(node, taken / median) for node, taken in fastest.items() if taken > factor * median]
 
 
 def _reports(cluster: ClusterConfig, port: int, count: int) -> tuple[dict[str, tuple[Report, float]], str]:
