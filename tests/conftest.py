@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from launch import pipeline
 from models import disk_errors
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
+
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    # A shell's background jobs and nohup ignore these, as would every command that the tests start and signal.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 pytest_plugins = ["tests.system_packages", "tests.mutant_counts"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
