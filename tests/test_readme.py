@@ -98,7 +98,7 @@ def test_commands_of_the_docs_are_understood(page, monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda path, pattern: glob(path, pattern) if path.exists() else iter(()))
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"^(?: {4})?(spresso .*)$", text, re.MULTILINE):
-        words = shlex.split(re.sub(r"\[.*?\]", "", line).split("   ")[0].split("  #")[0])
+        words = shlex.split(re.sub(r"(?<!=)\[.*?\]", "", line).split("   ")[0].split("  #")[0])
         options = parser().parse_args(words[1:])
         if overrides := getattr(options, "overrides", None):
             if words[1] == "sweep":

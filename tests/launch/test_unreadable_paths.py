@@ -85,9 +85,7 @@ def test_of_a_recipe_and_its_sounds(place, capsys):
     ):
         assert f"because {reason}" in line(capsys, "plan", name)
         assert f"because {reason}" in line(capsys, "plan", "tiny", f"cluster={name}")
-    assert "data.audio=gone is missing: give a folder or a manifest" in line(
-        capsys, "prepare", "tiny", "data.audio=gone"
-    )
+    assert "data.audio=gone is missing: give a folder of sounds" in line(capsys, "prepare", "tiny", "data.audio=gone")
     told = line(capsys, "prepare", "tiny", "data.audio=m.csv", *quick)
     assert "none of the 4 sound files can be used: gone/a.wav is missing; gone/b.wav is missing" in told
 

@@ -17,7 +17,7 @@ _WIDEST = 44  # letters of a setting's value in a terminal
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table with a title; the cells of all columns but the first `left` ones are numbers."""
 
     title: str
@@ -48,12 +48,12 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join([*parts, *map(in_markdown, comparison.notes)]) + "\n"
 
 
-def _tables(comparison: Comparison, shorten: Callable[[str], str]) -> list[Table]:
+def _tables(comparison: Comparison, shorten: Callable[[str], str]) -> list[TextTable]:
     labels = [run.label for run in comparison.runs]
     settings = [[each.key, *map(shorten, each.texts)] for each in comparison.settings]
-    made = [Table("Settings that differ", ["setting", *labels], settings, left=len(labels) + 1)] if settings else []
+    made = [TextTable("Settings that differ", ["setting", *labels], settings, left=len(labels) + 1)] if settings else []
     if stages := stage_rows(comparison):
-        made.append(Table("Stages", ["stage", "run", *STAGE_HEAD], stages, left=3))
+        made.append(TextTable("Stages", ["stage", "run", *STAGE_HEAD], stages, left=3))
     if comparison.merged is not None:
         made.append(_figures(comparison))
         made += [_differences(comparison)] if comparison.differences else []
@@ -83,7 +83,7 @@ def _stage_cells(facts: StageFacts) -> list[str]:
     ]
 
 
-def _figures(comparison: Comparison) -> Table:
+def _figures(comparison: Comparison) -> TextTable:
     assert comparison.merged is not None
     report = comparison.merged.report
     head = ["system", "kbps", *(f"{figure['key']} {figure['unit']}".strip() for figure in report["figures"])]
@@ -93,10 +93,10 @@ def _figures(comparison: Comparison) -> Table:
         rows += [[row.title, row.kbps, *(cell.plain for cell in row.cells)] for row in systems]
     note = "mean ± half of the 95 % interval [decoded from another clip's z]"
     note += "; * best, or not significantly worse" if comparison.merged.paired else ""
-    return Table("Figures", head, rows, note=note)
+    return TextTable("Figures", head, rows, note=note)
 
 
-def _differences(comparison: Comparison) -> Table:
+def _differences(comparison: Comparison) -> TextTable:
     assert comparison.merged is not None
     compared = {each.figure for each in comparison.differences}
     shown = [figure for figure in comparison.merged.report["figures"] if figure["key"] in compared]
@@ -108,7 +108,7 @@ def _differences(comparison: Comparison) -> Table:
         for system, title, run in pairs
     ]
     note = "the run minus the first, paired over the clips, with the 95 % interval; better or worse: it excludes zero"
-    return Table(f"Differences from {comparison.first_evaluated}", head, rows, left=2, note=note)
+    return TextTable(f"Differences from {comparison.first_evaluated}", head, rows, left=2, note=note)
 
 
 def _difference_cell(difference: PairedDifference | None) -> str:
