@@ -65,7 +65,9 @@ def test_each_stage_is_a_job_after_the_one_before(jobs: dict[str, str], cluster:
 
 
 def test_the_ranks_of_one_stage_alone_run_in_its_container(jobs: dict[str, str], folder: Path):
-    assert (folder / "inside").read_text().splitlines() == ["python3 -u -m launch.slurm.job_task finetune"] * 4
+    inside = (folder / "inside").read_text().splitlines()
+    assert inside[-4:] == ["python3 -u -m launch.slurm.job_task finetune"] * 4
+    assert [line.split()[2] for line in inside[:-4]] == ["launch.slurm.node_health"] * 2  # the nodes were checked first
     assert (folder / "run" / "finetune" / "export").is_dir()
 
 
