@@ -10,7 +10,7 @@ from typing import Any
 from trainer.compare.runs import ComparedRun
 
 NOTHING = "–"
-_ABOUT_THE_MACHINE = ("run_dir", "log.", "parallel.", "checkpoint.", "cluster.")
+_ABOUT_THE_MACHINE = ("name", "run_dir", "log.", "parallel.", "checkpoint.", "cluster.")
 """Keys that change how a run is made, not what it learns. They stand below the others."""
 
 
