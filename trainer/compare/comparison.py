@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,22 @@ class Comparison:
             "differences": [{**dataclasses.asdict(each), "significant": each.significant} for each in self.differences],
             "notes": list(self.notes),
         }
+
+    def difference_rows(
+        self, cell: Callable[[PairedDifference | None], Any]
+    ) -> tuple[list[Mapping[str, Any]], list[list[Any]]]:
+        """Return the figures that have differences, and a row for each system and run with the `cell` of each figure."""
+        compared = {each.figure for each in self.differences}
+        figures = (
+            [figure for figure in self.merged.report["figures"] if figure["key"] in compared] if self.merged else []
+        )
+        found = {(each.system, each.run, each.figure): each for each in self.differences}
+        pairs = dict.fromkeys((each.system, each.title, each.run) for each in self.differences)
+        rows = [
+            [title, run, *(cell(found.get((system, run, figure["key"]))) for figure in figures)]
+            for system, title, run in pairs
+        ]
+        return figures, rows
 
     def _figures(self) -> list[dict[str, Any]]:
         if self.merged is None:

@@ -148,21 +148,14 @@ def _scored(comparison: Comparison, takes: Takes) -> list[tuple[str, str, Html |
 
 
 def _differences(comparison: Comparison) -> Html | None:
-    if comparison.merged is None or not comparison.differences:
+    if not comparison.differences:
         return None
     lead = (
         f"How each run differs from {comparison.first_evaluated}: this run minus {comparison.first_evaluated}, paired "
         "over the clips, with the 95 % interval. A run is called better or worse where this interval excludes zero."
     )
-    found = {(each.system, each.run, each.figure): each for each in comparison.differences}
-    compared = {each.figure for each in comparison.differences}
-    figures = [figure for figure in comparison.merged.report["figures"] if figure["key"] in compared]
+    figures, rows = comparison.difference_rows(_difference)
     head = ["System", "Run", *(", ".join(filter(None, [figure["title"], figure["unit"]])) for figure in figures)]
-    pairs = dict.fromkeys((each.system, each.title, each.run) for each in comparison.differences)
-    rows = [
-        [title, run, *(_difference(found.get((system, run, figure["key"]))) for figure in figures)]
-        for system, title, run in pairs
-    ]
     return section("Differences", lead, _table(head, rows), id="differences")
 
 

@@ -97,16 +97,8 @@ def _figures(comparison: Comparison) -> TextTable:
 
 
 def _differences(comparison: Comparison) -> TextTable:
-    assert comparison.merged is not None
-    compared = {each.figure for each in comparison.differences}
-    shown = [figure for figure in comparison.merged.report["figures"] if figure["key"] in compared]
-    head = ["system", "run", *(f"{figure['key']} {figure['unit']}".strip() for figure in shown)]
-    found = {(each.system, each.run, each.figure): each for each in comparison.differences}
-    pairs = dict.fromkeys((each.system, each.title, each.run) for each in comparison.differences)
-    rows = [
-        [title, run, *(_difference_cell(found.get((system, run, figure["key"]))) for figure in shown)]
-        for system, title, run in pairs
-    ]
+    figures, rows = comparison.difference_rows(_difference_cell)
+    head = ["system", "run", *(f"{figure['key']} {figure['unit']}".strip() for figure in figures)]
     note = "the run minus the first, paired over the clips, with the 95 % interval; better or worse: it excludes zero"
     return TextTable(f"Differences from {comparison.first_evaluated}", head, rows, left=2, note=note)
 
