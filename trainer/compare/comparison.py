@@ -44,7 +44,7 @@ class Comparison:
     def difference_rows(
         self, cell: Callable[[PairedDifference | None], Any]
     ) -> tuple[list[Mapping[str, Any]], list[list[Any]]]:
-        """Return the figures that have differences, and a row for each system and run with the `cell` of each figure."""
+        """Return the figures with differences, and a row for each system and run with a `cell` for each figure."""
         compared = {each.figure for each in self.differences}
         figures = (
             [figure for figure in self.merged.report["figures"] if figure["key"] in compared] if self.merged else []
