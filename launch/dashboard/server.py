@@ -209,6 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
         if words[0] == "listen" and len(words) > 2:
             self._listening_page(words[1], words[2:])
             return
+        if words == ["favicon.ico"]:  # a browser asks for a sandboxed page's, as a stranger without the cookie
+            self._file(_ASSETS["icon.svg"] / "icon.svg", policy=_PAGE_POLICY)
+            return
         self._require_key(query)
         if "key" in query:
             self._enter()

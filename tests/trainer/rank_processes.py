@@ -48,6 +48,8 @@ def _as_rank(function: Callable[..., None], rank: int, world_size: int, port: in
         os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     status = 1
     try:
+        import tests.trainer.preloaded  # noqa: F401  # loaded already, unless product code has started the server
+
         function(rank, *arguments)
         status = 0
     except SystemExit as leaving:

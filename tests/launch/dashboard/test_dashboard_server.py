@@ -275,6 +275,13 @@ def test_a_listening_page_has_a_key_of_its_own_and_a_sandbox(server):
         assert ask(server, page.replace("page/index.html", path), key=False).status in (403, 404)
 
 
+def test_a_sandboxed_page_may_have_the_icon(server):
+    """Some browsers ask for it in such a page, without the cookie and as another origin."""
+    answer = ask(server, "/favicon.ico", key=False)
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/svg+xml")
+    assert "cross-origin-resource-policy" not in answer.headers
+
+
 def test_what_is_long_is_compressed(server):
     plain = ask(server, "/api/curves/mine?stage=autoencode")
     packed = ask(server, "/api/curves/mine?stage=autoencode", Accept_Encoding="gzip")
