@@ -54,14 +54,18 @@ class Side:
         return listener.accept()
 
     def steps(self, count: int) -> dict[str, list[float]]:
-        """Run `count` steps; return each step's seconds on the slower rank, and its CPU seconds, the ranks' mean."""
+        """Run `count` steps; return each step's seconds on the slower rank, and its CPU seconds, the ranks' mean.
+
+        `trackers` is the part of the CPU seconds that the trackers take.
+        """
         for gate in self.gates:
             gate.send(count)
         of_ranks = [list(zip(*gate.recv(), strict=True)) for gate in self.gates]
-        seconds, cpu = zip(*of_ranks, strict=True)
+        seconds, cpu, trackers = zip(*of_ranks, strict=True)
         return {
             "seconds": [max(step) for step in zip(*seconds, strict=True)],
             "cpu": [statistics.mean(step) for step in zip(*cpu, strict=True)],
+            "trackers": [statistics.mean(step) for step in zip(*trackers, strict=True)],
         }
 
     def stop(self) -> None:

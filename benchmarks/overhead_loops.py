@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from subject import STAGE, LossOnly, recipe
 from torch import Tensor, nn
 
+from trainer.log.trackers.events import Event
+from trainer.log.trackers.fan_out import Trackers
 from trainer.recipes.schema import Config
 from trainer.stop import Stop
 
@@ -44,29 +48,74 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 class Gate(Stop):
-    """Lets as many steps pass as `overhead.py` asks for, then sends the (seconds, CPU seconds) of each and waits."""
+    """Lets as many steps pass as `overhead.py` asks for, then sends the seconds of each as in `_now`, and waits."""
 
-    def __init__(self, address: str) -> None:
-        self.connection = Client(address)
-        self.left, self.last, self.taken = 0, (0.0, 0.0), list[tuple[float, float]]()
+    def __init__(self, address: str, trackers: TrackerSeconds | None = None) -> None:
+        self.connection, self.trackers = Client(address), trackers
+        self.left, self.last, self.taken = 0, (0.0, 0.0, 0.0), list[tuple[float, ...]]()
 
     def __call__(self) -> bool:
         """Wait if the turn is over. Always returns False, as the process exits here once 0 steps are requested."""
-        now = _now()
-        self.taken.append((now[0] - self.last[0], now[1] - self.last[1]))
+        now = self._now()
+        self.taken.append(tuple(after - before for after, before in zip(now, self.last, strict=True)))
         if not self.left:
             self.connection.send(self.taken)
             self.left, self.taken = self.connection.recv(), []
             if not self.left:
                 os._exit(0)
-            now = _now()
+            now = self._now()
         self.left, self.last = self.left - 1, now
         return False
 
+    def _now(self) -> tuple[float, float, float]:
+        """Return the clock's seconds, the CPU seconds of all threads of this process, and those of its trackers."""
+        return time.perf_counter(), time.process_time(), self.trackers() if self.trackers else 0.0
 
-def _now() -> tuple[float, float]:
-    """Return the clock's seconds and the CPU seconds of all threads of this process."""
-    return time.perf_counter(), time.process_time()
+
+class TrackerSeconds:
+    """Counts the CPU seconds of this process that its trackers take, in the training thread and in their own."""
+
+    def __init__(self) -> None:
+        self._threads, self._ended, self._putting = set[threading.Thread](), 0.0, 0.0
+        self._watch_threads()
+        put = Trackers.put
+
+        def counted(trackers: Trackers, event: Event) -> None:
+            begun = time.thread_time()
+            put(trackers, event)
+            self._putting += time.thread_time() - begun
+
+        Trackers.put = counted  # type: ignore[method-assign]
+
+    def _watch_threads(self) -> None:
+        start = threading.Thread.start
+
+        def watched(thread: threading.Thread) -> None:
+            if thread.name.startswith("tracker ") or threading.current_thread() in self._threads:
+                self._threads.add(thread)
+                thread.run = partial(self._run, thread, thread.run)  # type: ignore[method-assign]
+            start(thread)
+
+        threading.Thread.start = watched  # type: ignore[method-assign]
+
+    def _run(self, thread: threading.Thread, run: Callable[[], None]) -> None:
+        try:
+            run()
+        finally:
+            self._threads.discard(thread)
+            self._ended += time.thread_time()
+
+    def __call__(self) -> float:
+        living = [thread.native_id for thread in list(self._threads) if thread.native_id is not None]
+        return self._putting + self._ended + sum(map(_thread_seconds, living))
+
+
+def _thread_seconds(native_id: int) -> float:
+    """Return the CPU seconds of a thread that may have ended; Linux makes its clock from its number."""
+    try:
+        return time.clock_gettime(~native_id << 3 | 6)
+    except OSError:
+        return 0.0
 
 
 def ours(config: Config, gate: Gate) -> None:
@@ -205,7 +254,7 @@ def main() -> None:
     name = f"{strategy}-{side}" if side in TRACKED else strategy
     settings = (f"parallel.strategy={strategy}", f"run_dir={folder}/{name}", *TRACKED.get(side, ()))
     config = recipe(Path(folder), *RECIPE, *settings)
-    (plain if side == "plain" else ours)(config, Gate(address))
+    (plain if side == "plain" else ours)(config, Gate(address, TrackerSeconds() if side == "tracked" else None))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 The real loop runs twice, as one rank each: with TensorBoard, W&B, MLflow, Trackio and the file for Prometheus, all of
 them offline, and with none. The two take turns, a block of steps each, which has one line of the log; which one goes
 first alternates. The CPU time of a side counts all its threads, and the processes that its trackers have started. What
-the start of the trackers costs, once for each run, is not a part of the ratio. The program prints a Markdown table.
+the start of the trackers costs, once for each run, is not a part of the ratio. As two sides differ by more than
+trackers cost, the last row counts it: the CPU time of the trackers' threads, of their processes, and of the training
+thread while it hands events over, to that of a step. The program prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -82,8 +84,9 @@ def wait_for_trackers(folder: Path) -> None:
 
 def block(side: Side) -> dict[str, float]:
     before = cpu_of_children(side)
-    steps = side.steps(BLOCK)
-    return {"seconds": sum(steps["seconds"]), "cpu": sum(steps["cpu"]) + cpu_of_children(side) - before}
+    steps = {name: sum(each) for name, each in side.steps(BLOCK).items()}
+    children = cpu_of_children(side) - before
+    return {"seconds": steps["seconds"], "cpu": steps["cpu"] + children, "counted": steps["trackers"] + children}
 
 
 def cpu_of_children(side: Side) -> float:
@@ -102,14 +105,20 @@ def table(figures: dict[str, Any]) -> str:
         "| of | tracked s/step | untracked s/step | ratio | standard error | pairs from – to | bar | met |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for of, title in (("cpu", "CPU"), ("seconds", "wall")):
-        ratios = [ours[of] / plain[of] for ours, plain in zip(tracked, untracked, strict=True)]
+    plain_cpu = [block["cpu"] for block in untracked]
+    for title, of, ours in (
+        ("CPU", "cpu", [block["cpu"] for block in tracked]),
+        ("wall", "seconds", [block["seconds"] for block in tracked]),
+        ("CPU, counted", "cpu", [block["counted"] + cpu for block, cpu in zip(tracked, plain_cpu, strict=True)]),
+    ):
+        plain = [block[of] for block in untracked]
+        ratios = [mine / other for mine, other in zip(ours, plain, strict=True)]
         ratio = statistics.median(ratios)
         error = 1.253 * statistics.stdev(ratios) / len(ratios) ** 0.5  # of a median of normal values
-        steps = [statistics.median(block[of] for block in side) / BLOCK for side in (tracked, untracked)]
         lines.append(
-            f"| {title} | {steps[0]:.4f} | {steps[1]:.4f} | {ratio:.4f} | {error:.4f} | "
-            f"{min(ratios):.3f} – {max(ratios):.3f} | ≤ {BAR} | {'yes' if ratio <= BAR else 'NO'} |"
+            f"| {title} | {statistics.median(ours) / BLOCK:.4f} | {statistics.median(plain) / BLOCK:.4f} | "
+            f"{ratio:.4f} | {error:.4f} | {min(ratios):.3f} – {max(ratios):.3f} | ≤ {BAR} | "
+            f"{'yes' if ratio <= BAR else 'NO'} |"
         )
     return "\n".join(lines)
 
