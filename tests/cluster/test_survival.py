@@ -163,6 +163,19 @@ def test_a_rank_that_is_killed(start: Start, undisturbed: dict[int, float]):
     assert_undisturbed(run, undisturbed, SHORT)
 
 
+@pytest.mark.parametrize("what", ["kill_in_save", pytest.param("kill_in_evaluation", marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_at_a_checkpoint(start: Start, undisturbed: dict[int, float], what: str):
+    fault = {"what": what, "rank": 2, "at": 600, "once": True}
+    settings = ("checkpoint.every=300", "parallel.micro_batch=2", f"pretrain.samples={SHORT}")
+    run = start(*settings, fault=fault)
+    run.end()
+    first, last = run.ended()
+    assert (first["then"], first["why"], last["then"]) == ("restarted", "rank 2 was killed by SIGKILL", "done")
+    assert first["place"] == {"kill_in_save": 300, "kill_in_evaluation": 600}[what]
+    assert not list(run.stage.glob("checkpoints/tmp_*")), "parts of the save are left"
+    assert_undisturbed(run, undisturbed, SHORT)
+
+
 def test_a_node_that_fails_the_check_is_left_out(start: Start, cluster: SlurmCluster, undisturbed: dict[int, float]):
     fault = {"what": "full_temp", "rank": 0, "once": True}
     run = start("cluster.check_nodes=true", f"pretrain.samples={SHORT}", "cluster.options.exclude=node4", fault=fault)

@@ -77,10 +77,39 @@ def in_evaluation(module):
     module.HeldOutLoss._batches = slow
 
 
+def deadly_save(module):
+    """Kill the rank once its file of the checkpoint at the position is written, before the manifest is."""
+    write = module._write_files
+
+    def killed(temporary, tensors, group):
+        files = write(temporary, tensors, group)
+        if module.folder_name(FAULT["at"]) in temporary.name and strike():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return files
+
+    module._write_files = killed
+
+
+def deadly_evaluation(module):
+    """Kill the rank between two batches of a held-out evaluation that is not the first."""
+    batches, begun = module.HeldOutLoss._batches, []
+
+    def killed(loss, device):
+        begun.append(True)
+        for number, batch in enumerate(batches(loss, device)):
+            if number == 1 and len(begun) > 1 and strike():
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    module.HeldOutLoss._batches = killed
+
+
 PATCHES = {
     **dict.fromkeys(("raise", "kill", "hang", "slow"), ("trainer.feed", in_feed)),
     "stall": ("trainer.data.stream", in_stream),
     "slow_evaluation": ("trainer.log.held_out", in_evaluation),
+    "kill_in_evaluation": ("trainer.log.held_out", deadly_evaluation),
+    "kill_in_save": ("trainer.checkpoints.checkpoint", deadly_save),
 }
 
 
