@@ -83,7 +83,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "synth",
-            "makes captioned sound effects, where you gave none",
+            "makes captioned sound effects, if you gave none",
             needed=lambda config: config.data.audio is None,
             learned_from=("seed", "data.synth_hours"),
             makes_latents=True,
@@ -128,7 +128,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "prior",
-            "how likely codes are, for entropy coding; where the recipe asks for it",
+            "how likely codes are, for entropy coding; if the recipe asks for it",
             task="trainer.code_tasks:FitPrior",
             needed=lambda config: config.stage("prior").samples > 0,
             builds_on=("quantize",),
@@ -144,7 +144,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "distill",
-            "D in one to four steps, taught by its own decodes; where the recipe asks for it",
+            "D in one to four steps, taught by its own decodes; if the recipe asks for it",
             task="trainer.distillation:Distill",
             needed=lambda config: config.stage("distill").samples > 0,
             builds_on=("finetune",),

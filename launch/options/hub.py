@@ -23,7 +23,7 @@ def add_commands(subs: Commands) -> None:
     help_ = "put a codec on the Hugging Face hub, with its model card; `hf auth login` comes first"
     push = add_command(subs, "push", "on_hub:push", help_)
     push.add_argument("codec", type=path, metavar="RUN", help="directory or name of a run, or an export folder")
-    push.add_argument("name", metavar="OWNER/NAME", help="name on the hub; the model is made if it is not there")
+    push.add_argument("name", metavar="OWNER/NAME", help="name on the hub; the model is created if it does not exist")
     push.add_argument("--private", action="store_true", help="make a private model")
     push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     push.add_argument(

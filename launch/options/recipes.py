@@ -50,7 +50,7 @@ def add_commands(subs: Commands) -> None:
                 "--resume",
                 metavar="auto|never|PATH",
                 help="auto: resume from the newest complete checkpoint of the run, if there is one (the default); "
-                "never: refuse a directory that already holds a run; PATH, or a URL: resume from this checkpoint "
+                "never: refuse a directory that already holds a run; PATH or URL: resume from this checkpoint "
                 "(train only)",
             )
     _add_sweep(subs)
@@ -63,25 +63,25 @@ def _add_sweep(subs: Commands) -> None:
         subs,
         "sweep",
         "on_sweeps:sweep",
-        "run a recipe with every combination of some settings, such as autoencode.lr=1e-4,3e-4; stages that are the "
-        "same for several points are done once; if repeated, resume and run what is new",
+        "run a recipe with every combination (point) of some settings, such as autoencode.lr=1e-4,3e-4; stages that "
+        "are the same for several points run once; if repeated, resume and run what is new",
     )
     sweep.add_argument("recipe", help=_RECIPE)
     values = (
-        f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point of each. [1,2],[3,4] are two values"
+        f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point for each. [1,2],[3,4] are two values"
     )
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help=values)
-    file = "YAML file with `grid:`, `paired:` lists and `random:` search"
+    file = "YAML file of points, with `grid:`, `paired:` and `random:` as in docs/training.md"
     sweep.add_argument("--points", type=path, metavar="FILE.yaml", help=file)
     folder = "directory of the sweep (default: the recipe's run_dir with -sweep)"
     sweep.add_argument("--dir", type=path, metavar="FOLDER", help=folder)
     add_number(
-        sweep, "--at-once", Range(least=1), "with cluster=slurm: points that run at the same time", without="no bound"
+        sweep, "--at-once", Range(least=1), "with cluster=slurm: most points to run at the same time", without="any"
     )
     sweep.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the points, what they share and what exists, on SLURM also the scripts; start nothing",
+        help="show the points, what they share and what exists, with cluster=slurm also the scripts; start nothing",
     )
 
 

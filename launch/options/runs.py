@@ -41,10 +41,9 @@ def _add_status(subs: Commands) -> None:
         status,
         "--watch",
         Range(least=1, most=86_400),
-        "seconds after which the table is shown anew, in place on a terminal, until Ctrl-C; otherwise it is printed at "
-        "each change",
+        "redraw the table after so many seconds, until Ctrl-C; into a file or a pipe, print it at each change",
         kind=float,
-        without="shown once; 5 without a number",
+        without="show it once; 5 s if no number is given",
         bare=5.0,
     )
 
@@ -58,7 +57,7 @@ def _add_compare(subs: Commands) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help=f"{_RUN}; a sweep stands for its points; the others are compared with the first run",
+        help=f"{_RUN}; a sweep stands for all its points; the first run is the one to compare with",
     )
     compare.add_argument(
         "--out",
@@ -75,7 +74,7 @@ def _add_dashboard(subs: Commands) -> None:
         subs,
         "dashboard",
         "on_runs:dashboard",
-        "serve a page that follows all runs, to this machine alone, until Ctrl-C",
+        "serve a web page that follows all runs, to this machine only, until Ctrl-C",
     )
     dashboard.add_argument(
         "folder", nargs="?", metavar="FOLDER", type=path, help="folder of runs (default: runs)", default=path("runs")
@@ -98,7 +97,7 @@ def _add_profile(subs: Commands) -> None:
         subs,
         "profile",
         "on_runs:profile",
-        "trace some steps of a running training, which goes on, and show the costliest kernels; "
+        "trace some steps of a running training, which continues, and show the costliest kernels; "
         "log.profile_steps=N does so for a new run",
     )
     profile.add_argument("run", metavar="RUN", help=_RUN)

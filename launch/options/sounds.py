@@ -47,7 +47,7 @@ def add_codec_commands(subs: Commands) -> None:
     encode.add_argument(
         "--live",
         action="store_true",
-        help="let several channels follow one another in short turns, so that the stream can be decoded while it comes",
+        help="interleave several channels in short turns, so that the stream can be decoded while it arrives",
     )
     _add_codec_options(encode)
 
@@ -61,7 +61,7 @@ def add_codec_commands(subs: Commands) -> None:
         nargs="?",
         metavar="OUT.wav",
         help="sound file to write, folder of sound files, or - for standard output (default: -), which gets a WAV file "
-        "while the stream comes",
+        "while the stream arrives",
     )
     add_number(decode, "--seed", SEED, "random seed; another seed gives another sound", default=0)
     steps = Range(least=1, most=100_000)

@@ -73,7 +73,7 @@ class CacheSettings:
     gib: float = ranged(50.0, above=0)
     """The size limit of all shards in the cache, in GiB."""
     patience: float = ranged(600.0, above=0, unlimited=True)
-    """Seconds to retry a failing request for."""
+    """Seconds for which a failing request is repeated, by `prepare` too."""
     fetchers: int = ranged(4, least=1)
     """Shards that each rank fetches at the same time."""
 

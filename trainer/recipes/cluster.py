@@ -70,18 +70,18 @@ class ClusterConfig:
     """Command that starts a program in a container, such as `apptainer exec --nv spresso.sif`. The ranks run the
     container's `python3`; the batch script, which asks SLURM to requeue the job, stays outside. None: no container."""
     grace_seconds: int = ranged(120, least=1)
-    """Seconds before the time limit at which a job is signalled to save and leave. One step and one save must fit into
-    them. SLURM may send the signal up to a minute early."""
+    """Seconds before the time limit at which a job is signalled to save and leave; enough for one step and one save.
+    SLURM may send the signal up to a minute early."""
     restarts_in_job: int = ranged(10, least=0)
-    """How often a start of a job restarts its ranks without leaving its nodes, after one was killed or has failed.
-    After as many restarts, or where a node is lost or the same failure recurs, the job is requeued or over. 0: a
-    failure always ends the job's start."""
+    """Most restarts of all ranks on the same nodes, within one start of a job, after a rank was killed or has failed.
+    After so many, or if a node is lost or the same failure recurs, the job is requeued or ends. 0: the ranks never
+    restart in the job."""
     check_nodes: bool = True
-    """Whether each start of a job that trains first checks its nodes, which takes seconds: GPUs (present, memory free,
-    errors that `nvidia-smi` tells), a matrix product, a sum over all nodes, the clock, the disks."""
+    """Whether each start of a training job first checks its nodes, which takes seconds: GPUs (present, memory free,
+    errors that `nvidia-smi` reports), a matrix product, an all-reduce over all nodes, their links, clocks and disks."""
     leave_out: int = ranged(1, least=0)
-    """How many nodes a job may leave out, in all its starts, because they failed the check: it is requeued without
-    them. What more nodes fail is told, and the job begins all the same. 0: it leaves out none."""
+    """Most nodes that a job may exclude, over all its starts, because they failed the check: it is requeued without
+    them. If more nodes fail, the log names them, and the job trains on them all the same. 0: none is excluded."""
     array: int = ranged(1, least=1)
     """Jobs among which the sound files of `prepare` are divided. To divide the clips of `evaluate`, set
     `stages.evaluate.array`."""

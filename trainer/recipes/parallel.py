@@ -40,13 +40,13 @@ class ParallelConfig:
     checkpoint_activations: bool = False
     """Recompute each block's activations in the backward pass: far less memory for a third more compute."""
     compile: bool | None = None
-    """Compile each block with torch.compile: the first step takes minutes, later steps are faster. null: on CUDA, where
-    Triton and a C compiler are there and the strategy is not `zero3`; a block that cannot be compiled runs as it is."""
+    """Compile each block with torch.compile: the first step takes minutes, later steps are faster. null: on CUDA, if
+    Triton and a C compiler exist and the strategy is not `zero3`; a block that cannot be compiled runs as it is."""
     graph: bool = False
     """Record the forward and backward pass of a micro batch as CUDA graphs and replay them, so that the host launches a
-    pass at once. It helps where the host is slower than the GPU, with few clips to a GPU, and gives the same result. It
-    needs a GPU, strategy=ddp and no checkpoint_activations. Each shape of a micro batch is recorded, which takes
-    seconds, up to eight; others run without. Ranks exchange gradients after the backward pass, not during it."""
+    pass at once. This helps if the host is slower than the GPU, with few clips per GPU, and gives the same result. It
+    needs a GPU, strategy=ddp and no checkpoint_activations. Up to eight shapes of micro batches are recorded, each in
+    seconds; others run without. Ranks exchange gradients after the backward pass, not during it."""
     device: str = "auto"
     """`auto` (CUDA if available), `cpu` or `cuda`."""
     threads: int | None = ranged(None, least=1, most=4_096)

@@ -1,4 +1,4 @@
-"""What of a recipe stays at home: the cluster part, what came from the environment, and credentials in URLs."""
+"""Keeps parts of a recipe private: `cluster`, `log.notify`, values from the environment, and credentials in URLs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def unknown_private_keys(config: Config) -> list[str]:
 def public_values(config: Config) -> dict[str, Any]:
     """Return the config as it may be published, as nested tables.
 
-    It lacks `cluster`, `private` and the keys that this names, `log.notify`, and credentials in URLs.
+    It lacks `cluster`, `log.notify`, `private` and the keys in it, and credentials in URLs.
     """
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     for key in (*_NEVER, *config.private):

@@ -22,10 +22,10 @@ class DataConfig:
 
     audio: str | None = None
     """Folder of sounds, manifest (.jsonl or .csv with `file` and `caption`), tar, table (.parquet, .arrow), folder of
-    tars or tables, or a URL; several by braces, `a-{00..99}.tar`. None: `synth` makes sounds in the run directory."""
+    tars or tables, or a URL of one; braces name several: `a-{00..99}.tar`. None: `synth` makes sounds in the run."""
     audio_column: str | None = since(None, before=None)
     caption_column: str | None = since(None, before=None)
-    """Columns of a table; None: the only one of sounds; `caption`, `captions`, `text`, `description` or `prompt`."""
+    """Columns of a table. None: its only column of sounds; `caption`, `captions`, `text`, `description` or `prompt`."""
     synth_hours: float = ranged(0.5, least=0, most=100_000)
     """Hours of sound that `synth` makes if `audio` is None."""
     latents: str = "${run_dir}/latents"
@@ -223,7 +223,7 @@ class LogConfig:
     every: int = ranged(1_000, least=1)
     """Samples between two lines of the log, or `least_steps` if that is longer."""
     least_steps: int = ranged(10, least=1)
-    """Least steps between two lines of the log: a line exchanges figures among all ranks."""
+    """Least steps between two lines of the log, because for each line all ranks exchange figures."""
     samples_every: int = ranged(20_000, least=0, note="0: only at the end")
     """Samples between two decodings of held-out clips (audio and spectrograms in TensorBoard), or
     `checkpoint.least_steps` if that is longer; 0: only at the end."""
@@ -234,24 +234,24 @@ class LogConfig:
     bins: int = ranged(8, least=1, most=1_000)
     """Noise level bins, equally populated, for each of which the loss is logged."""
     profile_steps: int = ranged(0, least=0, most=20, note="0: none")
-    """Steps to trace once, a few steps after a stage's start, as `spresso profile` does for a run that runs already; 0:
-    none."""
+    """Steps to trace once, a few steps after a stage's start, as `spresso profile` does for a run that trains already;
+    0: none."""
     memory_history: int = ranged(0, least=0, most=1_000_000, note="0: no stacks")
     """Newest allocations and releases of a GPU, with the stack of each allocation, that the snapshot of its memory
-    holds if it runs out; 0: the snapshot shows sizes alone. torch names 2 µs an allocation and several KB an entry."""
+    holds if it runs out; 0: the snapshot shows only sizes. torch states 2 µs an allocation, several KB an entry."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where the curves, spectrograms and sounds are shown besides `metrics.jsonl`: `tensorboard`, `wandb` (Weights &
-    Biases), `mlflow`, `trackio`; all but the first need `pip install 'spresso[trackers]'`. Empty: nowhere."""
+    """Trackers that show the curves, spectrograms and sounds: `tensorboard`, `wandb` (Weights & Biases), `mlflow`,
+    `trackio`; all but the first need `pip install 'spresso[trackers]'`. Empty: only `metrics.jsonl` has the curves."""
     project: str = "spresso"
     """Name of the project (wandb, trackio) or the experiment (mlflow) to which the run belongs."""
     prometheus: str | None = None
     """File for the textfile collector of a Prometheus node exporter, such as
     `/var/lib/node_exporter/${name}.prom`: the newest figures, at each line of the log. None: no file."""
     notify: str | None = None
-    """Who is told that a run is done, has failed, or is requeued without progress: the URL of a webhook, or a command
-    with its arguments, which no shell reads. A word `$NAME`, and `$NAME` in a URL, stand for an environment variable.
-    Never published. None: nobody."""
+    """URL of a webhook, or command with its arguments (run without a shell), to call when a run is done, has failed, or
+    is requeued without progress. A word that is `$NAME`, or `$NAME` in a URL, is replaced by that environment variable.
+    Never published. None: nothing is called."""
 
 
 @dataclass
@@ -261,8 +261,8 @@ class CheckpointConfig:
     every: int = ranged(20_000, least=1)
     """Samples between two checkpoints, or `least_steps` if that is longer."""
     least_steps: int = ranged(100, least=1)
-    """Least steps between two checkpoints. With a global batch of 2,048, 20,000 samples are ten steps, and a run would
-    do little else than measure and save."""
+    """Least steps between two checkpoints: with a global batch of 2,048, 20,000 samples are only ten steps, and a run
+    would do little but measure and save."""
     keep_last: int = ranged(2, least=1)
     """Number of newest checkpoints to keep."""
     keep_best: int = ranged(0, least=0)
@@ -273,11 +273,11 @@ class CheckpointConfig:
     """`auto`: resume from the run's newest complete checkpoint, if there is one; `never`: refuse a folder that already
     holds a run; or the path or URL of a checkpoint, of this run or of another run with the same config."""
     start_from: str | None = None
-    """Checkpoint, or `export/` of a stage, or the URL of one, that gives a new run its initial weights alone: the run
-    has its own schedule and fresh moments."""
+    """Checkpoint, or `export/` of a stage, or the URL of one, from which a new run takes only its initial weights: the
+    run has its own schedule and fresh moments."""
     upload: str | None = None
-    """URL of a folder of this run alone (s3://, gs://, webdav:// and all else that fsspec writes) to which checkpoints
-    and exports are copied beside training. A run whose directory is empty goes on from there. None: they stay here."""
+    """URL of a folder for this run only (s3://, gs://, webdav://, or another protocol that fsspec writes) to which
+    checkpoints and exports are uploaded. A run with an empty directory resumes from there. None: no upload."""
 
 
 @dataclass
@@ -294,7 +294,7 @@ class HealthConfig:
     max_rewinds: int = ranged(3, least=0)
     """Rewinds that a run may make; it then ends with an error instead of rewinding forever."""
     hang_seconds: float = ranged(600.0, least=0, most=10**9, note="0: never")
-    """Seconds after which a step counts as hung: the job ends, and each rank's log shows its stack. 0: never."""
+    """Seconds after which a step counts as hung: each rank's log shows its stack, and all ranks end. 0: never."""
 
 
 @dataclass
@@ -309,8 +309,8 @@ class EvaluateConfig:
     """Times that the same codes are decoded with different seeds, to hear and measure the variability; for the page's
     clips, at up to four rates. 5 as on the paper's page."""
     curve: int = ranged(12, least=0, note="0: no curve", metadata=added_later(12))
-    """Prefixes of the codes at which the page's clips are decoded, for the curve of log-mel against bits a vector: all
-    if the quantizer has so few codebooks, else spread geometrically. Each that is none of the `rates` costs a decode of
+    """Prefixes of the codes from which the page's clips are decoded, for the curve of log-mel against bits per vector:
+    all if the quantizer has no more codebooks, else spread geometrically. Each that is not in `rates` costs a decode of
     each clip on the page. 0: no curve."""
     seconds: float | None = ranged(None, least=0.1, most=86_400, note="null: whole clips")
     """Seconds of each clip to use, from its start; None: whole clips."""
@@ -360,8 +360,8 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     private: list[str] = field(default_factory=list, metadata=added_later([]))
-    """Keys that the page leaves out, such as `data.audio`. It leaves out `cluster` anyway. Each key whose value holds
-    an environment variable (`${oc.env:NAME}`) is added here."""
+    """Keys that pages and trackers leave out, such as `data.audio`, besides `cluster` and `log.notify`. Each key whose
+    value holds an environment variable (`${oc.env:NAME}`) is added here."""
 
     def stage(self, name: str) -> TrainConfig:
         """Return the settings of a trained stage."""

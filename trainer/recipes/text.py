@@ -1,4 +1,4 @@
-"""Keeps text as it was typed: where the schema says text, YAML is not to make a number, a truth or a time of it."""
+"""Keeps text as it was typed: a value that the schema calls text must not become a number, a truth or a time."""
 
 from __future__ import annotations
 
