@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from launch.slurm import begin_end, leave_out, node_check, start_check
-from launch.slurm.attempt import Attempt, history
+from launch.slurm.attempt import Attempt, history, record
 from launch.slurm.node_health import MARK, lines
 from launch.slurm.node_links import measure_links, neighbour, turns
 from launch.slurm.start_check import Findings, check_nodes, compare
-from launch.slurm.variables import RUN
+from launch.slurm.variables import RUN, SUBMISSION
 from tests.trainer import rank_processes
 from trainer.recipes.cluster import ClusterConfig
+from trainer.recipes.reading import load_recipe
+from trainer.recipes.values import to_yaml
 
 NODES = ["n1", "n2", "n3", "n4"]
 
@@ -227,6 +229,16 @@ def test_a_start_on_a_faulty_node_ends_before_it_begins(tmp_path, monkeypatch):
     assert leave_out.left_out([entry], "12") == ["n1"]
     assert leave_out.left_out([entry], "13") == []
     assert begin_end.ended([entry], "12") == []  # it counts for no failure of the training
+
+
+def test_all_stages_of_a_job_share_the_bound(tmp_path, monkeypatch):
+    job = {"job": "12_3", "restart": 0}
+    record(tmp_path / "pretrain", job | {"ended": 1.0, "then": "requeued", "left_out": ["n1"], "by": "slurm"})
+    (tmp_path / "config.yaml").write_text(to_yaml(load_recipe("tiny", ["cluster.leave_out=2"])))
+    monkeypatch.setenv(SUBMISSION, str(tmp_path))
+    monkeypatch.setattr(begin_end, "check_nodes", lambda cluster, port: Findings({"n2": ["a"], "n3": ["b"]}))
+    assert begin_end._check_nodes(Attempt(tmp_path / "autoencode", "12_3", 1)) == {"n2": ["a"]}
+    assert begin_end._check_nodes(Attempt(tmp_path / "autoencode", "12_4", 0)) == {"n2": ["a"], "n3": ["b"]}
 
 
 def test_packages_of_trackers_are_named(monkeypatch, tmp_path):
