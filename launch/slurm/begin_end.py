@@ -164,7 +164,7 @@ def _close_killed_attempt(attempt: Attempt) -> None:
     lines = [entry for entry in past if entry["job"] == attempt.job]
     if lines and "then" not in lines[-1] and lines[-1]["restart"] < attempt.restart:
         why = "SLURM requeued the job: a node failed, or the job was preempted without a grace period"
-        last = {key: lines[-1][key] for key in ("job", "restart", "generation") if key in lines[-1]}
+        last: dict[str, Any] = {key: lines[-1][key] for key in ("job", "restart", "generation") if key in lines[-1]}
         entry = {**last, "ended": time.time(), "place": _place_now(attempt.stage_folder)[0], "then": REQUEUE}
         record(attempt.stage_folder, entry | {"why": why, "failure": "", "by": "slurm"})
 
