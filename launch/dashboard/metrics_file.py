@@ -119,7 +119,7 @@ class MetricsFile:
     @property
     def nbytes(self) -> int:
         """Bytes that the curves and the index take in memory, roughly."""
-        rows = sum((16 + 4 * len(table.curves)) * len(table.samples) for table in self.tables.values())
+        rows = sum((16 + 4 * len(table.curves)) * len(table.samples) for table in list(self.tables.values()))
         return rows + 20 * len(self._ends)
 
     def refresh(self, *, seconds: float = math.inf) -> bool:

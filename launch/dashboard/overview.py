@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -61,7 +62,8 @@ class Overview:
             kept = self._kept[name]
             kept.stages = self.reader.stages_of(kept.path)
             self._ask()
-            return kept.stages
+            # another answer may look at the run again and have its states found out anew, while the caller reads these
+            return [copy(stage) for stage in kept.stages]
 
     def rows(self, *, seconds: float) -> dict[str, Any]:
         """Return the rows of all runs, the last problems, and how many runs could not be read yet.

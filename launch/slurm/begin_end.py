@@ -32,7 +32,7 @@ from models.readable import describe_os_error
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.file_names import printable_lines
 from trainer.recipes.reading import load_recipe
-from trainer.stages import STAGES, is_trained
+from trainer.stages import STAGES, is_trained, trained_stages
 
 T = TypeVar("T")
 
@@ -85,7 +85,9 @@ def _check_nodes(attempt: Attempt) -> dict[str, list[str]]:
     found = check_nodes(cluster, free_port(f"{attempt.token}/check"))
     for line in [*found.remarks, *(f"{node} {fault}" for node, faults in found.faults.items() for fault in faults)]:
         print(f"spresso: {printable_lines(line)}", file=sys.stderr, flush=True)
-    before = leave_out.left_out(_readable(lambda: history(attempt.stage_folder)), attempt.job)
+    run = attempt.stage_folder.parent
+    lines = [line for name in trained_stages() for line in _readable(lambda: history(run / name))]  # noqa: B023
+    before = leave_out.left_out(lines, attempt.job)  # by any stage: a point of a sweep runs several in one job
     return {node: found.faults[node] for node in leave_out.chosen(list(found.faults), before, cluster.leave_out)}
 
 
@@ -162,9 +164,9 @@ def _close_killed_attempt(attempt: Attempt) -> None:
     lines = [entry for entry in past if entry["job"] == attempt.job]
     if lines and "then" not in lines[-1] and lines[-1]["restart"] < attempt.restart:
         why = "SLURM requeued the job: a node failed, or the job was preempted without a grace period"
-        before = {"job": attempt.job, "restart": lines[-1]["restart"], "ended": time.time()}
-        entry = {**before, "place": _place_now(attempt.stage_folder)[0], "then": REQUEUE, "why": why, "failure": ""}
-        record(attempt.stage_folder, entry | {"by": "slurm"})
+        last: dict[str, Any] = {key: lines[-1][key] for key in ("job", "restart", "generation") if key in lines[-1]}
+        entry = {**last, "ended": time.time(), "place": _place_now(attempt.stage_folder)[0], "then": REQUEUE}
+        record(attempt.stage_folder, entry | {"why": why, "failure": "", "by": "slurm"})
 
 
 def ended(lines: list[dict[str, Any]], job: str) -> list[dict[str, Any]]:

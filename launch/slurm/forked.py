@@ -44,8 +44,9 @@ class Forked:
         return os.waitstatus_to_exitcode(status) if pid else None
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process, which has not been waited for."""
-        os.kill(self.pid, number)
+        """Send a signal to the process."""
+        with suppress(ProcessLookupError):  # `poll` may have waited for it just now: handlers of signals call this
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill the process."""

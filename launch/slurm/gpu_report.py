@@ -72,7 +72,9 @@ def _judged(gpus: list[ElementTree.Element], asked: int) -> GpuFindings:
 
 def _ours(there: int, asked: int) -> list[int]:
     """Return which of the GPUs that are shown are this job's: SLURM need not hide the others."""
-    ours = [int(word) for word in re.findall(r"\d+", os.environ.get("SLURM_JOB_GPUS", ""))]
+    # the variable of the job names the GPUs of the batch script's node, on every node
+    told = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS", "")
+    ours = [int(word) for word in re.findall(r"\d+", told)]
     return ours if there > asked and ours and max(ours) < there else list(range(there))
 
 

@@ -6,6 +6,7 @@ orders. If it is gone, or can't be reached, each supervisor ends its task with i
 
 from __future__ import annotations
 
+import math
 import selectors
 import socket
 import time
@@ -160,7 +161,7 @@ class Member:
         self._selector, self._name, self._address, self._rank = selector, attempt.token, address, rank
         self._channel: Channel | None = None
         self._untold: list[Ending] = []
-        self._until = time.monotonic() + PATIENCE
+        self._until = math.inf  # the first try sets it: what is imported before may take minutes on a shared disk
         self._next_try = 0.0
 
     @property
@@ -178,6 +179,7 @@ class Member:
     def tick(self) -> None:
         """Try to reach the chair."""
         now = time.monotonic()
+        self._until = min(self._until, now + PATIENCE)
         if self._channel is not None or now >= self._until or now < self._next_try:
             return
         self._next_try = now + _RETRY

@@ -1,6 +1,6 @@
 """Measures the health of a node: `python -m launch.slurm.node_health GPUS PORT`, a task on each node of a job.
 
-It prints a line of JSON, a `Report`. `launch.slurm.start_check` starts it, and judges the reports of all nodes.
+It prints a `Report` as JSON, in `lines`. `launch.slurm.start_check` starts it, and judges the reports of all nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from models.documents import Moment, to_json
 from trainer.formatting import size
 
 MARK = "spresso-health "
-"""What a report's line begins with: a job's setup and modules print lines of their own."""
+"""What each line of a report begins with: a job's setup and modules print lines of their own."""
+LAST, _MORE = "last", "more"
+LINE = 700
+"""Letters of a report in a line: srun passes on 1024 bytes at once, and mixes longer lines with those of others."""
 _TEMP = 256 * 2**20  # bytes that must be free where temporary files go: loaders and compilers fail without them
 _SIDE, _REPEATS = 4096, 8  # a product of matrices on a GPU takes some milliseconds
 _SIDE_CPU = 512
@@ -136,8 +139,15 @@ def _sum_of_nodes(torch: Any, port: int, node: str, links: dict[str, float]) -> 
         return True, str(error).splitlines()[0]
 
 
+def lines(made: Report, rank: str) -> list[str]:
+    """Return the lines of a report: the mark, the task, whether it is the task's last line, and a part of the JSON."""
+    text = to_json(made)
+    begins = range(0, len(text), LINE)
+    return [f"{MARK}{rank} {_MORE if at < begins[-1] else LAST} {text[at : at + LINE]}" for at in begins]
+
+
 if __name__ == "__main__":
     made = report(int(sys.argv[1]), int(sys.argv[2]))
     made["clock"] = time.time()
-    print(f"{MARK}{to_json(made)}", flush=True)
+    print("\n".join(lines(made, os.environ["SLURM_PROCID"])), flush=True)
     os._exit(0)

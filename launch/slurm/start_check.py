@@ -7,19 +7,22 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from launch.slurm import scheduler
 from launch.slurm.job_script import flags
-from launch.slurm.node_health import MARK, Report
+from launch.slurm.node_health import LAST, MARK, Report
 from launch.slurm.slurm_task import rendezvous
 from models.documents import parse_json
 from trainer.file_names import printable
 from trainer.recipes.cluster import ClusterConfig
 
 _PATIENCE = 150.0  # seconds, within which torch is imported on all nodes
+_PROBLEM = 20  # lines of what srun says that are kept
 _CLOCK = 10.0  # seconds between two nodes' clocks: notes and locks are compared by time
 _SLOW = {"GPU": 2.0, "CPU": 5.0}
 """Times the median of all devices from which a device is too slow. GPUs of one kind differ by some percent, and one
@@ -120,24 +123,39 @@ def _cut_off(reports: Mapping[str, tuple[Report, float]]) -> list[tuple[str, flo
 
 def _reports(cluster: ClusterConfig, port: int, count: int) -> tuple[dict[str, tuple[Report, float]], str]:
     """Run the check on all nodes; return the reports, and what srun says if it fails."""
-    options = {"nodes": count, "ntasks": count, "ntasks-per-node": 1, "kill-on-bad-exit": 0, "unbuffered": True}
+    # srun mixes the lines of tasks that are unbuffered; others it keeps whole up to `node_health.LINE`
+    options = {"nodes": count, "ntasks": count, "ntasks-per-node": 1, "kill-on-bad-exit": 0}
     check = f"exec {cluster.ranks_python} -m launch.slurm.node_health {cluster.gpus_per_node} {port}"
     command = ["srun", *flags(options | cluster.srun), "bash", "-c", check]
-    found: dict[str, tuple[Report, float]] = {}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     environment = os.environ | rendezvous(str(port))
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with ThreadPoolExecutor(1) as pool, subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
+        # read meanwhile: a full pipe would hold up srun, and with it the reports
+        problem = pool.submit(deque[str], process.stderr, _PROBLEM)
         limit = threading.Timer(_PATIENCE, process.kill)
         limit.start()
         try:
-            for line in process.stdout:
-                now = time.time()
-                if MARK in line:
-                    report = parse_json(line.partition(MARK)[2], Report, "a node's report", mend="")
-                    found[report["node"]] = report, report["clock"] - now
-            problem = process.stderr.read()[-400:]
+            found = _read(process.stdout)
+        except BaseException:
+            process.kill()
+            raise
         finally:
             limit.cancel()
-    return found, " ".join(problem.split())
+    return found, " ".join("".join(problem.result()).split())[-400:]
+
+
+def _read(lines: Iterable[str]) -> dict[str, tuple[Report, float]]:
+    """Return the reports among lines, with how many seconds each node's clock is ahead. Raises ValueError."""
+    parts: dict[str, str] = {}
+    found: dict[str, tuple[Report, float]] = {}
+    for line in lines:
+        if MARK not in line:
+            continue
+        rank, last, part = line.partition(MARK)[2].rstrip("\r\n").split(" ", 2)
+        parts[rank] = parts.get(rank, "") + part
+        if last == LAST:
+            report = parse_json(parts[rank], Report, "a node's report", mend="")
+            found[report["node"]] = report, report["clock"] - time.time()
+    return found

@@ -146,7 +146,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait until something has happened, or for a moment."""
-        for key, _ in self._selector.select(max(0.0, min(_TICK, self._kill_at - time.monotonic()))):
+        left = _TICK if self._worker is None else self._kill_at - time.monotonic()
+        for key, _ in self._selector.select(max(0.0, min(_TICK, left))):
             key.data()
         if time.monotonic() >= self._kill_at and self._worker is not None:
             self._worker.kill()

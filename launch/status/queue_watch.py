@@ -13,7 +13,7 @@ from launch.status.stage_status import StageStatus
 LEAST = 10.0
 """Seconds between two queries, at least: hundreds of people may watch one controller."""
 ENDED_LEAST = 300.0
-"""Seconds between two queries about a job that has ended: each costs a query of its own in accounting."""
+"""Seconds between two queries about a job that has ended: accounting is asked about those that SLURM has forgotten."""
 
 States = Mapping[str, list[JobState]]
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from launch import owner
+from launch.slurm.scheduler import ENDED_STATES
 from launch.status.run_stages import ask_the_queue, shown, stages_of
 from launch.status.stage_status import StageStatus, count
 from launch.sweep import outcomes
@@ -23,7 +24,10 @@ __all__ = ["SweepStatus", "is_sweep", "overview", "report", "run_directories"]
 
 _WIDTH = 120
 _INDENT = " " * 14
-_BAD = ("failed", "died", "no export", "cancelled", "gone", "timeout", "node_fail", "out_of_memory")
+_ENDED = {state.lower() for state in ENDED_STATES - {"COMPLETED", "PREEMPTED"}}
+_BAD = {"failed", "died", "no export", "gone", *_ENDED}
+_TO_COME = {"pending", "requeued", "submitted"}
+"""States of a stage whose job waits as far as its directory says, where SLURM gives no answer."""
 
 
 @dataclass
@@ -63,7 +67,9 @@ class SweepPart:
             return "done"
         if self.outcome is not None and self.outcome["outcome"] in (outcomes.FAILED, outcomes.STOPPED):
             return self.outcome["outcome"]
-        return "failed" if states & set(_BAD) else "stopped" if states else "pending"
+        if states & _BAD:
+            return "failed"
+        return "pending" if not states or states & _TO_COME else "stopped"
 
     @property
     def _may_run(self) -> bool:

@@ -86,7 +86,7 @@ def report(
         return sweeps.report(run, read=read, ask=ask)
     problems: list[str] = []
     stages = _of_each([run] if run is not None else runs(), read or stages_of, problems)
-    # jobs that their script has closed are not asked about: each one that SLURM has forgotten costs another query
+    # jobs that their script has closed are not asked about: SLURM forgets them, and accounting takes longer to answer
     open_stages = [stage for each in stages.values() for stage in each if not stage.over]
     found = [] if run is not None else sweeps.overview(read)
     open_stages += [stage for sweep in found for stage in sweep.open_stages]

@@ -22,7 +22,7 @@ from launch.sweep.record import Record, RecordedPoint
 from launch.sweep.same_base import require_same_base
 from trainer.recipes.reading import load_recipe
 from trainer.recipes.schema import Config
-from trainer.recipes.values import flatten
+from trainer.recipes.values import flatten, hash_values
 from trainer.run_directory import stored_settings
 from trainer.stages import STAGES
 
@@ -178,8 +178,7 @@ def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tup
 
     Raises ValueError with all problems of all points.
     """
-    there = _recorded_values(folder, known)
-    all_ = dict(there)
+    all_ = KnownPoints(_recorded_values(folder, known), asked.keys)
     problems: dict[str, list[str]] = {}
     found: dict[str, SweepPoint] = {}
     repeated = 0
@@ -192,16 +191,14 @@ def _points(asked: Wanted, folder: Path, name: str, known: Record | None) -> tup
             continue
         repeated += point.name in found
         found.setdefault(point.name, point)
-        all_.setdefault(point.name, (point.settings, flatten(point.config)))
+        all_.add(point.name, point.settings, flatten(point.config))
     if problems:
         raise ValueError("\n".join(_told(line, names, len(asked.points)) for line, names in problems.items()))
     _require_own_files([point.config for point in found.values()])
     return list(found.values()), repeated
 
 
-def _point(
-    asked: Wanted, folder: Path, name: str, settings: Settings, known: Mapping[str, tuple[Settings, dict[str, Any]]]
-) -> SweepPoint:
+def _point(asked: Wanted, folder: Path, name: str, settings: Settings, known: KnownPoints) -> SweepPoint:
     """Return a point, under the name of the `known` one with the same settings or under a new one."""
 
     def load(called: str) -> Config:
@@ -210,26 +207,47 @@ def _point(
 
     first = name_of(settings)
     config = load(first)
-    keys = {key for typed, _ in known.values() for key in typed} | set(settings)
-    ours = flatten(config)
-    same = next((other for other, (typed, flat) in known.items() if _is_same(settings, ours, typed, flat, keys)), None)
-    called = same or name_of(settings, known)
+    same = known.same(settings, flatten(config))
+    called = same or name_of(settings, known.typed)
     # a recorded point keeps its text, so that its name stays that of its settings
-    typed = known[same][0] if same else settings
+    typed = known.typed[same] if same else settings
     return SweepPoint(called, typed, config if called == first else load(called))
 
 
-def _is_same(
-    settings: Settings, ours: Mapping[str, Any], typed: Settings, flat: Mapping[str, Any], keys: Iterable[str]
-) -> bool:
-    """Whether a point has the values of another one for all keys that differ."""
-    for swept in keys:
-        touched = [key for key in ours if sharing.touches(swept, key)]
-        if touched and any(ours[key] != flat.get(key) for key in touched):
-            return False
-        if not touched and settings.get(swept) != typed.get(swept):  # the name of a file with settings, such as `model`
-            return False
-    return True
+class KnownPoints:
+    """The points that there are, and which of them has some values; hundreds are found without comparing each two."""
+
+    def __init__(self, recorded: Mapping[str, tuple[Settings, dict[str, Any]]], keys: Iterable[str]) -> None:
+        """Begin with the recorded points; `keys`: those that differ, beside the recorded points' own."""
+        self.typed: dict[str, Settings] = {}
+        """The settings of each point as they were typed."""
+        self._keys = sorted({*keys, *(key for typed, _ in recorded.values() for key in typed)})
+        self._names: dict[str, str] = {}
+        for name, (typed, flat) in recorded.items():
+            self.add(name, typed, flat)
+
+    def add(self, name: str, typed: Settings, flat: Mapping[str, Any]) -> None:
+        """Add a point, unless it is known; `flat`: its config's values."""
+        self.typed.setdefault(name, typed)
+        self._names.setdefault(self._values(typed, flat), name)
+
+    def same(self, typed: Settings, flat: Mapping[str, Any]) -> str | None:
+        """Return the name of the first point with the same values for all keys that differ; None if there is none."""
+        return self._names.get(self._values(typed, flat))
+
+    def _values(self, typed: Settings, flat: Mapping[str, Any]) -> str:
+        """Return a hash of the values of the keys that differ."""
+        found: dict[str, Any] = {}
+        for swept in self._keys:
+            touched = {key: _plain(value) for key, value in flat.items() if sharing.touches(swept, key)}
+            # the name of a file with settings, such as `model`, touches no key
+            found[swept] = touched or typed.get(swept)
+        return hash_values(found)
+
+
+def _plain(value: Any) -> Any:
+    """Return 1 for 1.0: the two are one value of a setting."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _recorded_values(folder: Path, known: Record | None) -> dict[str, tuple[Settings, dict[str, Any]]]:

@@ -114,6 +114,19 @@ def test_the_queue_is_asked_in_the_background(tmp_path):
     assert asked == [["7"]]
 
 
+def test_an_answer_is_not_changed_by_a_later_one(tmp_path):
+    add_run(tmp_path / "mine")
+    keep(tmp_path / "mine", [Submitted("autoencode", "7", "", "", 1.0)])
+    nodes = ["n1", "n2"]
+    queue = QueueWatch(lambda jobs: {job: [JobState(job, "RUNNING", nodes.pop(0))] for job in jobs}, least=0.0)
+    shown = Overview(tmp_path, queue)
+    (stage,) = first = shown.stages("mine") if shown.path("mine") else []
+    assert [state.nodes for state in stage.living] == ["n1"]
+    shown.reader.stages_of(tmp_path / "mine")  # another answer has begun, and has not heard of the queue yet
+    assert [state.nodes for state in stage.living] == ["n1"]
+    assert first[0].state == "running"
+
+
 @pytest.mark.parametrize("lines", [0, 1, 2, 39, 40, 41, 400, 9000])
 def test_a_sparkline_spans_the_whole_run(tmp_path, lines):
     path = tmp_path / "metrics.jsonl"

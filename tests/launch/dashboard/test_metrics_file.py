@@ -12,7 +12,7 @@ import pytest
 
 from launch.dashboard import metrics_file
 from launch.dashboard.curve_store import CurveStore
-from launch.dashboard.metrics_file import MetricsFile, thinned
+from launch.dashboard.metrics_file import MetricsFile, Table, thinned
 
 
 def line(samples: int, loss: float = 1.0, kind: str = "train", **values: object) -> bytes:
@@ -269,3 +269,22 @@ def test_files_beyond_the_bound_of_memory_are_read_again(tmp_path):
     again = store.answer(paths[0], since=tokens[0])
     assert again["whole"]
     assert again["kinds"]["train"]["train/loss"]["y"] == [0.0] * 100
+
+
+def test_the_bound_of_memory_is_reckoned_while_another_answer_reads(path):
+    """A kind of lines that is found meanwhile would break off the sum over the tables."""
+    file = MetricsFile(path)
+
+    class Growing(Table):
+        @property
+        def curves(self):
+            file.tables.setdefault("held_out", Table())
+            return {}
+
+        @curves.setter
+        def curves(self, value):
+            pass
+
+    file.tables = {"train": Growing(), "eval": Growing()}
+    assert file.nbytes >= 0
+    assert "held_out" in file.tables

@@ -12,6 +12,8 @@ from launch import owner
 from launch.slurm import begin_end, scheduler, submitted_jobs
 from launch.slurm.attempt import TOKEN, Attempt, history, record
 from launch.slurm.variables import RUN, TASKS_PER_NODE
+from launch.status import table
+from launch.status.stage_status import StageStatus
 
 
 @pytest.fixture
@@ -84,6 +86,20 @@ def test_a_start_does_not_close_itself(tmp_path, asked):
     for _ in range(2):
         begin_end._begin(start(tmp_path))
     assert not [entry for entry in history(tmp_path / "pretrain") if "then" in entry]
+
+
+def test_the_generation_that_a_lost_node_ended_is_closed_and_no_other(tmp_path, asked):
+    first = start(tmp_path)
+    begin_end._begin(first)
+    close(first, then="restarted", why="rank 1 was killed by SIGKILL")
+    record(first.stage_folder, {"began": time.time(), "job": "12", "restart": 0, "generation": 1})
+    begin_end._begin(start(tmp_path, 1))
+    [killed, lost] = [entry for entry in history(first.stage_folder) if "then" in entry]
+    assert (killed["then"], "generation" in killed) == ("restarted", False)
+    assert (lost["then"], lost["generation"]) == ("requeued", 1)
+    killed_told, lost_told, *_ = table.starts(StageStatus(first.stage_folder, None))
+    assert ": restarted: rank 1 was killed by SIGKILL" in killed_told
+    assert ": requeued: SLURM requeued the job" in lost_told
 
 
 def test_a_start_that_was_closed_is_not_closed_again(tmp_path, asked):

@@ -88,6 +88,8 @@ def test_other_jobs_gpus_are_none_of_our_business(says, monkeypatch):
     assert look_at_gpus(2).faults == []
     monkeypatch.setenv("SLURM_JOB_GPUS", "1")
     assert len(look_at_gpus(1).faults) == 1
+    monkeypatch.setenv("SLURM_STEP_GPUS", "2")  # on this node; the job's variable is that of the first node
+    assert look_at_gpus(1).faults == []
 
 
 def test_what_is_not_told_is_passed_over(says):

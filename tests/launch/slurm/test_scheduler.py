@@ -21,10 +21,22 @@ def test_states_of_jobs_and_of_an_array(slurm):
 
 def test_a_job_that_the_queue_has_forgotten_is_accounting_s(slurm):
     slurm.answer("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    slurm.answer("sacct", "echo 'CANCELLED by 0'")
+    slurm.answer("sacct", "echo '12|CANCELLED by 0'")
     assert scheduler.states(["12"])["12"][0].state == "CANCELLED"
-    slurm.answer("sacct", "echo RUNNING")  # it is late
+    slurm.answer("sacct", "echo '12|RUNNING'")  # it is late
     assert not scheduler.states(["12"])["12"][0].alive
+
+
+def test_accounting_is_asked_once_about_all_that_the_queue_has_forgotten(slurm):
+    points = [f"7_{number}" for number in range(500)]
+    known = "\n".join(f"7_{number}|{'FAILED' if number % 2 else 'COMPLETED'}" for number in range(499))
+    slurm.answer("sacct", f"cat <<'END'\n{known}\n8_0|TIMEOUT\n8_1|COMPLETED\nEND")
+    found = {job: state.state for job, [state] in scheduler.states([*points, "8", "9"]).items()}
+    assert found == {
+        **{job: "FAILED" if int(job[2:]) % 2 else "COMPLETED" for job in points[:499]},
+        **{"7_499": "GONE", "8": "TIMEOUT", "9": "GONE"},
+    }
+    assert len(slurm.calls("sacct")) == 1
 
 
 def test_a_controller_that_is_down_is_no_answer(slurm):

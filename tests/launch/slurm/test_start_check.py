@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from launch.slurm import begin_end, leave_out, node_check, start_check
-from launch.slurm.attempt import Attempt, history
-from launch.slurm.node_health import MARK
+from launch.slurm.attempt import Attempt, history, record
+from launch.slurm.node_health import MARK, lines
 from launch.slurm.node_links import measure_links, neighbour, turns
 from launch.slurm.start_check import Findings, check_nodes, compare
-from launch.slurm.variables import RUN
+from launch.slurm.variables import RUN, SUBMISSION
 from tests.trainer import rank_processes
 from trainer.recipes.cluster import ClusterConfig
+from trainer.recipes.reading import load_recipe
+from trainer.recipes.values import to_yaml
 
 NODES = ["n1", "n2", "n3", "n4"]
 
@@ -119,17 +123,64 @@ def test_a_sum_that_fails_on_all_nodes_is_no_node_s_fault():
     assert "can't sum a tensor together: NCCL error" in found.remarks[0]
 
 
-def test_reports_are_found_among_lines_of_modules(slurm, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
-    made = reports()["n1"][0] | {"clock": 4_000_000_000.0}
+@pytest.fixture
+def srun_says(slurm, monkeypatch):
+    """Makes srun print lines in a job on n1 to n4."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-4]")
+    slurm.answer("scontrol", "printf 'localhost\\nn2\\nn3\\nn4\\n'", time=1)
     slurm.answer("scontrol", "echo localhost")
-    slurm.answer("srun", f"echo loading modules; echo '{MARK}{json.dumps(made)}'; echo bye")
+
+    def says(*printed: str, before: str = ":", after: str = ":") -> None:
+        (slurm.folder / "printed").write_text("\n".join(printed))
+        slurm.answer("srun", f"{before}; cat {slurm.folder}/printed; {after}")
+
+    return says
+
+
+def test_reports_are_found_among_lines_of_modules(slurm, srun_says):
+    made = reports()["n1"][0] | {"clock": 4_000_000_000.0}
+    others = [line for node in ("n2", "n3", "n4") for line in lines(reports()[node][0] | {"clock": time.time()}, node)]
+    srun_says("loading modules", *lines(made, "0"), *others, "bye")
     found = check_nodes(ClusterConfig(python="my-python", gpus_per_node=2), 12345)
     assert found.faults["localhost"] == ["gave no report, as the others did: look at SLURM's log of the node"]
     assert "has a clock that is" in found.faults["n1"][0]
     [call] = slurm.calls("srun")
-    assert "--nodes=1 --ntasks=1 --ntasks-per-node=1" in call
+    assert "--nodes=4 --ntasks=4 --ntasks-per-node=1" in call
+    assert "unbuffered" not in call  # srun would mix the lines of the nodes
     assert call.endswith("exec my-python -m launch.slurm.node_health 2 12345")
+
+
+def test_long_reports_come_in_lines_that_srun_keeps_whole(srun_says):
+    told = [f"GPU {number} has damaged memory (ECC) that waits to be replaced: have it reset" for number in range(30)]
+    made = {node: reports(n3={"faults": told})[node][0] | {"clock": time.time()} for node in NODES}
+    printed = [lines(made[node], str(rank)) for rank, node in enumerate(NODES)]
+    assert max(len(line) for each in printed for line in each) < 1024
+    assert len(printed[2]) > 2
+    srun_says(*(line for turn in itertools.zip_longest(*printed) for line in turn if line is not None))
+    found = check_nodes(ClusterConfig(), 12345)
+    assert found.faults["n3"] == told
+    assert found.remarks == []
+
+
+def test_many_warnings_of_the_nodes_hold_up_no_report(srun_says):
+    made = [line for node in NODES for line in lines(reports()[node][0] | {"clock": time.time()}, node)]
+    srun_says(*made, before="head --bytes=300000 /dev/zero | tr '\\0' w >&2")
+    assert list(check_nodes(ClusterConfig(), 12345).faults) == ["localhost"]
+
+
+def test_a_damaged_report_ends_the_check_at_once(srun_says, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(start_check.subprocess, "Popen", Popen)
+    srun_says(f"{MARK}0 last {{", "", after="exec sleep 20")  # a node hangs
+    [remark] = check_nodes(ClusterConfig(), 12345).remarks
+    assert remark.startswith("the nodes were not checked: a node's report is damaged")
+    assert started[-1].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -178,6 +229,16 @@ def test_a_start_on_a_faulty_node_ends_before_it_begins(tmp_path, monkeypatch):
     assert leave_out.left_out([entry], "12") == ["n1"]
     assert leave_out.left_out([entry], "13") == []
     assert begin_end.ended([entry], "12") == []  # it counts for no failure of the training
+
+
+def test_all_stages_of_a_job_share_the_bound(tmp_path, monkeypatch):
+    job = {"job": "12_3", "restart": 0}
+    record(tmp_path / "pretrain", job | {"ended": 1.0, "then": "requeued", "left_out": ["n1"], "by": "slurm"})
+    (tmp_path / "config.yaml").write_text(to_yaml(load_recipe("tiny", ["cluster.leave_out=2"])))
+    monkeypatch.setenv(SUBMISSION, str(tmp_path))
+    monkeypatch.setattr(begin_end, "check_nodes", lambda cluster, port: Findings({"n2": ["a"], "n3": ["b"]}))
+    assert begin_end._check_nodes(Attempt(tmp_path / "autoencode", "12_3", 1)) == {"n2": ["a"]}
+    assert begin_end._check_nodes(Attempt(tmp_path / "autoencode", "12_4", 0)) == {"n2": ["a"], "n3": ["b"]}
 
 
 def test_packages_of_trackers_are_named(monkeypatch, tmp_path):

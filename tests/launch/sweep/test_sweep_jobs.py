@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.slurm.attempt import record
 from launch.slurm.submitted_jobs import submitted
 from launch.status import table
 from tests.launch.slurm_fakes import Fakes
@@ -102,6 +103,29 @@ def test_what_waits_is_not_submitted_again_and_a_new_point_is(queue, capsys):
     assert main(["cancel", "s"]) == 0
     cancelled = " ".join(queue.calls("scancel"))
     assert all(job in cancelled for job in (*jobs.values(), f"{array}_0", f"{array}_2"))
+
+
+def test_points_whose_jobs_wait_are_not_shown_as_stopped_where_slurm_is_silent(queue):
+    assert main([*SWEEP]) == 0
+    queue.answer("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    job = submitted(Path("s/points") / POINTS[1])["finetune"].job
+    for number, then in ((1, "requeued"), (2, "over")):
+        folder = Path("s/points") / POINTS[number] / "finetune"
+        entry = {"job": f"{job[:-1]}{number}", "restart": 0}
+        record(folder, entry | {"began": 1.0})
+        record(folder, entry | {"ended": 2.0, "then": then, "why": "was preempted"})
+    shown = table.report(Path("s"))
+    assert "0 of 3 points done, 2 pending, 1 failed" in shown
+    assert "SLURM does not answer" in shown
+
+
+@pytest.mark.parametrize("state", ["DEADLINE", "BOOT_FAIL", "LAUNCH_FAILED", "TIMEOUT"])
+def test_a_point_that_slurm_has_ended_has_failed(queue, state):
+    assert main([*SWEEP]) == 0
+    job = submitted(Path("s/points") / POINTS[0])["finetune"].job
+    queue.answer("squeue", f"echo '{job.partition('_')[0]}|{job}|{state}||None'")
+    [row] = [line for line in table.report(Path("s")).splitlines() if line.startswith(f"  {POINTS[0]}")]
+    assert row.split()[2] == "failed"
 
 
 def test_each_element_runs_the_stages_of_its_own_point(queue, tmp_path):

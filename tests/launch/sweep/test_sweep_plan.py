@@ -10,7 +10,7 @@ import pytest
 
 from launch.cli import main
 from launch.sweep import directory, sharing
-from launch.sweep.plan import Plan, make_plan, recorded_plan
+from launch.sweep.plan import KnownPoints, Plan, make_plan, recorded_plan
 from launch.sweep.record import read
 from trainer.run_directory import write_config
 
@@ -174,6 +174,20 @@ def test_points_with_the_same_values_count_once():
     plan = planned("lora.rank=2,4,02,4", "lora.alpha=1,1.0")
     assert [point.name for point in plan.points] == ["lora.alpha=1,lora.rank=2", "lora.alpha=1,lora.rank=4"]
     assert plan.repeated == 6
+
+
+def test_hundreds_of_points_are_not_compared_two_by_two(monkeypatch: pytest.MonkeyPatch):
+    compared = []
+    touches = sharing.touches
+    monkeypatch.setattr(sharing, "touches", lambda *keys: compared.append(keys) or touches(*keys))
+    known = KnownPoints({"old": ({"lora.rank": "4"}, {"seed": 0, "lora.rank": 4.0})}, ["seed"])
+    for number in range(400):
+        values = {"seed": 2**62 + number, "lora.rank": 4}
+        assert known.same({}, values) is None
+        known.add(f"p{number}", {}, values)
+    assert known.same({}, {"seed": 2**62 + 7, "lora.rank": 4.0}) == "p7"
+    assert known.same({}, {"seed": 0, "lora.rank": 4}) == "old"
+    assert len(compared) < 5 * len(known.typed) * len(values)
 
 
 @pytest.mark.parametrize(
