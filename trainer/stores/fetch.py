@@ -6,14 +6,12 @@ of each node, or of a shared disk, fetches, and the others wait for it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from trainer.checkpoints.names import MANIFEST, checkpoints, is_name, samples_of
 from trainer.checkpoints.problems import find_problems
 from trainer.checkpoints.resume import was_followed
 from trainer.data.remote import MissingFileError, is_url
+from trainer.files import long_turn
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.run_documents import UPLOAD
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _LOCK, _FETCHED = ".fetch.lock", ".fetched.json"
 _LONGEST_WAIT = 4 * 3600.0  # seconds that a rank waits for another one to fetch
-_LOOK = 0.2  # seconds between two looks at whether it has
 _SHORT = 30.0  # seconds to ask a store that does not answer, if the run can go on without it
 _MOST_FILES = 1000  # of an export
 
@@ -71,7 +69,7 @@ def fetch(config: Config, stage: str, *, launch: tuple[str, int] = ("", 0)) -> N
     root.mkdir(parents=True, exist_ok=True)
     step = os.environ.get("SLURM_STEP_ID", "")  # a job may run the command more than once
     start = {"launch": launch[0], "restart": str(launch[1]), "step": step, "stage": stage, "urls": " ".join(urls)}
-    with _alone(root / _LOCK):
+    with long_turn(root / _LOCK, seconds=_LONGEST_WAIT):
         if launch[0] and _read_start(root) == start:
             return  # another rank of this start has fetched it
         for location in urls:
@@ -87,28 +85,6 @@ def _read_start(root: Path) -> dict[str, str]:
         return read_json(root / _FETCHED, dict[str, str], mend="")
     except (FileNotFoundError, ValueError):
         return {}
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock, which other machines respect if the file system has locks. Raises ValueError after a long wait."""
-    until = time.monotonic() + _LONGEST_WAIT
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ValueError(
-                        f"another process has been fetching into {path.parent} for hours: see the log of rank 0, end "
-                        f"it, and repeat the command"
-                    ) from None
-                time.sleep(_LOOK)
-                continue
-            except OSError:  # a file system without locks: each rank fetches into folders of its own
-                pass
-            break
-        yield
 
 
 def _fetch_named(config: Config, folder: Path, url: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from launch import pipeline
 from launch.cli import main
 from launch.status import upload as upload_status
-from tests.stores import SECRET
+from tests.stores import SECRET, SHORT
 from tests.trainer import rank_processes
 from tests.trainer.log.trackers.test_adapters import of_mlflow
 from trainer.checkpoints.names import checkpoints, samples_of
@@ -28,8 +28,6 @@ from trainer.stop import Stop
 from trainer.stores import uploads
 from trainer.stores.fetch import fetch
 from trainer.stores.store import Store
-
-SHORT = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32", "checkpoint.least_steps=1")
 
 
 class Asked(Stop):
@@ -56,16 +54,6 @@ def whole(tmp_path_factory, prepared) -> Path:
     config = load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *SHORT])
     assert train(config, "pretrain") == "done"
     return run_dir
-
-
-@pytest.fixture
-def on(tiny, tmp_path):
-    """Return a function that makes the recipe of a run on a node of its own, with an empty disk."""
-
-    def make(place: Any, node: str, *overrides: str):
-        return tiny(*SHORT, f"checkpoint.upload={place.url}", *overrides, run_dir=tmp_path / node)
-
-    return make
 
 
 def require_same_end(one: Path, other: Path) -> None:
