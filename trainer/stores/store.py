@@ -22,6 +22,7 @@ from trainer.urls import without_credentials
 _PIECE = 16 << 20  # bytes of a part of a file that an object store takes in parts
 _STREAMS = 4  # parts at once; each is in memory
 _MOST_PARTS = 9_000  # S3 takes 10,000
+_PROBE = ".probe_"  # begins the names of files that `trouble` writes
 _PARTS = {"s3": {"max_concurrency": _STREAMS}, "s3a": {"max_concurrency": _STREAMS}, "gs": {}, "gcs": {}}
 """Protocols whose `put_file` takes a `chunksize`, and its further options."""
 
@@ -55,6 +56,8 @@ class Store(Remote):
     def list(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of each file directly in a folder; a folder in it has -1. Empty if there is no such folder.
 
+        Probes of `trouble` are left out: they are nobody's, and where deleting is denied they stay.
+
         Raises what the store's package raises.
         """
         self._filesystem.invalidate_cache()
@@ -66,8 +69,10 @@ class Store(Remote):
             return {}
         for entry in entries:
             name = str(entry["name"]).rstrip("/")
-            if name.lstrip("/") != path.lstrip("/"):  # an object store may hold an empty object for the folder
-                found[name.rpartition("/")[2]] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
+            last = name.rpartition("/")[2]
+            if name.lstrip("/") == path.lstrip("/") or last.startswith(_PROBE):
+                continue  # an object store may hold an empty object for the folder
+            found[last] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
         return found
 
     def write(self, name: str, content: bytes) -> None:
@@ -143,7 +148,7 @@ class Store(Remote):
 
 def trouble(url: str) -> str:
     """Return why nothing can be written below a URL, with the mend; empty if it can. Writes a file, and deletes it."""
-    name = f".probe_{secrets.token_hex(4)}"
+    name = f"{_PROBE}{secrets.token_hex(4)}"
     try:
         store = Store(url, patience=0)
         store.write(name, b"spresso")

@@ -235,6 +235,14 @@ def test_no_more_is_fetched_than_the_disk_holds(disk, tmp_path):
     with pytest.raises(ValueError, match="free some space, or set another run_dir"):
         copy_files(Store(disk.url, patience=0), "pretrain", tmp_path, {"export/a": {"bytes": 1 << 60}})
 
+def test_a_probe_that_could_not_be_deleted_is_nobodys(s3, stage):
+    s3.proxy.fault = lambda method, name: "403" if method == "DELETE" else ""
+    assert "can't be written" in trouble(s3.url)
+    s3.proxy.fault = lambda method, name: ""
+    uploader(s3, stage).begin()
+    assert read_claim(Store(s3.url, patience=0)) is not None
+
+
 
 def test_a_store_that_can_be_written_gives_no_trouble_and_keeps_nothing(place, files_of):
     assert trouble(place.url) == ""
