@@ -29,6 +29,7 @@ from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
 from trainer.stores.download import DamagedCopyError, copy_checkpoint, copy_files
 from trainer.stores.layout import (
+    BEGUN,
     DOCUMENTS,
     LARGEST_DOCUMENT,
     foreign,
@@ -97,8 +98,11 @@ def _fetch_named(config: Config, folder: Path, url: str) -> None:
     store = Store(root, patience=config.data.cache.patience)
     logger.info("fetches %s", url)
     try:
-        if MANIFEST in store.sizes(name):
+        held = store.sizes(name)
+        if MANIFEST in held:
             copy_checkpoint(store, name, growing)
+        elif BEGUN in held:
+            raise _unfinished(url)
         elif files := _files_of_export(store, name):
             growing.mkdir(parents=True, exist_ok=True)
             copy_files(store, name, growing, files)
@@ -118,10 +122,19 @@ def _files_of_export(store: Store, name: str) -> dict[str, dict[str, Any]]:
     prefix = f"{name}/"
     if known := {key.removeprefix(prefix): facts for key, facts in done["files"].items() if key.startswith(prefix)}:
         return known
+    if BEGUN in store.sizes():
+        raise _unfinished(f"{store.url}/{name}")
     listed = dict(_listed(store, name, ""))
     if len(listed) > _MOST_FILES:
         raise ValueError(f"{store.url}/{name} holds {len(listed)} files, which no export does")
     return {key: {"bytes": count} for key, count in listed.items()}
+
+
+def _unfinished(url: str) -> ValueError:
+    return ValueError(
+        f"{url} is not whole: the run that uploads it is not done with it, or was ended there; give another URL, or "
+        f"repeat the command once that run has gone on"
+    )
 
 
 def _listed(store: Store, folder: str, prefix: str, depth: int = 2) -> Iterator[tuple[str, int]]:
@@ -226,15 +239,18 @@ class _Run:
         for name in newer:
             try:
                 self._copy(name)
-                return
+                break
             except DamagedCopyError as error:
                 damaged.append(name)
                 logger.warning("DAMAGED CHECKPOINT %s/%s/%s is passed over: %s", self.url, run.stage, name, error)
-        if damaged and local is None:
-            raise ValueError(
-                f"{self.url}/{run.stage} holds no whole checkpoint, {len(damaged)} damaged: begin anew with another "
-                f"checkpoint.upload=…, or resume from another checkpoint with checkpoint.resume=PATH"
-            )
+        else:
+            if damaged and local is None:
+                raise ValueError(
+                    f"{self.url}/{run.stage} holds no whole checkpoint, {len(damaged)} damaged: begin anew with "
+                    f"another checkpoint.upload=…, or resume from another checkpoint with checkpoint.resume=PATH"
+                )
+        if damaged:  # this start may write beside them, and replaces them
+            write_json(run.path / UPLOAD, {"url": self.url, "time": time.time(), "damaged": damaged}, durable=False)
 
     def _has_manifest(self, name: str) -> bool:
         return MANIFEST in self.store.sizes(f"{self.own.stage}/checkpoints/{name}")

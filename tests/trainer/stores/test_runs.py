@@ -27,6 +27,7 @@ from trainer.recipes.reading import load_recipe
 from trainer.stop import Stop
 from trainer.stores import uploads
 from trainer.stores.fetch import fetch
+from trainer.stores.layout import located
 from trainer.stores.store import Store
 
 
@@ -193,6 +194,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(disk, on, tmp_path, wh
         fetch(on(disk, "third"), "pretrain")
 
 
+def test_a_run_that_passed_a_damaged_checkpoint_over_is_uploaded(disk, on, tmp_path, whole):
+    stopped_at(on(disk, "first"), 64)
+    newest = max(Store(disk.url, patience=0).sizes("pretrain/checkpoints"))
+    (tmp_path / "disk/pretrain/checkpoints" / newest / "rank_00000.safetensors").write_bytes(b"torn")
+    assert pipeline.train(on(disk, "second"), "pretrain") == "done"
+    require_same_end(tmp_path / "second", whole)
+    assert (tmp_path / "disk/pretrain/done.json").exists()
+    fetch(on(disk, "third"), "pretrain")
+    assert (tmp_path / "third/pretrain/export").is_dir()
+
+
 def test_a_start_without_an_answer_begins_nothing_anew(s3, on, tmp_path):
     s3.proxy.fault = lambda method, name: "500"
     config = on(s3, "run", "data.cache.patience=0.1")
@@ -259,6 +271,24 @@ def require_same_end_of_weights(one: Path, other: Path) -> None:
     ends = [checkpoints(run / "pretrain" / "checkpoints")[-1] for run in (one, other)]
     ours, theirs = (load_file(path / "rank_00000.safetensors") for path in ends)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_what_is_not_whole_yet_at_a_url_is_not_taken(disk, on, tiny, tmp_path, whole):
+    """Another run is uploading it. Once it is whole, the same command takes it."""
+    assert pipeline.train(on(disk, "first"), "pretrain") == "done"
+    at = tmp_path / "disk/pretrain"
+    name = max(path.name for path in (at / "checkpoints").iterdir())
+    for setting, last in (
+        (f"start_from={disk.url}/pretrain/export", at / "done.json"),
+        (f"resume={disk.url}/pretrain/checkpoints/{name}", at / "checkpoints" / name / "manifest.json"),
+    ):
+        config, content = tiny(*SHORT, f"checkpoint.{setting}", run_dir=tmp_path / last.name), last.read_bytes()
+        last.unlink()
+        with pytest.raises(ValueError, match=rf"{setting.partition('=')[2]} is not whole: the run that uploads it"):
+            fetch(config, "pretrain")
+        last.write_bytes(content)
+        fetch(config, "pretrain")
+        assert located(setting.partition("=")[2], tmp_path / last.name / "pretrain").is_dir()
 
 
 def test_what_is_no_checkpoint_at_a_url_is_named(disk, tiny, tmp_path):
