@@ -83,8 +83,10 @@ def choose_columns(schema: Any, where: str, audio: str | None, caption: str | No
     parts = (
         [chosen.type.field(n).name for n in range(chosen.type.num_fields)] if pa.types.is_struct(chosen.type) else []
     )
+    held = chosen.type.field("bytes").type if "bytes" in parts else pa.binary()
     is_text = pa.types.is_string(chosen.type) or pa.types.is_large_string(chosen.type)
-    if not (parts and {"bytes", "path"} & {*parts}) and not is_text and not _is_binary(pa, chosen.type):
+    is_sound = bool({"bytes", "path"} & {*parts}) or is_text or _is_binary(pa, chosen.type)
+    if not is_sound or not (_is_binary(pa, held) or pa.types.is_null(held)):
         raise ValueError(
             f"{where}: the column {chosen.name} holds {chosen.type}, neither files of sound nor their paths"
         )
