@@ -230,7 +230,9 @@ class _Run:
         run = self.own
         there = [name for name in self.store.sizes(f"{run.stage}/checkpoints") if is_name(name)]
         whole = sorted((name for name in there if self._has_manifest(name)), key=samples_of_name, reverse=True)
-        local = next((path for path in reversed(checkpoints(run.checkpoints)) if not _is_damaged(path)), None)
+        # With checksums, as the run does when it resumes: it would pass over a damaged one that the store has whole.
+        ours = reversed(checkpoints(run.checkpoints)) if whole else iter(())
+        local = next((path for path in ours if not find_problems(path)), None)
         newer = [name for name in whole if local is None or samples_of_name(name) > samples_of(local)]
         if newer:
             self._require_may_go_on(newer[0])
@@ -322,7 +324,3 @@ class _Run:
 
 class _ForeignError(ValueError):
     """The store belongs to something else."""
-
-
-def _is_damaged(path: Path) -> bool:
-    return bool(find_problems(path, checksums=False))

@@ -20,6 +20,7 @@ from launch.cli import main
 from launch.status import upload as upload_status
 from tests.stores import SECRET, SHORT
 from tests.trainer import rank_processes
+from tests.trainer.checkpoints.test_checkpoint import flip_a_byte
 from tests.trainer.log.trackers.test_adapters import of_mlflow
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.loop import train
@@ -192,6 +193,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(disk, on, tmp_path, wh
         (tmp_path / "disk/pretrain/checkpoints" / name / "rank_00000.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="holds no whole checkpoint, 2 damaged: begin anew with another"):
         fetch(on(disk, "third"), "pretrain")
+
+
+def test_a_checkpoint_that_is_damaged_on_the_disk_alone_is_fetched(disk, on, tmp_path, whole):
+    """Its size is right, such as after a power failure; the store has it whole."""
+    stopped_at(on(disk, "run"), 64)
+    newest = checkpoints(tmp_path / "run/pretrain/checkpoints")[-1]
+    flip_a_byte(newest / "rank_00000.safetensors", 1000)
+    assert pipeline.train(on(disk, "run"), "pretrain") == "done"
+    assert f"resumed from {newest} at {samples_of(newest)}" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    require_same_end(tmp_path / "run", whole)
+    assert (tmp_path / "disk/pretrain/done.json").exists()
 
 
 def test_a_run_that_passed_a_damaged_checkpoint_over_is_uploaded(disk, on, tmp_path, whole):
