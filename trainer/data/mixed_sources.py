@@ -195,10 +195,13 @@ def _unique_names(sounds: list[Sound]) -> list[str]:
     count = Counter(source.name for _, source in sounds)
     names = [source.name if count[source.name] == 1 else f"{home}/{source.name}" for home, source in sounds]
     count, taken = Counter(names), Counter[str]()
+    known = set(names)
     for number, name in enumerate(names):
         if count[name] > 1:
-            taken[name] += 1
-            names[number] = f"{taken[name]}/{name}"
+            while names[number] in known:  # a sound may have the name that another one would get
+                taken[name] += 1
+                names[number] = f"{taken[name]}/{name}"
+            known.add(names[number])
     return names
 
 

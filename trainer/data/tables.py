@@ -92,6 +92,8 @@ def choose_columns(schema: Any, where: str, audio: str | None, caption: str | No
         )
     texts = caption or next((name for name in CAPTION_COLUMNS if name in schema.names and name != chosen.name), None)
     facts = [field.name for field in schema if field.name not in (chosen.name, texts) and _is_scalar(pa, field.type)]
+    if twice := next((name for name in (chosen.name, texts, *facts) if schema.names.count(name) > 1), None):
+        raise ValueError(f"{where} has several columns {printable(twice)}: write the table with a name for each")
     return Columns(
         chosen.name, "bytes" in parts or _is_binary(pa, chosen.type), "path" in parts or is_text, texts, facts
     )
