@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
+from models.atomic_write import write_whole
 from trainer.data.remote import Remote
 from trainer.file_names import printable
 from trainer.stores.protocols import WITH_FOLDERS
@@ -22,7 +23,6 @@ from trainer.urls import without_credentials
 _PIECE = 16 << 20  # bytes of a part of a file that an object store takes in parts
 _STREAMS = 4  # parts at once; each is in memory
 _MOST_PARTS = 9_000  # S3 takes 10,000
-_PROBE = ".probe_"  # begins the names of files that `trouble` writes
 _PARTS = {"s3": {"max_concurrency": _STREAMS}, "s3a": {"max_concurrency": _STREAMS}, "gs": {}, "gcs": {}}
 """Protocols whose `put_file` takes a `chunksize`, and its further options."""
 
@@ -56,7 +56,8 @@ class Store(Remote):
     def list(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of each file directly in a folder; a folder in it has -1. Empty if there is no such folder.
 
-        Probes of `trouble` are left out: they are nobody's, and where deleting is denied they stay.
+        Hidden files directly below the URL are left out: probes of `trouble`, which stay where deleting is denied, and
+        what a process that was killed was writing.
 
         Raises what the store's package raises.
         """
@@ -70,7 +71,7 @@ class Store(Remote):
         for entry in entries:
             name = str(entry["name"]).rstrip("/")
             last = name.rpartition("/")[2]
-            if name.lstrip("/") == path.lstrip("/") or last.startswith(_PROBE):
+            if name.lstrip("/") == path.lstrip("/") or (not folder and last.startswith(".")):
                 continue  # an object store may hold an empty object for the folder
             found[last] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
         return found
@@ -78,7 +79,10 @@ class Store(Remote):
     def write(self, name: str, content: bytes) -> None:
         """Write a small file; raises SentWrongError, and what the store's package raises."""
         self._make_folder(name)
-        self._filesystem.pipe_file(self._path(name), content)
+        if self.protocol in ("file", "local"):  # object stores and WebDAV show a file once it is whole
+            write_whole(Path(self._path(name)), content)
+        else:
+            self._filesystem.pipe_file(self._path(name), content)
         tag = self._require_size(name, len(content))
         self.md5_tags = self.md5_tags or tag == _md5([content])[0]
 
@@ -148,7 +152,7 @@ class Store(Remote):
 
 def trouble(url: str) -> str:
     """Return why nothing can be written below a URL, with the mend; empty if it can. Writes a file, and deletes it."""
-    name = f"{_PROBE}{secrets.token_hex(4)}"
+    name = f".probe_{secrets.token_hex(4)}"
     try:
         store = Store(url, patience=0)
         store.write(name, b"spresso")

@@ -130,7 +130,7 @@ class Upload:
         if self._claimed:
             self._require_ours()
             return
-        held = read_claim(self.store)
+        held = self._held()
         if held is None and self.store.list():
             raise RefusedError(
                 f"{self.store.url} holds files that no run wrote: give an empty folder with checkpoint.upload=…"
@@ -149,8 +149,14 @@ class Upload:
         write_claim(self.store, self.claim)
         self._claimed = True
 
+    def _held(self) -> Claim | None:
+        try:
+            return read_claim(self.store)
+        except DamagedDocument as error:  # to read it again would show the same
+            raise RefusedError(str(error)) from None
+
     def _require_ours(self) -> None:
-        held = read_claim(self.store)
+        held = self._held()
         if held is not None and held.run == self.claim.run and held.token == self.claim.token:
             return
         who = f"another start of this run, on {held.host}," if held and held.run == self.claim.run else "another run"

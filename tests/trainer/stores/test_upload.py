@@ -235,6 +235,34 @@ def test_another_run_is_refused_and_nothing_of_the_first_is_touched(place, stage
     assert files_of(place) == before
 
 
+def test_a_damaged_claim_is_no_reason_to_try_again(place, stage):
+    Store(place.url, patience=0).write("owner.json", b"")
+    with pytest.raises(RefusedError, match=r"owner\.json is damaged .*give another checkpoint\.upload"):
+        uploader(place, stage).begin()
+
+
+def test_a_document_on_a_disk_is_replaced_whole(disk, monkeypatch):
+    """A process that is killed while it writes leaves the document before, not the beginning of the new one."""
+    store, replace = Store(disk.url, patience=0), Path.replace
+    store.write("owner.json", b"before")
+
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("owner.json", b"after")
+    monkeypatch.setattr(Path, "replace", replace)
+    assert store.content("owner.json", most=100) == b"before"
+
+
+def test_what_a_killed_process_was_writing_is_nobodys(disk, stage):
+    store = Store(disk.url, patience=0)
+    store.write(".owner.json.host-4026531836-77.partial", b"{")
+    uploader(disk, stage).begin()
+    assert read_claim(store) is not None
+
+
 def test_a_probe_that_could_not_be_deleted_is_nobodys(s3, stage):
     s3.proxy.fault = lambda method, name: "403" if method == "DELETE" else ""
     assert "can't be written" in trouble(s3.url)
