@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "AWS_MAX_ATTEMPTS": "1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+SHORT = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32", "checkpoint.least_steps=1")
+"""Settings of a run that is short and saves often."""
 _MODULES = Path("/usr/lib/nginx/modules")
 _WEBDAV = """
 load_module {modules}/ngx_http_dav_ext_module.so;

@@ -67,6 +67,8 @@ class UploadState(TypedDict):
     """Newest checkpoint that is whole on the store, or `export`."""
     problem: NotRequired[str]
     """What failed last, if nothing has succeeded since."""
+    damaged: NotRequired[list[str]]
+    """Checkpoints on the store that a download has found damaged."""
 
 
 class MetricsLine(TypedDict):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@|(?<=[?&])[^\s&=]+=[^\s&]+")
-"""`user:password@` in a URL, and the arguments after its `?`, which sign a request."""
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@|(?<=[?&])[^\s&=]+=[^\s&]+")
+"""`user:password@` in a URL, up to its last @, and the arguments after its `?`, which sign a request."""
 
 
 def without_credentials(text: str) -> str:

@@ -21,9 +21,12 @@ from trainer.data.sources import SoundFile, Sources, find_sources
 from trainer.data.tables import table_sounds
 from trainer.data.tar_members import shown, tar_members
 from trainer.file_names import as_unicode, printable
+from trainer.urls import has_credentials, without_credentials
 
 _WINDOW = 64 << 10  # bytes that are fetched at once of a tar whose headers alone are wanted
 _THREADS = 16  # that ask for the objects of a manifest
+_OF_THIS_MACHINE = ("file", "local", "git", "zip", "tar", "libarchive")
+"""Protocols that read this machine's disks."""
 _OUTSIDE = re.compile(r"^(\.\./)+")
 
 Sound = tuple[str, SoundFile]
@@ -134,6 +137,11 @@ def _listed(one: Located, asked: Asked, passed_over: Counts, notes: Counts) -> I
     except UnicodeDecodeError as error:
         raise ValueError(f"{one.told} is not text in UTF-8: convert it") from error
     folder = split_url(one.place)[0]
+    if secret := next((name for name in entries if "://" in name and has_credentials(_without_arguments(name))), None):
+        raise ValueError(
+            f"{one.told} names {without_credentials(printable(secret))}, whose credentials reports and sets would "
+            f"show: leave them out, and give them in the store's own environment"
+        )
     with ThreadPoolExecutor(_THREADS) as pool:
         origins = pool.map(lambda name: _object(folder, name, asked.patience), entries)
         for (name, entry), origin in zip(entries.items(), origins, strict=True):
@@ -147,12 +155,24 @@ def _object(folder: str, name: str, patience: float) -> Origin:
     path = name if "://" in name else posixpath.normpath(name)
     if path.startswith(("/", "../")) or not is_url(f"{folder}/{path}"):
         return Lost(f"{folder}/{printable(name)}", "lies outside of the manifest's folder: give it by its URL")
+    if _leads_here(path) and not _leads_here(folder):
+        return Lost(printable(path), "names a file of this machine, which a manifest at a URL may not")
     place = path if "://" in path else f"{folder}/{path}"
     try:
         stored = stored_at(place, patience)
     except MissingFileError:
         return Lost(printable(place), "is missing")
     return Section(stored.told, stored, 0, stored.size)
+
+
+def _leads_here(url: str) -> bool:
+    """Whether a URL names something on this machine, or may: a chain of protocols can end anywhere."""
+    return "::" in url.partition("://")[0] or url.partition("://")[0].lower() in _OF_THIS_MACHINE
+
+
+def _without_arguments(url: str) -> str:
+    """Return a URL without what follows its ?, which in the names of objects is a letter like others."""
+    return url if url.lower().startswith("http") else url.partition("?")[0]
 
 
 _LISTED = {"bucket": _bucket, "tars": _tars, "tables": _tables, "listed": _listed}

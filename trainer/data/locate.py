@@ -195,7 +195,7 @@ def _at_url(url: str, patience: float) -> Located:
     states = [name for name in files if posixpath.basename(name) == _STATE]
     named = _of_sets(url, containers, states, lambda name: read_bytes(files[name], 0, files[name].size, patience))
     passed_over = Counts()
-    for name in files.keys() - set(containers):
+    for name in sorted(files.keys() - set(containers)):
         passed_over.add(posixpath.splitext(name)[1].lower() or "without suffix", name)
     return _containers(url, {name: files[name] for name in named}, containers, passed_over)
 

@@ -8,6 +8,7 @@ in a tar or a table that of its members and rows, which is the quickest to read.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from trainer.data.remote import is_url
 from trainer.data.shard_plan import sources_fingerprint
 from trainer.data.sources import Keys, SoundFile, Sources, find_sources
 from trainer.data.tables import ParquetRows
-from trainer.file_names import printable
+from trainer.file_names import as_unicode, printable
 
 _RECORD = "sounds.jsonl"
 _MEND = "remove it, and the sounds are listed again"
@@ -173,8 +174,20 @@ def _all_sounds(asked: Asked, located: list[Located]) -> Sources:
     files = []
     for name, (_, source) in zip(_unique_names(sounds), sounds, strict=True):
         key = keys.free(source.place[1] if source.origin is not None else source.path.stem)
-        files.append(replace(source, name=name, key=key, path=Path(name) if source.origin else source.path))
+        path = Path(name) if source.origin else source.path
+        files.append(replace(source, name=name, key=key, path=path, facts=_plain(dict(source.facts))))
     return Sources(files, passed_over, notes)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of JSON as the record and all readers of JSON have it: numbers that are not finite are None."""
+    if isinstance(value, dict):
+        return {as_unicode(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return as_unicode(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unique_names(sounds: list[Sound]) -> list[str]:
@@ -182,10 +195,13 @@ def _unique_names(sounds: list[Sound]) -> list[str]:
     count = Counter(source.name for _, source in sounds)
     names = [source.name if count[source.name] == 1 else f"{home}/{source.name}" for home, source in sounds]
     count, taken = Counter(names), Counter[str]()
+    known = set(names)
     for number, name in enumerate(names):
         if count[name] > 1:
-            taken[name] += 1
-            names[number] = f"{taken[name]}/{name}"
+            while names[number] in known:  # a sound may have the name that another one would get
+                taken[name] += 1
+                names[number] = f"{taken[name]}/{name}"
+            known.add(names[number])
     return names
 
 

@@ -83,13 +83,17 @@ def choose_columns(schema: Any, where: str, audio: str | None, caption: str | No
     parts = (
         [chosen.type.field(n).name for n in range(chosen.type.num_fields)] if pa.types.is_struct(chosen.type) else []
     )
+    held = chosen.type.field("bytes").type if "bytes" in parts else pa.binary()
     is_text = pa.types.is_string(chosen.type) or pa.types.is_large_string(chosen.type)
-    if not (parts and {"bytes", "path"} & {*parts}) and not is_text and not _is_binary(pa, chosen.type):
+    is_sound = bool({"bytes", "path"} & {*parts}) or is_text or _is_binary(pa, chosen.type)
+    if not is_sound or not (_is_binary(pa, held) or pa.types.is_null(held)):
         raise ValueError(
             f"{where}: the column {chosen.name} holds {chosen.type}, neither files of sound nor their paths"
         )
     texts = caption or next((name for name in CAPTION_COLUMNS if name in schema.names and name != chosen.name), None)
     facts = [field.name for field in schema if field.name not in (chosen.name, texts) and _is_scalar(pa, field.type)]
+    if twice := next((name for name in (chosen.name, texts, *facts) if schema.names.count(name) > 1), None):
+        raise ValueError(f"{where} has several columns {printable(twice)}: write the table with a name for each")
     return Columns(
         chosen.name, "bytes" in parts or _is_binary(pa, chosen.type), "path" in parts or is_text, texts, facts
     )

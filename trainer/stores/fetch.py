@@ -6,14 +6,12 @@ of each node, or of a shared disk, fetches, and the others wait for it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from trainer.checkpoints.names import MANIFEST, checkpoints, is_name, samples_of
 from trainer.checkpoints.problems import find_problems
 from trainer.checkpoints.resume import was_followed
 from trainer.data.remote import MissingFileError, is_url
+from trainer.files import long_turn
 from trainer.recipes.schema import Config
 from trainer.run_directory import RunDirectory, stage_folder
 from trainer.run_documents import UPLOAD
@@ -30,6 +29,7 @@ from trainer.stage_inputs import stage_inputs
 from trainer.stages import STAGES
 from trainer.stores.download import DamagedCopyError, copy_checkpoint, copy_files
 from trainer.stores.layout import (
+    BEGUN,
     DOCUMENTS,
     LARGEST_DOCUMENT,
     foreign,
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 _LOCK, _FETCHED = ".fetch.lock", ".fetched.json"
 _LONGEST_WAIT = 4 * 3600.0  # seconds that a rank waits for another one to fetch
-_LOOK = 0.2  # seconds between two looks at whether it has
 _SHORT = 30.0  # seconds to ask a store that does not answer, if the run can go on without it
 _MOST_FILES = 1000  # of an export
 
@@ -71,7 +70,7 @@ def fetch(config: Config, stage: str, *, launch: tuple[str, int] = ("", 0)) -> N
     root.mkdir(parents=True, exist_ok=True)
     step = os.environ.get("SLURM_STEP_ID", "")  # a job may run the command more than once
     start = {"launch": launch[0], "restart": str(launch[1]), "step": step, "stage": stage, "urls": " ".join(urls)}
-    with _alone(root / _LOCK):
+    with long_turn(root / _LOCK, seconds=_LONGEST_WAIT):
         if launch[0] and _read_start(root) == start:
             return  # another rank of this start has fetched it
         for location in urls:
@@ -89,28 +88,6 @@ def _read_start(root: Path) -> dict[str, str]:
         return {}
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock, which other machines respect if the file system has locks. Raises ValueError after a long wait."""
-    until = time.monotonic() + _LONGEST_WAIT
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ValueError(
-                        f"another process has been fetching into {path.parent} for hours: see the log of rank 0, end "
-                        f"it, and repeat the command"
-                    ) from None
-                time.sleep(_LOOK)
-                continue
-            except OSError:  # a file system without locks: each rank fetches into folders of its own
-                pass
-            break
-        yield
-
-
 def _fetch_named(config: Config, folder: Path, url: str) -> None:
     """Copy the checkpoint or the export at a URL to where `located` finds it. Raises ValueError."""
     into = located(url, folder)
@@ -121,8 +98,11 @@ def _fetch_named(config: Config, folder: Path, url: str) -> None:
     store = Store(root, patience=config.data.cache.patience)
     logger.info("fetches %s", url)
     try:
-        if MANIFEST in store.sizes(name):
+        held = store.sizes(name)
+        if MANIFEST in held:
             copy_checkpoint(store, name, growing)
+        elif BEGUN in held:
+            raise _unfinished(url)
         elif files := _files_of_export(store, name):
             growing.mkdir(parents=True, exist_ok=True)
             copy_files(store, name, growing, files)
@@ -142,10 +122,19 @@ def _files_of_export(store: Store, name: str) -> dict[str, dict[str, Any]]:
     prefix = f"{name}/"
     if known := {key.removeprefix(prefix): facts for key, facts in done["files"].items() if key.startswith(prefix)}:
         return known
+    if BEGUN in store.sizes():
+        raise _unfinished(f"{store.url}/{name}")
     listed = dict(_listed(store, name, ""))
     if len(listed) > _MOST_FILES:
         raise ValueError(f"{store.url}/{name} holds {len(listed)} files, which no export does")
     return {key: {"bytes": count} for key, count in listed.items()}
+
+
+def _unfinished(url: str) -> ValueError:
+    return ValueError(
+        f"{url} is not whole: the run that uploads it is not done with it, or was ended there; give another URL, or "
+        f"repeat the command once that run has gone on"
+    )
 
 
 def _listed(store: Store, folder: str, prefix: str, depth: int = 2) -> Iterator[tuple[str, int]]:
@@ -241,7 +230,9 @@ class _Run:
         run = self.own
         there = [name for name in self.store.sizes(f"{run.stage}/checkpoints") if is_name(name)]
         whole = sorted((name for name in there if self._has_manifest(name)), key=samples_of_name, reverse=True)
-        local = next((path for path in reversed(checkpoints(run.checkpoints)) if not _is_damaged(path)), None)
+        # With checksums, as the run does when it resumes: it would pass over a damaged one that the store has whole.
+        ours = reversed(checkpoints(run.checkpoints)) if whole else iter(())
+        local = next((path for path in ours if not find_problems(path)), None)
         newer = [name for name in whole if local is None or samples_of_name(name) > samples_of(local)]
         if newer:
             self._require_may_go_on(newer[0])
@@ -250,15 +241,18 @@ class _Run:
         for name in newer:
             try:
                 self._copy(name)
-                return
+                break
             except DamagedCopyError as error:
                 damaged.append(name)
                 logger.warning("DAMAGED CHECKPOINT %s/%s/%s is passed over: %s", self.url, run.stage, name, error)
-        if damaged and local is None:
-            raise ValueError(
-                f"{self.url}/{run.stage} holds no whole checkpoint, {len(damaged)} damaged: begin anew with another "
-                f"checkpoint.upload=…, or resume from another checkpoint with checkpoint.resume=PATH"
-            )
+        else:
+            if damaged and local is None:
+                raise ValueError(
+                    f"{self.url}/{run.stage} holds no whole checkpoint, {len(damaged)} damaged: begin anew with "
+                    f"another checkpoint.upload=…, or resume from another checkpoint with checkpoint.resume=PATH"
+                )
+        if damaged:  # this start may write beside them, and replaces them
+            write_json(run.path / UPLOAD, {"url": self.url, "time": time.time(), "damaged": damaged}, durable=False)
 
     def _has_manifest(self, name: str) -> bool:
         return MANIFEST in self.store.sizes(f"{self.own.stage}/checkpoints/{name}")
@@ -330,7 +324,3 @@ class _Run:
 
 class _ForeignError(ValueError):
     """The store belongs to something else."""
-
-
-def _is_damaged(path: Path) -> bool:
-    return bool(find_problems(path, checksums=False))

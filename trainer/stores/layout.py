@@ -5,6 +5,7 @@ STAGE/config.yaml, metrics.jsonl …      the stage's small documents
 STAGE/checkpoints/step_SAMPLES/         a checkpoint; `manifest.json` is written last and deleted first
 STAGE/averages/step_SAMPLES/            a snapshot of the averages, likewise
 STAGE/export/                   the export
+STAGE/begun.json                what of the export is sent there now, or was last
 STAGE/done.json                 written last: sizes and checksums of the export and the documents
 """
 
@@ -26,7 +27,7 @@ from trainer.stores.store import Store
 
 OWNER = "owner.json"
 BEGUN = "begun.json"
-"""File in a folder of the store: the checksum of the manifest whose files are being sent there."""
+"""File in a folder of the store: the checksum of what is being sent there: of a manifest, or of a `done.json`."""
 DONE = "done.json"
 DOCUMENTS = (
     *("inputs.json", "metrics.jsonl", "incident.json", "attempts/history.jsonl", "status.json"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
+from models.atomic_write import write_whole
 from trainer.data.remote import Remote
 from trainer.file_names import printable
 from trainer.stores.protocols import WITH_FOLDERS
@@ -55,6 +56,9 @@ class Store(Remote):
     def list(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of each file directly in a folder; a folder in it has -1. Empty if there is no such folder.
 
+        Hidden files directly below the URL are left out: probes of `trouble`, which stay where deleting is denied, and
+        what a process that was killed was writing.
+
         Raises what the store's package raises.
         """
         self._filesystem.invalidate_cache()
@@ -66,14 +70,19 @@ class Store(Remote):
             return {}
         for entry in entries:
             name = str(entry["name"]).rstrip("/")
-            if name.lstrip("/") != path.lstrip("/"):  # an object store may hold an empty object for the folder
-                found[name.rpartition("/")[2]] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
+            last = name.rpartition("/")[2]
+            if name.lstrip("/") == path.lstrip("/") or (not folder and last.startswith(".")):
+                continue  # an object store may hold an empty object for the folder
+            found[last] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
         return found
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file; raises SentWrongError, and what the store's package raises."""
         self._make_folder(name)
-        self._filesystem.pipe_file(self._path(name), content)
+        if self.protocol in ("file", "local"):  # object stores and WebDAV show a file once it is whole
+            write_whole(Path(self._path(name)), content)
+        else:
+            self._filesystem.pipe_file(self._path(name), content)
         tag = self._require_size(name, len(content))
         self.md5_tags = self.md5_tags or tag == _md5([content])[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Upload:
     """Told what is on its way, how many bytes of it have gone, and how many it has."""
     begins: int = 0
     """Samples from which the run goes on. What the store has beyond them when this start first looks is not its own."""
+    damaged: set[str] = field(default_factory=set)
+    """Names of checkpoints on the store that a download has found damaged. They count as not whole."""
     _claimed: bool = False
     _metas: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What was read of manifests on the store."""
@@ -76,10 +78,7 @@ class Upload:
             Exception: what the store's package raises.
         """
         self._require_claim()
-        for snapshot in checkpoints(self.folder / "averages"):
-            if samples_of_name(snapshot.name) <= samples_of_name(name):
-                self._step(f"averages/{snapshot.name}")
-        self._step(f"checkpoints/{name}", before_manifest=self.documents)
+        self._send_checkpoint(name)
         self._prune(name)
 
     def export(self) -> None:
@@ -92,6 +91,7 @@ class Upload:
         if self._content(DONE, most=LARGEST_DOCUMENT) == (content := to_json(done, indent=1).encode()):
             return
         self.store.remove(f"{self.stage}/{DONE}")
+        self._begin("", {"export": hashlib.sha256(content).hexdigest()}, lambda: self._remove_files(files))
         self._send("export", {name: self.folder / name for name in files}, _sizes_of(files))
         self.documents()
         self._require_ours()
@@ -107,25 +107,39 @@ class Upload:
                     self.store.write(f"{self.stage}/{name}", file.read(LARGEST_DOCUMENT))
 
     def went_back(self, name: str) -> None:
-        """Delete the checkpoints and snapshots after one to which the run was rewound. Raises as `checkpoint` does."""
+        """Delete the checkpoints and snapshots after one to which the run was rewound, once that one is whole there.
+
+        Raises as `checkpoint` does.
+        """
         self._require_claim()
+        if not is_gone(self.folder, name):  # it may have been left out, if a newer one came while it waited
+            self._send_checkpoint(name)
         for kind in ("checkpoints", "averages"):
             for later in self._names(kind):
                 if samples_of_name(later) > samples_of_name(name):
                     self._remove(f"{kind}/{later}")
+
+    def _send_checkpoint(self, name: str) -> None:
+        for snapshot in checkpoints(self.folder / "averages"):
+            if samples_of_name(snapshot.name) <= samples_of_name(name):
+                self._step(f"averages/{snapshot.name}")
+        self._step(f"checkpoints/{name}", before_manifest=self.documents)
 
     def _require_claim(self) -> None:
         """Claim the URL for this start of the run, unless it has done so: the start before may write no longer."""
         if self._claimed:
             self._require_ours()
             return
-        held = read_claim(self.store)
+        held = self._held()
         if held is None and self.store.list():
             raise RefusedError(
                 f"{self.store.url} holds files that no run wrote: give an empty folder with checkpoint.upload=…"
             )
         if held is not None and held.run != self.claim.run:
             raise RefusedError(foreign(self.store, held))
+        if held is not None and held.token == self.claim.token:  # a process of this start that has ended claimed it
+            self._claimed = True
+            return
         later = [name for name in self._whole() if samples_of_name(name) > self.begins]
         if later:
             raise RefusedError(
@@ -135,8 +149,14 @@ class Upload:
         write_claim(self.store, self.claim)
         self._claimed = True
 
+    def _held(self) -> Claim | None:
+        try:
+            return read_claim(self.store)
+        except DamagedDocument as error:  # to read it again would show the same
+            raise RefusedError(str(error)) from None
+
     def _require_ours(self) -> None:
-        held = read_claim(self.store)
+        held = self._held()
         if held is not None and held.run == self.claim.run and held.token == self.claim.token:
             return
         who = f"another start of this run, on {held.host}," if held and held.run == self.claim.run else "another run"
@@ -146,13 +166,12 @@ class Upload:
         """Upload a checkpoint or a snapshot, whose folder below the stage's is `where`."""
         path = self.folder / where
         manifest = (path / MANIFEST).read_bytes()
+        if where.startswith("checkpoints/") and path.name in self.damaged:
+            self._remove(where)
         if self._content(f"{where}/{MANIFEST}", most=LARGEST_MANIFEST) == manifest:
             return
         files = read_manifest(path)["files"]
-        begun = json.dumps({"manifest": hashlib.sha256(manifest).hexdigest()}).encode()
-        if self._content(f"{where}/{BEGUN}", most=1 << 10) != begun:  # files of another content may have these names
-            self._remove(where)
-            self.store.write(f"{self.stage}/{where}/{BEGUN}", begun)
+        self._begin(where, {"manifest": hashlib.sha256(manifest).hexdigest()}, lambda: self._remove(where))
         sizes = _sizes_of(files)
         self._send(path.name, {f"{where}/{name}": path / name for name in files}, sizes)
         before_manifest()
@@ -161,6 +180,16 @@ class Upload:
             raise OSError(f"{self.store.url}/{self.stage}/{where}/{lacking[0]} is not whole on the store")
         self._require_ours()
         self.store.write(f"{self.stage}/{where}/{MANIFEST}", manifest)
+
+    def _begin(self, where: str, content: Mapping[str, str], clear: Callable[[], None]) -> None:
+        """Note in a folder of the stage what is sent there next; `clear` deletes what was sent of anything else.
+
+        Files of another content may have the same names and sizes.
+        """
+        begun, name = json.dumps(content).encode(), f"{where}/{BEGUN}".lstrip("/")
+        if self._content(name, most=1 << 10) != begun:
+            clear()
+            self.store.write(f"{self.stage}/{name}", begun)
 
     def _send(self, what: str, files: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
         """Upload files, name below the stage's folder → path, except those that are whole on the store."""
@@ -199,7 +228,9 @@ class Upload:
         return [name for name in self._names("checkpoints") if self._meta(name) is not None]
 
     def _meta(self, name: str) -> Mapping[str, Any] | None:
-        """Return the `meta` of a checkpoint on the store; empty if it is damaged, None if it has no manifest."""
+        """Return the `meta` of a checkpoint on the store; empty if its manifest is damaged, None if it is not whole."""
+        if name in self.damaged:
+            return None
         if name not in self._metas:
             content = self._content(f"checkpoints/{name}/{MANIFEST}", most=LARGEST_MANIFEST)
             if content is None:
@@ -219,8 +250,15 @@ class Upload:
             return None
 
     def _remove(self, where: str) -> None:
-        self._metas.pop(where.rpartition("/")[2], None)
+        name = where.rpartition("/")[2]
+        self._metas.pop(name, None)
         self.store.remove_folder(f"{self.stage}/{where}", first=MANIFEST)
+        if where.startswith("checkpoints/"):
+            self.damaged.discard(name)
+
+    def _remove_files(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.store.remove(f"{self.stage}/{name}")
 
 
 def is_gone(folder: Path, name: str) -> bool:

@@ -88,7 +88,10 @@ class Worker:
         self._state: dict[str, Any] = {"url": upload.store.url}
         self._told = self._warned = -_SAME_WARNING
         self._problem = ""
-        self._sent = 0
+        self._far: dict[tuple[str, int], int] = {}
+        """What a request sends, and its bytes → the most of them that had gone at any time. Only more is progress."""
+        self._moves = False
+        """Whether the last try made progress."""
         self._refused = False
         upload.moved = self._moved
 
@@ -102,9 +105,10 @@ class Worker:
 
     def _until_done(self, request: Request) -> None:
         pause = 1.0
+        self._far.clear()
         self._write()
         while True:
-            self._sent = 0
+            self._moves = False
             try:
                 self._do(request)
                 self._succeeded(request)
@@ -117,9 +121,9 @@ class Worker:
                 if request.kind == "checkpoint" and is_gone(self.upload.folder, request.name):
                     return
                 self._failed(f"{request.name or request.kind} is not uploaded yet: {_reason(error)}; it is tried again")
-            if self._sent:
+            if self._moves:
                 pause = 1.0
-            if self.inbox.pause(pause * random.uniform(0.5, 1.5)) and not self._sent and request.kind == "checkpoint":
+            if self.inbox.pause(pause * random.uniform(0.5, 1.5)) and not self._moves and request.kind == "checkpoint":
                 return  # the newer one is worth more, if this one does not move
             pause = min(_LONGEST_PAUSE, 2 * pause)
 
@@ -139,7 +143,8 @@ class Worker:
 
     def _moved(self, what: str, sent: int, of: int) -> None:
         """Report how far an upload is, now and then."""
-        self._sent = sent
+        if sent > self._far.get((what, of), 0):  # what is whole there, or fails each time, has gone before
+            self._far[what, of], self._moves = sent, True
         if (now := time.monotonic()) - self._told > _TELL_EVERY or sent == of:
             self._told = now
             self.tell(sending=what, sent=sent, of=of)
@@ -164,6 +169,8 @@ class Worker:
             self.tell(warning=f"{self.upload.store.url}: {problem}")
 
     def _write(self, **facts: Any) -> None:
+        if damaged := sorted(self.upload.damaged):
+            facts["damaged"] = damaged
         with suppress(OSError):  # the disk is full, which the next checkpoint tells
             write_json(self.upload.folder / UPLOAD, {**self._state, "time": time.time(), **facts}, durable=False)
 
@@ -184,6 +191,7 @@ def make_worker(job: Mapping[str, Any], tell: Callable[..., None]) -> Worker:
         job["config"],
         Retention(**job["retention"]),
         begins=job["begins"],
+        damaged=set(job["damaged"]),
     )
     return Worker(upload, tell)
 

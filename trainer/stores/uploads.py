@@ -25,7 +25,7 @@ from trainer.run_directory import RunDirectory, stage_folder
 from trainer.run_documents import read_status, read_upload
 from trainer.stages import STAGES
 from trainer.stop import Stop
-from trainer.stores.layout import new_claim, own_run_id
+from trainer.stores.layout import Claim, new_claim, own_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,14 @@ class Uploads:
         self.url = config.checkpoint.upload if main else None
         self.folder = stage_folder(config, stage)
         self._begins = 0
+        self._claim: Claim | None = None
+        """The same for each process of this start: one that replaces another may go on with what that has uploaded."""
         self._process: subprocess.Popen[str] | None = None
         self._number, self._open = 0, dict[int, Path | None]()
         self._turn = threading.Lock()
         self._progress: dict[str, Any] = {}
+        self._far: dict[tuple[str, int], int] = {}
+        """What is on its way, and its bytes → the most of them that had gone at any time."""
         self._moved_at = 0.0
         self._ending = False
         self._stopped_at: float | None = None
@@ -81,8 +85,8 @@ class Uploads:
         return {*paths[:1], *paths[-1:]}
 
     def went_back(self, path: Path) -> None:
-        """Delete from the store what is later than the checkpoint to which the run was rewound."""
-        self._ask("went_back", path.name)
+        """Delete from the store what is later than the checkpoint to which the run was rewound, once this is there."""
+        self._ask("went_back", path.name, path)
 
     def export(self) -> None:
         """Upload the export of a stage that is done. `__exit__` then waits for it."""
@@ -129,29 +133,43 @@ class Uploads:
 
     def _job(self) -> dict[str, Any]:
         keep, stage = self.config.checkpoint, self.folder.name
-        run = own_run_id(Path(self.config.run_dir))
+        if self._claim is None:
+            run = own_run_id(Path(self.config.run_dir))
+            self._claim = new_claim(run, self.config.name, settings_of(self.config))
         return {
             "url": self.url,
             "folder": str(self.folder.absolute()),
-            "claim": asdict(new_claim(run, self.config.name, settings_of(self.config))),
+            "claim": asdict(self._claim),
             "config": stored_yaml(self.config, RunDirectory(self.folder, stage).learns_from),
             "retention": asdict(Retention(keep.keep_last, keep.keep_best, keep.keep_every)),
             "begins": self._begins,
+            "damaged": self._damaged_there(),
         }
+
+    def _damaged_there(self) -> list[str]:
+        """Return the names of the checkpoints at the URL that `fetch` has found damaged."""
+        try:
+            state = read_upload(self.folder)
+        except ValueError:  # the process that uploads writes the document anew
+            return []
+        return state.get("damaged", []) if state.get("url") == self.url else []
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         """Log what the process says, until it ends."""
         assert process.stdout is not None
         for line in process.stdout:
             facts = json.loads(line)
-            self._moved_at = time.monotonic()
             if "warning" in facts:
                 logger.warning("%s", facts["warning"])
             elif "info" in facts:
                 logger.info("%s", facts["info"])
             elif "sending" in facts:
                 self._progress = facts
+                what = facts["sending"], facts["of"]
+                if facts["sent"] > self._far.get(what, 0):  # a try that gets no farther moves nothing
+                    self._far[what], self._moved_at = facts["sent"], time.monotonic()
             elif "answered" in facts:
+                self._far, self._moved_at = {}, time.monotonic()
                 with self._turn:
                     self._open.pop(facts["answered"], None)
         if self._process is process and self._open:

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec.config
 import pytest
 
-from tests.stores import ENVIRONMENT, S3, Proxy, Server, WebDAV
+from tests.stores import ENVIRONMENT, S3, SHORT, Proxy, Server, WebDAV
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +80,13 @@ def _forget_clients() -> None:
     """Later clients read the environment anew."""
     for kind in ("s3", "webdav"):
         fsspec.get_filesystem_class(kind).clear_instance_cache()
+
+
+@pytest.fixture
+def on(tiny, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes the recipe of a run on a node of its own, with an empty disk."""
+
+    def make(place: Any, node: str, *overrides: str) -> Any:
+        return tiny(*SHORT, f"checkpoint.upload={place.url}", *overrides, run_dir=tmp_path / node)
+
+    return make

@@ -263,6 +263,28 @@ def test_a_table_at_a_url_reads_no_file_of_this_machine(sounds, tmp_path, s3):
         assert reason.endswith("in place of the sound's bytes, which have to be in the table")
 
 
+def test_a_manifest_at_a_url_reads_no_file_of_this_machine(sounds, tmp_path, s3):
+    chained = f"simplecache::file://{sounds}/1/sound04.wav"
+    names = [f"file://{sounds}/0/sound00.wav", chained, *(f"{n % 3}/sound{n:02d}.wav" for n in range(1, COUNT))]
+    (sounds / "m.jsonl").write_text("".join(json.dumps({"file": name}) + "\n" for name in names))
+    upload(sounds, s3.url)
+    run(f"{s3.url}/m.jsonl", tmp_path / "out", **FAST)
+    problems = problems_of(tmp_path / "out")
+    assert problems.keys() == {*names[:2]}
+    assert set(problems.values()) == {"names a file of this machine, which a manifest at a URL may not"}
+
+
+@pytest.mark.parametrize("secret", ["https://me:hunter2@host/a.wav", "https://host/a.wav?X-Amz-Signature=hunter2"])
+def test_a_manifest_at_a_url_that_names_credentials_is_refused(sounds, tmp_path, s3, secret):
+    """The names of sounds are in the sets, and those of bad sounds in the report."""
+    (sounds / "m.jsonl").write_text(json.dumps({"file": secret}))
+    upload(sounds, s3.url)
+    with pytest.raises(ValueError, match="whose credentials reports and sets would show: leave them out") as error:
+        run(f"{s3.url}/m.jsonl", tmp_path / "out", **FAST)
+    assert "hunter2" not in str(error.value)
+    assert not [path for path in (tmp_path / "out").rglob("*.*") if path.is_file() and b"hunter2" in path.read_bytes()]
+
+
 # ---- credentials
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from launch import pipeline
 from launch.cli import main
 from launch.status import upload as upload_status
-from tests.stores import SECRET
+from tests.stores import SECRET, SHORT
 from tests.trainer import rank_processes
+from tests.trainer.checkpoints.test_checkpoint import flip_a_byte
 from tests.trainer.log.trackers.test_adapters import of_mlflow
 from trainer.checkpoints.names import checkpoints, samples_of
 from trainer.loop import train
@@ -27,9 +28,8 @@ from trainer.recipes.reading import load_recipe
 from trainer.stop import Stop
 from trainer.stores import uploads
 from trainer.stores.fetch import fetch
+from trainer.stores.layout import located
 from trainer.stores.store import Store
-
-SHORT = ("pretrain.samples=96", "log.every=8", "checkpoint.every=32", "checkpoint.least_steps=1")
 
 
 class Asked(Stop):
@@ -56,16 +56,6 @@ def whole(tmp_path_factory, prepared) -> Path:
     config = load_recipe("tiny", [*paths, "parallel.threads=1", "parallel.device=cpu", *SHORT])
     assert train(config, "pretrain") == "done"
     return run_dir
-
-
-@pytest.fixture
-def on(tiny, tmp_path):
-    """Return a function that makes the recipe of a run on a node of its own, with an empty disk."""
-
-    def make(place: Any, node: str, *overrides: str):
-        return tiny(*SHORT, f"checkpoint.upload={place.url}", *overrides, run_dir=tmp_path / node)
-
-    return make
 
 
 def require_same_end(one: Path, other: Path) -> None:
@@ -205,6 +195,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(disk, on, tmp_path, wh
         fetch(on(disk, "third"), "pretrain")
 
 
+def test_a_checkpoint_that_is_damaged_on_the_disk_alone_is_fetched(disk, on, tmp_path, whole):
+    """Its size is right, such as after a power failure; the store has it whole."""
+    stopped_at(on(disk, "run"), 64)
+    newest = checkpoints(tmp_path / "run/pretrain/checkpoints")[-1]
+    flip_a_byte(newest / "rank_00000.safetensors", 1000)
+    assert pipeline.train(on(disk, "run"), "pretrain") == "done"
+    assert f"resumed from {newest} at {samples_of(newest)}" in (tmp_path / "run/pretrain/logs/rank_0.log").read_text()
+    require_same_end(tmp_path / "run", whole)
+    assert (tmp_path / "disk/pretrain/done.json").exists()
+
+
+def test_a_run_that_passed_a_damaged_checkpoint_over_is_uploaded(disk, on, tmp_path, whole):
+    stopped_at(on(disk, "first"), 64)
+    newest = max(Store(disk.url, patience=0).sizes("pretrain/checkpoints"))
+    (tmp_path / "disk/pretrain/checkpoints" / newest / "rank_00000.safetensors").write_bytes(b"torn")
+    assert pipeline.train(on(disk, "second"), "pretrain") == "done"
+    require_same_end(tmp_path / "second", whole)
+    assert (tmp_path / "disk/pretrain/done.json").exists()
+    fetch(on(disk, "third"), "pretrain")
+    assert (tmp_path / "third/pretrain/export").is_dir()
+
+
 def test_a_start_without_an_answer_begins_nothing_anew(s3, on, tmp_path):
     s3.proxy.fault = lambda method, name: "500"
     config = on(s3, "run", "data.cache.patience=0.1")
@@ -271,6 +283,24 @@ def require_same_end_of_weights(one: Path, other: Path) -> None:
     ends = [checkpoints(run / "pretrain" / "checkpoints")[-1] for run in (one, other)]
     ours, theirs = (load_file(path / "rank_00000.safetensors") for path in ends)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_what_is_not_whole_yet_at_a_url_is_not_taken(disk, on, tiny, tmp_path, whole):
+    """Another run is uploading it. Once it is whole, the same command takes it."""
+    assert pipeline.train(on(disk, "first"), "pretrain") == "done"
+    at = tmp_path / "disk/pretrain"
+    name = max(path.name for path in (at / "checkpoints").iterdir())
+    for setting, last in (
+        (f"start_from={disk.url}/pretrain/export", at / "done.json"),
+        (f"resume={disk.url}/pretrain/checkpoints/{name}", at / "checkpoints" / name / "manifest.json"),
+    ):
+        config, content = tiny(*SHORT, f"checkpoint.{setting}", run_dir=tmp_path / last.name), last.read_bytes()
+        last.unlink()
+        with pytest.raises(ValueError, match=rf"{setting.partition('=')[2]} is not whole: the run that uploads it"):
+            fetch(config, "pretrain")
+        last.write_bytes(content)
+        fetch(config, "pretrain")
+        assert located(setting.partition("=")[2], tmp_path / last.name / "pretrain").is_dir()
 
 
 def test_what_is_no_checkpoint_at_a_url_is_named(disk, tiny, tmp_path):

@@ -13,7 +13,7 @@ from trainer.checkpoints.names import checkpoints, folder_name
 from trainer.checkpoints.retention import Retention
 from trainer.ranks.flat_ranges import whole_ranges
 from trainer.stores.download import DamagedCopyError, copy_checkpoint, copy_files
-from trainer.stores.layout import new_claim, read_claim
+from trainer.stores.layout import new_claim, read_claim, read_done
 from trainer.stores.store import Store, trouble
 from trainer.stores.upload import RefusedError, Upload
 
@@ -146,6 +146,85 @@ def test_a_rewound_run_takes_its_later_checkpoints_off_the_store(place, stage, f
     assert {name.split("/")[2] for name in files_of(place) if "checkpoints/" in name} == {STEP}
 
 
+def test_a_rewound_run_leaves_what_it_goes_on_from(disk, stage, files_of):
+    """The checkpoint to which it goes back may have been left out, as a newer one came while it waited."""
+    upload = uploader(disk, stage)
+    for samples in (8, 16):
+        save(stage / "checkpoints", samples)
+    upload.checkpoint(folder_name(16))
+    upload.went_back(STEP)
+    there = files_of(disk)
+    assert {name.split("/")[2] for name in there if "checkpoints/" in name} == {STEP}
+    assert f"pretrain/checkpoints/{STEP}/manifest.json" in there
+
+
+def test_a_rewound_run_whose_checkpoint_is_gone_by_now_does_not_wait_for_it(disk, stage, files_of):
+    upload = uploader(disk, stage)
+    save(stage / "checkpoints", 16)
+    upload.checkpoint(folder_name(16))
+    upload.went_back(STEP)
+    assert not [name for name in files_of(disk) if "checkpoints/" in name]
+
+
+def test_another_process_of_the_same_start_goes_on(disk, stage):
+    """The process that uploads was killed, such as for its memory."""
+    first = uploader(disk, stage, begins=0)
+    save(stage / "checkpoints", 8)
+    first.checkpoint(STEP)
+    second = uploader(disk, stage, begins=0)
+    second.claim = first.claim
+    save(stage / "checkpoints", 16)
+    second.checkpoint(folder_name(16))
+    assert Store(disk.url, patience=0).sizes(f"pretrain/checkpoints/{folder_name(16)}").keys() >= {"manifest.json"}
+
+
+def test_a_damaged_checkpoint_on_the_store_is_replaced_by_what_is_whole(disk, stage, files_of):
+    """The run goes on from the one before, and comes to the same number of samples again."""
+    save(stage / "checkpoints", 8)
+    save(stage / "checkpoints", 16)
+    first = uploader(disk, stage)
+    first.checkpoint(STEP)
+    first.checkpoint(folder_name(16))
+    damaged = f"pretrain/checkpoints/{folder_name(16)}/rank_00000.safetensors"
+    content = files_of(disk)[damaged]
+    first.store.write(damaged, bytes(len(content)))
+    second = uploader(disk, stage, begins=8)
+    second.damaged = {folder_name(16)}
+    second.begin()
+    second.checkpoint(folder_name(16))
+    assert files_of(disk)[damaged] == content
+    assert not second.damaged
+
+
+def export_of(stage: Path, content: bytes) -> None:
+    (stage / "export").mkdir(parents=True, exist_ok=True)
+    (stage / "export" / "dit.safetensors").write_bytes(content)
+
+
+def test_an_export_that_was_made_again_takes_the_place_of_the_older_one(place, stage, tmp_path):
+    """A longer training exports files of the same sizes."""
+    upload = uploader(place, stage)
+    for content in (b"older", b"newer"):
+        export_of(stage, content)
+        upload.export()
+    files = read_done(upload.store, "pretrain")["files"]
+    (tmp_path / "copy").mkdir()
+    copy_files(upload.store, "pretrain", tmp_path / "copy", files)
+    assert (tmp_path / "copy/export/dit.safetensors").read_bytes() == b"newer"
+
+
+def test_an_export_that_was_cut_off_goes_on_with_the_files_that_are_missing(s3, stage):
+    export_of(stage, b"weights")
+    (stage / "export" / "codec.json").write_bytes(b"{}")
+    s3.proxy.fault = lambda method, name: "500" if method == "PUT" and "dit." in name else ""
+    with pytest.raises(OSError, match="internal error"):
+        uploader(s3, stage).export()
+    s3.proxy.fault = lambda method, name: ""
+    uploader(s3, stage).export()
+    assert len(s3.proxy.asked(r"PUT .*codec\.json")) == 1
+    assert s3.proxy.asked(r"PUT .*done\.json")
+
+
 def test_another_run_is_refused_and_nothing_of_the_first_is_touched(place, stage, tmp_path, files_of):
     save(stage / "checkpoints", 8)
     uploader(place, stage).checkpoint(STEP)
@@ -154,6 +233,42 @@ def test_another_run_is_refused_and_nothing_of_the_first_is_touched(place, stage
     with pytest.raises(RefusedError, match=r"holds another run \(the run tiny.*give another checkpoint.upload"):
         uploader(place, tmp_path / "other" / "pretrain", run="b").checkpoint(STEP)
     assert files_of(place) == before
+
+
+def test_a_damaged_claim_is_no_reason_to_try_again(place, stage):
+    Store(place.url, patience=0).write("owner.json", b"")
+    with pytest.raises(RefusedError, match=r"owner\.json is damaged .*give another checkpoint\.upload"):
+        uploader(place, stage).begin()
+
+
+def test_a_document_on_a_disk_is_replaced_whole(disk, monkeypatch):
+    """A process that is killed while it writes leaves the document before, not the beginning of the new one."""
+    store, replace = Store(disk.url, patience=0), Path.replace
+    store.write("owner.json", b"before")
+
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("owner.json", b"after")
+    monkeypatch.setattr(Path, "replace", replace)
+    assert store.content("owner.json", most=100) == b"before"
+
+
+def test_what_a_killed_process_was_writing_is_nobodys(disk, stage):
+    store = Store(disk.url, patience=0)
+    store.write(".owner.json.host-4026531836-77.partial", b"{")
+    uploader(disk, stage).begin()
+    assert read_claim(store) is not None
+
+
+def test_a_probe_that_could_not_be_deleted_is_nobodys(s3, stage):
+    s3.proxy.fault = lambda method, name: "403" if method == "DELETE" else ""
+    assert "can't be written" in trouble(s3.url)
+    s3.proxy.fault = lambda method, name: ""
+    uploader(s3, stage).begin()
+    assert read_claim(Store(s3.url, patience=0)) is not None
 
 
 def test_files_that_no_run_wrote_are_left_alone(place, stage):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +15,10 @@ from tests.stores import SECRET
 from tests.trainer.checkpoints.test_checkpoint import save
 from tests.trainer.stores.test_upload import uploader
 from trainer.checkpoints.names import folder_name
+from trainer.run_directory import stage_folder
 from trainer.run_documents import read_upload
-from trainer.stores import upload_process
+from trainer.stop import Stop
+from trainer.stores import upload_process, uploads
 from trainer.stores.upload_process import Inbox, Request, Worker
 
 
@@ -134,3 +139,54 @@ def test_a_refusal_is_final(disk, start, told, tmp_path):
     told.wait("answered", 2)
     assert len(told.of("warning")) == 1
     assert "holds another run" in told.of("warning")[0]
+
+
+def test_a_try_that_gets_no_farther_pauses_longer(s3, tmp_path, told, monkeypatch):
+    """What is whole on the store counts once: a store that throttles the rest is not asked each second."""
+    folder, pauses = tmp_path / "run" / "pretrain", list[float]()
+    (folder / "export").mkdir(parents=True)
+    for name in ("codec.json", "dit.safetensors"):
+        (folder / "export" / name).write_bytes(b"content")
+    worker = Worker(uploader(s3, folder), told)
+    s3.proxy.fault = lambda method, name: "503" if method == "PUT" and "dit." in name else ""
+
+    def pause(seconds: float) -> bool:
+        pauses.append(seconds)
+        if len(pauses) == 5:
+            s3.proxy.fault = lambda method, name: ""
+        return False
+
+    monkeypatch.setattr(worker.inbox, "pause", pause)
+    monkeypatch.setattr(upload_process.random, "uniform", lambda low, high: 1.0)
+    worker._until_done(Request(1, "export"))
+    assert pauses == [1, 2, 4, 8, 16]
+
+
+def test_the_end_of_a_run_is_not_held_up_by_tries_that_get_no_farther(tiny, monkeypatch):
+    """Each try says again how far it is; a store that always refuses the rest would be waited for without end."""
+    config, moved, now = tiny("checkpoint.upload=s3://bucket/a"), list[float](), itertools.count(1.0)
+    rank_0 = uploads.Uploads(config, "pretrain", Stop(), main=True)
+    monkeypatch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: next(now)))
+
+    def said():
+        for sent in (0, 5, 0, 5, 0, 7):
+            yield json.dumps({"sending": "export", "sent": sent, "of": 9})
+            yield json.dumps({"warning": f"request {sent} is refused"})
+            moved.append(rank_0._moved_at)
+
+    rank_0._listen(SimpleNamespace(stdout=said()))
+    assert moved == [0, 1, 1, 1, 1, 2]
+
+
+def test_a_process_that_was_killed_is_replaced_by_one_that_goes_on(disk, tiny):
+    config = tiny(f"checkpoint.upload={disk.url}")
+    folder = stage_folder(config, "pretrain")
+    with uploads.Uploads(config, "pretrain", Stop(), main=True) as rank_0:
+        rank_0.begin(0)
+        rank_0.checkpoint(save(folder / "checkpoints", 8))
+        rank_0._wait()
+        rank_0._process.kill()
+        rank_0._process.wait()
+        rank_0.checkpoint(save(folder / "checkpoints", 16))
+    assert read_upload(folder)["whole"] == folder_name(16)
+    assert "problem" not in read_upload(folder)
