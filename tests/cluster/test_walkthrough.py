@@ -156,5 +156,5 @@ def test_from_a_bucket_to_a_page(cluster: SlurmCluster, bucket: S3, tmp_path: Pa
     assert "autoencode.lr" in said
     assert "quantizer.size" in said
     page = (tmp_path / "comparison/index.html").read_text()
-    assert page.count("finetune, training loss") == 1
+    assert page.count("<b>finetune, training loss</b>") == 1
     assert len(list((tmp_path / "comparison/audio").iterdir())) >= 4 * 2
