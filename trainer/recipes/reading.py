@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ _CHOICES = ("cluster",)
 """Keys whose value may be a name: the name stands for the content of `configs/KEY/NAME.yaml`."""
 _NONE = ("", "null", "Null", "NULL")
 _MODEL = "model"
+_NO_NUMBER = re.compile(r"Value '(.*)' of type '.*' could not be converted to (Integer|Float)")
+_NUMBERS = {"Integer": "whole number", "Float": "number"}
 """Key whose value names a file in `configs/model/` with all settings of a pretrained model, under several keys."""
 
 
@@ -196,6 +199,8 @@ def _parse(overrides: list[str]) -> DictConfig:
 def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
     key = error.full_key or ""
     text = str(error.msg or error).splitlines()[0]
+    if wrong := _NO_NUMBER.match(text):
+        return f"{key}={wrong[1]} is no {_NUMBERS[wrong[2]]}"
     if "not in" not in text:
         return f"{key}: {text}"
     known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(recipe_schema())]
