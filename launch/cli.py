@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from launch.options import files, hub, recipes, runs, sounds
 from launch.output import survive_readers
 from launch.signals import INTERRUPTED
+from trainer.cpus import let_threads_sleep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,10 +44,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     top = parser()
     options, rest = top.parse_known_args(arguments)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
-        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{_mend_of(unknown, options)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _mend_of(unknown: list[str], options: argparse.Namespace) -> str:
+    """Return what mends arguments that no command knows; empty if the usage has to do."""
+    settings = [word.lstrip("-") for word in unknown if word.startswith("--") and "=" in word]
+    if "overrides" in options and settings:
+        return f": settings of a recipe are written without dashes, such as {settings[0]}"
+    return ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,6 +98,7 @@ class _Version(argparse.Action):
 def command() -> None:
     """Run `main` and end the process."""
     survive_readers()
+    let_threads_sleep()
     end(main())
 
 

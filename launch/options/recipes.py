@@ -35,7 +35,7 @@ def add_commands(subs: Commands) -> None:
     ):
         sub = add_command(subs, name, command, help_)
         sub.add_argument("recipe", help=_RECIPE)
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+        sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
         if name in STAGES and STAGES[name].array:
             sub.add_argument(
                 "--part", metavar="K/N", help="process only part K of N, K from 0 to N-1 (default: 0/1, all)"
@@ -70,7 +70,7 @@ def _add_sweep(subs: Commands) -> None:
     values = (
         f"{_OVERRIDES}; a setting with several values, key=a,b,c, makes a point for each. [1,2],[3,4] are two values"
     )
-    sweep.add_argument("overrides", nargs="*", metavar="key=value", help=values)
+    sweep.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=values)
     file = "YAML file of points, with `grid:`, `paired:` and `random:` as in docs/training.md"
     sweep.add_argument("--points", type=path, metavar="FILE.yaml", help=file)
     folder = "directory of the sweep (default: the recipe's run_dir with -sweep)"
@@ -100,7 +100,7 @@ def _add_listening_test(subs: Commands) -> None:
         metavar="OUT",
         help="folder to write, for webMUSHRA; keep OUT.key.json, which names the systems, from the listeners",
     )
-    test.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    test.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     test.add_argument(
         "--systems", help="systems to test: keys in evaluation.json, separated by commas (default: all on the page)"
     )

@@ -175,7 +175,10 @@ def missing(folder: str | Path) -> str:
             "it with the commands of  spresso weights"
         )
     if not is_hub_name(folder):
-        return f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}"
+        return (
+            f"{folder} {folder_trouble(Path(folder)) or 'is not a folder'}: give a folder of weights, or OWNER/NAME in "
+            "the hub's cache;  spresso weights  lists the public ones and the commands that get them"
+        )
     repo, revision = split_name(folder)
     command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     return (

@@ -75,6 +75,16 @@ def test_help_needs_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_settings_with_dashes_and_a_missing_recipe_name_the_mend(capsys):
+    for words, told in (
+        (["run", "tiny", "--log.every=8"], "settings of a recipe are written without dashes, such as log.every=8"),
+        (["run"], "the following arguments are required: recipe\n"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert told in capsys.readouterr().err
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

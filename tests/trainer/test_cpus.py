@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from trainer.cpus import usable_cpus, usable_threads
+from trainer.cpus import let_threads_sleep, usable_cpus, usable_threads
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,27 @@ def test_cores_are_those_that_the_process_may_use():
 def test_the_number_that_was_asked_for_counts(monkeypatch, text, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert usable_threads(1) == threads
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch, own, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == policy
+
+
+def test_the_command_says_so_before_it_imports_torch(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = """
+import os, sys
+import launch.cli as cli
+cli.main = lambda: print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules) or 0
+cli.command()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["PASSIVE", "False"]
 
 
 def test_training_takes_no_more(monkeypatch):

@@ -118,7 +118,9 @@ def _header(comparison: Comparison, contents: list[tuple[str, str]]) -> Html:
 
 
 def _settings(comparison: Comparison) -> Html:
-    lead = "These settings are not the same in all runs. RUN is the directory of the run."
+    lead = "These settings are not the same in all runs."
+    if any("RUN" in text for each in comparison.settings for text in each.texts):
+        lead += " RUN is the directory of the run."
     if not comparison.settings:
         return section("Settings", "All settings are the same in all runs.", id="settings")
     head = ["Setting", *(run.label for run in comparison.runs)]

@@ -249,12 +249,12 @@ class _Plan:
             lambda: [codec.decode(stream, sampling=export.sampling) for stream in streams], self.device
         )
         export.unload()
-        on_gpu = self.device.type == "cuda"
+        on_gpu, threads = self.device.type == "cuda", torch.get_num_threads()
         return {
             "encode_realtime_factor": round(len(rows) * self.clips.seconds / encoding, 2),
             "decode_realtime_factor": round(len(rows) * self.clips.seconds / decoding, 2),
             "steps": export.sampling.steps,
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}",
         }
 
     def merge(self) -> dict[str, Any]:

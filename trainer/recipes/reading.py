@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _CHOICES = ("cluster",)
 _NONE = ("", "null", "Null", "NULL")
 _MODEL = "model"
 """Key whose value names a file in `configs/model/` with all settings of a pretrained model, under several keys."""
+_NO_NUMBER = re.compile(r"Value '(.*)' of type '.*' could not be converted to (Integer|Float)")
+_NUMBERS = {"Integer": "whole number", "Float": "number"}
+"""What OmegaConf calls a number → what an error does."""
 
 
 def load_recipe(recipe: str, overrides: list[str], *, released: bool = True) -> Config:
@@ -203,6 +207,8 @@ def _parse(overrides: list[str]) -> DictConfig:
 def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
     key = error.full_key or ""
     text = str(error.msg or error).splitlines()[0]
+    if wrong := _NO_NUMBER.match(text):
+        return f"{key}={wrong[1]} is no {_NUMBERS[wrong[2]]}"
     if "not in" not in text:
         return f"{key}: {text}"
     known = list(flatten(OmegaConf.to_object(schema))) + [item.name for item in dataclasses.fields(recipe_schema())]

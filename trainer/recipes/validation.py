@@ -24,7 +24,7 @@ from trainer.recipes.schema import Config
 from trainer.recipes.values import flatten
 from trainer.recipes.watching import watching_problems
 from trainer.stages import STAGES
-from trainer.stores.protocols import UNWRITABLE
+from trainer.stores.protocols import UNWRITABLE, unknown_protocol
 from trainer.urls import has_credentials, without_credentials
 
 
@@ -345,8 +345,8 @@ def _stores(config: Config) -> list[str]:
     if not is_url(chosen.upload):
         return [*found, f"checkpoint.upload={chosen.upload} is no URL: give one, such as s3://bucket/{config.name}"]
     protocol = chosen.upload.partition("://")[0].lower()
-    if protocol in UNWRITABLE:
-        found.append(f"checkpoint.upload={without_credentials(chosen.upload)}: {UNWRITABLE[protocol]}")
+    if problem := UNWRITABLE.get(protocol) or unknown_protocol(protocol):
+        found.append(f"checkpoint.upload={without_credentials(chosen.upload)}: {problem}")
     return found
 
 

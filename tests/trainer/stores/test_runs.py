@@ -327,6 +327,7 @@ def test_no_secret_is_written(s3, on, tmp_path, files_of, monkeypatch):
         ("checkpoint.upload=https://host/run", "HTTP has no folders to write to: take webdav://"),
         ("checkpoint.upload=memory://run", "gone with the process"),
         ("checkpoint.upload=runs/a", "is no URL: give one, such as s3://bucket/tiny"),
+        ("checkpoint.upload=s33://bucket/a", "no package knows s33://, the nearest known one is s3://"),
     ],
 )
 def test_a_url_that_is_no_place_for_a_run_is_refused(setting, words, capsys):
