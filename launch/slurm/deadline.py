@@ -28,6 +28,7 @@ _KILL_WAIT = 30.0  # seconds: SLURM's default between SIGTERM and SIGKILL
 _LAST_STEP = 10.0  # seconds for the current step after another rank has died: no later step can end
 _FOR_THE_SCRIPT = 10.0  # seconds that the batch script needs to requeue the job
 _FOR_THE_ANSWER = 5.0  # seconds that a run which has saved waits to learn why it was asked to leave
+_SAME = 2.0  # seconds: SLURM sends a signal to each process of a task, and a supervisor passes its own on
 _SLACK = 90.0  # seconds: SLURM announces a time limit up to a minute early
 
 
@@ -83,6 +84,10 @@ class Notice(StopFlag):
         self.job, self.grace, self.leave, self.at_once = job, grace, leave, at_once
         self._deadline = float("inf")
         self._meant = threading.Event()
+        self._came_at = dict[int, float]()
+        """When a signal last came."""
+        self._kill_wait: float | None = None
+        """See `scheduler.kill_wait`; None until the controller has been asked."""
 
     def reason(self) -> str:
         """Return why the run was asked to leave; wait some seconds for the controller's answer if it is still out."""
@@ -128,6 +133,9 @@ class Notice(StopFlag):
         self.ask_to_leave()
         if self.at_once:
             self.leave(f"received {signal.Signals(number).name}")
+        before, self._came_at[number] = self._came_at.get(number), came_at
+        if before is not None and came_at - before < _SAME:
+            return  # all ranks ask the controller at once, so none asks twice
         meant = self._meaning(number)
         if came_at + meant.seconds < self._deadline:
             self.why, self._deadline = meant.why, came_at + meant.seconds
@@ -136,13 +144,16 @@ class Notice(StopFlag):
 
     def _meaning(self, number: int) -> Meaning:
         try:
-            job, kill_wait = scheduler.show(self.job), scheduler.kill_wait()
+            job = scheduler.show(self.job)
+            if self._kill_wait is None:
+                self._kill_wait = scheduler.kill_wait()
             if _time(job.get("PreemptTime", "")) is not None and _time(job.get("EndTime", "")) is None:
                 # SLURM gives the end of a preempted job only if the job has a time limit
                 end = time.time() + scheduler.grace_time(job["Partition"])
                 job["EndTime"] = datetime.fromtimestamp(end).isoformat()
         except (scheduler.QueueError, ValueError, IndexError, KeyError):
-            job, kill_wait = {}, _KILL_WAIT
+            job = {}
+        kill_wait = _KILL_WAIT if self._kill_wait is None else self._kill_wait
         return meaning(number, job, now=time.time(), grace=self.grace, kill_wait=kill_wait)
 
 

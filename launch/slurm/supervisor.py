@@ -16,6 +16,7 @@ import os
 import selectors
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -115,17 +116,24 @@ class Supervisor:
             return None
 
     def step_aside(self) -> None:
-        """Leave signals and connections to the worker, which this process itself becomes."""
+        """Leave signals and connections to the worker, which this process itself becomes.
+
+        Signals wait until the worker lets them through to handlers of its own. Those that another thread takes, one of
+        a package's, are handed to this one.
+        """
+        me, asking = threading.get_ident(), self._before.keys() - {signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, asking)
         signal.set_wakeup_fd(-1)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGCHLD, self._before[signal.SIGCHLD])
+        for number in asking:
+            signal.signal(number, lambda number, frame: signal.pthread_kill(me, number))
         self._selector.close()
         os.close(self._woken)
         os.close(self._waker)
         if self._link is not None:
             self._link.close()
         for asked in self._asked:
-            os.kill(os.getpid(), asked)
+            signal.pthread_kill(me, asked)
 
     def run(self) -> int:
         """Run workers until the task has ended; return its exit status."""

@@ -91,13 +91,10 @@ def test_what_has_no_loop_leaves_at_once():
 
 
 def test_a_later_signal_may_shorten_the_time():
-    later = "END, soon = (datetime.now() + timedelta(seconds=900)).isoformat(), END; "
-    body = (
-        later
-        + "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.3); assert not stop.has_less_than(600); END = soon; "
-    )
+    before = "soon, END = END, (datetime.now() + timedelta(seconds=900)).isoformat()"
+    body = "time.sleep(0.3); assert not stop.has_less_than(600); END = soon; "
     body += "os.kill(os.getpid(), signal.SIGTERM); ctypes.CDLL(None).usleep(20_000_000)"
-    ended = run(body)
+    ended = run(body, before=before, number="SIGUSR2")
     assert ended.returncode == 7, ended.stderr
     assert "left was preempted" in ended.stdout
 
@@ -132,4 +129,18 @@ def test_other_signals_are_not_heeded():
     program = "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
     body = "time.sleep(0.2)"
     ended = run(body, before=program, number="SIGUSR1", after="assert not stop()")
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
+
+
+def test_a_signal_that_comes_twice_asks_the_controller_once():
+    program = """
+shown, waits = [], []
+show = deadline.scheduler.show
+deadline.scheduler.show = lambda job: shown.append(job) or show(job)
+deadline.scheduler.kill_wait = lambda: waits.append(1) or 5.0
+"""
+    body = "time.sleep(0.3); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.3); assert len(shown) == 1, shown; "
+    body += "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.3); assert len(shown) == 2, shown; "
+    body += "deadline._SAME = 0; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.3); assert len(shown) == 3, shown; "
+    ended = run(body + "assert len(waits) == 1", before=program)
     assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
