@@ -29,25 +29,27 @@ def test_the_number_that_was_asked_for_counts(monkeypatch, text, threads):
     assert usable_threads(1) == threads
 
 
-@pytest.mark.parametrize(("own", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch, own, policy):
-    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
-    if own is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(monkeypatch, own, spins):
+    monkeypatch.setattr(os, "environ", own.copy())
     let_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == policy
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_the_command_says_so_before_it_imports_torch(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     code = """
 import os, sys
 import launch.cli as cli
-cli.main = lambda: print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules) or 0
+cli.main = lambda: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules) or 0
 cli.command()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["PASSIVE", "False"]
+    assert done.stdout.split() == ["10000", "False"]
 
 
 def test_training_takes_no_more(monkeypatch):
