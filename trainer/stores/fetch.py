@@ -189,6 +189,8 @@ class _Run:
                 raise _ForeignError(
                     f"checkpoint.upload={self.url} holds files that no run wrote: give an empty folder of the store"
                 )
+            if not self.has_state and not self.store.has_bucket():
+                raise ValueError(f"{self.url}: there is no such bucket, or it may not be listed: check its name")
             return False
         if (known := run_id(self.root)) == claim.run:
             return True

@@ -76,6 +76,11 @@ class Store(Remote):
             found[last] = -1 if entry["type"] == "directory" else int(entry["size"] or 0)
         return found
 
+    def has_bucket(self) -> bool:
+        """Whether the URL's bucket is there and may be listed; a missing one lists like an empty folder."""
+        bucket = self._path("").strip("/").partition("/")[0]
+        return self.protocol in WITH_FOLDERS or bool(self._filesystem.exists(bucket))
+
     def write(self, name: str, content: bytes) -> None:
         """Write a small file; raises SentWrongError, and what the store's package raises."""
         self._make_folder(name)

@@ -225,6 +225,14 @@ def test_a_start_without_an_answer_begins_nothing_anew(s3, on, tmp_path):
     assert not checkpoints(tmp_path / "run/pretrain/checkpoints")
 
 
+def test_a_bucket_that_is_missing_is_no_empty_store(s3, on, tmp_path):
+    config = on(s3, "run")
+    config.checkpoint.upload = "s3://buckte/run"
+    with pytest.raises(ValueError, match=r"^s3://buckte/run: there is no such bucket.*: check its name; whether"):
+        fetch(config, "pretrain")
+    fetch(on(s3, "run"), "pretrain")
+
+
 def test_a_run_with_checkpoints_of_its_own_goes_on_without_the_store(s3, on, tmp_path, whole, monkeypatch, caplog):
     stopped_at(on(s3, "run"), 48)
     s3.proxy.fault = lambda method, name: "403"
