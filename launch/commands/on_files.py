@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from launch import inspect_files
 
@@ -24,4 +25,6 @@ def data(options: argparse.Namespace) -> None:
 
 def checkpoint(options: argparse.Namespace) -> int:
     """List, describe or verify checkpoints; return the exit status."""
-    return inspect_files.checkpoint(options.folder, verify=options.verify)
+    named = Path("runs") / options.folder
+    folder = named if named.is_dir() and not options.folder.exists() else options.folder
+    return inspect_files.checkpoint(folder, verify=options.verify)

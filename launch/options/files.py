@@ -13,7 +13,10 @@ def add_commands(subs: Commands) -> None:
         subs, "checkpoint", "on_files:checkpoint", "list the checkpoints of a run, or describe one"
     )
     checkpoint.add_argument(
-        "folder", type=path, metavar="DIR", help="directory of a run; or of one checkpoint, step_…, to describe"
+        "folder",
+        type=path,
+        metavar="DIR",
+        help="directory of a run, or its name under runs/; or the directory of one checkpoint, step_…",
     )
     checkpoint.add_argument(
         "--verify",

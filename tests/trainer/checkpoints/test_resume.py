@@ -251,9 +251,15 @@ def test_a_pickle_in_place_of_any_file_is_never_run(copied, tiny, tmp_path, capl
     assert sign.exists()
 
 
-def test_the_command_lists_verifies_and_explains(copied, capsys):
+def test_the_command_lists_verifies_and_explains(copied, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "by_name").symlink_to(copied)
+    monkeypatch.chdir(tmp_path)
+    assert main(["checkpoint", "by_name"]) == 0
+    by_name = capsys.readouterr().out.splitlines()
     assert main(["checkpoint", str(copied)]) == 0
     listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:] for line in by_name[1:]] == [line.split()[1:] for line in listed[1:]]
     assert [line.split()[1] for line in listed[1:]] == ["32", "32", "64", "96"]  # autoencode's, and pretrain's
     assert "ddp on 1 rank" in listed[1]
     assert main(["checkpoint", "--verify", str(copied / "pretrain")]) == 0
