@@ -137,13 +137,13 @@ def _reports(cluster: ClusterConfig, port: int, count: int) -> tuple[dict[str, t
         limit = threading.Timer(_PATIENCE, process.kill)
         limit.start()
         try:
-            found = _read(process.stdout)
+            found, said = _read(process.stdout), problem.result()  # before the pipes are closed
         except BaseException:
             process.kill()
             raise
         finally:
             limit.cancel()
-    return found, " ".join("".join(problem.result()).split())[-400:]
+    return found, " ".join("".join(said).split())[-400:]
 
 
 def _read(lines: Iterable[str]) -> dict[str, tuple[Report, float]]:

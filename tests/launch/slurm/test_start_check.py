@@ -165,7 +165,8 @@ def test_long_reports_come_in_lines_that_srun_keeps_whole(srun_says):
 def test_many_warnings_of_the_nodes_hold_up_no_report(srun_says):
     made = [line for node in NODES for line in lines(reports()[node][0] | {"clock": time.time()}, node)]
     srun_says(*made, before="head --bytes=300000 /dev/zero | tr '\\0' w >&2")
-    assert list(check_nodes(ClusterConfig(), 12345).faults) == ["localhost"]
+    found = check_nodes(ClusterConfig(), 12345)
+    assert list(found.faults) == ["localhost"], found
 
 
 def test_a_damaged_report_ends_the_check_at_once(srun_says, monkeypatch):
