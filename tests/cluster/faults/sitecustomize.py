@@ -78,14 +78,13 @@ def in_evaluation(module):
 
 
 def deadly_save(module):
-    """Kill the rank once its file of the checkpoint at the position is written, before the manifest is."""
+    """Kill the rank when the save of the checkpoint at the position has begun, before its ranges are written."""
     write = module._write_files
 
     def killed(temporary, tensors, group):
-        files = write(temporary, tensors, group)
         if module.folder_name(FAULT["at"]) in temporary.name and strike():
             os.kill(os.getpid(), signal.SIGKILL)
-        return files
+        return write(temporary, tensors, group)
 
     module._write_files = killed
 
